@@ -1,0 +1,1 @@
+"""DanceGRPO: teach an image model what you like."""

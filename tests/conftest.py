@@ -1,0 +1,104 @@
+"""Shared pieces: tiny random models in real file layouts, and small run descriptions."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)
+
+
+def build_tiny_sd3(folder: Path) -> Path:
+    """A random StableDiffusion3Pipeline folder: one block, 16 x 16 images, the classes and files of the real one."""
+    from trainer.shapes import pretrain
+
+    torch.manual_seed(0)
+    for name in ("tokenizer", "tokenizer_2"):
+        pretrain.build_tokenizer(folder / name)
+    from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    for name in ("text_encoder", "text_encoder_2"):
+        pretrain.build_text_encoder(tokenizer).save_pretrained(folder / name)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=128,
+        caption_projection_dim=32,
+        pooled_projection_dim=128,
+        pos_embed_max_size=4,
+    )
+    for parameter in transformer.parameters():  # diffusers starts the last layers at zero; a trained model does not
+        torch.nn.init.normal_(parameter, std=0.1)
+    transformer.save_pretrained(folder / "transformer")
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    vae.save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(pretrain.MODEL_INDEX))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_sd3(tmp_path_factory.mktemp("tiny_sd3"))
+
+
+PROMPTS = ["a red circle", "a blue square", "two triangles", "a circle above a square"]
+
+
+@pytest.fixture
+def tiny_description(tiny_sd3: Path) -> dict:
+    """A run of four short iterations on the tiny model; plain data, free to be changed."""
+    return copy.deepcopy(
+        {
+            "model": {"family": "sd3", "path": str(tiny_sd3), "height": 16, "width": 16},
+            "prompts": {"texts": PROMPTS},
+            "rollout": {"steps": 5, "shift": 1.0, "eta": 0.5, "group_size": 4, "prompts_per_iteration": 2},
+            "rewards": [{"name": "brightness"}, {"name": "colorfulness", "weight": 0.5}],
+            "objective": {"updates": 2},
+            "lora": {"rank": 4, "alpha": 8, "ema_decay": 0.5},
+            "optimizer": {"learning_rate": 1e-3},
+            "evaluation": {"texts": ["a green circle", "a red square"], "images_per_prompt": 2, "every": 2},
+            "runtime": {"iterations": 4, "seed": 3, "device": "cpu", "samples_every": 2},
+        }
+    )
+
+
+def write_description(path: Path, description: dict) -> Path:
+    path.write_text(json.dumps(description))
+    return path
+
+
+def run_program(*arguments: object, check: bool = True, **options: object) -> subprocess.CompletedProcess:
+    """Run `python -m trainer` in a real process with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+        **options,
+    )

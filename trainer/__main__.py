@@ -1,0 +1,14 @@
+"""Start file of the program, run as `python -m trainer` or by its absolute path."""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Started by path: Python's own idea of the first search folder is this one, or none at all in portable builds.
+    root = Path(__file__).resolve().parent
+    sys.path[:] = [str(root.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != root)]
+
+from trainer.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

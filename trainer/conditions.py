@@ -1,0 +1,62 @@
+"""Encoded prompts: from the model's own text encoders, or from a file written beforehand."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from .config import RunConfig
+from .errors import BadInput
+from .files import write_atomically
+from .models import Conditions, DiffusionModel
+from .prompting import PromptSet
+
+
+def all_texts(config: RunConfig, training: PromptSet, held_out: PromptSet) -> list[str]:
+    """Every text a run needs encoded: training prompts, held-out prompts, the negative prompt."""
+    return [*training.texts, *held_out.texts, config.prompts.negative]
+
+
+def conditions_for(
+    config: RunConfig, family: type[DiffusionModel], texts: list[str], device: torch.device
+) -> Conditions:
+    """One row per text.
+
+    Raises:
+        BadInput: the conditions file cannot be read or lacks a text.
+    """
+    if config.prompts.conditions is None:
+        return family.encode(config.model, texts, device)
+    known, conditions = load_conditions(Path(config.prompts.conditions))
+    place = {text: row for row, text in enumerate(known)}
+    for text in texts:
+        if text not in place:
+            raise BadInput(f"prompts.conditions {config.prompts.conditions} holds no conditions for {text!r}")
+    return conditions.rows(torch.tensor([place[text] for text in texts]))
+
+
+def save_conditions(path: Path, texts: list[str], conditions: Conditions) -> None:
+    """Write conditions with the texts they belong to."""
+    from safetensors.torch import save
+
+    tensors = {name: value.contiguous() for name, value in conditions.tensors.items()}
+    write_atomically(path, save(tensors, {"texts": json.dumps(texts)}))
+
+
+def load_conditions(path: Path) -> tuple[list[str], Conditions]:
+    """The texts of a file and their conditions.
+
+    Raises:
+        BadInput: it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = json.loads(file.metadata()["texts"])
+            conditions = Conditions({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise BadInput(f"conditions file {path} cannot be read: {error}") from error
+    if any(len(value) != len(texts) for value in conditions.tensors.values()):
+        raise BadInput(f"conditions file {path} does not hold one row per text")
+    return texts, conditions

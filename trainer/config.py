@@ -1,0 +1,353 @@
+"""The run description: everything that decides what a run does, validated before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import BadInput
+
+PRESETS = Path(__file__).parent / "presets"
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the description: unknown keys, NaN and infinity are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    family: str = Field("sd3", description="Model family, a name of trainer.models.FAMILIES.")
+    path: str = Field(
+        "embedded", description="Folder of the model, or 'embedded' for the model of shapes in this pack."
+    )
+    height: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image height in pixels.")
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image width in pixels.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of the frozen base weights; the LoRA is always float32."
+    )
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the VAE decodes in.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+
+
+class PromptsConfig(Section):
+    """What the model is asked for while it learns."""
+
+    texts: list[str] = Field([], description="Prompts written here, one image group each.")
+    file: str | None = Field(
+        None, description="Text file with a prompt per line, or JSONL with 'prompt' and 'category'."
+    )
+    shapes: int | None = Field(None, ge=1, description="Use up to this many prompts per task of the shapes world.")
+    conditions: str | None = Field(
+        None,
+        description="File written by 'encode' that holds every prompt's conditions; no text encoder is loaded then.",
+    )
+    negative: str = Field("", description="Negative prompt, used where guidance_scale is not 1.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "PromptsConfig":
+        if sum([bool(self.texts), self.file is not None, self.shapes is not None]) != 1:
+            raise ValueError("give prompts in exactly one of texts, file and shapes")
+        if any(not text.strip() for text in self.texts):
+            raise ValueError("texts holds an empty prompt")
+        if repeated := sorted({text for text in self.texts if self.texts.count(text) > 1}):
+            raise ValueError(f"texts holds {repeated[0]!r} more than once")
+        return self
+
+
+class WindowConfig(Section):
+    """The only steps that are stochastic and trained (MixGRPO)."""
+
+    size: Positive = Field(2, description="Number of steps in the window.")
+    position: Literal["fixed", "random", "moving"] = Field(
+        "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
+    )
+    start: int = Field(0, ge=0, description="First step the window may begin at.")
+    every: Positive = Field(25, description="Iterations a moving window stays at one place.")
+
+
+class RolloutConfig(Section):
+    """How the images of an iteration are sampled."""
+
+    kernel: Literal["dance", "dance-exact", "flow", "flow-exact", "cps"] = Field(
+        "dance", description="Transition kernel of the stochastic steps."
+    )
+    eta: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.3, description="Strength of the added noise, in the kernel's own scale."
+    )
+    steps: Annotated[int, Field(ge=2, le=1000)] = Field(16, description="Sampling steps of a trajectory.")
+    shift: Annotated[float, Field(gt=0, le=100)] = Field(3.0, description="Shift of the noise levels towards noise.")
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
+        1.0, description="Classifier-free guidance; 1 is off."
+    )
+    group_size: Annotated[int, Field(ge=2)] = Field(12, description="Images per prompt, G.")
+    prompts_per_iteration: Positive = Field(8, description="Prompts per iteration over all processes, P.")
+    shared_noise: bool = Field(True, description="Every image of a group starts from the same noise.")
+    window: WindowConfig | None = Field(None, description="Limit stochastic steps to a window; null for all steps.")
+    batch_size: Positive = Field(96, description="Images denoised at once.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RolloutConfig":
+        if self.kernel == "cps" and self.eta >= 2:
+            raise ValueError(f"eta {self.eta} is outside cps's range: above 0 and below 2 (1 renoises fully)")
+        if self.window and self.window.start + self.window.size > self.steps - 1:
+            raise ValueError(
+                f"window of {self.window.size} from step {self.window.start} does not fit: "
+                f"the first {self.steps - 1} of {self.steps} steps can be stochastic"
+            )
+        return self
+
+
+class RewardConfig(Section):
+    """One judge."""
+
+    name: str = Field(description="A name of trainer.rewards.REWARDS.")
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Weight of its advantages.")
+    threshold: float | None = Field(None, description="Turn the score into 1 above this value and 0 otherwise.")
+    options: dict[str, Any] = Field({}, description="Options of this reward, such as the path of its weights.")
+
+
+class ObjectiveConfig(Section):
+    """How rewards become an update."""
+
+    train_steps: Literal["random", "first", "all"] = Field(
+        "random", description="Which stochastic steps are trained: a random share, the first share, or all."
+    )
+    step_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.6, description="The share of stochastic steps trained."
+    )
+    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="Clip range of the probability ratio.")
+    advantage_clip: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest absolute advantage.")
+    combine: Literal["advantages", "sum", "gdpo"] = Field(
+        "advantages", description="Mix rewards by normalised advantages, by raw sum, or by GDPO."
+    )
+    normalize: Literal["group", "global-std", "global"] = Field(
+        "group", description="Baseline and spread: of the group, group mean with the spread of all, or of all (DDPO)."
+    )
+    spread_floor: Annotated[float, Field(gt=0)] = Field(1e-6, description="Groups with less spread are skipped.")
+    best_of_n: int | None = Field(None, ge=2, multiple_of=2, description="Train on the best and worst of each group.")
+    updates: Positive = Field(1, description="Optimizer steps per iteration.")
+    ratio: Literal["plain", "guard"] = Field("plain", description="Probability ratio: plain or GRPO-Guard's.")
+    kl_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the velocity distance to the base.")
+    batch_size: Positive = Field(96, description="Predictions per forward and backward pass.")
+
+
+class LoraConfig(Section):
+    """The adapter that learns."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of the LoRA.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
+    targets: list[str] | None = Field(None, min_length=1, description="Module name endings; null for the family's own.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Moving average of the LoRA; 0 is off.")
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Learning rate.")
+    warmup: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="Decay of AdamW's first and second moments."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="Weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
+
+
+class EvaluationConfig(Section):
+    """Deterministic sampling on fixed, held-out prompts and seeds."""
+
+    texts: list[str] = Field([], description="Held-out prompts written here.")
+    file: str | None = Field(None, description="File of held-out prompts, as for prompts.file.")
+    shapes: int | None = Field(None, ge=1, description="Up to this many held-out prompts per task of the shapes world.")
+    images_per_prompt: Annotated[int, Field(ge=1)] = Field(4, description="Images per held-out prompt.")
+    every: int = Field(0, ge=0, description="Also evaluate every so many iterations; 0 only before and after.")
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Sampling steps; null as in rollout.")
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None, description="Guidance; null as in rollout."
+    )
+    seed: int = Field(1234, ge=0, description="Seed of the fixed noise.")
+    rewards: list[RewardConfig] = Field([], description="Further judges that only watch.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvaluationConfig":
+        if sum([bool(self.texts), self.file is not None, self.shapes is not None]) > 1:
+            raise ValueError("give evaluation prompts in at most one of texts, file and shapes")
+        if len(set(self.texts)) != len(self.texts):
+            raise ValueError("texts holds a prompt more than once")
+        return self
+
+
+class GuardConfig(Section):
+    """When a run that goes wrong stops by itself, keeping its best LoRA."""
+
+    reward_drop: Annotated[float, Field(gt=0)] = Field(
+        3.0, description="Stop when the smoothed reward is this many within-group spreads below its best."
+    )
+    ratio_deviation: Annotated[float, Field(gt=0)] = Field(
+        0.5, description="Stop when the mean |ratio - 1| of an iteration is above this."
+    )
+    gradient_factor: Annotated[float, Field(gt=1)] = Field(
+        1000.0, description="Stop when the gradient norm is this many times its running median."
+    )
+    patience: Positive = Field(5, description="Iterations in a row a sign must last.")
+    max_dropped: Positive = Field(100, description="Stop after so many samples without a finite reward.")
+    max_bad_updates: Positive = Field(5, description="Stop after so many updates without a finite loss.")
+
+
+class RuntimeConfig(Section):
+    """How long, where, and how often things are saved."""
+
+    iterations: Positive = Field(100, description="Iterations of the whole run.")
+    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto uses a GPU where there is one.")
+    checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept.")
+    samples_every: int = Field(10, ge=0, description="Iterations between sample grids of the rollout; 0 is never.")
+    guard: GuardConfig = GuardConfig()
+
+
+class RunConfig(Section):
+    """The complete description of a run."""
+
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: Annotated[list[RewardConfig], Field(min_length=1)]
+    objective: ObjectiveConfig = ObjectiveConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @field_validator("rewards")
+    @classmethod
+    def _distinct(cls, rewards: list[RewardConfig]) -> list[RewardConfig]:
+        if len({reward.name for reward in rewards}) != len(rewards):
+            raise ValueError("a reward is named more than once")
+        return rewards
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        rollout, objective = self.rollout, self.objective
+        if objective.best_of_n and objective.best_of_n > rollout.group_size:
+            raise ValueError(
+                f"objective.best_of_n {objective.best_of_n} is above rollout.group_size {rollout.group_size}"
+            )
+        members = objective.best_of_n or rollout.group_size
+        if rollout.prompts_per_iteration % objective.updates and members % objective.updates:
+            raise ValueError(
+                f"objective.updates {objective.updates} divides neither rollout.prompts_per_iteration "
+                f"{rollout.prompts_per_iteration} nor the {members} trained images of a group"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# ------------------------------------------------------------------------------------------------------- reading them
+
+
+def read_config(path: Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a run description from YAML or JSON.
+
+    Args:
+        overrides: settings such as `rollout.eta=0.5`, applied in order.
+
+    Raises:
+        BadInput: naming the field, the value and what is accepted.
+    """
+    return parse_config(read_mapping(path), overrides)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The file's content as a mapping, not validated yet."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"run description {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"run description {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise BadInput(
+            f"run description {path} must be a mapping with the sections {', '.join(RunConfig.model_fields)}"
+        )
+    return data
+
+
+def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
+    """Validate a description given as plain data.
+
+    Raises:
+        BadInput: the first few faults, one sentence each.
+    """
+    data = json.loads(json.dumps(data))
+    for override in overrides:
+        _override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise BadInput(describe(error)) from error
+
+
+def preset(name: str) -> dict[str, Any]:
+    """A preset's plain data.
+
+    Raises:
+        BadInput: no such preset.
+    """
+    if name not in preset_names():
+        raise BadInput(f"preset {name!r} is unknown; choose one of {', '.join(preset_names())}")
+    return read_mapping(PRESETS / f"{name}.yaml")
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise BadInput(f"setting {override!r} is not of the form section.field=value")
+    *parents, last = key.strip().split(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"setting {key}: {text!r} is not a YAML value") from error
+    place = data
+    for parent in parents:
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else place[_index(place, parent, key)]
+        if not isinstance(place, dict | list):
+            raise BadInput(f"setting {key}: {parent} is not a section")
+    place[last if isinstance(place, dict) else _index(place, last, key)] = value
+
+
+def _index(place: list, text: str, key: str) -> int:
+    if not text.isdigit() or int(text) >= len(place):
+        raise BadInput(f"setting {key}: {text} is not an index below {len(place)}")
+    return int(text)
+
+
+def describe(error: ValidationError) -> str:
+    """Pydantic's findings as sentences that name the field, the value and what is accepted."""
+    sentences = []
+    for fault in error.errors()[:5]:
+        field = ".".join(str(part) for part in fault["loc"]) or "run description"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            sentences.append(f"{field} is not a setting; check the spelling (docs/configuration.md lists them all)")
+        elif fault["type"] == "missing":
+            sentences.append(f"{field} is missing")
+        elif fault["type"] == "value_error":
+            sentences.append(f"{field}: {message}")
+        else:
+            sentences.append(f"{field} is {fault['input']!r}: {message[0].lower()}{message[1:]}")
+    return "; ".join(sentences)

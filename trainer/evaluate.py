@@ -1,0 +1,100 @@
+"""Deterministic sampling on held-out prompts with fixed noise, and what the judges say of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import rewards as judges
+from .distributed import Processes
+from .models import DiffusionModel
+from .prompting import PromptSet
+from .rollout import Plan, Prompting, decode, sample
+from .schedule import sigma_schedule
+from .seeds import noise
+
+SHOWN = 24  # images kept for the pictures
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """
+    Attributes:
+        rewards: mean per judge.
+        spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
+        categories: per judge, mean per category.
+        images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, on the first process only.
+    """
+
+    rewards: dict[str, float]
+    spread: dict[str, float | None]
+    categories: dict[str, dict[str, float]]
+    images: Tensor
+
+    def record(self) -> dict:
+        """Plain data, without the images."""
+        return {"rewards": self.rewards, "spread": self.spread, "categories": self.categories}
+
+
+@torch.no_grad()
+def evaluate(
+    model: DiffusionModel,
+    prompts: PromptSet,
+    prompting: Prompting,
+    rewards: dict[str, judges.Reward],
+    processes: Processes,
+    *,
+    steps: int,
+    shift: float,
+    guidance_scale: float,
+    images_per_prompt: int,
+    seed: int,
+    batch: int,
+) -> Evaluation:
+    """Sample `images_per_prompt` images of each prompt from noise that depends on the seed and the prompt's text alone."""
+    sigmas = sigma_schedule(steps, shift)
+    plan = Plan("ode", 0.0, sigmas, [False] * steps, False, guidance_scale)
+    pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
+    scores: list[tuple[int, dict[str, float]]] = []
+    shown: list[tuple[int, Tensor]] = []
+    picture = set(torch.linspace(0, len(prompts.texts) - 1, min(SHOWN, len(prompts.texts))).round().int().tolist())
+    mine = [pairs[i] for i in processes.share(len(pairs))]
+    for start in range(0, len(mine), batch):
+        part = mine[start : start + batch]
+        index = torch.tensor([p for p, _ in part], device=model.device)
+        initial = torch.stack([noise(model.latent_shape, seed, prompts.texts[p], k) for p, k in part])
+        sampled = sample(model, plan, prompting, index, initial.to(model.device), lambda _: initial, batch=batch)
+        images = decode(model, sampled.final, batch)
+        texts = [prompts.texts[p] for p, _ in part]
+        columns = {name: judges.score(reward, images, texts).tolist() for name, reward in rewards.items()}
+        for row, (p, k) in enumerate(part):
+            scores.append((p, {name: column[row] for name, column in columns.items()}))
+            if k == 0 and p in picture:
+                shown.append((p, images[row].cpu()))
+    scores = processes.gather(scores)
+    shown = processes.gather(shown)
+    return _summary(prompts, rewards, scores, shown)
+
+
+def _summary(prompts: PromptSet, rewards: dict, scores: list, shown: list) -> Evaluation:
+    means, spread, categories = {}, {}, {}
+    owner = torch.tensor([p for p, _ in scores])
+    for name in rewards:
+        column = torch.tensor([row[name] for _, row in scores], dtype=torch.float64)
+        finite = column.isfinite()
+        groups = [column[finite & (owner == p)] for p in range(len(prompts.texts))]
+        means[name] = _mean(column[finite])
+        spread[name] = (
+            _mean(torch.stack([g.std() for g in groups if len(g) > 1])) if any(len(g) > 1 for g in groups) else None
+        )
+        labels = sorted(set(prompts.categories) - {""}, key=prompts.categories.index)
+        categories[name] = {
+            label: _mean(torch.cat([g for g, c in zip(groups, prompts.categories, strict=True) if c == label]))
+            for label in labels
+        }
+    images = torch.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
+    return Evaluation(means, spread, categories, images)
+
+
+def _mean(values: Tensor) -> float:
+    return values.mean().item() if len(values) else float("nan")

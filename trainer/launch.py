@@ -1,0 +1,115 @@
+"""Starting, waiting for and stopping the processes of a run. The only file that starts any; never through a shell."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .run import RunDirectory
+
+START_FILE = Path(__file__).resolve().parent / "__main__.py"
+CHILD_MARK = "DANCEGRPO_LAUNCHED"
+_NOT_INHERITED = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)
+
+
+def command(arguments: list[str], processes: int) -> list[str]:
+    """The argument list that runs this program in one process or several on this host."""
+    if processes == 1:
+        return [sys.executable, str(START_FILE), *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launcher, str(START_FILE), *arguments]
+
+
+def environment(gpus: list[int] | None = None) -> dict[str, str]:
+    """The child's environment: nothing of another launcher's, unbuffered UTF-8 output, only the named GPUs."""
+    variables = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", CHILD_MARK: "1"}
+    if gpus is not None:
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
+    return variables
+
+
+def run_and_wait(arguments: list[str], processes: int) -> int:
+    """Run in the foreground; an interrupt at the terminal reaches the child, and is waited for here."""
+    child = subprocess.Popen(command(arguments, processes), env=environment(), stdin=subprocess.DEVNULL)
+    previous = {s: signal.signal(s, lambda number, _: _forward(child, number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _forward(child: subprocess.Popen, number: int) -> None:
+    # A terminal sends SIGINT to the whole foreground group by itself.
+    if number == signal.SIGTERM:
+        child.send_signal(number)
+
+
+def start(arguments: list[str], processes: int, log: Path, gpus: list[int] | None = None) -> int:
+    """Start detached, output going to a log file; returns the process id.
+
+    The child outlives this process: it has its own session (or process group on Windows) and no pipe to us.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    own_session = (
+        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+    )
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            command(arguments, processes),
+            env=environment(gpus),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            **own_session,
+        )
+    return child.pid
+
+
+def stop(run: RunDirectory, grace: float = 8.0) -> bool:
+    """Ask a run to stop, and end its processes when it has not within `grace` seconds.
+
+    Returns:
+        whether it was running. Its newest checkpoint and LoRA stay; it can be resumed.
+    """
+    if not run.is_live():
+        return False
+    run.request_stop()
+    deadline = time.monotonic() + grace
+    while run.is_live() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if run.is_live():
+        kill_tree(run.status()["launcher"])
+        run.acquire()
+        run.write_status("stopped")
+        run.release()
+    run.stop_file.unlink(missing_ok=True)
+    return True
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all its descendants, collected first because launchers re-parent them."""
+    import psutil
+
+    try:
+        root = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return
+    family = [*root.children(recursive=True), root]
+    for process in family:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, timeout=5)

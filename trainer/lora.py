@@ -1,0 +1,106 @@
+"""The adapter that learns: inject it, read and write its weights, save it under the names ComfyUI loads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoraConfig
+from .errors import BadInput
+from .files import write_atomically
+
+ADAPTER = "default"
+
+
+def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> list[str]:
+    """Add a LoRA with float32 weights to every target of a frozen network; it starts as the identity.
+
+    Args:
+        targets: endings of module names, used where the configuration names none.
+
+    Returns:
+        names of the modules that carry it.
+
+    Raises:
+        BadInput: a target matches nothing.
+    """
+    import peft
+
+    wanted = config.targets or list(targets)
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise BadInput(f"lora.targets: {target!r} matches no linear layer of this model, such as {names[0]!r}")
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0), module
+    )
+    torch.random.set_rng_state(state)
+    for parameter in parameters(module).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    return sorted({name.rsplit(".lora_", 1)[0] for name in parameters(module)})
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA's parameters by name, in a fixed order."""
+    return {name: p for name, p in module.named_parameters() if f".{ADAPTER}." in name and ".lora_" in name}
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """Inside, the network is the base model."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [child for child in module.modules() if isinstance(child, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def swapped(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the LoRA has other weights, such as their moving average."""
+    live = parameters(module)
+    kept = {name: p.detach().clone() for name, p in live.items()}
+    load(module, weights)
+    try:
+        yield
+    finally:
+        load(module, kept)
+
+
+@torch.no_grad()
+def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the LoRA's weights, by parameter name."""
+    for name, parameter in parameters(module).items():
+        parameter.copy_(weights[name])
+
+
+def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str]) -> dict[str, Tensor]:
+    """Weights under the names ComfyUI loads, with the `.alpha` without which it would apply scale 1.
+
+    Args:
+        weights: by parameter name, `<module>.lora_A.default.weight`.
+        key: maps a module's name to ComfyUI's.
+    """
+    result: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        module, _, rest = name.partition(".lora_")
+        result[f"{key(module)}.lora_{rest[0]}.weight"] = value.detach().float().cpu().contiguous()
+        result[f"{key(module)}.alpha"] = torch.tensor(float(alpha))
+    return result
+
+
+def save(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a LoRA file in one piece."""
+    from safetensors.torch import save as serialize
+
+    write_atomically(path, serialize(weights, metadata))

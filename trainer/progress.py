@@ -1,0 +1,109 @@
+"""What a run prints: a progress bar on a terminal, plain lines otherwise, and a table at the end."""
+
+import sys
+import time
+from pathlib import Path
+
+from .run import RunDirectory
+
+
+class Progress:
+    """Listens to a run's events.
+
+    Args:
+        iterations: of the whole run.
+        done: iterations that a resumed run already has.
+    """
+
+    def __init__(self, iterations: int, done: int = 0) -> None:
+        self.iterations, self.first, self.started = iterations, done, time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=iterations, initial=done, unit="it", dynamic_ncols=True)
+
+    def __call__(self, event: dict) -> None:
+        if "evaluation" in event:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in event["evaluation"]["rewards"].items())
+            self._say(f"held-out at iteration {event['evaluation']['iteration']}: {values}")
+            return
+        rewards = {name: value["mean"] for name, value in event["rewards"].items()}
+        text = " ".join(f"{name} {value:.4f}" for name, value in rewards.items() if value is not None)
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+            self.bar.update(event["iteration"] - self.bar.n)
+            return
+        done = event["iteration"] - self.first
+        left = (time.monotonic() - self.started) / done * (self.iterations - event["iteration"])
+        print(
+            f"iteration {event['iteration']}/{self.iterations}  {text}  {event['seconds']['total']:.2f} s"
+            f"  ratio off by {event['ratio']['max_deviation_before_update']:.1e} before, clipped"
+            f" {event['clip_fraction']:.0%}  {duration(left)} left",
+            flush=True,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, or hours and minutes."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def table(summary: dict) -> str:
+    """Held-out scores before and after, whole and per category."""
+    before, after = summary["eval"]["before"], summary["eval"]["after"]
+    if not before or not after:
+        return ""
+    lines = [f"{'held-out score':28s} {'before':>8s} {'after':>8s} {'change':>8s}"]
+    for name, value in before["rewards"].items():
+        lines.append(_row(name, value, after["rewards"][name]))
+        spread = before["spread"][name]
+        if spread:
+            gain = (after["rewards"][name] - value) / spread
+            lines.append(f"{'  in within-prompt spreads':28s} {'':8s} {'':8s} {gain:+8.2f}")
+        for category, share in before["categories"][name].items():
+            lines.append(_row(f"  {category}", share, after["categories"][name][category]))
+    return "\n".join(lines)
+
+
+def _row(name: str, before: float, after: float) -> str:
+    return f"{name:28s} {before:8.4f} {after:8.4f} {after - before:+8.4f}"
+
+
+def closing(summary: dict, run: RunDirectory) -> str:
+    """The last words of a run."""
+    events = run.events()
+    pace = sum(e["seconds"]["total"] for e in events) / len(events) if events else 0.0
+    lines = [
+        table(summary),
+        "",
+        f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
+    ]
+    if events:
+        lines.append(
+            f"model evaluations per image: {events[-1]['evaluations_per_image']:.2f}; largest deviation of the ratio from 1 "
+            f"before an update: {max(e['ratio']['max_deviation_before_update'] for e in events):.1e}"
+        )
+    lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]
+    return "\n".join(lines).strip()
+
+
+def _files(folder: Path) -> list[tuple[str, Path]]:
+    return [
+        ("LoRA", folder / "lora.safetensors"),
+        ("curve", folder / "report" / "reward_curve.png"),
+        ("pictures", folder / "report" / "before_after.png"),
+        ("summary", folder / "report" / "summary.json"),
+    ]
