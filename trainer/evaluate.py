@@ -63,7 +63,7 @@ def evaluate(
         part = mine[start : start + batch]
         index = torch.tensor([p for p, _ in part], device=model.device)
         initial = torch.stack([noise(model.latent_shape, seed, prompts.texts[p], k) for p, k in part])
-        sampled = sample(model, plan, prompting, index, initial.to(model.device), lambda _: initial, batch=batch)
+        sampled = sample(model, plan, prompting, index, initial.to(model.device), no_noise, batch=batch)
         images = decode(model, sampled.final, batch)
         texts = [prompts.texts[p] for p, _ in part]
         columns = {name: judges.score(reward, images, texts).tolist() for name, reward in rewards.items()}
@@ -74,6 +74,11 @@ def evaluate(
     scores = processes.gather(scores)
     shown = processes.gather(shown)
     return _summary(prompts, rewards, scores, shown)
+
+
+def no_noise(step: int) -> Tensor:
+    """Deterministic trajectories have no stochastic step to draw noise for."""
+    raise AssertionError(f"step {step} is deterministic")
 
 
 def _summary(prompts: PromptSet, rewards: dict, scores: list, shown: list) -> Evaluation:

@@ -81,23 +81,23 @@ class Statistics:
         return Statistics(*summed, largest, self.actions + other.actions, self.evaluations + other.evaluations)
 
     def totals(self, processes: Processes) -> dict[str, float]:
-        """Plain numbers over all processes."""
+        """Plain numbers over all processes (the evaluations are this process's own)."""
         here = {name: getattr(self, name).item() for name in SUMS}
-        here |= {"largest": self.largest.item(), "actions": self.actions}
+        here |= {"largest": self.largest.item(), "actions": self.actions, "evaluations": self.evaluations}
         everywhere = processes.gather([here])
         totals = {name: sum(part[name] for part in everywhere) for name in (*SUMS, "actions")}
-        return totals | {"largest": max(part["largest"] for part in everywhere)}
+        largest = max(part["largest"] for part in everywhere)
+        return totals | {"largest": largest, "evaluations": self.evaluations}
 
 
 @dataclass
 class Actions:
-    """What an update trains on: trajectories with advantages, and what is needed to score them again."""
+    """What an update trains on: trajectories, and what is needed to score them again."""
 
     plan: Plan
     prompting: Prompting
     trajectories: Trajectories
     prompt_of: Tensor
-    advantages: Tensor
     sigmas: Tensor = field(init=False)
     position: Tensor = field(init=False)
 
@@ -111,6 +111,7 @@ class Actions:
 def accumulate(
     model: DiffusionModel,
     actions: Actions,
+    advantages: Tensor,
     batch: Batch,
     config: ObjectiveConfig,
     total: int,
@@ -149,7 +150,7 @@ def accumulate(
         scale = 1 / (sigma - sigma_next)[row_of].float()
     else:
         ratio, scale = objective.probability_ratio(replay.log_prob, old), 1.0
-    loss = objective.clipped_objective(ratio, actions.advantages[member], config.clip_range) * scale
+    loss = objective.clipped_objective(ratio, advantages[member], config.clip_range) * scale
     if config.kl_weight:
         with torch.no_grad(), lora.disabled(model.module):
             reference = predict()
@@ -192,6 +193,7 @@ def split(members: list[list[int]], updates: int) -> list[list[int]]:
 def train(
     model: DiffusionModel,
     actions: Actions,
+    advantages: Tensor,
     mine: list[tuple[int, int]],
     total: int,
     config: ObjectiveConfig,
@@ -201,10 +203,11 @@ def train(
     """Accumulate the gradient of this process's actions of one update.
 
     Args:
+        advantages: `[B]`, of this process's trajectories.
         mine: (trajectory, step) pairs of this process.
         total: number of actions of the update over all processes.
     """
     prompt_of = actions.prompt_of.tolist()
     for batch in batches(mine, prompt_of, actions.plan.shared_step, config.batch_size):
         between_calls()
-        accumulate(model, actions, batch, config, total, statistics)
+        accumulate(model, actions, advantages, batch, config, total, statistics)

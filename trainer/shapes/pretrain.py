@@ -1,7 +1,8 @@
-"""How the embedded model was made. Three commands, in this order, write the folder `weights/`:
+"""How the embedded model was made. These commands, in this order, write the folder `weights/`:
 
-    python -m trainer.shapes.pretrain vae   --minutes 8
-    python -m trainer.shapes.pretrain flow  --minutes 60
+    python -m trainer.shapes.pretrain vae  --minutes 16
+    python -m trainer.shapes.pretrain flow --minutes 56
+    python -m trainer.shapes.pretrain vae  --minutes 12 --resume --decoder-only
     python -m trainer.shapes.pretrain score
 
 The flow model is taught with noisy captions (`CAPTION_NOISE`), as real models are by web data: every skill is
@@ -108,12 +109,19 @@ def load_vae() -> torch.nn.Module:
     return AutoencoderTiny.from_pretrained(WEIGHTS / "vae").float()
 
 
-def train_vae(minutes: float, resume: bool, seed: int = 0, batch: int = 24, learning_rate: float = 6e-4) -> None:
-    """Train the autoencoder on images of the world for a time, then save it."""
+def train_vae(
+    minutes: float, resume: bool, decoder_only: bool, seed: int = 0, batch: int = 24, learning_rate: float = 6e-4
+) -> None:
+    """Train the autoencoder on images of the world for a time, then save it.
+
+    Args:
+        decoder_only: leave the latents as they are, so that a flow model trained on them stays valid.
+    """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng = random.Random(seed + decoder_only)
     vae = (load_vae() if resume else build_vae()).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=learning_rate, weight_decay=0.0)
+    vae.encoder.requires_grad_(not decoder_only)
+    optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0)
     start, step = time.time(), 0
     while (share := (time.time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
@@ -372,9 +380,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--images", type=int, default=60_000, help="size of the flow stage's data set")
     parser.add_argument("--resume", action="store_true", help="start from the saved weights")
+    parser.add_argument("--decoder-only", action="store_true", help="vae stage: leave the latents as they are")
     args = parser.parse_args()
     if args.stage == "vae":
-        train_vae(args.minutes, args.resume)
+        train_vae(args.minutes, args.resume, args.decoder_only)
     elif args.stage == "flow":
         train_flow(args.minutes, args.images, args.resume)
     else:

@@ -1,0 +1,125 @@
+"""What a run keeps on disk: events, pictures, checkpoints, the LoRA, status and summary. Only the first process writes."""
+
+import json
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+from . import report
+from .config import RunConfig
+from .files import write_atomically, write_json
+from .policy import Policy
+from .run import Checkpoint, RunDirectory
+
+
+class Keeper:
+    """
+    Args:
+        run: where to write; None keeps nothing.
+        config: the run's description.
+        policy: whose LoRA is saved.
+        writes: whether this process is the one that writes.
+    """
+
+    def __init__(self, run: RunDirectory | None, config: RunConfig, policy: Policy, writes: bool) -> None:
+        self.run, self.config, self.policy = run, config, policy
+        self.writes = writes and run is not None
+
+    def status(self, state: str, iteration: int, error: str | None = None) -> None:
+        if self.writes:
+            total = self.config.runtime.iterations
+            self.run.write_status(state, iteration=iteration, iterations=total, error=error)
+
+    def event(self, event: dict) -> None:
+        if self.writes:
+            self.run.append_event(event)
+
+    # -------------------------------------------------------------------------------------------- pictures
+
+    def rollout_picture(self, images: Tensor, iteration: int) -> None:
+        """A row per group, every `samples_every` iterations."""
+        every = self.config.runtime.samples_every
+        if self.writes and every and iteration % every == 0:
+            group = min(self.config.rollout.group_size, 12)
+            picture = report.grid(images[: 4 * group].cpu(), columns=group, largest=96)
+            report.save_picture(self.run.path / "samples" / f"rollout_{iteration:06d}.png", picture)
+
+    def evaluation_picture(self, images: Tensor, iteration: int) -> None:
+        if self.writes:
+            report.save_picture(self._evaluation_path(iteration), report.grid(images, columns=6))
+
+    def _evaluation_path(self, iteration: int) -> Path:
+        return self.run.path / "samples" / f"evaluation_{iteration:06d}.png"
+
+    # --------------------------------------------------------------------------------------------- weights
+
+    def best(self, iteration: int) -> None:
+        """Keep the LoRA as the best so far."""
+        if self.writes:
+            self.policy.save_lora(self.run.path / "best.safetensors", self._metadata(iteration))
+
+    def newest(self, iteration: int, state: dict) -> None:
+        """Checkpoint, then LoRA."""
+        if not self.writes:
+            return
+        keep = self.config.runtime.keep_checkpoints
+        self.run.save_checkpoint(iteration, Checkpoint(self.policy.tensors(), state), keep)
+        self.policy.save_lora(self.run.path / "lora.safetensors", self._metadata(iteration))
+
+    def fall_back_to_best(self) -> None:
+        """Make the best LoRA the run's result."""
+        if self.writes and (self.run.path / "best.safetensors").exists():
+            write_atomically(self.run.path / "lora.safetensors", (self.run.path / "best.safetensors").read_bytes())
+
+    def _metadata(self, iteration: int) -> dict[str, str]:
+        config = self.config
+        return {
+            "base_model": f"{config.model.family} {config.model.path}",
+            "rewards": json.dumps({reward.name: reward.weight for reward in config.rewards}),
+            "iteration": str(iteration),
+            "description": json.dumps(config.model_dump(mode="json")),
+        }
+
+    # ---------------------------------------------------------------------------------------- start and end
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """The newest sound checkpoint; every process reads it."""
+        if self.run is None:
+            return None
+        checkpoint, complaints = self.run.load_checkpoint()
+        if self.writes:
+            for complaint in complaints:
+                print(f"warning: {complaint}", file=sys.stderr)
+        return checkpoint
+
+    def begin(self, iteration: int) -> None:
+        """Forget what a resumed run will do again, and an old request to stop."""
+        if self.writes:
+            self.run.keep_events(iteration)
+            self.run.stop_file.unlink(missing_ok=True)
+
+    def finish(self, state: str, iteration: int, seconds: float, evaluations: list[dict], error: str | None) -> dict:
+        """Write report and status; returns the summary."""
+        summary = {
+            "state": state,
+            "error": error,
+            "iterations": iteration,
+            "seconds": round(seconds, 3),
+            "eval": {
+                "before": evaluations[0] if evaluations else None,
+                "after": evaluations[-1] if len(evaluations) > 1 else None,
+            },
+            "evaluations": evaluations,
+            "lora": str((self.run.path / "lora.safetensors").resolve()) if self.run else None,
+            "lora_modules": len(self.policy.modules),
+        }
+        if self.writes:
+            folder = self.run.path / "report"
+            report.reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
+            if len(evaluations) > 1:
+                first, last = (self._evaluation_path(e["iteration"]) for e in (evaluations[0], evaluations[-1]))
+                report.before_after(first, last, folder / "before_after.png")
+            write_json(folder / "summary.json", summary)
+            self.status(state, iteration, error)
+        return summary

@@ -1,0 +1,101 @@
+"""What learns: the LoRA on a frozen model, its optimizer and its moving average."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import lora
+from .config import RunConfig
+from .distributed import Processes
+from .ema import MovingAverage
+from .models import DiffusionModel
+from .seeds import derive
+
+
+class Policy:
+    """
+    Args:
+        model: with a frozen base; gets the LoRA injected here.
+        config: of the run.
+    """
+
+    def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
+        self.model, self.config = model, config
+        self.modules = lora.inject(
+            model.module, config.lora, model.default_targets, derive(config.runtime.seed, "lora")
+        )
+        self.parameters = lora.parameters(model.module)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.optimizer.learning_rate,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.average = MovingAverage(self.parameters, config.lora.ema_decay) if config.lora.ema_decay else None
+        self.updates = 0
+
+    def step(self, processes: Processes) -> float | None:
+        """One optimizer step with the gradients of all processes.
+
+        Returns:
+            the gradient norm, or None if it was not finite and the step left out.
+        """
+        gradients = []
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        processes.sum_(gradients)
+        config = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm).item()
+        finite = math.isfinite(norm)
+        if finite:
+            warm = min(1.0, (self.updates + 1) / config.warmup) if config.warmup else 1.0
+            self.optimizer.param_groups[0]["lr"] = config.learning_rate * warm
+            self.optimizer.step()
+            if self.average:
+                self.average.update(self.parameters, self.updates)
+            self.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm if finite else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model runs with the moving average where there is one."""
+        if self.average is None:
+            yield
+            return
+        with lora.swapped(self.model.module, self.average.weights):
+            yield
+
+    def save_lora(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the LoRA (its moving average where there is one) under the names ComfyUI loads."""
+        weights = self.average.weights if self.average else self.parameters
+        lora.save(path, lora.comfy_weights(weights, self.config.lora.alpha, self.model.lora_key), metadata)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that changes in training, by name."""
+        tensors = {f"lora/{name}": parameter for name, parameter in self.parameters.items()}
+        if self.average:
+            tensors |= {f"average/{name}": value for name, value in self.average.weights.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"optimizer/{name}/{k}": v for k, v in self.optimizer.state.get(parameter, {}).items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Go back to what `tensors` returned after so many updates."""
+        lora.load(self.model.module, {name: tensors[f"lora/{name}"] for name in self.parameters})
+        if self.average:
+            self.average.weights = {n: tensors[f"average/{n}"].to(p.device) for n, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            prefix = f"optimizer/{name}/"
+            moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = {
+                    k: v.clone() if k == "step" else v.to(parameter.device).clone() for k, v in moments.items()
+                }
+        self.updates = updates
