@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ format: $(VENV)/dev
 
 test: lint  ## Lint, then every test
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/dev  ## Write docs/configuration.md from the settings themselves
+	$(BIN)/python -m trainer.reference > docs/configuration.md
 
 clean:
 	rm -rf $(VENV) runs

@@ -247,7 +247,7 @@ def _train_in(config: RunConfig, run: "RunDirectory", processes: "Processes") ->
     try:
         from .loop import Trainer
 
-        progress = Progress(config.runtime.iterations, run.status().get("iteration", 0)) if processes.is_main else None
+        progress = Progress(config.runtime.iterations) if processes.is_main else None
         trainer = Trainer(config, run, processes, progress or (lambda event: None))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(trainer, "interrupted", True))

@@ -95,6 +95,7 @@ class Trainer:
                 self.evaluate()
             self._save()
         except StopRequested:
+            self.keeper.status("stopping", self.iteration)
             return self._finish("stopped")
         except RunFailed as error:
             self._finish("failed", str(error))
@@ -333,6 +334,7 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self.processes.any(self._asked()):
+            self._save()
             raise StopRequested
 
     def _between_calls(self) -> None:

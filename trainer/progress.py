@@ -1,7 +1,6 @@
 """What a run prints: a progress bar on a terminal, plain lines otherwise, and a table at the end."""
 
 import sys
-import time
 from pathlib import Path
 
 from .run import RunDirectory
@@ -11,17 +10,15 @@ class Progress:
     """Listens to a run's events.
 
     Args:
-        iterations: of the whole run.
-        done: iterations that a resumed run already has.
+        iterations: of the whole run; a resumed run begins with some of them done.
     """
 
-    def __init__(self, iterations: int, done: int = 0) -> None:
-        self.iterations, self.first, self.started = iterations, done, time.monotonic()
-        self.bar = None
+    def __init__(self, iterations: int) -> None:
+        self.iterations, self.seconds, self.seen, self.bar = iterations, 0.0, 0, None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=iterations, initial=done, unit="it", dynamic_ncols=True)
+            self.bar = tqdm(total=iterations, unit="it", dynamic_ncols=True)
 
     def __call__(self, event: dict) -> None:
         if "evaluation" in event:
@@ -31,17 +28,22 @@ class Progress:
         rewards = {name: value["mean"] for name, value in event["rewards"].items()}
         text = " ".join(f"{name} {value:.4f}" for name, value in rewards.items() if value is not None)
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
-            self.bar.update(event["iteration"] - self.bar.n)
+            self._advance_bar(event["iteration"], text)
             return
-        done = event["iteration"] - self.first
-        left = (time.monotonic() - self.started) / done * (self.iterations - event["iteration"])
+        self.seconds, self.seen = self.seconds + event["seconds"]["total"], self.seen + 1
+        left = self.seconds / self.seen * (self.iterations - event["iteration"])
         print(
             f"iteration {event['iteration']}/{self.iterations}  {text}  {event['seconds']['total']:.2f} s"
             f"  ratio off by {event['ratio']['max_deviation_before_update']:.1e} before, clipped"
             f" {event['clip_fraction']:.0%}  {duration(left)} left",
             flush=True,
         )
+
+    def _advance_bar(self, iteration: int, text: str) -> None:
+        if self.bar.n == 0 and iteration > 1:
+            self.bar.initial = self.bar.n = iteration - 1  # what a resumed run had already
+        self.bar.set_postfix_str(text)
+        self.bar.update(iteration - self.bar.n)
 
     def _say(self, text: str) -> None:
         if self.bar is not None:
