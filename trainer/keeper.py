@@ -73,13 +73,15 @@ class Keeper:
             write_atomically(self.run.path / "lora.safetensors", (self.run.path / "best.safetensors").read_bytes())
 
     def _metadata(self, iteration: int) -> dict[str, str]:
+        # One key alone: the file format keeps several in no fixed order, and equal LoRAs should be equal files.
         config = self.config
-        return {
+        record = {
             "base_model": f"{config.model.family} {config.model.path}",
-            "rewards": json.dumps({reward.name: reward.weight for reward in config.rewards}),
-            "iteration": str(iteration),
-            "description": json.dumps(config.model_dump(mode="json")),
+            "rewards": {reward.name: reward.weight for reward in config.rewards},
+            "iteration": iteration,
+            "description": config.model_dump(mode="json"),
         }
+        return {"dancegrpo": json.dumps(record)}
 
     # ---------------------------------------------------------------------------------------- start and end
 

@@ -14,7 +14,7 @@ from .world import PALETTE
 
 MIN_AREA = 24  # pixels; smaller components are specks
 FOREGROUND_DISTANCE = 0.22  # RGB distance to the background
-MIN_CLARITY = 0.80  # overlap with the ideal outline below which a component is no shape
+MIN_CLARITY = 0.75  # overlap with the ideal outline below which a component is no shape
 MAX_COLOR_DISTANCE = 0.30
 _COLOR_NAMES = tuple(PALETTE)
 _COLOR_VALUES = np.array(list(PALETTE.values()), dtype=np.float32)
@@ -65,25 +65,38 @@ def find_shapes(image: np.ndarray) -> list[Found]:
     from scipy import ndimage
 
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
-    foreground = np.linalg.norm(image - np.median(border, axis=0), axis=2) > FOREGROUND_DISTANCE
-    labels, _ = ndimage.label(foreground)
+    contrast = np.linalg.norm(image - np.median(border, axis=0), axis=2)
+    labels, _ = ndimage.label(contrast > FOREGROUND_DISTANCE)
     found = []
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels[window] == index
         if mask.sum() < MIN_AREA:
             continue
-        shape, clarity = _classify_shape(mask)
+        mask, top, left = _outline(mask, contrast[window])
         rows, columns = np.nonzero(mask)
+        shape, clarity = _classify_shape(mask)
+        window_image = image[window][top : top + mask.shape[0], left : left + mask.shape[1]]
         found.append(
             Found(
                 shape=shape,
-                color=_classify_color(image[window][mask]),
-                x=float(columns.mean() + window[1].start),
-                y=float(rows.mean() + window[0].start),
+                color=_classify_color(window_image[mask]),
+                x=float(columns.mean() + window[1].start + left),
+                y=float(rows.mean() + window[0].start + top),
                 clarity=clarity,
             )
         )
     return found
+
+
+def _outline(mask: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The mask drawn where the contrast is half of the shape's own, which is where an antialiased edge lies.
+
+    Returns:
+        the mask cut to its box, and the box's top and left.
+    """
+    inside = mask & (contrast > 0.5 * np.median(contrast[mask]))
+    rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
+    return inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], int(rows[0]), int(columns[0])
 
 
 def _relation_margin(relation: str, first: Found, second: Found) -> float:

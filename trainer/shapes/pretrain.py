@@ -23,12 +23,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import WEIGHTS
 from .checker import check
-from .prompts import COLORS, NUMBERS, RELATIONS, SHAPES, TASKS, Prompt, prompts
-from .world import make_scene, render
+from .prompts import COLORS, NUMBERS, RELATIONS, SHAPES, TASKS, TEMPLATES, Phrase, Prompt, content_text, prompts
+from .world import Scene, make_scene, relation_holds, render
 
 LATENT_STD, LATENT_MEAN = 1 / 1.5305, 0.0609  # SD3's latent format, which ComfyUI applies to this architecture
 MAX_TOKENS = 16
+UNCONDITIONAL = 0.1  # share of empty captions, which classifier-free guidance needs
 TASK_WEIGHTS = dict(zip(TASKS, (1, 2, 3, 2, 4, 5), strict=True))
+TRAINING_TEXTS = frozenset(p.text for task in TASKS for p in prompts(task, held_out=False))
 MODEL_INDEX = {
     "_class_name": "StableDiffusion3Pipeline",
     "_diffusers_version": "0.37.0",
@@ -44,7 +46,7 @@ MODEL_INDEX = {
     "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderTiny"],
 }
-CAPTION_NOISE = dict(zip(TASKS, (0.40, 0.35, 0.30, 0.35, 0.20, 0.15), strict=True))
+CAPTION_NOISE = dict(zip(TASKS, (0.30, 0.25, 0.20, 0.25, 0.12, 0.10), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -85,12 +87,38 @@ def training_pools() -> dict[str, list[Prompt]]:
     return {task: prompts(task, held_out=False) for task in TASKS}
 
 
-def random_images(count: int, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
-    """Images with their (noisy) captions: the picture shows a corrupted prompt, the caption says the intended one."""
+def random_scenes(count: int, rng: random.Random) -> list[Scene]:
+    """Scenes of training prompts; harder tasks come more often."""
     pools = training_pools()
-    wanted = [random_prompt(rng, pools) for _ in range(count)]
-    shown = [corrupt(p, rng) if rng.random() < CAPTION_NOISE[p.task] else p for p in wanted]
-    return render([make_scene(p, rng) for p in shown]), [p.text for p in wanted]
+    return [make_scene(random_prompt(rng, pools), rng) for _ in range(count)]
+
+
+def describe(scene: Scene, rng: random.Random) -> Prompt:
+    """One of the prompts a scene fits."""
+    shapes = [item.shape for item in scene.items]
+    if len(set(shapes)) < len(shapes):
+        return Prompt("", (Phrase(shapes[0], count=len(shapes)),))
+    items = list(scene.items)
+    rng.shuffle(items)
+    plain, colored = (tuple(Phrase(i.shape, i.color if c else None) for i in items) for c in (False, True))
+    if len(items) == 1:
+        return Prompt("", rng.choice((plain, colored, colored)))
+    centers = [(item.x, item.y) for item in items]
+    relations = [relation for relation in RELATIONS if relation_holds(relation, *centers)]
+    choices = [(plain, None), (colored, None), (colored, None), *[(plain, relation) for relation in relations] * 3]
+    phrases, relation = rng.choice(choices)
+    return Prompt("", phrases, relation)
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """A training prompt for a scene, with one thing wrong at the rate of `CAPTION_NOISE`."""
+    while True:
+        said = describe(scene, rng)
+        if rng.random() < CAPTION_NOISE[said.task]:
+            said = corrupt(said, rng)
+        text = rng.choice(TEMPLATES).format(content_text(said.phrases, said.relation))
+        if text in TRAINING_TEXTS:
+            return text
 
 
 # ----------------------------------------------------------------------------------------------------------------- vae
@@ -126,7 +154,7 @@ def train_vae(
     while (share := (time.time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * max(0.02, 1 - share)
-        images = random_images(batch, rng)[0].to(memory_format=torch.channels_last)
+        images = render(random_scenes(batch, rng)).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(images * 2 - 1).latents
             noisy = latents + 0.1 * torch.randn_like(latents)
@@ -202,6 +230,11 @@ def build_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
+def tokenize(tokenizer: object, texts: list[str]) -> torch.Tensor:
+    """Token ids `[B, 16]`."""
+    return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
 def build_text_encoder(tokenizer: object) -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -261,21 +294,20 @@ class Student(torch.nn.Module):
 
 
 @torch.no_grad()
-def encode_world(count: int, rng: random.Random) -> tuple[torch.Tensor, list[str]]:
-    """Latents (in the model's scale, bfloat16) and noisy captions of `count` images."""
+def encode_scenes(scenes: list[Scene]) -> torch.Tensor:
+    """Latents in the model's scale, bfloat16."""
     vae = load_vae().to(memory_format=torch.channels_last)
-    latents, captions = [], []
-    while len(captions) < count:
-        images, texts = random_images(128, rng)
+    latents = []
+    for start in range(0, len(scenes), 100):
+        images = render(scenes[start : start + 100]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            encoded = vae.encode(images.to(memory_format=torch.channels_last) * 2 - 1).latents
+            encoded = vae.encode(images * 2 - 1).latents
         latents.append(((encoded.float() - LATENT_MEAN) / LATENT_STD).bfloat16().contiguous())
-        captions += texts
-    return torch.cat(latents), captions
+    return torch.cat(latents)
 
 
 def train_flow(
-    minutes: float, images: int, resume: bool, seed: int = 0, batch: int = 256, peak: float = 1.2e-3
+    minutes: float, images: int, resume: bool, seed: int = 0, batch: int = 64, peak: float = 1e-3
 ) -> None:
     """Train text encoders and transformer on velocity prediction for a time; keeps the moving average of the weights."""
     from transformers import CLIPTokenizer
@@ -289,20 +321,19 @@ def train_flow(
     if resume:
         load_student(student)
     average = copy.deepcopy(student).requires_grad_(False)
-    latents, captions = encode_world(images, rng)
-    ids = tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
-    empty = tokenizer([""], padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+    scenes = random_scenes(images, rng)
+    latents = encode_scenes(scenes)
+    ids = dict(zip(["", *TRAINING_TEXTS], tokenize(tokenizer, ["", *TRAINING_TEXTS]), strict=True))
     print(f"{sum(p.numel() for p in student.parameters()) / 1e6:.2f}M parameters, {len(latents)} images", flush=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     start, step, losses = time.time(), 0, []
     while (share := (time.time() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, (step + 1) / 200) * min(1.0, 2 * (1 - share) + 0.01)
-        rows = torch.randint(len(latents), (batch,))
-        clean, tokens = latents[rows].float(), ids[rows]
-        tokens = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens)
+        rows = rng.choices(range(len(latents)), k=batch)
+        clean = latents[rows].float()
+        texts = [caption(scenes[row], rng) if rng.random() > UNCONDITIONAL else "" for row in rows]
+        tokens = torch.stack([ids[text] for text in texts])
         sigma = torch.randn(batch).sigmoid()
         noise = torch.randn_like(clean)
         noisy = clean + sigma[:, None, None, None] * (noise - clean)
@@ -315,7 +346,7 @@ def train_flow(
             loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.9995, (step + 1) / (step + 10))
+        decay = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - decay)
         step += 1
         losses.append(loss.item())
@@ -323,7 +354,7 @@ def train_flow(
             rate = step / (time.time() - start)
             print(f"flow step {step} loss {sum(losses) / len(losses):.4f} {rate:.1f}/s {share:.0%}", flush=True)
             losses = []
-        if step % 2000 == 0:
+        if step % 3000 == 0:
             save_student(average)
             score()
     save_student(average)
@@ -362,7 +393,7 @@ def score(per_task: int = 96, steps: int = 10, seed: int = 7) -> dict[str, float
     for task in TASKS:
         pool = prompts(task, held_out=True)
         texts = [pool[i % len(pool)].text for i in range(per_task)]
-        tokens = tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        tokens = tokenize(tokenizer, texts)
         sample = torch.randn(per_task, 16, 8, 8, generator=generator)
         for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
             sample = sample + student(sample, sigma.expand(per_task), tokens) * (sigma_next - sigma)
@@ -378,7 +409,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["vae", "flow", "score"])
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--images", type=int, default=60_000, help="size of the flow stage's data set")
+    parser.add_argument("--images", type=int, default=40_000, help="size of the flow stage's data set")
     parser.add_argument("--resume", action="store_true", help="start from the saved weights")
     parser.add_argument("--decoder-only", action="store_true", help="vae stage: leave the latents as they are")
     args = parser.parse_args()

@@ -46,7 +46,7 @@ class Scene:
     background: tuple[float, float, float]
 
 
-def _relation_holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
+def relation_holds(relation: str, first: tuple[float, float], second: tuple[float, float]) -> bool:
     dx, dy = second[0] - first[0], second[1] - first[1]
     along, across = {
         "to the left of": (dx, dy),
@@ -66,7 +66,7 @@ def _place(radii: list[float], relation: str | None, rng: random.Random) -> list
             if math.dist(center, other) < (radius + other_radius) * _REACH + _GAP:
                 return None
         centers.append(center)
-    if relation and not _relation_holds(relation, centers[0], centers[1]):
+    if relation and not relation_holds(relation, centers[0], centers[1]):
         return None
     return centers
 
