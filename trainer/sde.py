@@ -107,8 +107,8 @@ def _flow_exact(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients:
-    """Coefficient-preserving sampling (FlowCPS, arXiv 2509.05952); eta in [0, 1]."""
-    return _frozen_image(sigma, sigma_next, torch.cos(eta * math.pi / 2))
+    """Coefficient-preserving sampling (FlowCPS, arXiv 2509.05952); eta in [0, 2), 1 renoises fully."""
+    return _frozen_image(sigma, sigma_next, torch.cos(eta * math.pi / 2).abs())
 
 
 def _ode(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients:
