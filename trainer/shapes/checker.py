@@ -72,7 +72,8 @@ def find_shapes(image: np.ndarray) -> list[Found]:
         mask = labels[window] == index
         if mask.sum() < MIN_AREA:
             continue
-        shape, clarity = _classify_shape(mask)
+        # What fills the frame, such as noise, would pass for a square.
+        shape, clarity = (None, 0.0) if mask.shape == foreground.shape else _classify_shape(mask)
         rows, columns = np.nonzero(mask)
         found.append(
             Found(
