@@ -251,12 +251,14 @@ def test_both_ends_are_finite_with_their_gradients(kernel: str, sigma: float, si
     assert (replay.std == 0).all() == (kernel == "ode" or (kernel in EXACT and sigma_next == 0))
 
 
-def test_half_precision_inputs_are_computed_in_float32() -> None:
-    x, v, z = (t.bfloat16() for t in draws(2, 3, 4))
-    half = sde.step("dance", x, v, 0.8, 0.6, 0.5, noise=z)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_inputs_of_any_type_are_computed_in_float32(dtype: torch.dtype) -> None:
+    x, v, z = (t.to(dtype) for t in draws(2, 3, 4))
+    other = sde.step("dance", x, v, 0.8, 0.6, 0.5, noise=z)
     full = sde.step("dance", x.float(), v.float(), 0.8, 0.6, 0.5, noise=z.float())
-    assert torch.equal(half.next_sample, full.next_sample)
-    assert torch.equal(half.log_prob, full.log_prob)
+    assert torch.equal(other.next_sample, full.next_sample)
+    assert torch.equal(other.mean, full.mean)
+    assert torch.equal(other.log_prob, full.log_prob)
 
 
 def test_wrong_arguments_are_named() -> None:
