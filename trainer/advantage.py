@@ -38,9 +38,9 @@ def group_advantages(
         rewards: `[P, G]` (P prompts, G images each) or a mapping from names to such tensors. A sample whose reward is
             NaN or infinite is dropped: it has advantage 0 and does not enter mean or spread.
         weights: of each reward; 1 where absent.
-        combine: `advantages` normalises each reward in its group, weights, adds and renormalises in the group (the
-            paper's mixing); `sum` weights and adds raw rewards; `gdpo` is `advantages` with the last normalisation over
-            all samples (arXiv 2601.05242).
+        combine: `advantages` normalises each reward in its group, weights, adds and normalises again (the paper's
+            mixing); `sum` weights and adds raw rewards; `gdpo` is `advantages` with the last normalisation over all
+            samples (arXiv 2601.05242).
         normalize: `group` (mean and spread of the group), `global-std` (mean of the group, spread of all samples, as
             Flow-GRPO) or `global` (mean and spread of all samples, as DDPO).
         floor: groups whose spread is at most floor x max(1, |mean|) are skipped; also added to the divisor.
@@ -54,7 +54,7 @@ def group_advantages(
     table = {name: value.double() for name, value in table.items()}
     valid = torch.stack([value.isfinite() for value in table.values()]).all(0)
     weight = {name: (weights or {}).get(name, 1.0) for name in table}
-    spread = {name: _masked_mean(_group_std(value, valid), _flat_groups(valid)).item() for name, value in table.items()}
+    spread = {name: _mean_spread(value, valid) for name, value in table.items()}
     if combine == "sum":
         total = sum(weight[name] * torch.where(valid, value, 0.0) for name, value in table.items())
         values, flat = _normalize(total, valid, normalize, floor)
@@ -63,26 +63,32 @@ def group_advantages(
         values = sum(weight[name] * part for name, (part, _) in parts.items())
         flat = torch.stack([flat for _, flat in parts.values()]).all(0)
         if len(table) > 1:
-            values, reflat = _normalize(values, valid & ~flat[:, None], _final(combine), floor)
+            values, reflat = _normalize(
+                values, valid & ~flat[:, None], normalize if combine == "advantages" else "global", floor
+            )
             flat = flat | reflat
     values = torch.where(valid & ~flat[:, None], values, 0.0).clamp(-clip, clip)
     return Advantages(values.float(), flat, ~valid, spread)
 
 
-def best_of_n(advantages: Tensor, keep: int) -> Tensor:
+def best_of_n(advantages: Tensor, keep: int, active: Tensor) -> Tensor:
     """Keep the top and bottom halves of each group.
 
     Args:
         advantages: `[P, G]`.
         keep: how many of each group, even, 2 <= keep <= G.
+        active: `[P, G]` bool, the samples that may be kept.
 
     Returns:
-        `[P, G]` bool: the keep/2 highest and keep/2 lowest of each row.
+        `[P, G]` bool: the keep/2 highest and keep/2 lowest of each row, fewer of both where not so many are active.
     """
-    order = advantages.argsort(dim=1, stable=True)
-    mask = torch.zeros_like(advantages, dtype=torch.bool)
-    half = keep // 2
-    return mask.scatter(1, torch.cat([order[:, :half], order[:, order.shape[1] - half :]], dim=1), True)
+    mask = torch.zeros_like(active)
+    for row, order in enumerate(advantages.argsort(dim=1, stable=True)):
+        candidates = order[active[row, order]]
+        half = min(keep, len(candidates)) // 2
+        mask[row, candidates[:half]] = True
+        mask[row, candidates[len(candidates) - half :]] = True
+    return mask
 
 
 def _check(table: dict[str, Tensor], weights: Mapping[str, float], combine: str, normalize: str) -> None:
@@ -97,42 +103,31 @@ def _check(table: dict[str, Tensor], weights: Mapping[str, float], combine: str,
         raise ValueError(f"normalize {normalize!r} is unknown; choose group, global-std or global")
 
 
-def _final(combine: str) -> str:
-    return "global" if combine == "gdpo" else "group"
-
-
-def _masked_mean(value: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    total, count = (
-        (torch.where(mask, value, 0.0).sum(dim), mask.sum(dim))
-        if dim is not None
-        else (
-            torch.where(mask, value, 0.0).sum(),
-            mask.sum(),
-        )
-    )
-    return total / count.clamp(min=1)
-
-
-def _flat_groups(valid: Tensor) -> Tensor:
-    return valid.sum(1) > 1
+def _group_mean(value: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, value, 0.0).sum(1) / valid.sum(1).clamp(min=1)
 
 
 def _group_std(value: Tensor, valid: Tensor) -> Tensor:
-    centered = value - _masked_mean(value, valid, 1)[:, None]
+    centered = value - _group_mean(value, valid)[:, None]
     variance = torch.where(valid, centered, 0.0).square().sum(1) / (valid.sum(1) - 1).clamp(min=1)
     return variance.sqrt()
 
 
+def _mean_spread(value: Tensor, valid: Tensor) -> float:
+    ranked = valid.sum(1) > 1
+    return _group_std(value, valid)[ranked].mean().item() if ranked.any() else 0.0
+
+
 def _normalize(value: Tensor, valid: Tensor, mode: str, floor: float) -> tuple[Tensor, Tensor]:
     """Centre and scale; also says which groups have too little spread to rank their members."""
-    mean = _masked_mean(value, valid, 1)[:, None]
+    mean = _group_mean(value, valid)[:, None]
     std = _group_std(value, valid)[:, None]
     flat = (std <= floor * mean.abs().clamp(min=1)) | (valid.sum(1, keepdim=True) < 2)
     if mode != "group":
         everything = value[valid]
         std = everything.std().reshape(1, 1) if everything.numel() > 1 else torch.zeros(1, 1).double()
     if mode == "global":
-        mean = _masked_mean(value, valid)[None, None]
+        mean = (everything.mean() if everything.numel() else torch.zeros(())).reshape(1, 1).double()
         flat = (std <= floor * mean.abs().clamp(min=1)).expand_as(flat)
     normalized = torch.where(valid & ~flat, (value - mean) / (std + floor), 0.0)
     return normalized, flat[:, 0]

@@ -119,7 +119,8 @@ class ObjectiveConfig(Section):
     """How rewards become an update."""
 
     train_steps: Literal["random", "first", "all"] = Field(
-        "random", description="Which stochastic steps are trained: a random share, the first share, or all."
+        "random",
+        description="Steps trained: a random or the first share of the stochastic ones, or all; all of a window.",
     )
     step_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.6, description="The share of stochastic steps trained."

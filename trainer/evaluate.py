@@ -51,7 +51,7 @@ def evaluate(
     seed: int,
     batch: int,
 ) -> Evaluation:
-    """Sample `images_per_prompt` images of each prompt from noise that depends on the seed and the prompt's text alone."""
+    """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text."""
     sigmas = sigma_schedule(steps, shift)
     plan = Plan("ode", 0.0, sigmas, [False] * steps, False, guidance_scale)
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
@@ -66,7 +66,7 @@ def evaluate(
         sampled = sample(model, plan, prompting, index, initial.to(model.device), no_noise, batch=batch)
         images = decode(model, sampled.final, batch)
         texts = [prompts.texts[p] for p, _ in part]
-        columns = {name: judges.score(reward, images, texts).tolist() for name, reward in rewards.items()}
+        columns = {name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in rewards.items()}
         for row, (p, k) in enumerate(part):
             scores.append((p, {name: column[row] for name, column in columns.items()}))
             if k == 0 and p in picture:
@@ -89,9 +89,8 @@ def _summary(prompts: PromptSet, rewards: dict, scores: list, shown: list) -> Ev
         finite = column.isfinite()
         groups = [column[finite & (owner == p)] for p in range(len(prompts.texts))]
         means[name] = _mean(column[finite])
-        spread[name] = (
-            _mean(torch.stack([g.std() for g in groups if len(g) > 1])) if any(len(g) > 1 for g in groups) else None
-        )
+        several = [group.std() for group in groups if len(group) > 1]
+        spread[name] = _mean(torch.stack(several)) if several else None
         labels = sorted(set(prompts.categories) - {""}, key=prompts.categories.index)
         categories[name] = {
             label: _mean(torch.cat([g for g, c in zip(groups, prompts.categories, strict=True) if c == label]))

@@ -1,4 +1,4 @@
-"""What a run keeps on disk: events, pictures, checkpoints, the LoRA, status and summary. Only the first process writes."""
+"""What a run keeps on disk: events, pictures, checkpoints, the LoRA, status and summary."""
 
 import json
 import sys

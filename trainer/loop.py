@@ -53,6 +53,8 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0
         self.evaluations: list[dict] = []
         self.interrupted = False
+        if processes.count > config.rollout.prompts_per_iteration * config.rollout.group_size:
+            raise BadInput(f"{processes.count} processes are more than the images of an iteration")
         self.prompts, self.held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
         self.rewards = {r.name: judges.load_reward(r) for r in config.rewards}
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
@@ -185,7 +187,9 @@ class Trainer:
             images = decode(self.model, trajectories.final, config.batch_size)
         texts = [self.prompts.texts[chosen[slot]] for slot, _ in self._members()]
         with clock("reward"):
-            columns = {name: judges.score(reward, images, texts).tolist() for name, reward in self.rewards.items()}
+            columns = {
+                name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in self.rewards.items()
+            }
         self.keeper.rollout_picture(images, self.iteration)
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
@@ -238,7 +242,7 @@ class Trainer:
         objective, seed = self.config.objective, self.config.runtime.seed
         active = ~advantages.dropped & ~advantages.skipped[:, None]
         if objective.best_of_n:
-            active &= best_of_n(advantages.values, objective.best_of_n)
+            active = best_of_n(advantages.values, objective.best_of_n, active)
         groups = [[(slot, g) for g in row.nonzero().flatten().tolist()] for slot, row in enumerate(active)]
         for members in split(groups, objective.updates):
             if not members:
@@ -248,7 +252,7 @@ class Trainer:
                 for member in members
                 for step in trained_steps(
                     plan.stochastic,
-                    objective.train_steps,
+                    "all" if self.config.rollout.window else objective.train_steps,
                     objective.step_fraction,
                     generator(seed, "steps", self.iteration, *member),
                 )

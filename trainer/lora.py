@@ -33,12 +33,11 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise BadInput(f"lora.targets: {target!r} matches no linear layer of this model, such as {names[0]!r}")
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    peft.inject_adapter_in_model(
-        peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0), module
-    )
-    torch.random.set_rng_state(state)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0), module
+        )
     for parameter in parameters(module).values():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)

@@ -94,10 +94,9 @@ def closing(summary: dict, run: RunDirectory) -> str:
         f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
     ]
     if events:
-        lines.append(
-            f"model evaluations per image: {events[-1]['evaluations_per_image']:.2f}; largest deviation of the ratio from 1 "
-            f"before an update: {max(e['ratio']['max_deviation_before_update'] for e in events):.1e}"
-        )
+        deviation = max(event["ratio"]["max_deviation_before_update"] for event in events)
+        lines.append(f"model evaluations per image {events[-1]['evaluations_per_image']:.2f}")
+        lines.append(f"largest deviation of a ratio from 1 before an iteration's first update {deviation:.1e}")
     lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]
     return "\n".join(lines).strip()
 

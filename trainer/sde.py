@@ -55,7 +55,7 @@ def log_prob(next_sample: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         `[B]` float32; exactly 0 where std is 0.
     """
     safe = torch.where(std > 0, std, torch.ones_like(std))
-    squared = ((next_sample - mean) / _like(safe, mean)).square().flatten(1).mean(1)
+    squared = ((next_sample - mean) / _like(safe, mean)).square().reshape(len(mean), -1).mean(1)
     density = -0.5 * squared - safe.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(std > 0, density, torch.zeros_like(density))
 
@@ -107,8 +107,8 @@ def _flow_exact(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients:
-    """Coefficient-preserving sampling (FlowCPS, arXiv 2509.05952); eta in [0, 1]."""
-    return _frozen_image(sigma, sigma_next, torch.cos(eta * math.pi / 2))
+    """Coefficient-preserving sampling (FlowCPS, arXiv 2509.05952); eta in [0, 2), 1 renoises fully."""
+    return _frozen_image(sigma, sigma_next, torch.cos(eta * math.pi / 2).abs())
 
 
 def _ode(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients:

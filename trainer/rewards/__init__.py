@@ -52,4 +52,11 @@ def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     return scores
 
 
-__all__ = ["REWARDS", "Reward", "Threshold", "load_reward", "score"]
+def score_or_nan(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """`score`, but an image that is not finite gets NaN instead of ending everything: its sample is to be dropped."""
+    finite = images.flatten(1).isfinite().all(1)
+    scores = score(reward, torch.where(finite[:, None, None, None], images, 0.0), prompts)
+    return torch.where(finite.cpu(), scores, torch.nan)
+
+
+__all__ = ["REWARDS", "Reward", "Threshold", "load_reward", "score", "score_or_nan"]

@@ -52,7 +52,7 @@ class Sharpness(Reward):
 
 
 class JpegSize(Reward):
-    """Size in kB as a JPEG of quality 95 (ddpo-pytorch): more detail is larger. A negative weight rewards simplicity."""
+    """Size in kB as a JPEG of quality 95 (ddpo-pytorch): more detail is larger; a negative weight asks for less."""
 
     name = "jpeg-size"
     typical_range = (1.0, 300.0)

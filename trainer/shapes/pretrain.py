@@ -306,10 +306,8 @@ def encode_scenes(scenes: list[Scene]) -> torch.Tensor:
     return torch.cat(latents)
 
 
-def train_flow(
-    minutes: float, images: int, resume: bool, seed: int = 0, batch: int = 64, peak: float = 1e-3
-) -> None:
-    """Train text encoders and transformer on velocity prediction for a time; keeps the moving average of the weights."""
+def train_flow(minutes: float, images: int, resume: bool, seed: int = 0, batch: int = 64, peak: float = 1e-3) -> None:
+    """Train text encoders and transformer on velocity prediction for a time; the moving average is kept."""
     from transformers import CLIPTokenizer
 
     torch.manual_seed(seed)

@@ -55,7 +55,8 @@ class Prompt:
         return "colors" if self.phrases[0].color else "single_object"
 
 
-_PHRASE = re.compile(rf"(an?|{'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})s?")
+_NAMES = f"(?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES)})"
+_PHRASE = re.compile(rf"(?:an?|one) {_NAMES}|({'|'.join(NUMBERS[1:])}) {_NAMES}s")
 _JOIN = re.compile(rf" ({'|'.join(RELATIONS)}|and) ")
 _TEMPLATE = re.compile("|".join(re.escape(t.replace("{}", "")) for t in TEMPLATES[1:]))
 
@@ -71,19 +72,26 @@ def parse(text: str) -> Prompt:
     Raises:
         ValueError: the text is not of this world; the message says what is accepted.
     """
-    words = _TEMPLATE.sub("", " ".join(text.lower().split()).rstrip("."), count=1)
-    parts = _JOIN.split(words)
+    words = " ".join(text.lower().split()).rstrip(".")
+    template = _TEMPLATE.match(words)
+    parts = _JOIN.split(words[template.end() :] if template else words)
     matches = [_PHRASE.fullmatch(part) for part in parts[::2]]
     relations = [join for join in parts[1::2] if join != "and"]
-    if not all(matches) or len(relations) > 1 or (relations and len(matches) != 2):
+    phrases = tuple(_phrase(match) for match in matches if match)
+    distinct = len({phrase.shape for phrase in phrases}) == len(parts[::2])
+    related = not relations or (len(parts) == 3 and all(phrase.count == 1 for phrase in phrases))
+    if not distinct or not related:
         raise ValueError(
             f"prompt {text!r} is not of the shapes world: write for example 'a red circle and a blue square', "
-            f"'three triangles' or 'a circle above a square' (shapes {', '.join(SHAPES)}; colours {', '.join(COLORS)})"
+            f"'three triangles' or 'a circle above a square' (each shape once; shapes {', '.join(SHAPES)}; "
+            f"colours {', '.join(COLORS)})"
         )
-    phrases = tuple(
-        Phrase(shape=m[3], color=m[2], count=NUMBERS.index(m[1]) + 1 if m[1] in NUMBERS else 1) for m in matches
-    )
     return Prompt(text=text, phrases=phrases, relation=relations[0] if relations else None)
+
+
+def _phrase(match: re.Match) -> Phrase:
+    color, shape, number, colors, shapes = match.groups()
+    return Phrase(shape or shapes, color or colors, NUMBERS.index(number) + 1 if number else 1)
 
 
 def _contents(task: str) -> list[tuple[tuple[Phrase, ...], str | None]]:

@@ -1,0 +1,144 @@
+"""Rules about the code itself, read from its syntax trees."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINER = ROOT / "trainer"
+FILES = sorted(TRAINER.rglob("*.py"))
+HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "server", "folder_paths", "execution"}
+HOST_FILES = {"models/comfy.py"}
+EXTERNAL_PROCESSES = {"subprocess", "multiprocessing", "pty"}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(TRAINER).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every imported module and its level (0 is absolute)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+def absolute_imports_of_its_own(tree: ast.AST) -> list[str]:
+    return [module for module, level in imports(tree) if level == 0 and module.split(".")[0] == "trainer"]
+
+
+def host_imports(tree: ast.AST) -> list[str]:
+    return [module for module, level in imports(tree) if level == 0 and module.split(".")[0] in HOST]
+
+
+def process_starters(tree: ast.AST) -> list[str]:
+    """Imports of process modules, and calls such as os.system."""
+    found = [module for module, level in imports(tree) if level == 0 and module.split(".")[0] in EXTERNAL_PROCESSES]
+    prefixes = ("os.system", "os.popen", "os.exec", "os.spawn", "os.fork", "os.posix_spawn", "os.startfile")
+    return found + [call for call, _ in calls(tree) if call.startswith(prefixes)]
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def dangers(tree: ast.AST) -> list[str]:
+    """Ways to run what a file or a text says."""
+    modules = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+    found = [module for module, _ in imports(tree) if module.split(".")[0] in modules]
+    for call, node in calls(tree):
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        unsafe_load = call == "torch.load" and keywords.get("weights_only") != "True"
+        unsafe_yaml = call in ("yaml.load", "yaml.unsafe_load", "yaml.full_load")
+        shell = keywords.get("shell", "False") != "False"
+        remote = keywords.get("trust_remote_code", "False") != "False"
+        if call in ("eval", "exec", "compile", "__import__") or unsafe_load or unsafe_yaml or shell or remote:
+            found.append(ast.unparse(node))
+    return found
+
+
+def tree(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"sde.py", "models/sd3.py", "shapes/checker.py", "rewards/rules.py"} <= {name(path) for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_inside_the_trainer_imports_are_relative(path: Path) -> None:
+    # It is imported under two names: as a part of the pack, and as the top-level package of the background process.
+    expected = ["trainer.cli"] if name(path) == "__main__.py" else []
+    assert absolute_imports_of_its_own(tree(path)) == expected
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_relative_imports_stay_inside_and_lead_somewhere(path: Path) -> None:
+    for module, level in imports(tree(path)):
+        if level == 0:
+            continue
+        folder = path.parents[level - 1]
+        assert folder == TRAINER or TRAINER in folder.parents, module
+        target = folder.joinpath(*module.split(".")) if module else folder
+        assert target.with_suffix(".py").is_file() or (target / "__init__.py").is_file(), module
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_the_trainer_knows_nothing_of_its_host(path: Path) -> None:
+    assert name(path) in HOST_FILES or host_imports(tree(path)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_only_the_launcher_starts_processes(path: Path) -> None:
+    assert name(path) == "launch.py" or process_starters(tree(path)) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_nothing_runs_what_a_file_says(path: Path) -> None:
+    assert dangers(tree(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "rule"),
+    [
+        ("import trainer.sde", absolute_imports_of_its_own),
+        ("from trainer import sde", absolute_imports_of_its_own),
+        ("def f():\n    import comfy.utils", host_imports),
+        ("from server import PromptServer", host_imports),
+        ("from subprocess import run", process_starters),
+        ("import os\nos.system('ls')", process_starters),
+        ("eval(text)", dangers),
+        ("import pickle", dangers),
+        ("torch.load(path)", dangers),
+        ("torch.load(path, weights_only=False)", dangers),
+        ("yaml.load(file, Loader=yaml.Loader)", dangers),
+        ("run(command, shell=True)", dangers),
+    ],
+)
+def test_the_rules_see_what_they_forbid(code: str, rule: object) -> None:
+    assert rule(ast.parse(code))
+
+
+def test_the_rules_let_the_allowed_pass() -> None:
+    code = (
+        "from . import sde\nfrom ..config import x\ntorch.load(p, weights_only=True)\nyaml.safe_load(f)\nre.compile(r)"
+    )
+    for rule in (absolute_imports_of_its_own, host_imports, process_starters, dangers):
+        assert rule(ast.parse(code)) == []
+
+
+@pytest.mark.parametrize("module", ["config", "sde", "rewards", "models", "cli"])
+def test_light_modules_load_no_heavy_library(module: str) -> None:
+    # The host loads them at its own start.
+    heavy = ("diffusers", "peft", "transformers", "scipy", "matplotlib")
+    code = f"import sys, trainer.{module}; print(*[m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
