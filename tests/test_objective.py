@@ -110,6 +110,7 @@ class LinearModel(DiffusionModel):
 class Scene:
     model: LinearModel
     actions: Actions
+    advantages: Tensor
     pairs: list[tuple[int, int]]
 
 
@@ -133,9 +134,9 @@ def scene(kernel: str, shared_noise: bool = True) -> Scene:
     for parameter in lora.parameters(model.module).values():
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
     advantages = torch.tensor([1.5, -0.5, -1.0, 0.7, 0.9, -1.6])
-    actions = Actions(plan, prompting, kept, prompt_of, advantages)
+    actions = Actions(plan, prompting, kept, prompt_of)
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in range(3) if (t + s) % 4]
-    return Scene(model, actions, pairs)
+    return Scene(model, actions, advantages, pairs)
 
 
 def weights(model: LinearModel) -> dict[str, np.ndarray]:
@@ -171,7 +172,7 @@ def reference_loss(
             difference, scale = (difference + drift) * std, 1 / -dt
         ratio = math.exp(difference)
         ratios.append(ratio)
-        total += brute_force(ratio, stage.actions.advantages[t].item(), config.clip_range) * scale
+        total += brute_force(ratio, stage.advantages[t].item(), config.clip_range) * scale
         total += config.kl_weight * np.mean((v - v_base) ** 2)
     return total / len(stage.pairs), ratios
 
@@ -203,7 +204,7 @@ def test_gradient_of_the_update_equals_finite_differences(kernel: str, settings:
     assert bound == 0 if config.clip_range == 0.5 else 0 < bound < len(ratios)
 
     statistics = Statistics.zeros(torch.device("cpu"))
-    train(stage.model, stage.actions, stage.pairs, len(stage.pairs), config, statistics, lambda: None)
+    train(stage.model, stage.actions, stage.advantages, stage.pairs, len(stage.pairs), config, statistics, lambda: None)
     for name, found in gradients(stage.model).items():
         expected = np.zeros_like(found)
         for place in np.ndindex(*found.shape):
@@ -227,7 +228,16 @@ def test_update_does_not_depend_on_how_it_is_divided() -> None:
         config = ObjectiveConfig(clip_range=0.5, batch_size=batch_size)
         statistics = Statistics.zeros(torch.device("cpu"))
         for part in parts:
-            train(stage.model, stage.actions, stage.pairs[part], len(stage.pairs), config, statistics, lambda: None)
+            train(
+                stage.model,
+                stage.actions,
+                stage.advantages,
+                stage.pairs[part],
+                len(stage.pairs),
+                config,
+                statistics,
+                lambda: None,
+            )
         return gradients(stage.model)
 
     whole = run([slice(None)], 96)
@@ -239,7 +249,16 @@ def test_update_does_not_depend_on_how_it_is_divided() -> None:
 def test_steps_to_the_objective_raise_it() -> None:
     stage, config = scene("dance"), ObjectiveConfig(clip_range=0.5)
     before = weights(stage.model)
-    train(stage.model, stage.actions, stage.pairs, len(stage.pairs), config, Statistics.zeros("cpu"), lambda: None)
+    train(
+        stage.model,
+        stage.actions,
+        stage.advantages,
+        stage.pairs,
+        len(stage.pairs),
+        config,
+        Statistics.zeros("cpu"),
+        lambda: None,
+    )
     after = {name: before[name] - 1e-3 * value for name, value in gradients(stage.model).items()}
     assert reference_loss(stage, after, "dance", config)[0] < reference_loss(stage, before, "dance", config)[0]
 

@@ -232,10 +232,10 @@ Grads = dict[str, Tensor]
 def update(
     model: DiffusionModel, plan: Plan, prompting: Prompting, kept: Trajectories, config: ObjectiveConfig
 ) -> tuple[Grads, Statistics]:
-    actions = Actions(plan, prompting, kept, PROMPT_OF, ADVANTAGES)
+    actions = Actions(plan, prompting, kept, PROMPT_OF)
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in kept.steps]
     statistics = Statistics.zeros(CPU)
-    train(model, actions, pairs, len(pairs), config, statistics, lambda: None)
+    train(model, actions, ADVANTAGES, pairs, len(pairs), config, statistics, lambda: None)
     gradients = {name: p.grad.clone() for name, p in lora.parameters(model.module).items()}
     for parameter in lora.parameters(model.module).values():
         parameter.grad = None
