@@ -112,7 +112,7 @@ def test_settings_that_do_not_fit_together(conflict: str) -> None:
 
 def test_settings_at_the_edge_fit() -> None:
     edge = ["rollout.steps=5", "rollout.window.size=2", "rollout.window.start=2", "rollout.group_size=4"]
-    config = parse_config(minimal(), [*edge, "objective.best_of_n=4", "objective.updates=4", "objective.clip_range=0.9"])
+    config = parse_config(minimal(), [*edge, "objective.best_of_n=4", "objective.updates=4"])
     assert config.objective.best_of_n == config.rollout.group_size
 
 
@@ -125,8 +125,8 @@ def test_missing_sections_are_named() -> None:
 
 
 def test_settings_are_applied_in_order() -> None:
-    settings = ["rollout.eta=0.7", "rewards.0.weight=-2", "model.path=other", "rollout.eta=0.9", "rollout.window.size=3"]
-    config = parse_config(minimal(), settings)
+    settings = ["rollout.eta=0.7", "rewards.0.weight=-2", "model.path=other", "rollout.eta=0.9"]
+    config = parse_config(minimal(), [*settings, "rollout.window.size=3"])
     assert (config.rollout.eta, config.rewards[0].weight, config.model.path) == (0.9, -2.0, "other")
     assert config.rollout.window.size == 3
 
