@@ -194,7 +194,10 @@ def _verdict(output: Path) -> int:
     run = RunDirectory.attach(output)
     # In this order: who ends a run by force writes "stopped" before the request is taken back.
     asked, status = run.stop_requested(), run.status()
-    if asked or status.get("state") in ("finished", "stopped"):
+    if status.get("state") in ("finished", "stopped"):
+        return FINISHED
+    if asked and status.get("state") != "failed":
+        run.write_status("stopped")
         return FINISHED
     if status.get("state") != "failed":
         run.write_status("failed", error="the processes of the run ended without a word; see the output above")
