@@ -175,6 +175,17 @@ time.sleep(60)
 """
 
 
+WATCH = """
+import sys, time
+from trainer.run import RunDirectory
+run = RunDirectory(sys.argv[1])
+print("on", flush=True)
+while True:
+    run.is_live()
+    time.sleep(0.001)
+"""
+
+
 def test_directory_in_use_is_refused_with_the_pid(run: RunDirectory, config: RunConfig) -> None:
     run.release()
     other = subprocess.Popen([sys.executable, "-c", HOLD, run.path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -192,13 +203,7 @@ def test_directory_in_use_is_refused_with_the_pid(run: RunDirectory, config: Run
 
 def test_asking_whether_a_run_lives_does_not_get_in_its_way(run: RunDirectory, config: RunConfig) -> None:
     run.release()
-    watcher = "import sys, time\nfrom trainer.run import RunDirectory\nrun = RunDirectory(sys.argv[1])\nprint('on', flush=True)"
-    other = subprocess.Popen(
-        [sys.executable, "-c", f"{watcher}\nwhile True: run.is_live(), time.sleep(0.001)", run.path],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    other = subprocess.Popen([sys.executable, "-c", WATCH, run.path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "on\n"
         for _ in range(60):
