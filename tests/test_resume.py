@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import PROMPTS, Child, Forks, assert_same_tensors, lora_of, results_of, write_description
+from conftest import PROMPTS, ROOT, Child, Forks, assert_same_tensors, lora_of, results_of, write_description
 from safetensors.torch import load_file
 
-from trainer.launch import kill_tree
+from trainer import cli
+from trainer.launch import kill_tree, stop
 from trainer.run import RunDirectory
 
 ITERATIONS = 80
@@ -89,10 +91,10 @@ def test_stopped_and_resumed_gives_the_run_that_was_not_stopped(
         "SIGINT": lambda child: child.signal(signal.SIGINT),
     }
     child = program.start("train", uninterrupted / "run.json", "--output", run)
-    for number, (way, stop) in enumerate(ways.items()):
+    for number, (way, ask) in enumerate(ways.items()):
         before = events(run)
         wait_for(lambda before=before: events(run) >= before + 3, child)
-        stop(child)
+        ask(child)
         assert child.wait(10) == 0, f"{way}: {child.output}"
         status = RunDirectory(run).status()
         assert status["state"] == "stopped", way
@@ -212,3 +214,40 @@ def test_full_disk_is_one_sentence_and_costs_nothing(uninterrupted: Path, progra
     code, output = program.run("resume", run)
     assert code == 0, output
     assert_same_run(run, uninterrupted / "run")
+
+
+STUBBORN = """
+import os, sys, time
+from trainer.run import RunDirectory
+run = RunDirectory.attach(sys.argv[1])
+run.acquire()
+run.write_status("running", launcher=os.getpid())
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_run_that_does_not_stop_in_time_is_ended(uninterrupted: Path, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(uninterrupted / "run", tmp_path / "run"))
+    other = subprocess.Popen([sys.executable, "-c", STUBBORN, run.path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert stop(run, grace=0.5)
+    assert other.wait(5) is not None
+    assert (run.status()["state"], run.is_live(), run.stop_requested()) == ("stopped", False, False)
+    assert not stop(run), "it was not running any more"
+
+
+def test_forced_end_is_a_failure_only_when_nobody_asked(
+    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What the parent of several processes makes of their end."""
+    run = RunDirectory(shutil.copytree(uninterrupted / "run", tmp_path / "run"))
+    run.write_status("running")
+    run.request_stop()
+    assert cli._verdict(run.path) == 0
+    assert run.status()["state"] == "stopped"
+    run.stop_file.unlink()
+    run.write_status("running", error=None)
+    assert cli._verdict(run.path) == 1
+    assert "ended without a word" in capsys.readouterr().err
+    assert run.status()["state"] == "failed"
