@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,90 @@ def run_program(*arguments: object, check: bool = True, **options: object) -> su
         timeout=300,
         **options,
     )
+
+
+class Child:
+    """A running process of the program; its output goes to a file."""
+
+    def __init__(self, server: "Forks", pid: int, log: Path) -> None:
+        self.server, self.pid, self.log = server, pid, log
+
+    def wait(self, timeout: float = 120) -> int:
+        """Exit code; negative for a signal."""
+        code = self.server.ask({"pid": self.pid, "timeout": timeout})
+        assert code is not None, f"process still runs after {timeout} s:\n{self.output}"
+        return code
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+class Forks:
+    """Starts real processes of the program in milliseconds: forks of one that has imported everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("fork_server.py")],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, request: dict) -> object:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, *arguments: object, die: tuple[str, int] | None = None, file_size: int | None = None) -> Child:
+        """Start `python -m trainer` with these arguments.
+
+        Args:
+            die: where the process is to kill itself: a place of fork_server.arm and a number of calls.
+            file_size: no file may grow beyond this many bytes.
+        """
+        self.count += 1
+        log = self.folder / f"{self.count}.log"
+        words = [str(argument) for argument in arguments]
+        pid = self.ask({"arguments": words, "output": str(log), "die": die, "file_size": file_size})
+        return Child(self, pid, log)
+
+    def run(self, *arguments: object, **options: object) -> tuple[int, str]:
+        """Exit code and output of a process that is waited for."""
+        child = self.start(*arguments, **options)
+        code = child.wait()
+        return code, child.output
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.process.stdin.close()
+    forks.process.wait(timeout=10)
+
+
+def lora_of(run: Path, name: str = "lora.safetensors") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / name)
+
+
+def assert_same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    assert first
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def results_of(run: Path) -> list[dict]:
+    """The events of a run without what depends on the clock or the machine."""
+    lines = (run / "events.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory_mb")} for line in lines]

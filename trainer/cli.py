@@ -192,8 +192,12 @@ def _verdict(output: Path) -> int:
     from .run import RunDirectory
 
     run = RunDirectory.attach(output)
-    status = run.status()
+    # In this order: who ends a run by force writes "stopped" before the request is taken back.
+    asked, status = run.stop_requested(), run.status()
     if status.get("state") in ("finished", "stopped"):
+        return FINISHED
+    if asked and status.get("state") != "failed":
+        run.write_status("stopped")
         return FINISHED
     if status.get("state") != "failed":
         run.write_status("failed", error="the processes of the run ended without a word; see the output above")
@@ -242,7 +246,12 @@ def _train_in(config: RunConfig, run: "RunDirectory", processes: "Processes") ->
         return FINISHED
     if processes.is_main:
         run.write_status(
-            "starting", iteration=0, iterations=config.runtime.iterations, error=None, launcher=_launcher()
+            "starting",
+            iteration=run.status().get("iteration", 0),
+            iterations=config.runtime.iterations,
+            error=None,
+            bad_input=False,
+            launcher=_launcher(),
         )
     try:
         from .loop import Trainer

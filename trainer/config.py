@@ -1,6 +1,6 @@
 """The run description: everything that decides what a run does, validated before anything is loaded."""
 
-import json
+import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -290,7 +290,7 @@ def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
     Raises:
         BadInput: the first few faults, one sentence each.
     """
-    data = json.loads(json.dumps(data))
+    data = copy.deepcopy(data)
     for override in overrides:
         _override(data, override)
     try:
@@ -325,7 +325,9 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise BadInput(f"setting {key}: {text!r} is not a YAML value") from error
     place = data
     for parent in parents:
-        place = place.setdefault(parent, {}) if isinstance(place, dict) else place[_index(place, parent, key)]
+        if isinstance(place, dict) and place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent if isinstance(place, dict) else _index(place, parent, key)]
         if not isinstance(place, dict | list):
             raise BadInput(f"setting {key}: {parent} is not a section")
     place[last if isinstance(place, dict) else _index(place, last, key)] = value

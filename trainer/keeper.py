@@ -1,6 +1,7 @@
 """What a run keeps on disk: events, pictures, checkpoints, the LoRA, status and summary."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -93,13 +94,21 @@ class Keeper:
         if self.writes:
             for complaint in complaints:
                 print(f"warning: {complaint}", file=sys.stderr)
+            if checkpoint is None and complaints:
+                self._set_aside()
         return checkpoint
 
+    def _set_aside(self) -> None:
+        """Before a run starts over, keep the LoRA that can be learned again only in time."""
+        learned = self.run.path / "lora.safetensors"
+        if learned.exists():
+            os.replace(learned, self.run.path / "lora-before-restart.safetensors")
+            print("warning: the run starts over; its LoRA is kept in lora-before-restart.safetensors", file=sys.stderr)
+
     def begin(self, iteration: int) -> None:
-        """Forget what a resumed run will do again, and an old request to stop."""
+        """Forget what a resumed run will do again."""
         if self.writes:
             self.run.keep_events(iteration)
-            self.run.stop_file.unlink(missing_ok=True)
 
     def finish(self, state: str, iteration: int, seconds: float, evaluations: list[dict], error: str | None) -> dict:
         """Write report and status; returns the summary."""

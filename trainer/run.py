@@ -80,15 +80,22 @@ class RunDirectory:
         except OSError as error:
             raise BadInput(f"run directory {path} cannot be made: {error.strerror}") from error
         run.acquire()
-        if (path / "run.yaml").exists():
-            changes = changed_fields(run.config().model_dump(mode="json"), config.model_dump(mode="json"))
-            if changes:
-                run.release()
-                raise BadInput(f"run directory {path} belongs to another description: {'; '.join(changes[:5])}")
-        else:
-            run._write_description(config, command)
-        remove_leftovers(path)
+        try:
+            run._make_ours(config, command)
+        except BaseException:
+            run.release()
+            raise
         return run
+
+    def _make_ours(self, config: RunConfig, command: list[str]) -> None:
+        if (self.path / "run.yaml").exists():
+            changes = changed_fields(self.config().model_dump(mode="json"), config.model_dump(mode="json"))
+            if changes:
+                raise BadInput(f"run directory {self.path} belongs to another description: {'; '.join(changes[:5])}")
+        else:
+            self._write_description(config, command)
+        remove_leftovers(self.path)
+        self.stop_file.unlink(missing_ok=True)  # an old request; from here on every request is for this process
 
     @classmethod
     def attach(cls, path: Path) -> "RunDirectory":
@@ -104,7 +111,8 @@ class RunDirectory:
     def acquire(self) -> None:
         """Take the lock; the system gives it back when this process ends, however it ends."""
         try:
-            self._lock.acquire(timeout=0)
+            # One that only asks whether the run lives holds the lock for an instant.
+            self._lock.acquire(timeout=0.5, poll_interval=0.01)
         except Timeout as error:
             pid = self.status().get("pid", "unknown")
             raise BadInput(f"run directory {self.path} is in use by process {pid}") from error
@@ -143,7 +151,7 @@ class RunDirectory:
         try:
             record = yaml.safe_load((self.path / "run.yaml").read_text(encoding="utf-8"))
             return parse_config(record["description"])
-        except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
             raise BadInput(f"{self.path / 'run.yaml'} holds no run description") from error
 
     # ------------------------------------------------------------------------------------------------ status
@@ -202,13 +210,19 @@ class RunDirectory:
     # ------------------------------------------------------------------------------------------- checkpoints
 
     def save_checkpoint(self, iteration: int, checkpoint: Checkpoint, keep: int) -> None:
-        """Write a checkpoint in one piece, then remove all but the newest `keep`."""
+        """Write a checkpoint in one piece, then remove all but the newest `keep`.
+
+        Later ones are of a past that was lost: the run went on from before them because they were not sound.
+        """
         from safetensors.torch import save
 
         tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
-        record = {"state": json.dumps(checkpoint.state), "sha256": _digest(tensors)}
-        write_atomically(self.path / "checkpoints" / f"{iteration:06d}.safetensors", save(tensors, record))
-        for old in self.checkpoints()[:-keep]:
+        state = json.dumps(checkpoint.state)
+        path = self.path / "checkpoints" / f"{iteration:06d}.safetensors"
+        write_atomically(path, save(tensors, {"state": state, "sha256": _digest(tensors, state)}))
+        present = self.checkpoints()
+        end = present.index(path) + 1
+        for old in present[: max(0, end - keep)] + present[end:]:
             old.unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
@@ -231,11 +245,11 @@ class RunDirectory:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+def _digest(tensors: dict[str, Tensor], state: str) -> str:
+    digest = hashlib.sha256(state.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
+        digest.update(value.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -245,6 +259,6 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         record = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    if _digest(tensors) != record["sha256"]:
+    if _digest(tensors, record["state"]) != record["sha256"]:
         raise ValueError("its checksum does not match")
     return Checkpoint(tensors, json.loads(record["state"]))

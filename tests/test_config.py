@@ -1,0 +1,212 @@
+"""The run description: complete, strict, and its errors in one sentence."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from trainer.config import RunConfig, Section, parse_config, preset, preset_names, read_config
+from trainer.errors import BadInput
+
+MINIMAL = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "brightness"}]}
+
+
+def minimal(**sections: object) -> dict:
+    return copy.deepcopy({**MINIMAL, **sections})
+
+
+def test_every_setting_has_a_description_and_a_default() -> None:
+    without_default = set()
+    for section in Section.__subclasses__():
+        for name, field in section.model_fields.items():
+            nested = isinstance(field.default, BaseModel)
+            if section is not RunConfig and not nested:
+                assert field.description, f"{section.__name__}.{name}"
+                assert field.description.endswith("."), f"{section.__name__}.{name}"
+            if field.is_required():
+                without_default.add(f"{section.__name__}.{name}")
+    assert without_default == {"RunConfig.prompts", "RunConfig.rewards", "RewardConfig.name"}
+
+
+def test_minimal_description_is_enough() -> None:
+    config = parse_config(minimal())
+    assert config.rollout.group_size == 12
+    assert config.prompts.texts == ["a red circle"]
+
+
+FAULTS = {
+    # what is changed, and what the sentence must hold: field, value, what is accepted
+    "unknown key": ("rollout.etaa=1", ["rollout.etaa", "not a setting"]),
+    "unknown section": ("rolout.eta=1", ["rolout", "not a setting"]),
+    "word for a number": ("rollout.eta=much", ["rollout.eta", "'much'", "valid number"]),
+    "fraction for a count": ("rollout.steps=5.5", ["rollout.steps", "5.5", "valid integer"]),
+    "number for a text": ("model.path=5", ["model.path", "5", "valid string"]),
+    "unknown choice": ("rollout.kernel=dpm", ["rollout.kernel", "'dpm'", "'dance'", "'cps'"]),
+    "below range": ("rollout.steps=1", ["rollout.steps", "1", "greater than or equal to 2"]),
+    "above range": ("optimizer.learning_rate=2", ["optimizer.learning_rate", "2", "less than or equal to 1"]),
+    "NaN": ("rollout.shift=.nan", ["rollout.shift", "nan", "finite number"]),
+    "infinity": ("objective.advantage_clip=.inf", ["objective.advantage_clip", "inf", "finite number"]),
+    "NaN in a nested section": ("runtime.guard.reward_drop=.nan", ["runtime.guard.reward_drop", "nan", "finite"]),
+    "group of one": ("rollout.group_size=1", ["rollout.group_size", "1", "greater than or equal to 2"]),
+    "eta 0": ("rollout.eta=0", ["rollout.eta", "0", "greater than 0"]),
+    "eta below 0": ("rollout.eta=-0.5", ["rollout.eta", "-0.5", "greater than 0"]),
+    "height not of the grid": ("model.height=63", ["model.height", "63", "multiple of 8"]),
+    "no prompts": ("prompts.texts=[]", ["prompts", "exactly one of texts, file and shapes"]),
+    "two sources": ("prompts.shapes=4", ["prompts", "exactly one of texts, file and shapes"]),
+    "empty prompt": ("prompts.texts=[a circle, '  ']", ["prompts", "empty prompt"]),
+    "duplicate prompt": ("prompts.texts=[a circle, a square, a circle]", ["prompts", "'a circle'", "more than once"]),
+    "duplicate held-out prompt": ("evaluation.texts=[a, a]", ["evaluation", "more than once"]),
+    "no rewards": ("rewards=[]", ["rewards", "at least 1"]),
+    "the same reward twice": ("rewards=[{name: a}, {name: a}]", ["rewards", "more than once"]),
+    "reward without a name": ("rewards=[{weight: 1}]", ["rewards.0.name", "missing"]),
+    "odd best_of_n": ("objective.best_of_n=3", ["objective.best_of_n", "3", "multiple of 2"]),
+    "one checkpoint": ("runtime.keep_checkpoints=1", ["runtime.keep_checkpoints", "1", "greater than or equal to 2"]),
+    "section that is a number": ("rollout=5", ["rollout", "5", "dictionary"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_named_in_one_sentence(fault: str) -> None:
+    setting, words = FAULTS[fault]
+    with pytest.raises(BadInput) as raised:
+        parse_config(minimal(), [setting])
+    sentence = str(raised.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+    assert ";" not in sentence.replace("a setting; check", ""), "one fault, one sentence"
+    assert "pydantic" not in sentence
+
+
+CONFLICTS = {
+    "window too long": (["rollout.steps=5", "rollout.window.size=5"], ["rollout", "window of 5", "first 4 of 5 steps"]),
+    "window starts too late": (
+        ["rollout.steps=6", "rollout.window.size=2", "rollout.window.start=4"],
+        ["rollout", "window of 2 from step 4", "first 5 of 6 steps"],
+    ),
+    "best_of_n above the group": (
+        ["rollout.group_size=4", "objective.best_of_n=6"],
+        ["objective.best_of_n 6", "rollout.group_size 4"],
+    ),
+    "updates that do not divide": (
+        ["rollout.group_size=4", "rollout.prompts_per_iteration=3", "objective.updates=5"],
+        ["objective.updates 5", "prompts_per_iteration 3", "4 trained images"],
+    ),
+    "updates against best_of_n": (
+        ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "objective.best_of_n=4", "objective.updates=3"],
+        ["objective.updates 3", "4 trained images"],
+    ),
+    "cps renoising more than all": (["rollout.kernel=cps", "rollout.eta=2"], ["rollout", "eta 2.0", "below 2"]),
+}
+
+
+@pytest.mark.parametrize("conflict", CONFLICTS)
+def test_settings_that_do_not_fit_together(conflict: str) -> None:
+    settings, words = CONFLICTS[conflict]
+    with pytest.raises(BadInput) as raised:
+        parse_config(minimal(), settings)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+def test_settings_at_the_edge_fit() -> None:
+    edge = ["rollout.steps=5", "rollout.window.size=2", "rollout.window.start=2", "rollout.group_size=4"]
+    config = parse_config(minimal(), [*edge, "objective.best_of_n=4", "objective.updates=4"])
+    assert config.objective.best_of_n == config.rollout.group_size
+
+
+def test_missing_sections_are_named() -> None:
+    with pytest.raises(BadInput, match=r"prompts is missing; rewards is missing"):
+        parse_config({})
+
+
+# ------------------------------------------------------------------------------------------------------ overrides
+
+
+def test_settings_are_applied_in_order() -> None:
+    settings = ["rollout.eta=0.7", "rewards.0.weight=-2", "model.path=other", "rollout.eta=0.9"]
+    config = parse_config(minimal(), [*settings, "rollout.window.size=3"])
+    assert (config.rollout.eta, config.rewards[0].weight, config.model.path) == (0.9, -2.0, "other")
+    assert config.rollout.window.size == 3
+
+
+def test_setting_reaches_into_a_section_that_is_null() -> None:
+    config = parse_config(minimal(rollout={"window": None}), ["rollout.window.size=3"])
+    assert config.rollout.window.size == 3
+
+
+def test_setting_to_null_removes() -> None:
+    data = minimal(rollout={"window": {"size": 3}})
+    assert parse_config(data).rollout.window.size == 3
+    assert parse_config(data, ["rollout.window=null"]).rollout.window is None
+    assert data["rollout"]["window"] == {"size": 3}, "the caller's data is left alone"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("rollout.eta", ["'rollout.eta'", "section.field=value"]),
+        ("rollout.eta=[1", ["rollout.eta", "'[1'", "not a YAML value"]),
+        ("rewards.3.weight=1", ["rewards.3.weight", "3", "index below 1"]),
+        ("rewards.first.weight=1", ["rewards.first.weight", "first", "index below 1"]),
+        ("prompts.texts.0.size=1", ["prompts.texts.0.size", "0", "not a section"]),
+        ("rollout.eta=", ["rollout.eta", "None", "valid number"]),
+    ],
+)
+def test_malformed_setting(setting: str, words: list[str]) -> None:
+    with pytest.raises(BadInput) as raised:
+        parse_config(minimal(), [setting])
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def test_yaml_round_trip(tiny_description: dict) -> None:
+    tiny_description["prompts"]["texts"] = ["Grüße, 1: 'quoted'", "yes", "3.5", "- dash #no comment"]
+    tiny_description["rollout"]["window"] = {"size": 2, "position": "moving", "every": 3}
+    tiny_description["optimizer"] = {"learning_rate": 1e-5, "betas": [0.8, 0.99]}
+    config = parse_config(tiny_description)
+    assert parse_config(yaml.safe_load(config.to_yaml())) == config
+    assert parse_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("prompts: {texts: [a circle]}\nrewards: [{name: brightness}]\noptimizer: {learning_rate: 1e-5}\n")
+    assert read_config(file, ["objective.clip_range=1e-3"]).optimizer.learning_rate == 1e-5  # a text to YAML 1.1
+    assert read_config(file, ["objective.clip_range=1e-3"]).objective.clip_range == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, ["cannot be read", "No such file"]),
+        (b"rollout: [1", ["neither YAML nor JSON"]),
+        (b"\xff\xfe\x00", ["neither YAML nor JSON"]),
+        (b"", ["must be a mapping", "prompts"]),
+        (b"- 1\n", ["must be a mapping", "prompts"]),
+        (b"prompts: {texts: [2020-01-01]}\nrewards: [{name: a}]\n", ["prompts.texts.0", "2020", "valid string"]),
+    ],
+)
+def test_unreadable_description(tmp_path: Path, content: bytes | None, words: list[str]) -> None:
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BadInput) as raised:
+        read_config(file)
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_every_preset_is_a_complete_description() -> None:
+    assert "demo" in preset_names()
+    for name in preset_names():
+        config = parse_config(preset(name))
+        assert parse_config(yaml.safe_load(config.to_yaml())) == config
+
+
+def test_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(BadInput, match=r"'nope' is unknown.*demo"):
+        preset("nope")
