@@ -16,7 +16,7 @@ import pytest
 from conftest import PROMPTS, ROOT, Child, Forks, assert_same_tensors, lora_of, results_of, write_description
 from safetensors.torch import load_file
 
-from trainer import cli
+from trainer import running
 from trainer.launch import kill_tree, stop
 from trainer.run import RunDirectory
 
@@ -246,10 +246,10 @@ def test_forced_end_is_a_failure_only_when_nobody_asked(
     run = RunDirectory(shutil.copytree(uninterrupted / "run", tmp_path / "run"))
     run.write_status("running")
     run.request_stop()
-    assert cli._verdict(run.path) == 0
+    assert running._verdict(run.path) == 0
     assert run.status()["state"] == "stopped"
     run.stop_file.unlink()
     run.write_status("running", error=None)
-    assert cli._verdict(run.path) == 1
+    assert running._verdict(run.path) == 1
     assert "ended without a word" in capsys.readouterr().err
     assert run.status()["state"] == "failed"

@@ -3,15 +3,14 @@
 import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
 from . import launch
-from .config import RunConfig, parse_config, preset, preset_names, read_config
+from .config import parse_config, preset, preset_names, read_config
 from .errors import BadInput, RunFailed
-
-FINISHED, FAILED, BAD_INPUT = 0, 1, 2
+from .run import RunDirectory
+from .running import BAD_INPUT, FAILED, FINISHED, run_description
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,34 +95,28 @@ def _train(args: argparse.Namespace) -> int:
     output = args.output or Path("runs") / args.description.stem
     arguments = ["train", str(args.description), "--output", str(output)]
     arguments += [word for override in args.overrides for word in ("--set", override)]
-    return _run(config, output, arguments, args.processes)
+    return run_description(config, output, arguments, args.processes)
 
 
 def _resume(args: argparse.Namespace) -> int:
-    from .run import RunDirectory
-
     config = RunDirectory.attach(args.directory).config()
-    return _run(config, args.directory, ["resume", str(args.directory)], args.processes)
+    return run_description(config, args.directory, ["resume", str(args.directory)], args.processes)
 
 
 def _demo(args: argparse.Namespace) -> int:
     config = parse_config(preset("demo"), [f"runtime.seed={args.seed}"])
     output = args.output or Path("runs") / f"demo-{args.seed}"
     arguments = ["demo", "--seed", str(args.seed), "--output", str(output)]
-    return _run(config, output, arguments, args.processes)
+    return run_description(config, output, arguments, args.processes)
 
 
 def _status(args: argparse.Namespace) -> int:
-    from .run import RunDirectory
-
     run = RunDirectory.attach(args.directory)
     print(json.dumps({**run.status(), "live": run.is_live()}, indent=2))
     return FINISHED
 
 
 def _stop(args: argparse.Namespace) -> int:
-    from .run import RunDirectory
-
     run = RunDirectory.attach(args.directory)
     stopped = launch.stop(run)
     state = run.status().get("state", "never started")
@@ -170,111 +163,3 @@ def _presets(args: argparse.Namespace) -> int:
     else:
         print(parse_config(preset(args.name)).to_yaml(), end="")
     return FINISHED
-
-
-# ----------------------------------------------------------------------------------------------------------- running
-
-
-def _run(config: RunConfig, output: Path, arguments: list[str], processes: int) -> int:
-    from .run import RunDirectory
-
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        RunDirectory.open(output, config, arguments).release()
-        launch.run_and_wait(arguments, processes)
-        return _verdict(output)
-    code = _run_here(config, output, arguments)
-    # A launcher turns any code but 0 into its own error report; the one who called it reads the status instead.
-    return FINISHED if "WORLD_SIZE" in os.environ and launch.CHILD_MARK in os.environ else code
-
-
-def _verdict(output: Path) -> int:
-    """What became of a run whose processes have ended."""
-    from .run import RunDirectory
-
-    run = RunDirectory.attach(output)
-    # In this order: who ends a run by force writes "stopped" before the request is taken back.
-    asked, status = run.stop_requested(), run.status()
-    if status.get("state") in ("finished", "stopped"):
-        return FINISHED
-    if asked and status.get("state") != "failed":
-        run.write_status("stopped")
-        return FINISHED
-    if status.get("state") != "failed":
-        run.write_status("failed", error="the processes of the run ended without a word; see the output above")
-    print(f"failed: {run.status().get('error')}", file=sys.stderr)
-    return BAD_INPUT if status.get("bad_input") else FAILED
-
-
-def _quiet() -> None:
-    """Keep the libraries' loading bars out of the run's own output."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _run_here(config: RunConfig, output: Path, arguments: list[str]) -> int:
-    from .distributed import Processes
-    from .run import RunDirectory
-
-    processes = Processes(config.runtime.device)
-    _quiet()
-    run, fault = RunDirectory(output), None
-    if processes.is_main:
-        try:
-            run = RunDirectory.open(output, config, arguments)
-        except BadInput as error:
-            fault = str(error)
-    if fault := processes.broadcast(fault):
-        raise BadInput(fault)
-    try:
-        return _train_in(config, run, processes)
-    finally:
-        if processes.is_main:
-            run.release()
-        processes.close()
-
-
-def _train_in(config: RunConfig, run: "RunDirectory", processes: "Processes") -> int:  # noqa: F821 - imported late
-    from .progress import Progress, closing
-
-    summary = run.summary()
-    if summary and summary["state"] == "finished":
-        if processes.is_main:
-            print(closing(summary, run))
-        return FINISHED
-    if processes.is_main:
-        run.write_status(
-            "starting",
-            iteration=run.status().get("iteration", 0),
-            iterations=config.runtime.iterations,
-            error=None,
-            bad_input=False,
-            launcher=_launcher(),
-        )
-    try:
-        from .loop import Trainer
-
-        progress = Progress(config.runtime.iterations) if processes.is_main else None
-        trainer = Trainer(config, run, processes, progress or (lambda event: None))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(trainer, "interrupted", True))
-        summary = trainer.train()
-    except BaseException as error:
-        if processes.is_main:
-            run.write_status("failed", error=_sentence(error), bad_input=isinstance(error, BadInput))
-        raise
-    if processes.is_main:
-        progress.close()
-        print(closing(summary, run))
-    return FINISHED
-
-
-def _launcher() -> int:
-    """The process whose end ends the whole run: the launcher of several processes, else this one."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-
-
-def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -20,6 +20,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+def _check_texts(texts: list[str]) -> None:
+    if any(not text.strip() for text in texts):
+        raise ValueError("texts holds an empty prompt")
+    seen: set[str] = set()
+    for text in texts:
+        if text in seen:
+            raise ValueError(f"texts holds {text!r} more than once")
+        seen.add(text)
+
+
 class ModelConfig(Section):
     """The base model."""
 
@@ -56,10 +66,7 @@ class PromptsConfig(Section):
     def _one_source(self) -> "PromptsConfig":
         if sum([bool(self.texts), self.file is not None, self.shapes is not None]) != 1:
             raise ValueError("give prompts in exactly one of texts, file and shapes")
-        if any(not text.strip() for text in self.texts):
-            raise ValueError("texts holds an empty prompt")
-        if repeated := sorted({text for text in self.texts if self.texts.count(text) > 1}):
-            raise ValueError(f"texts holds {repeated[0]!r} more than once")
+        _check_texts(self.texts)
         return self
 
 
@@ -181,8 +188,7 @@ class EvaluationConfig(Section):
     def _one_source(self) -> "EvaluationConfig":
         if sum([bool(self.texts), self.file is not None, self.shapes is not None]) > 1:
             raise ValueError("give evaluation prompts in at most one of texts, file and shapes")
-        if len(set(self.texts)) != len(self.texts):
-            raise ValueError("texts holds a prompt more than once")
+        _check_texts(self.texts)
         return self
 
 

@@ -20,15 +20,15 @@ SHOWN = 24  # images kept for the pictures
 class Evaluation:
     """
     Attributes:
-        rewards: mean per judge.
+        rewards: mean per judge (None where no score was finite, here and below).
         spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per judge, mean per category.
         images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, on the first process only.
     """
 
-    rewards: dict[str, float]
+    rewards: dict[str, float | None]
     spread: dict[str, float | None]
-    categories: dict[str, dict[str, float]]
+    categories: dict[str, dict[str, float | None]]
     images: Tensor
 
     def record(self) -> dict:
@@ -100,5 +100,5 @@ def _summary(prompts: PromptSet, rewards: dict, scores: list, shown: list) -> Ev
     return Evaluation(means, spread, categories, images)
 
 
-def _mean(values: Tensor) -> float:
-    return values.mean().item() if len(values) else float("nan")
+def _mean(values: Tensor) -> float | None:
+    return values.mean().item() if len(values) else None

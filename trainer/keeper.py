@@ -55,10 +55,10 @@ class Keeper:
 
     # --------------------------------------------------------------------------------------------- weights
 
-    def best(self, iteration: int) -> None:
-        """Keep the LoRA as the best so far."""
+    def best(self, iteration: int, weights: dict[str, Tensor]) -> None:
+        """Keep weights as the best so far."""
         if self.writes:
-            self.policy.save_lora(self.run.path / "best.safetensors", self._metadata(iteration))
+            self.policy.save_lora(self.run.path / "best.safetensors", weights, self._metadata(iteration))
 
     def newest(self, iteration: int, state: dict) -> None:
         """Checkpoint, then LoRA."""
@@ -66,12 +66,16 @@ class Keeper:
             return
         keep = self.config.runtime.keep_checkpoints
         self.run.save_checkpoint(iteration, Checkpoint(self.policy.tensors(), state), keep)
-        self.policy.save_lora(self.run.path / "lora.safetensors", self._metadata(iteration))
+        self.policy.save_lora(self.run.path / "lora.safetensors", self.policy.result(), self._metadata(iteration))
 
-    def fall_back_to_best(self) -> None:
-        """Make the best LoRA the run's result."""
-        if self.writes and (self.run.path / "best.safetensors").exists():
-            write_atomically(self.run.path / "lora.safetensors", (self.run.path / "best.safetensors").read_bytes())
+    def fall_back_to_best(self) -> str:
+        """Make the best LoRA the run's result; says what lora.safetensors holds now."""
+        best = self.run.path / "best.safetensors" if self.run else None
+        if best is None or not best.exists():
+            return "lora.safetensors holds the newest LoRA"
+        if self.writes:
+            write_atomically(self.run.path / "lora.safetensors", best.read_bytes())
+        return "lora.safetensors holds the best LoRA"
 
     def _metadata(self, iteration: int) -> dict[str, str]:
         # One key alone: the file format keeps several in no fixed order, and equal LoRAs should be equal files.

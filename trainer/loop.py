@@ -52,10 +52,12 @@ class Trainer:
         self.config, self.processes, self.listener = config, processes, listener
         self.iteration, self.seconds = 0, 0.0
         self.evaluations: list[dict] = []
-        self.interrupted = False
+        self.interrupted, self.sampled = False, {}
         if processes.count > config.rollout.prompts_per_iteration * config.rollout.group_size:
             raise BadInput(f"{processes.count} processes are more than the images of an iteration")
         self.prompts, self.held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
+        if shared := set(self.prompts.texts) & set(self.held_out.texts):
+            raise BadInput(f"evaluation prompt {min(shared)!r} is also trained on; held-out prompts must be others")
         self.rewards = {r.name: judges.load_reward(r) for r in config.rewards}
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
@@ -110,6 +112,7 @@ class Trainer:
         chosen = prompt_indices(
             len(self.prompts.texts), self.config.rollout.prompts_per_iteration, self.iteration, self.config.runtime.seed
         )
+        self.sampled = self.policy.result()  # a reward speaks of the weights before the update
         actions = self._rollout(chosen, clock)
         table = self._score(actions.trajectories, chosen, clock)
         advantages = self._advantages(table)
@@ -270,12 +273,12 @@ class Trainer:
         if every and self.iteration % every == 0 and self.iteration < last:
             self.evaluate()
         if improved:
-            self.keeper.best(self.iteration)
+            self.keeper.best(self.iteration - 1, self.sampled)
         if self.iteration % self.config.runtime.checkpoint_every == 0 or verdict:
             self._save()
         if verdict:
-            self.keeper.fall_back_to_best()
-            raise RunFailed(f"stopped at iteration {self.iteration}: {verdict}; lora.safetensors holds the best LoRA")
+            kept = self.keeper.fall_back_to_best()
+            raise RunFailed(f"stopped at iteration {self.iteration}: {verdict}; {kept}")
 
     def evaluate(self) -> None:
         """Judge the held-out prompts, where there are any, and record it."""

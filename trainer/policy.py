@@ -72,9 +72,13 @@ class Policy:
         with lora.swapped(self.model.module, self.average.weights):
             yield
 
-    def save_lora(self, path: Path, metadata: dict[str, str]) -> None:
-        """Write the LoRA (its moving average where there is one) under the names ComfyUI loads."""
+    def result(self) -> dict[str, Tensor]:
+        """A copy of the weights a run ends with: the LoRA's, or their moving average where there is one."""
         weights = self.average.weights if self.average else self.parameters
+        return {name: value.detach().clone() for name, value in weights.items()}
+
+    def save_lora(self, path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write a LoRA under the names ComfyUI loads."""
         lora.save(path, lora.comfy_weights(weights, self.config.lora.alpha, self.model.lora_key), metadata)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -22,11 +22,10 @@ class Progress:
 
     def __call__(self, event: dict) -> None:
         if "evaluation" in event:
-            values = ", ".join(f"{name} {value:.4f}" for name, value in event["evaluation"]["rewards"].items())
+            values = ", ".join(f"{name} {number(value)}" for name, value in event["evaluation"]["rewards"].items())
             self._say(f"held-out at iteration {event['evaluation']['iteration']}: {values}")
             return
-        rewards = {name: value["mean"] for name, value in event["rewards"].items()}
-        text = " ".join(f"{name} {value:.4f}" for name, value in rewards.items() if value is not None)
+        text = " ".join(f"{name} {number(value['mean'])}" for name, value in event["rewards"].items())
         if self.bar is not None:
             self._advance_bar(event["iteration"], text)
             return
@@ -72,7 +71,7 @@ def table(summary: dict) -> str:
     for name, value in before["rewards"].items():
         lines.append(_row(name, value, after["rewards"][name]))
         spread = before["spread"][name]
-        if spread:
+        if spread and None not in (value, after["rewards"][name]):
             gain = (after["rewards"][name] - value) / spread
             lines.append(f"{'  in within-prompt spreads':28s} {'':8s} {'':8s} {gain:+8.2f}")
         for category, share in before["categories"][name].items():
@@ -80,8 +79,14 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, before: float, after: float) -> str:
-    return f"{name:28s} {before:8.4f} {after:8.4f} {after - before:+8.4f}"
+def _row(name: str, before: float | None, after: float | None) -> str:
+    change = f"{after - before:+8.4f}" if None not in (before, after) else f"{'-':>8s}"
+    return f"{name:28s} {number(before):>8s} {number(after):>8s} {change}"
+
+
+def number(value: float | None) -> str:
+    """Four decimals, or a dash where there is no value."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 def closing(summary: dict, run: RunDirectory) -> str:

@@ -1,6 +1,5 @@
 """What an iteration leaves behind: its event, and the summary of a run."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -61,12 +60,19 @@ def peak_memory(device: torch.device) -> float:
     """Largest memory so far in MB: of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024 if sys.platform != "darwin" else peak / 2**20
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def _moments(values: Tensor, spread: float) -> dict[str, float | None]:
     finite = values[values.isfinite()]
     if len(finite) == 0:
         return {"mean": None, "std": None, "spread": 0.0}
-    return {"mean": finite.mean().item(), "std": finite.std().item(), "spread": spread}
+    std = finite.std().item() if len(finite) > 1 else 0.0
+    return {"mean": finite.mean().item(), "std": std, "spread": spread}

@@ -73,12 +73,13 @@ def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> Non
             high = [value["mean"] + value["spread"] for _, value in points]
             axis.fill_between(x, low, high, alpha=0.15, color="tab:blue", linewidth=0)
             axis.plot(x, mean, color="tab:blue", linewidth=1.2, label="training images")
-        held_out = [(e["iteration"], e["rewards"][name]) for e in evaluations]
+        held_out = [(e["iteration"], e["rewards"][name]) for e in evaluations if e["rewards"][name] is not None]
         if held_out:
             axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out, deterministic")
         axis.set(title=name, xlabel="iteration")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        if points or held_out:
+            axis.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())

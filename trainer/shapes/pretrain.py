@@ -177,9 +177,14 @@ def train_vae(
 def save_vae(vae: torch.nn.Module) -> None:
     """Write the autoencoder in float16."""
     vae.half().save_pretrained(WEIGHTS / "vae")
-    path = WEIGHTS / "vae" / "config.json"
+    drop_written_key(WEIGHTS / "vae")
+
+
+def drop_written_key(folder: Path) -> None:
+    """diffusers writes `block_out_channels` into an AutoencoderTiny's configuration, and warns of it when reading."""
+    path = folder / "config.json"
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)  # diffusers writes it, and warns of it when reading
+    config.pop("block_out_channels", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
