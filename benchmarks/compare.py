@@ -9,6 +9,7 @@ held-out strict score before and after, gain of the graded score in within-promp
 
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import os
 import subprocess
@@ -25,7 +26,6 @@ def train_one(base: str, overrides: list[str], seconds: float) -> dict:
     """Train in this process until the time is up; returns what the table needs."""
     from trainer.config import parse_config, preset
     from trainer.distributed import Processes
-    from trainer.errors import RunFailed
     from trainer.loop import Trainer
 
     config = parse_config(preset(base), [*overrides, "runtime.iterations=1000000"])
@@ -39,10 +39,7 @@ def train_one(base: str, overrides: list[str], seconds: float) -> dict:
         if verdict:
             stopped = verdict
             break
-    try:
-        trainer.evaluate()
-    except RunFailed as error:
-        stopped = str(error)
+    trainer.evaluate()
     before, after = trainer.evaluations
     return {
         "iterations": trainer.iteration,
@@ -56,7 +53,8 @@ def train_one(base: str, overrides: list[str], seconds: float) -> dict:
 
 def start(name: str, base: str, overrides: list[str], seconds: float, output: Path) -> dict:
     """Train one variant in a process of its own, or read its result from before."""
-    path = output / f"{name.replace(' ', '_').replace('/', '_')}.json"
+    key = hashlib.sha256(json.dumps([name, base, overrides, seconds]).encode()).hexdigest()[:12]
+    path = output / f"{key}.json"
     if not path.exists():
         arguments = [sys.executable, __file__, "--one", json.dumps([base, overrides, seconds]), "--output", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -50,7 +50,9 @@ def main() -> None:
     model, rollout = trainer.model, config.rollout
     images = rollout.prompts_per_iteration * rollout.group_size
     predictions = round(statistics.median(e["evaluations_per_image"] for e in events) * images)
-    shared = rollout.prompts_per_iteration if rollout.shared_noise and not rollout.window else images
+    if rollout.window or not rollout.shared_noise or rollout.guidance_scale != 1:
+        parser.error("the alone timing knows runs with shared noise, without window and guidance")
+    shared = rollout.prompts_per_iteration
     sampled = shared + (rollout.steps - 1) * images
     trained = predictions - sampled
 

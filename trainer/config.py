@@ -39,7 +39,7 @@ class ModelConfig(Section):
     )
     height: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image height in pixels.")
     width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image width in pixels.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen base weights; the LoRA is always float32."
     )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the VAE decodes in.")
@@ -189,6 +189,8 @@ class EvaluationConfig(Section):
         if sum([bool(self.texts), self.file is not None, self.shapes is not None]) > 1:
             raise ValueError("give evaluation prompts in at most one of texts, file and shapes")
         _check_texts(self.texts)
+        if len({reward.name for reward in self.rewards}) != len(self.rewards):
+            raise ValueError("a reward is named more than once")
         return self
 
 
@@ -196,7 +198,7 @@ class GuardConfig(Section):
     """When a run that goes wrong stops by itself, keeping its best LoRA."""
 
     reward_drop: Annotated[float, Field(gt=0)] = Field(
-        3.0, description="Stop when the smoothed reward is this many within-group spreads below its best."
+        3.0, description="Stop when the smoothed reward is this many standard deviations below its best."
     )
     ratio_deviation: Annotated[float, Field(gt=0)] = Field(
         0.5, description="Stop when the mean |ratio - 1| of an iteration is above this."
@@ -244,6 +246,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         rollout, objective = self.rollout, self.objective
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("every reward has weight 0, so there is nothing to learn")
+        trained = {reward.name: reward for reward in self.rewards}
+        for judge in self.evaluation.rewards:
+            if judge.name in trained and judge != trained[judge.name]:
+                raise ValueError(f"evaluation.rewards names {judge.name!r}, which is trained on with other settings")
         if objective.best_of_n and objective.best_of_n > rollout.group_size:
             raise ValueError(
                 f"objective.best_of_n {objective.best_of_n} is above rollout.group_size {rollout.group_size}"

@@ -1,5 +1,6 @@
 """Deterministic sampling on held-out prompts with fixed noise, and what the judges say of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ class Evaluation:
         rewards: mean per judge (None where no score was finite, here and below).
         spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per judge, mean per category.
-        images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, on the first process only.
+        images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, in every process.
     """
 
     rewards: dict[str, float | None]
@@ -50,6 +51,7 @@ def evaluate(
     images_per_prompt: int,
     seed: int,
     batch: int,
+    between_calls: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text."""
     sigmas = sigma_schedule(steps, shift)
@@ -61,9 +63,20 @@ def evaluate(
     mine = [pairs[i] for i in processes.share(len(pairs))]
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]
-        index = torch.tensor([p for p, _ in part], device=model.device)
+        index = torch.tensor([p for p, _ in part])
         initial = torch.stack([noise(model.latent_shape, seed, prompts.texts[p], k) for p, k in part])
-        sampled = sample(model, plan, prompting, index, initial.to(model.device), no_noise, batch=batch)
+        conditions = prompting.conditions.rows(index).to(model.device)
+        here = Prompting(conditions, prompting.unconditional)
+        sampled = sample(
+            model,
+            plan,
+            here,
+            torch.arange(len(part), device=model.device),
+            initial.to(model.device),
+            no_noise,
+            batch=batch,
+            between_calls=between_calls,
+        )
         images = decode(model, sampled.final, batch)
         texts = [prompts.texts[p] for p, _ in part]
         columns = {name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in rewards.items()}

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _replace(temporary: str, path: Path) -> None:
+    """Move into place; on Windows that fails for as long as somebody has the old file open for reading."""
+    for _ in range(20 if os.name == "nt" else 0):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:
+            time.sleep(0.1)
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -12,8 +12,8 @@ SMOOTHING = 0.2  # weight of the newest iteration in the smoothed reward
 class Guard:
     """Watches the events of a run; its state is part of every checkpoint.
 
-    `baseline` and `spread` are the first iteration's mean and within-group spread per reward: the units in which
-    rewards are compared with each other.
+    `baseline` and `spread` are the first mean and standard deviation over all images per reward: the units in which
+    rewards are compared with each other and over time.
     """
 
     config: GuardConfig
@@ -35,9 +35,9 @@ class Guard:
             setattr(self, name, value)
 
     def progress(self, rewards: dict[str, float]) -> float:
-        """Weighted mean of the rewards' gains since the first iteration, in within-group spreads."""
+        """Weighted mean of the rewards' gains since the first iteration, in its standard deviations."""
         total = sum(abs(w) for w in self.weights.values()) or 1.0
-        gains = {k: (rewards[k] - self.baseline[k]) / max(self.spread[k], 1e-6) for k in self.weights}
+        gains = {k: (rewards[k] - self.baseline[k]) / self.spread[k] for k in self.weights}
         return sum(self.weights[k] * gains[k] for k in self.weights) / total
 
     def watch(self, event: dict) -> tuple[bool, str | None]:
@@ -47,15 +47,20 @@ class Guard:
             whether this is the best smoothed reward so far, and the reason to stop, if any.
         """
         rewards = {name: value["mean"] for name, value in event["rewards"].items()}
-        if not self.baseline and all(value is not None for value in rewards.values()):
-            self.baseline = rewards
-            self.spread = {name: value["spread"] for name, value in event["rewards"].items()}
+        self._take_baseline(event["rewards"])
         self.dropped += event["dropped_samples"]
         self.bad_updates += event["bad_updates"]
         improved = self._take_reward(rewards)
         signs = [sign for sign in (self._reward_sign(), self._ratio_sign(event), self._gradient_sign(event)) if sign]
         self.signs = self.signs + 1 if signs else 0
         return improved, self._verdict(signs)
+
+    def _take_baseline(self, rewards: dict[str, dict]) -> None:
+        # Iterations have different prompts, so the unit must cover their differences, not the group's spread alone.
+        units = {name: max(value["spread"], value["std"] or 0.0) for name, value in rewards.items()}
+        if not self.baseline and all(units.values()):
+            self.baseline = {name: value["mean"] for name, value in rewards.items()}
+            self.spread = units
 
     def _take_reward(self, rewards: dict[str, float | None]) -> bool:
         if any(value is None for value in rewards.values()) or not self.baseline:
@@ -70,11 +75,11 @@ class Guard:
     def _reward_sign(self) -> str | None:
         if self.smoothed is None or self.best - self.smoothed <= self.config.reward_drop:
             return None
-        return f"the smoothed reward is {self.best - self.smoothed:.2f} within-group spreads below its best"
+        return f"the smoothed reward is {self.best - self.smoothed:.2f} standard deviations below its best"
 
     def _ratio_sign(self, event: dict) -> str | None:
         deviation = event["ratio"]["mean_deviation"]
-        if deviation <= self.config.ratio_deviation:
+        if deviation is None or deviation <= self.config.ratio_deviation:
             return None
         return f"the mean |ratio - 1| is {deviation:.3g}"
 

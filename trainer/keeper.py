@@ -39,7 +39,7 @@ class Keeper:
     # -------------------------------------------------------------------------------------------- pictures
 
     def rollout_picture(self, images: Tensor, iteration: int) -> None:
-        """A row per group, every `samples_every` iterations."""
+        """The first groups of this process, a row for every 12 images or group, every `samples_every` iterations."""
         every = self.config.runtime.samples_every
         if self.writes and every and iteration % every == 0:
             group = min(self.config.rollout.group_size, 12)
@@ -132,8 +132,9 @@ class Keeper:
         if self.writes:
             folder = self.run.path / "report"
             report.reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
-            if len(evaluations) > 1:
-                first, last = (self._evaluation_path(e["iteration"]) for e in (evaluations[0], evaluations[-1]))
+            pictures = [self._evaluation_path(e["iteration"]) for e in (evaluations or [{"iteration": 0}])]
+            first, last = pictures[0], pictures[-1]
+            if first != last and first.exists() and last.exists():
                 report.before_after(first, last, folder / "before_after.png")
             write_json(folder / "summary.json", summary)
             self.status(state, iteration, error)

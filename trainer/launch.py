@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from .errors import BadInput
 from .run import RunDirectory
 
 START_FILE = Path(__file__).resolve().parent / "__main__.py"
@@ -18,6 +20,9 @@ _NOT_INHERITED = (
     "LOCAL_WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "GROUP_RANK",
+    "ROLE_RANK",
     "PYTORCH_CUDA_ALLOC_CONF",
 )
 
@@ -39,21 +44,21 @@ def environment(gpus: list[int] | None = None) -> dict[str, str]:
     return variables
 
 
-def run_and_wait(arguments: list[str], processes: int) -> int:
-    """Run in the foreground; an interrupt at the terminal reaches the child, and is waited for here."""
+def run_and_wait(arguments: list[str], processes: int, run: RunDirectory) -> int:
+    """Run in the foreground; an interrupt asks the run to stop, and its end is waited for here."""
     child = subprocess.Popen(command(arguments, processes), env=environment(), stdin=subprocess.DEVNULL)
-    previous = {s: signal.signal(s, lambda number, _: _forward(child, number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        run.request_stop()
+        if number == signal.SIGTERM:  # a terminal sends SIGINT to the whole foreground group by itself
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _forward(child: subprocess.Popen, number: int) -> None:
-    # A terminal sends SIGINT to the whole foreground group by itself.
-    if number == signal.SIGTERM:
-        child.send_signal(number)
 
 
 def start(arguments: list[str], processes: int, log: Path, gpus: list[int] | None = None) -> int:
@@ -90,12 +95,30 @@ def stop(run: RunDirectory, grace: float = 8.0) -> bool:
     while run.is_live() and time.monotonic() < deadline:
         time.sleep(0.1)
     if run.is_live():
-        kill_tree(run.status()["launcher"])
-        run.acquire()
-        run.write_status("stopped")
-        run.release()
+        _end(run)
     run.stop_file.unlink(missing_ok=True)
     return True
+
+
+def identity(pid: int) -> dict[str, object]:
+    """What tells a process from every other, also from a later one of the same number and one on another host."""
+    import psutil
+
+    return {"pid": pid, "host": socket.gethostname(), "created": psutil.Process(pid).create_time()}
+
+
+def _end(run: RunDirectory) -> None:
+    """End a run that did not stop when asked."""
+    import psutil
+
+    launcher = run.status().get("launcher") or {}
+    if launcher.get("host") not in (None, socket.gethostname()):
+        raise BadInput(f"the run is on host {launcher['host']} and has not stopped yet; end it there")
+    if launcher and psutil.pid_exists(launcher["pid"]) and identity(launcher["pid"]) == launcher:
+        kill_tree(launcher["pid"])
+    run.acquire(timeout=10)
+    run.write_status("stopped")
+    run.release()
 
 
 def kill_tree(pid: int) -> None:

@@ -1,6 +1,8 @@
 """The training loop: rollout -> reward -> advantage -> update."""
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,7 +20,7 @@ from .keeper import Keeper
 from .models import model_class
 from .policy import Policy
 from .prompting import evaluation_prompts, training_prompts
-from .records import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio
+from .records import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
 from .rollout import Plan, Prompting, Trajectories, decode, sample
 from .run import Checkpoint, RunDirectory
 from .schedule import Window, sigma_schedule, stochastic_steps, trained_steps
@@ -52,7 +54,7 @@ class Trainer:
         self.config, self.processes, self.listener = config, processes, listener
         self.iteration, self.seconds = 0, 0.0
         self.evaluations: list[dict] = []
-        self.interrupted, self.sampled = False, {}
+        self.interrupted, self.sampled, self.begun = False, {}, 0
         if processes.count > config.rollout.prompts_per_iteration * config.rollout.group_size:
             raise BadInput(f"{processes.count} processes are more than the images of an iteration")
         self.prompts, self.held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
@@ -72,10 +74,10 @@ class Trainer:
         """Conditions of the training prompts and of the held-out prompts."""
         device = self.processes.device
         texts = all_texts(self.config, self.prompts, self.held_out)
-        conditions = conditions_for(self.config, family, texts, device).to(device)
-        rows = torch.arange(len(texts), device=device)
+        conditions = conditions_for(self.config, family, texts, device)  # on the CPU: there may be many
+        rows = torch.arange(len(texts))
         training, held_out, negative = rows.split([len(self.prompts.texts), len(self.held_out.texts), 1])
-        unconditional = conditions.rows(negative)
+        unconditional = conditions.rows(negative).to(device)
         return Prompting(conditions.rows(training), unconditional), Prompting(conditions.rows(held_out), unconditional)
 
     # ---------------------------------------------------------------------------------------------- the run
@@ -100,6 +102,7 @@ class Trainer:
             self._save()
         except StopRequested:
             self.keeper.status("stopping", self.iteration)
+            self._save()
             return self._finish("stopped")
         except RunFailed as error:
             self._finish("failed", str(error))
@@ -112,7 +115,9 @@ class Trainer:
         chosen = prompt_indices(
             len(self.prompts.texts), self.config.rollout.prompts_per_iteration, self.iteration, self.config.runtime.seed
         )
-        self.sampled = self.policy.result()  # a reward speaks of the weights before the update
+        self.begun = self.policy.updates
+        if self.keeper.writes:
+            self.sampled = self.policy.result()  # what the coming rewards speak of
         actions = self._rollout(chosen, clock)
         table = self._score(actions.trajectories, chosen, clock)
         advantages = self._advantages(table)
@@ -121,7 +126,7 @@ class Trainer:
         self.seconds += clock.total
         evaluations = sum(self.processes.gather([actions.trajectories.evaluations + every["evaluations"]]))
         count = max(every["actions"], 1)
-        return {
+        event = {
             "iteration": self.iteration,
             "rewards": reward_record(table, advantages),
             "advantage_std": advantages.values.std().item(),
@@ -138,6 +143,7 @@ class Trainer:
             "seconds": {**clock.seconds, "total": clock.total},
             "memory_mb": peak_memory(self.processes.device),
         }
+        return without_nan(event)
 
     # -------------------------------------------------------------------------------------------- rollout
 
@@ -159,8 +165,8 @@ class Trainer:
         plan, mine, device = self._plan(), self._members(), self.processes.device
         slots = sorted({slot for slot, _ in mine})
         prompt_of = torch.tensor([slots.index(slot) for slot, _ in mine], device=device)
-        rows = torch.tensor([chosen[slot] for slot in slots], device=device)
-        prompting = Prompting(self.prompting.conditions.rows(rows), self.prompting.unconditional)
+        rows = torch.tensor([chosen[slot] for slot in slots])
+        prompting = Prompting(self.prompting.conditions.rows(rows).to(device), self.prompting.unconditional)
         starts = [(slot,) for slot in slots] if plan.shared_noise else mine
         with clock("rollout"):
             trajectories = sample(
@@ -285,6 +291,7 @@ class Trainer:
         if not self.held_out.texts:
             return
         config, rollout = self.config.evaluation, self.config.rollout
+        self.begun = self.policy.updates
         with self.policy.averaged():
             result = evaluate(
                 self.model,
@@ -298,6 +305,7 @@ class Trainer:
                 images_per_prompt=config.images_per_prompt,
                 seed=config.seed,
                 batch=rollout.batch_size,
+                between_calls=self._between_calls,
             )
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)
@@ -314,6 +322,7 @@ class Trainer:
             "seconds": self.seconds,
             "evaluations": self.evaluations,
             "guard": self.guard.state(),
+            "prompts": self._prompts_digest(),
         }
         self.keeper.newest(self.iteration, state)
         self.keeper.status("running", self.iteration)
@@ -322,15 +331,24 @@ class Trainer:
         checkpoint = self.keeper.newest_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.processes.wait()
+        if len(set(self.processes.gather([self.iteration]))) > 1:
+            raise BadInput(
+                "the processes found different checkpoints: the run directory must be one that all hosts share"
+            )
         self.keeper.begin(self.iteration)
         self.processes.wait()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
+        if state["prompts"] != self._prompts_digest():
+            raise BadInput("the prompts of this run have changed since it was stopped; start another run for them")
         self.policy.restore(checkpoint.tensors, state["updates"])
         self.iteration, self.seconds, self.evaluations = state["iteration"], state["seconds"], state["evaluations"]
         self.guard.restore(state["guard"])
+
+    def _prompts_digest(self) -> str:
+        texts = [self.prompts.texts, self.held_out.texts]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
     def _finish(self, state: str, error: str | None = None) -> dict:
         return self.keeper.finish(state, self.iteration, self.seconds, self.evaluations, error)
@@ -341,12 +359,11 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self.processes.any(self._asked()):
-            self._save()
             raise StopRequested
 
     def _between_calls(self) -> None:
-        # Several processes must agree, so they only look between iterations.
-        if self.processes.count == 1 and self._asked():
+        # Several processes must agree, so they only look between iterations; and what is saved is whole iterations.
+        if self.processes.count == 1 and self.policy.updates == self.begun and self._asked():
             raise StopRequested
 
 

@@ -33,7 +33,7 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise BadInput(f"lora.targets: {target!r} matches no linear layer of this model, such as {names[0]!r}")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(
             peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0), module

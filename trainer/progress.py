@@ -33,7 +33,7 @@ class Progress:
         left = self.seconds / self.seen * (self.iterations - event["iteration"])
         print(
             f"iteration {event['iteration']}/{self.iterations}  {text}  {event['seconds']['total']:.2f} s"
-            f"  ratio off by {event['ratio']['max_deviation_before_update']:.1e} before, clipped"
+            f"  ratio off by {event['ratio']['max_deviation_before_update'] or 0:.1e} before, clipped"
             f" {event['clip_fraction']:.0%}  {duration(left)} left",
             flush=True,
         )
@@ -99,7 +99,7 @@ def closing(summary: dict, run: RunDirectory) -> str:
         f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
     ]
     if events:
-        deviation = max(event["ratio"]["max_deviation_before_update"] for event in events)
+        deviation = max(event["ratio"]["max_deviation_before_update"] or 0.0 for event in events)
         lines.append(f"model evaluations per image {events[-1]['evaluations_per_image']:.2f}")
         lines.append(f"largest deviation of a ratio from 1 before an iteration's first update {deviation:.1e}")
     lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]

@@ -47,7 +47,7 @@ def _shapes(per_task: int, held_out: bool) -> PromptSet:
 
 def _read(path: Path, field: str) -> PromptSet:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{field} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     entries = [_entry(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]

@@ -1,5 +1,6 @@
 """What an iteration leaves behind: its event, and the summary of a run."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -45,10 +46,17 @@ def ratio_record(every: dict[str, float], first: dict[str, float]) -> dict[str, 
     }
 
 
+def without_nan(value: object) -> object:
+    """Plain data in which numbers that are not finite are None, as JSON has it."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def warn_of_ratio(event: dict, clip_range: float) -> None:
     """Say so when rollout and update do not agree on what the model predicts."""
     deviation = event["ratio"]["max_deviation_before_update"]
-    if deviation > clip_range / 10:
+    if deviation is not None and deviation > clip_range / 10:
         print(
             f"warning: iteration {event['iteration']}: before the first update a ratio is {deviation:.2g} from 1, "
             f"above a tenth of the clip range {clip_range:g}",

@@ -104,8 +104,8 @@ def sample(
         between_calls: called before every step, and may raise.
     """
     index = torch.arange(len(initial), device=prompt_of.device) if plan.shared_noise else prompt_of
-    latents, evaluations, taken = initial.float(), 0, []
-    starts: list[Tensor] = []
+    latents, evaluations = initial.float(), 0
+    starts, ends, log_probs, means = [], [], [], []
     for i, (sigma, sigma_next) in enumerate(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True)):
         between_calls()
         velocity = predict(model, latents, sigma, prompting, index, plan, batch)
@@ -115,16 +115,20 @@ def sample(
         if not plan.stochastic[i]:
             latents = sde.step("ode", latents, velocity, sigma, sigma_next, 0.0).next_sample
             continue
+        step = sde.step(plan.kernel, latents, velocity, sigma, sigma_next, plan.eta, noise=step_noise(i))
         starts.append(latents)
-        taken.append(sde.step(plan.kernel, latents, velocity, sigma, sigma_next, plan.eta, noise=step_noise(i)))
-        latents = taken[-1].next_sample
+        ends.append(step.next_sample)
+        log_probs.append(step.log_prob)
+        if keep_means:
+            means.append(step.mean)
+        latents = step.next_sample
     return Trajectories(
         final=latents if index is prompt_of else latents[prompt_of],
         steps=[i for i, flag in enumerate(plan.stochastic) if flag],
         samples=_stack(starts),
-        next_samples=_stack([step.next_sample for step in taken]),
-        log_probs=_stack([step.log_prob for step in taken]),
-        means=_stack([step.mean for step in taken]) if keep_means else None,
+        next_samples=_stack(ends),
+        log_probs=_stack(log_probs),
+        means=_stack(means) if keep_means else None,
         evaluations=evaluations,
     )
 

@@ -108,11 +108,11 @@ class RunDirectory:
             raise BadInput(f"{path} is no run directory: run.yaml is missing")
         return cls(path)
 
-    def acquire(self) -> None:
+    def acquire(self, timeout: float = 0.5) -> None:
         """Take the lock; the system gives it back when this process ends, however it ends."""
         try:
             # One that only asks whether the run lives holds the lock for an instant.
-            self._lock.acquire(timeout=0.5, poll_interval=0.01)
+            self._lock.acquire(timeout=timeout, poll_interval=0.01)
         except Timeout as error:
             pid = self.status().get("pid", "unknown")
             raise BadInput(f"run directory {self.path} is in use by process {pid}") from error
@@ -187,7 +187,7 @@ class RunDirectory:
 
     def append_event(self, event: dict[str, Any]) -> None:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps(event, allow_nan=False) + "\n")
 
     def events(self) -> list[dict[str, Any]]:
         """All whole lines of the event log."""

@@ -3,11 +3,12 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from . import launch
 from .config import RunConfig
-from .errors import BadInput
+from .errors import BadInput, RunFailed
 from .progress import Progress, closing
 from .run import RunDirectory
 
@@ -22,18 +23,49 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
         output: run directory.
         arguments: the command line that each started process is given.
     """
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        RunDirectory.open(output, config, arguments).release()
-        launch.run_and_wait(arguments, processes)
-        return _verdict(output)
-    code = _run_here(config, output, arguments)
-    # A launcher turns any code but 0 into its own error report; the one who called it reads the status instead.
-    return FINISHED if "WORLD_SIZE" in os.environ and launch.CHILD_MARK in os.environ else code
+    if processes > 1:
+        run = RunDirectory.open(output, config, arguments)
+        if not _is_finished(run):
+            _say_starting(run, config, os.getpid())
+        run.release()
+        launch.run_and_wait(arguments, processes, run)
+        return _verdict(run)
+    try:
+        return _run_here(config, output, arguments)
+    except (BadInput, RunFailed):
+        # A launcher turns any code but 0 into its own report; the one who called it reads the status instead.
+        if launch.CHILD_MARK in os.environ and _is_worker():
+            return FINISHED
+        raise
 
 
-def _verdict(output: Path) -> int:
+def _is_worker() -> bool:
+    """Whether a launcher of several processes started this one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    return (run.summary() or {}).get("state") == "finished"
+
+
+def _say_starting(run: RunDirectory, config: RunConfig, launcher: int) -> None:
+    """Replace what the status said of an earlier start.
+
+    Args:
+        launcher: the process whose end ends the whole run.
+    """
+    run.write_status(
+        "starting",
+        iteration=run.status().get("iteration", 0),
+        iterations=config.runtime.iterations,
+        error=None,
+        bad_input=False,
+        launcher=launch.identity(launcher),
+    )
+
+
+def _verdict(run: RunDirectory) -> int:
     """What became of a run whose processes have ended."""
-    run = RunDirectory.attach(output)
     # In this order: who ends a run by force writes "stopped" before the request is taken back.
     asked, status = run.stop_requested(), run.status()
     if status.get("state") in ("finished", "stopped"):
@@ -59,9 +91,11 @@ def _quiet() -> None:
 def _run_here(config: RunConfig, output: Path, arguments: list[str]) -> int:
     # The lock comes before the seconds of imports, so that who asks sees a run that is starting.
     run, fault = RunDirectory(output), None
-    if os.environ.get("RANK", "0") == "0":
+    if not _is_worker() or os.environ["RANK"] == "0":
         try:
             run = RunDirectory.open(output, config, arguments)
+            if not _is_finished(run):
+                _say_starting(run, config, os.getppid() if _is_worker() else os.getpid())
         except BadInput as error:
             fault = str(error)
     from .distributed import Processes
@@ -70,28 +104,19 @@ def _run_here(config: RunConfig, output: Path, arguments: list[str]) -> int:
     try:
         if fault := processes.broadcast(fault):
             raise BadInput(fault)
-        _quiet()
-        return _train_in(config, run, processes)
+        code = _train_in(config, run, processes)
     finally:
         run.release()
-        processes.close()
+    processes.close()  # only when all went well: others may still wait in a sum
+    return code
 
 
 def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> int:  # noqa: F821 - imported late
-    summary = run.summary()
-    if summary and summary["state"] == "finished":
+    if _is_finished(run):
         if processes.is_main:
-            print(closing(summary, run))
+            print(closing(run.summary(), run))
         return FINISHED
-    if processes.is_main:
-        run.write_status(
-            "starting",
-            iteration=run.status().get("iteration", 0),
-            iterations=config.runtime.iterations,
-            error=None,
-            bad_input=False,
-            launcher=_launcher(),
-        )
+    _quiet()
     try:
         from .loop import Trainer
 
@@ -100,19 +125,22 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(trainer, "interrupted", True))
         summary = trainer.train()
-    except BaseException as error:
+    except KeyboardInterrupt:
+        if processes.is_main:
+            run.write_status("stopped")
+        return FINISHED
+    except Exception as error:
         if processes.is_main:
             run.write_status("failed", error=_sentence(error), bad_input=isinstance(error, BadInput))
-        raise
+        if isinstance(error, (BadInput, RunFailed, OSError)):
+            raise
+        report = run.path / f"error-{processes.rank}.txt"
+        report.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        raise RunFailed(f"{type(error).__name__}: {_sentence(error)} (details in {report})") from error
     if processes.is_main:
         progress.close()
         print(closing(summary, run))
     return FINISHED
-
-
-def _launcher() -> int:
-    """The process whose end ends the whole run: the launcher of several processes, else this one."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
 
 
 def _sentence(error: BaseException) -> str:

@@ -189,7 +189,9 @@ def ddim_step(
 
 
 def _level(value: Level, sample: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64, device=sample.device).expand(sample.shape[0])
+    if isinstance(value, Tensor):
+        return value.to(sample.device, torch.float64).expand(sample.shape[0])
+    return torch.full((sample.shape[0],), value, dtype=torch.float64, device=sample.device)
 
 
 def _like(value: Tensor, sample: Tensor) -> Tensor:

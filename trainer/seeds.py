@@ -4,6 +4,7 @@ Every draw is named by the run's seed and its place (iteration, prompt, member).
 processes or another batch size gives the same numbers, and no random state needs to be saved.
 """
 
+import functools
 import hashlib
 import random
 
@@ -31,7 +32,12 @@ def prompt_indices(count: int, per_iteration: int, iteration: int, seed: int) ->
     chosen = []
     for position in range(iteration * per_iteration, (iteration + 1) * per_iteration):
         epoch, place = divmod(position, count)
-        order = list(range(count))
-        generator(seed, "prompts", epoch).shuffle(order)
-        chosen.append(order[place])
+        chosen.append(_epoch_order(count, seed, epoch)[place])
     return chosen
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    generator(seed, "prompts", epoch).shuffle(order)
+    return order

@@ -154,6 +154,7 @@ def accumulate(
     if config.kl_weight:
         with torch.no_grad(), lora.disabled(model.module):
             reference = predict()
+        statistics.evaluations += len(latents)
         kl = objective.velocity_kl(velocity, reference).index_select(0, row_of)
         loss = loss + config.kl_weight * kl
         statistics.kl += kl.detach().double().sum()

@@ -12,6 +12,7 @@ from ..shapes import WEIGHTS
 from .base import Conditions, DiffusionModel, require_files
 
 T5_TOKENS = 256
+COMPONENTS = ["model_index.json", "transformer/config.json", "vae/config.json", "text_encoder", "text_encoder_2"]
 
 
 def _folder(config: ModelConfig) -> Path:
@@ -19,7 +20,10 @@ def _folder(config: ModelConfig) -> Path:
 
 
 def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model.path: {path} cannot be read as JSON: {error}") from error
 
 
 class SD3Model(DiffusionModel):
@@ -45,7 +49,7 @@ class SD3Model(DiffusionModel):
     @staticmethod
     def check(config: ModelConfig) -> None:
         folder = _folder(config)
-        require_files(folder, ["model_index.json", "transformer/config.json", "vae/config.json"], "sd3")
+        require_files(folder, COMPONENTS, "sd3")
         pipeline = _json(folder / "model_index.json").get("_class_name")
         if pipeline != "StableDiffusion3Pipeline":
             raise BadInput(
@@ -104,6 +108,9 @@ class SD3Model(DiffusionModel):
         result = chunks[0]
         for chunk in chunks[1:]:
             result = result.joined(chunk)
+        del pipeline
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         return result
 
     @property
