@@ -305,7 +305,7 @@ def test_equal_rewards_teach_nothing(short: dict, tmp_path: Path, monkeypatch: p
 def test_falling_reward_stops_the_run_with_its_best_lora(
     short: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """A reward that rises for three iterations and then falls by ten within-group spreads each time."""
+    """A reward that rises for three iterations and then falls by ten standard deviations each time."""
     path = [0.0, 1.0, 2.0] + [-10.0 * i for i in range(1, 20)]
     install(monkeypatch, lambda scores, call: torch.linspace(-1, 1, 4).repeat(2) + path[call - 1])
     short["rewards"] = [{"name": "odd"}]
@@ -399,7 +399,7 @@ def test_guard_reward_is_measured_in_within_group_spreads() -> None:
     assert watcher.best == pytest.approx(0.2)  # one spread up, smoothed by 0.2
     improved, verdict = watcher.watch(event(-9.0))  # 4.5 spreads down: 0.2 + 0.2 (-4.5 - 0.2) = -0.74
     assert (improved, verdict) == (False, None)
-    assert "1.69 within-group spreads below its best" in watcher.watch(event(-9.0))[1]
+    assert "1.69 standard deviations below its best" in watcher.watch(event(-9.0))[1]
 
 
 def test_guard_reward_with_a_negative_weight_is_better_when_lower() -> None:

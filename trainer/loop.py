@@ -91,11 +91,11 @@ class Trainer:
         self._resume()
         self.keeper.status("running", self.iteration)
         try:
-            if not self.evaluations and self.iteration == 0:
-                self.evaluate()
-                self._save()
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()
+                if self._evaluation_is_due():
+                    self.evaluate()
+                    self._save()
                 self._after(self.iterate())
             if self.evaluations and self.evaluations[-1]["iteration"] != self.iteration:
                 self.evaluate()
@@ -275,9 +275,6 @@ class Trainer:
         if self.processes.is_main:
             warn_of_ratio(event, self.config.objective.clip_range)
             self.listener(event)
-        every, last = self.config.evaluation.every, self.config.runtime.iterations
-        if every and self.iteration % every == 0 and self.iteration < last:
-            self.evaluate()
         if improved:
             self.keeper.best(self.iteration - 1, self.sampled)
         if self.iteration % self.config.runtime.checkpoint_every == 0 or verdict:
@@ -285,6 +282,11 @@ class Trainer:
         if verdict:
             kept = self.keeper.fall_back_to_best()
             raise RunFailed(f"stopped at iteration {self.iteration}: {verdict}; {kept}")
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.evaluation.every
+        wanted = self.iteration == 0 or (every > 0 and self.iteration % every == 0)
+        return wanted and self.iteration not in [record["iteration"] for record in self.evaluations]
 
     def evaluate(self) -> None:
         """Judge the held-out prompts, where there are any, and record it."""
