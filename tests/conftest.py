@@ -171,7 +171,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.process.stdin.close()
-    forks.process.wait(timeout=10)
+    forks.process.wait(timeout=60)
 
 
 def lora_of(run: Path, name: str = "lora.safetensors") -> dict[str, torch.Tensor]:

@@ -357,7 +357,7 @@ def train_flow(minutes: float, images: int, resume: bool, seed: int = 0, batch: 
             rate = step / (time.time() - start)
             print(f"flow step {step} loss {sum(losses) / len(losses):.4f} {rate:.1f}/s {share:.0%}", flush=True)
             losses = []
-        if step % 3000 == 0:
+        if step % 5000 == 0:
             save_student(average)
             score()
     save_student(average)
@@ -414,12 +414,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--images", type=int, default=40_000, help="size of the flow stage's data set")
     parser.add_argument("--resume", action="store_true", help="start from the saved weights")
+    parser.add_argument("--seed", type=int, default=0, help="flow stage: another seed draws other images")
     parser.add_argument("--decoder-only", action="store_true", help="vae stage: leave the latents as they are")
     args = parser.parse_args()
     if args.stage == "vae":
         train_vae(args.minutes, args.resume, args.decoder_only)
     elif args.stage == "flow":
-        train_flow(args.minutes, args.images, args.resume)
+        train_flow(args.minutes, args.images, args.resume, args.seed)
     else:
         score()
 
