@@ -75,5 +75,5 @@ def test_base_model_knows_the_world_and_often_errs() -> None:
 
 
 def test_readme_shows_a_real_result() -> None:
-    for name in ("before_after.png", "learning.png"):
+    for name in ("before_after.png", "reward_curve.png"):
         assert (ROOT / "docs" / "images" / name).stat().st_size > 10_000

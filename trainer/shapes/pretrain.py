@@ -1,8 +1,9 @@
 """How the embedded model was made. These commands, in this order, write the folder `weights/`:
 
     python -m trainer.shapes.pretrain vae  --minutes 16
-    python -m trainer.shapes.pretrain flow --minutes 56
-    python -m trainer.shapes.pretrain vae  --minutes 12 --resume --decoder-only
+    python -m trainer.shapes.pretrain vae  --minutes 14 --resume --decoder-only
+    python -m trainer.shapes.pretrain flow --minutes 38
+    python -m trainer.shapes.pretrain flow --minutes 27 --resume --seed 1
     python -m trainer.shapes.pretrain score
 
 The flow model is taught with noisy captions (`CAPTION_NOISE`), as real models are by web data: every skill is
