@@ -54,7 +54,7 @@ def build_tiny_sd3(folder: Path) -> Path:
         shift_factor=0.0609,
     )
     vae.save_pretrained(folder / "vae")
-    pretrain.drop_written_key(folder / "vae")
+    pretrain.drop_written_keys(folder / "vae")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(pretrain.MODEL_INDEX))
     return folder

@@ -178,14 +178,15 @@ def train_vae(
 def save_vae(vae: torch.nn.Module) -> None:
     """Write the autoencoder in float16."""
     vae.half().save_pretrained(WEIGHTS / "vae")
-    drop_written_key(WEIGHTS / "vae")
+    drop_written_keys(WEIGHTS / "vae")
 
 
-def drop_written_key(folder: Path) -> None:
-    """diffusers writes `block_out_channels` into an AutoencoderTiny's configuration, and warns of it when reading."""
+def drop_written_keys(folder: Path) -> None:
+    """diffusers writes `block_out_channels`, of which it warns when reading, and the folder of an earlier save."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config.pop("block_out_channels", None)
+    for name in ("block_out_channels", "_name_or_path"):
+        config.pop(name, None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
