@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,6 @@ class DiffusionModel(ABC):
 
 def require_files(folder: Path, names: list[str], family: str) -> None:
     """Raise BadInput when a component of a diffusers folder is missing."""
-    from ..errors import BadInput
-
     if not folder.is_dir():
         raise BadInput(f"model.path is {str(folder)!r}: there is no such folder")
     for name in names:

@@ -43,7 +43,7 @@ class SD3Model(DiffusionModel):
     def __init__(self, transformer: torch.nn.Module, vae: torch.nn.Module, height: int, width: int) -> None:
         self.module = transformer
         self.vae = vae
-        self._scale = 2 ** (len(_vae_blocks(vae.config)) - 1)
+        self._scale = _vae_scale(vae.config)
         self.height, self.width = height, width
 
     @staticmethod
@@ -56,7 +56,7 @@ class SD3Model(DiffusionModel):
                 f"model.path {str(folder)!r} holds a {pipeline}, and family sd3 takes StableDiffusion3Pipeline"
             )
         transformer = _json(folder / "transformer/config.json")
-        scale = 2 ** (len(_vae_blocks(_json(folder / "vae/config.json"))) - 1)
+        scale = _vae_scale(_json(folder / "vae/config.json"))
         step = scale * transformer["patch_size"]
         largest = scale * transformer["patch_size"] * transformer["pos_embed_max_size"]
         for name, size in (("height", config.height), ("width", config.width)):
@@ -140,6 +140,7 @@ class SD3Model(DiffusionModel):
         return f"transformer.{module_name}"
 
 
-def _vae_blocks(config: dict) -> list[int]:
-    """The VAE's resolution levels; their number gives its scale."""
-    return config.get("block_out_channels") or config["encoder_block_out_channels"]
+def _vae_scale(config: dict) -> int:
+    """Pixels per latent along each side: one halving between the VAE's resolution levels."""
+    levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return 2 ** (len(levels) - 1)
