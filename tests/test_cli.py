@@ -75,7 +75,7 @@ def test_train_leaves_everything_and_a_second_train_only_reports(
         assert (run / "report" / name).stat().st_size, name
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert (summary["state"], summary["iterations"], summary["error"]) == ("finished", 4, None)
-    assert set(summary["eval"]["before"]["rewards"]) == {"brightness", "colorfulness"}
+    assert set(summary["eval"]["before"]["rewards"]) == {"brightness", "colorfulness", "mix"}
     assert [e["iteration"] for e in summary["evaluations"]] == [0, 2, 4]
     assert Path(summary["lora"]) == run / "lora.safetensors"
     times = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trainer.shapes.checker import check, find_shapes
-from trainer.shapes.pretrain import corrupt
+from trainer.shapes.pretrain import caption, corrupt, describe, meaning
 from trainer.shapes.prompts import TASKS, TEMPLATES, Phrase, Prompt, balanced_prompts, parse, prompts
 from trainer.shapes.world import BACKGROUNDS, PALETTE, Item, Scene, make_scene, render
 
@@ -157,6 +157,38 @@ def test_scenes_differ_with_their_random_numbers_alone(task: str) -> None:
     prompt = prompts(task, False)[0]
     assert make_scene(prompt, random.Random(1)) == make_scene(prompt, random.Random(1))
     assert make_scene(prompt, random.Random(1)) != make_scene(prompt, random.Random(2))
+
+
+def test_a_scene_has_room_for_four_shapes() -> None:
+    with pytest.raises(ValueError, match="asks for 5 shapes; a scene has room for 1 to 4"):
+        make_scene(parse("two circles and three squares"), random.Random(0))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_captions_without_noise_are_true_and_with_noise_often_false(task: str) -> None:
+    rng = random.Random(0)
+    scenes = [make_scene(p, rng) for p in some(task) for _ in range(2)]
+    images = render(scenes)
+    assert check(images, [caption(s, rng, noise=0.0) for s in scenes])[1].mean() == 1
+    described = {describe(scene, rng).task for scene in scenes}
+    wrong = 1 - check(images, [caption(s, rng, noise=1.0) for s in scenes])[1].mean().item()
+    assert 0.1 < wrong < 0.6, described
+
+
+def test_meaning_is_in_what_is_said_and_not_in_the_words() -> None:
+    same = ["a circle above a square", "a drawing of a square below a circle"]
+    assert meaning(parse(same[0])) == meaning(parse(same[1]))
+    different = [
+        "a circle above a square",
+        "a square above a circle",
+        "a circle and a square",
+        "a circle to the left of a square",
+        "a red circle and a square",
+        "a circle and a red square",
+        "two circles",
+        "three circles",
+    ]
+    assert len({tuple(meaning(parse(text))) for text in different}) == len(different)
 
 
 # ------------------------------------------------------------------------------------------------------------ checker

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train on the embedded model, without downloads")
     demo.add_argument("--output", type=Path, help="run directory; default runs/demo-<seed>")
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
     demo.add_argument("--processes", type=_positive, default=1)
     demo.set_defaults(run=_demo)
 
@@ -93,9 +94,12 @@ def _positive(text: str) -> int:
 def _train(args: argparse.Namespace) -> int:
     config = read_config(args.description, args.overrides)
     output = args.output or Path("runs") / args.description.stem
-    arguments = ["train", str(args.description), "--output", str(output)]
-    arguments += [word for override in args.overrides for word in ("--set", override)]
+    arguments = ["train", str(args.description), "--output", str(output), *_words(args.overrides)]
     return run_description(config, output, arguments, args.processes)
+
+
+def _words(overrides: list[str]) -> list[str]:
+    return [word for override in overrides for word in ("--set", override)]
 
 
 def _resume(args: argparse.Namespace) -> int:
@@ -104,9 +108,9 @@ def _resume(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    config = parse_config(preset("demo"), [f"runtime.seed={args.seed}"])
+    config = parse_config(preset("demo"), [f"runtime.seed={args.seed}", *args.overrides])
     output = args.output or Path("runs") / f"demo-{args.seed}"
-    arguments = ["demo", "--seed", str(args.seed), "--output", str(output)]
+    arguments = ["demo", "--seed", str(args.seed), "--output", str(output), *_words(args.overrides)]
     return run_description(config, output, arguments, args.processes)
 
 

@@ -15,13 +15,15 @@ from .schedule import sigma_schedule
 from .seeds import noise
 
 SHOWN = 24  # images kept for the pictures
+MIX = "mix"
+"""Among an evaluation's judges, the name of the trained rewards' mixture."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """
     Attributes:
-        rewards: mean per judge (None where no score was finite, here and below).
+        rewards: mean per judge (None where no score was finite, here and below), and of their mixture.
         spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per judge, mean per category.
         images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, in every process.
@@ -35,6 +37,25 @@ class Evaluation:
     def record(self) -> dict:
         """Plain data, without the images."""
         return {"rewards": self.rewards, "spread": self.spread, "categories": self.categories}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What several rewards amount to together: the weighted sum that training raises.
+
+    Attributes:
+        weights: per trained reward.
+        units: what each is divided by before it is weighted; None for its spread in this evaluation. Training
+            normalises every reward within its group, so a spread of the base model's is the unit that fits.
+    """
+
+    weights: dict[str, float]
+    units: dict[str, float | None] | None = None
+
+    def of(self, columns: dict[str, Tensor], spread: dict[str, float | None]) -> Tensor:
+        """One value per image, NaN where one of the rewards is."""
+        units = self.units or spread
+        return sum(weight * columns[name] / (units[name] or 1.0) for name, weight in self.weights.items())
 
 
 @torch.no_grad()
@@ -51,6 +72,7 @@ def evaluate(
     images_per_prompt: int,
     seed: int,
     batch: int,
+    mixture: Mixture | None = None,
     between_calls: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text."""
@@ -86,7 +108,7 @@ def evaluate(
                 shown.append((p, images[row].cpu()))
     scores = processes.gather(scores)
     shown = processes.gather(shown)
-    return _summary(prompts, rewards, scores, shown)
+    return _summary(prompts, list(rewards), scores, shown, mixture)
 
 
 def no_noise(step: int) -> Tensor:
@@ -94,23 +116,30 @@ def no_noise(step: int) -> Tensor:
     raise AssertionError(f"step {step} is deterministic")
 
 
-def _summary(prompts: PromptSet, rewards: dict, scores: list, shown: list) -> Evaluation:
-    means, spread, categories = {}, {}, {}
+def _summary(prompts: PromptSet, names: list[str], scores: list, shown: list, mixture: Mixture | None) -> Evaluation:
     owner = torch.tensor([p for p, _ in scores])
-    for name in rewards:
-        column = torch.tensor([row[name] for _, row in scores], dtype=torch.float64)
-        finite = column.isfinite()
-        groups = [column[finite & (owner == p)] for p in range(len(prompts.texts))]
-        means[name] = _mean(column[finite])
-        several = [group.std() for group in groups if len(group) > 1]
-        spread[name] = _mean(torch.stack(several)) if several else None
-        labels = sorted(set(prompts.categories) - {""}, key=prompts.categories.index)
-        categories[name] = {
-            label: _mean(torch.cat([g for g, c in zip(groups, prompts.categories, strict=True) if c == label]))
-            for label in labels
-        }
+    columns = {name: torch.tensor([row[name] for _, row in scores], dtype=torch.float64) for name in names}
+    spread = {name: _spread(column, owner) for name, column in columns.items()}
+    if mixture is not None:
+        columns[MIX] = mixture.of(columns, spread)
+        spread[MIX] = _spread(columns[MIX], owner)
+    labels = sorted(set(prompts.categories) - {""}, key=prompts.categories.index)
+    label_of = [prompts.categories[p] for p, _ in scores]
+    places = {label: torch.tensor([each == label for each in label_of]) for label in labels}
+    categories = {
+        name: {label: _mean(column[here & column.isfinite()]) for label, here in places.items()}
+        for name, column in columns.items()
+    }
+    means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
     images = torch.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
     return Evaluation(means, spread, categories, images)
+
+
+def _spread(column: Tensor, owner: Tensor) -> float | None:
+    """Mean over prompts of the standard deviation among a prompt's images."""
+    groups = [column[column.isfinite() & (owner == p)] for p in owner.unique()]
+    several = [group.std() for group in groups if len(group) > 1]
+    return _mean(torch.stack(several)) if several else None
 
 
 def _mean(values: Tensor) -> float | None:

@@ -14,7 +14,7 @@ from .conditions import all_texts, conditions_for
 from .config import RunConfig
 from .distributed import Processes
 from .errors import BadInput, RunFailed, StopRequested
-from .evaluate import evaluate
+from .evaluate import Mixture, evaluate
 from .guard import Guard
 from .keeper import Keeper
 from .models import model_class
@@ -307,6 +307,7 @@ class Trainer:
                 images_per_prompt=config.images_per_prompt,
                 seed=config.seed,
                 batch=rollout.batch_size,
+                mixture=self._mixture(),
                 between_calls=self._between_calls,
             )
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
@@ -314,6 +315,14 @@ class Trainer:
         self.keeper.evaluation_picture(result.images, self.iteration)
         if self.processes.is_main:
             self.listener({"evaluation": record})
+
+    def _mixture(self) -> Mixture | None:
+        if len(self.config.rewards) < 2:
+            return None
+        weights = {reward.name: reward.weight for reward in self.config.rewards}
+        if self.config.objective.combine == "sum":
+            return Mixture(weights, dict.fromkeys(weights, 1.0))
+        return Mixture(weights, self.evaluations[0]["spread"] if self.evaluations else None)
 
     # ------------------------------------------------------------------------------ keeping, resuming, stopping
 

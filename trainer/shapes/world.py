@@ -1,5 +1,6 @@
 """The shapes world: scenes, how a prompt becomes one, and how scenes become antialiased images."""
 
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -24,7 +25,23 @@ BACKGROUNDS = (
     (0.98, 0.91, 0.91),
     (0.89, 0.96, 0.90),
 )
-_RADII = {1: (10.0, 17.0), 2: (8.0, 12.0), 3: (7.0, 9.5), 4: (6.5, 8.5)}
+_RADII = {1: (11.0, 15.0), 2: (9.0, 10.5), 3: (8.0, 9.5), 4: (8.0, 9.5)}
+_LEFT, _MIDDLE, _RIGHT = IMAGE_SIZE * 0.25, IMAGE_SIZE * 0.5, IMAGE_SIZE * 0.75
+_SIDE_BY_SIDE = ((_LEFT, _MIDDLE), (_RIGHT, _MIDDLE))
+_ONE_ABOVE = ((_MIDDLE, _LEFT), (_MIDDLE, _RIGHT))
+_LAYOUTS = {  # centres in the order in which the prompt names the shapes
+    1: [((_MIDDLE, _MIDDLE),)],
+    2: [_SIDE_BY_SIDE, _ONE_ABOVE],
+    3: [((_MIDDLE, _LEFT), (_LEFT, _RIGHT), (_RIGHT, _RIGHT))],
+    4: [tuple(itertools.product((_LEFT, _RIGHT), repeat=2))],
+}
+_RELATED = {
+    "to the left of": _SIDE_BY_SIDE,
+    "to the right of": _SIDE_BY_SIDE[::-1],
+    "above": _ONE_ABOVE,
+    "below": _ONE_ABOVE[::-1],
+}
+_JITTER = 2.5  # pixels by which a shape may stand off its place
 _REACH = 1.25  # furthest point of any shape from its centre, in radii
 _GAP = 3.0  # pixels kept free between two shapes
 
@@ -58,23 +75,25 @@ def relation_holds(relation: str, first: tuple[float, float], second: tuple[floa
 
 
 def _place(radii: list[float], relation: str | None, rng: random.Random) -> list[tuple[float, float]] | None:
-    centers: list[tuple[float, float]] = []
-    for radius in radii:
-        margin = radius * _REACH + 1
-        center = (rng.uniform(margin, IMAGE_SIZE - margin), rng.uniform(margin, IMAGE_SIZE - margin))
-        for other, other_radius in zip(centers, radii, strict=False):
-            if math.dist(center, other) < (radius + other_radius) * _REACH + _GAP:
-                return None
-        centers.append(center)
-    if relation and not relation_holds(relation, centers[0], centers[1]):
-        return None
+    places = _RELATED[relation] if relation else rng.choice(_LAYOUTS[len(radii)])
+    centers = [(x + rng.uniform(-_JITTER, _JITTER), y + rng.uniform(-_JITTER, _JITTER)) for x, y in places]
+    shapes = list(zip(centers, radii, strict=True))
+    for (center, radius), (other, other_radius) in itertools.combinations(shapes, 2):
+        if math.dist(center, other) < (radius + other_radius) * _REACH + _GAP:
+            return None
     return centers
 
 
 def make_scene(prompt: Prompt, rng: random.Random) -> Scene:
-    """A random scene that shows exactly what the prompt says; what it leaves open is drawn at random."""
+    """A random scene that shows exactly what the prompt says; what it leaves open is drawn at random.
+
+    Raises:
+        ValueError: the prompt asks for more than four shapes.
+    """
     phrases = [phrase for phrase in prompt.phrases for _ in range(phrase.count)]
-    low, high = _RADII[min(len(phrases), 4)]
+    if len(phrases) not in _LAYOUTS:
+        raise ValueError(f"prompt {prompt.text!r} asks for {len(phrases)} shapes; a scene has room for 1 to 4")
+    low, high = _RADII[len(phrases)]
     centers, radii = None, []
     while centers is None:
         radii = [rng.uniform(low, high) for _ in phrases]
