@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -350,7 +351,8 @@ def train_text(minutes: float, seed: int = 0, batch: int = 256, learning_rate: f
     torch.manual_seed(seed)
     rng = random.Random(seed)
     build_tokenizer(WEIGHTS / "tokenizer")
-    build_tokenizer(WEIGHTS / "tokenizer_2")
+    # A copy, for another training of the same tokenizer gives other numbers to the same words.
+    shutil.copytree(WEIGHTS / "tokenizer", WEIGHTS / "tokenizer_2", dirs_exist_ok=True)
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     encoders = TextEncoders(tokenizer)
     heads = torch.nn.ModuleList(torch.nn.Linear(128, sum(MEANING_SIZES)) for _ in range(2))
