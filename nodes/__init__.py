@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, rewards, sampling
+from . import demo, lora, rewards, sampling
 
-MODULES = (sampling, rewards, demo)
+MODULES = (sampling, lora, rewards, demo)
 
 
 class DanceGRPOExtension(ComfyExtension):

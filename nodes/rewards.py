@@ -1,3 +1,1 @@
-"""Filled in by what follows."""
-
 NODES = []
