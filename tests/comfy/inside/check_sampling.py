@@ -57,7 +57,7 @@ def test_an_image_does_not_depend_on_its_batch(sampler, sample, noise, kernel) -
     whole = sample(sampler(kernel=kernel), SIGMAS, noise)
     for image in range(4):
         alone = sample(sampler(kernel=kernel, first_image=image), SIGMAS, noise[image : image + 1])
-        assert largest(alone[0], whole[image]) < 1e-5
+        assert largest(alone[0], whole[image]) < 5e-5  # the network's own rounding differs between batch sizes
 
 
 def test_images_of_a_batch_get_different_noise(sampler, sample, noise) -> None:
