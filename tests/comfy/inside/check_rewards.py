@@ -126,12 +126,27 @@ def test_the_best_come_first(nodes) -> None:
 
 @pytest.fixture
 def film(pack, monkeypatch):
-    """A judge of videos with every sort of option, registered like any other."""
+    """A judge of videos, registered like any other."""
+    rewards = pack("trainer.rewards")
+
+    class Film(rewards.Reward):
+        name = "film"
+        typical_range = (0.0, 1.0)
+        media: ClassVar[str] = "video"
+
+        def score(self, images, prompts):
+            return torch.stack([video.mean() for video in images])
+
+    monkeypatch.setitem(rewards.REWARDS, "film", Film)
+    return Film
+
+
+@pytest.fixture
+def settable(pack, film):
+    """The same with every sort of option."""
     from pydantic import Field
 
-    rewards, config = pack("trainer.rewards"), pack("trainer.config")
-
-    class Options(config.Section):
+    class Options(pack("trainer.config").Section):
         weights: str = Field(
             "film/film.safetensors",
             description="Its weights.",
@@ -142,31 +157,22 @@ def film(pack, monkeypatch):
         aspects: list[str] = ["light", "motion"]
         exact: bool = False
 
-    class Film(rewards.Reward):
-        name = "film"
-        typical_range = (0.0, 1.0)
-        media: ClassVar[str] = "video"
-
-        def score(self, images, prompts):
-            return torch.stack([video.mean() for video in images])
-
-    Film.Options = Options
-    monkeypatch.setitem(rewards.REWARDS, "film", Film)
-    return Film
+    film.Options = Options
+    return film
 
 
-def test_options_become_widgets(pack, film, tmp_path, monkeypatch) -> None:
+def test_options_become_widgets(pack, settable, tmp_path, monkeypatch) -> None:
     (tmp_path / "film").mkdir()
     for name in ("film/film.safetensors", "film/other.safetensors", "film/notes.txt"):
         (tmp_path / name).write_text("x")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(tmp_path)], set()))
     folder_paths.filename_list_cache.pop("rewards", None)
-    widgets = {w.id: w for w in pack("nodes.reward_files").option_widgets(film)}
+    widgets = {w.id: w for w in pack("nodes.reward_files").option_widgets(settable)}
     kinds = {name: widget.get_io_type() for name, widget in widgets.items()}
     expected = {"weights": "COMBO", "dtype": "COMBO", "frames": "INT", "aspects": "STRING", "exact": "BOOLEAN"}
     assert kinds == expected
     assert (widgets["frames"].min, widgets["frames"].max) == (1, 64)
-    values = pack("nodes.reward_files").option_values(film, {"aspects": "light\n motion \n", "frames": 4})
+    values = pack("nodes.reward_files").option_values(settable, {"aspects": "light\n motion \n", "frames": 4})
     assert values == {"aspects": ["light", "motion"], "frames": 4}
     assert widgets["weights"].options == ["film/film.safetensors", "film/other.safetensors"]
     assert widgets["dtype"].options == ["float32", "float16"]
