@@ -1,0 +1,225 @@
+"""The pack in a real ComfyUI: how it loads, what it shows, and what it says to bad input."""
+
+import ast
+import re
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comfy_host import PACK, ROOT, PromptFailed, Server
+from PIL import Image
+
+NODE_IDS = re.findall(r'node_id="(DanceGRPO_\w+)"', "".join(p.read_text() for p in (ROOT / "nodes").glob("*.py")))
+
+
+@pytest.fixture(scope="module")
+def info(comfy: Server) -> dict:
+    return comfy.get("/object_info")
+
+
+def test_it_loads_fast_and_without_a_warning(comfy: Server) -> None:
+    seconds = re.search(rf"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*{PACK}", comfy.output)
+    assert seconds, comfy.output
+    assert "IMPORT FAILED" not in comfy.output
+    assert "Error while calling comfy_entrypoint" not in comfy.output
+    assert float(seconds.group(1)) < 0.5
+    start = comfy.output[: comfy.output.index("To see the GUI go to")]
+    own = [line for line in start.splitlines() if re.search("WARNING|ERROR|Traceback", line)]
+    assert [line for line in own if "User settings" not in line and "--multi-user" not in line] == []
+
+
+def test_every_node_is_there_with_words_for_everything(info: dict) -> None:
+    assert len(NODE_IDS) >= 9
+    for name in NODE_IDS:
+        node = info[name]
+        assert node["category"].startswith("DanceGRPO")
+        assert node["description"]
+        assert node["search_aliases"]
+        for section in node["input"].values():
+            for key, entry in section.items():
+                widget = isinstance(entry[0], str) and entry[0] in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
+                obvious = key.split("_")[0] in ("strength", "k", "threshold", "weight")
+                assert not widget or obvious or entry[1].get("tooltip"), f"{name}.{key} has no tooltip"
+
+
+@pytest.mark.parametrize("name", NODE_IDS)
+def test_help_pages_are_served(comfy: Server, name: str) -> None:
+    page = comfy.fetch(f"/extensions/{PACK}/docs/{name}.md").decode()
+    assert page.startswith("# ")
+    assert len(page) > 200
+
+
+def test_templates_are_listed_and_served_with_their_pictures(comfy: Server) -> None:
+    listed = comfy.get("/workflow_templates")[PACK]
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    assert len(listed) >= 3
+    for path in sorted((ROOT / "workflows").glob("*.*")):
+        address = f"/api/workflow_templates/{PACK}/{urllib.parse.quote(path.name)}"
+        assert comfy.fetch(address) == path.read_bytes()
+
+
+def test_nothing_heavy_is_imported_at_the_door() -> None:
+    """Only inside functions: diffusers, peft and the like."""
+    heavy = {"diffusers", "peft", "transformers", "open_clip", "scipy", "matplotlib", "accelerate"}
+    for path in (ROOT / "nodes").glob("*.py"):
+        for statement in ast.parse(path.read_text()).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                names = (
+                    [a.name for a in statement.names] if isinstance(statement, ast.Import) else [statement.module or ""]
+                )
+                assert not {name.split(".")[0] for name in names} & heavy, path.name
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def scoring(**changes: object) -> dict:
+    """Score one grey image."""
+    prompt = {
+        "image": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 3, "color": 0x808080},
+        },
+        "reward": {"class_type": "DanceGRPO_LoadReward", "inputs": {"reward": "brightness"}},
+        "score": {
+            "class_type": "DanceGRPO_ScoreImages",
+            "inputs": {"reward": ["reward", 0], "images": ["image", 0], "prompt": "a red circle", "batch": "images"},
+        },
+    }
+    for place, value in changes.items():
+        node, field = place.split("__")
+        prompt[node]["inputs"][field] = value
+    return prompt
+
+
+def refusal(comfy: Server, prompt: dict) -> str:
+    with pytest.raises(PromptFailed) as caught:
+        comfy.run(prompt)
+    return str(caught.value)
+
+
+def test_scores_are_text_plot_and_floats(comfy: Server) -> None:
+    prompt = scoring()
+    prompt["total"] = {"class_type": "PreviewAny", "inputs": {"source": ["score", 0]}}
+    outputs = comfy.run(prompt)
+    assert outputs["score"]["text"][0].startswith("1: 0.502  a red circle\n2: 0.502")
+    assert comfy.images(outputs["score"])[0].is_file()
+    assert [float(text) for text in outputs["total"]["text"]] == pytest.approx([128 / 255] * 3)
+
+
+def test_an_empty_prompt_is_refused_before_anything_runs(comfy: Server) -> None:
+    assert "prompt is empty" in refusal(comfy, scoring(score__prompt=" \n"))
+
+
+def test_prompts_that_do_not_match_the_images_are_one_sentence(comfy: Server) -> None:
+    text = refusal(comfy, scoring(score__prompt="a red circle\na blue square"))
+    assert "prompt has 2 lines for 3 images: give one line for all, or one for each" in text
+
+
+def test_an_unknown_reward_is_refused(comfy: Server) -> None:
+    assert "reward" in refusal(comfy, scoring(reward__reward="../../secret"))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "C:\\x.safetensors", "a\x00b"])
+def test_a_lora_name_leads_nowhere_else(comfy: Server, name: str) -> None:
+    prompt = {
+        "demo": {"class_type": "DanceGRPO_DemoModel", "inputs": {}},
+        "lora": {
+            "class_type": "DanceGRPO_ApplyLoRAOverSigmas",
+            "inputs": {
+                "model": ["demo", 0],
+                "lora_name": name,
+                "strength": 1.0,
+                "start_percent": 0.0,
+                "end_percent": 0.5,
+            },
+        },
+        "shown": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}},
+    }
+    assert "not in" in refusal(comfy, prompt)
+    prompt["lora"]["inputs"] |= {"lora_name": "(from the lora socket)", "start_percent": 0.9}
+    assert "the start below the end" in refusal(comfy, prompt)
+
+
+def test_a_window_the_wrong_way_round_is_refused(comfy: Server) -> None:
+    inputs = {"kernel": "dance", "eta": 0.3, "seed": 0, "start_step": 5, "end_step": 2, "noise_device": "cpu"}
+    sampler = {"class_type": "DanceGRPO_SDESampler", "inputs": inputs | {"first_image": 0}}
+    prompt = {"a": sampler, "b": {"class_type": "PreviewAny", "inputs": {"source": ["a", 0]}}}
+    assert "start_step is 5 and end_step 2" in refusal(comfy, prompt)
+
+
+# --------------------------------------------------------------------------------------------- sampling in the server
+
+
+def sampling(steps: int, kernel: str = "dance", model: tuple[str, int] = ("demo", 0)) -> dict:
+    """Two images of the demo model, saved."""
+    nodes = {
+        "demo": ("DanceGRPO_DemoModel", {}),
+        "text": ("CLIPTextEncode", {"clip": ["demo", 1], "text": "a red circle"}),
+        "guider": ("BasicGuider", {"model": list(model), "conditioning": ["text", 0]}),
+        "noise": ("DanceGRPO_GroupNoise", {"noise_seed": steps}),
+        "sigmas": ("BasicScheduler", {"model": ["demo", 0], "scheduler": "simple", "steps": steps, "denoise": 1.0}),
+        "latent": ("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 2}),
+        "sampler": (
+            "DanceGRPO_SDESampler",
+            {
+                "kernel": kernel,
+                "eta": 0.5,
+                "seed": 1,
+                "start_step": 0,
+                "end_step": 10000,
+                "noise_device": "gpu",
+                "first_image": 0,
+            },
+        ),
+        "sample": (
+            "SamplerCustomAdvanced",
+            {
+                "noise": ["noise", 0],
+                "guider": ["guider", 0],
+                "sampler": ["sampler", 0],
+                "sigmas": ["sigmas", 0],
+                "latent_image": ["latent", 0],
+            },
+        ),
+        "decode": ("VAEDecode", {"samples": ["sample", 0], "vae": ["demo", 2]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "sampling"}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def test_an_interrupt_ends_sampling_at_once(comfy: Server) -> None:
+    prompt_id = comfy.queue(sampling(10000))
+    end = time.monotonic() + 60
+    while "/10000 [" not in comfy.output and time.monotonic() < end:
+        time.sleep(0.1)
+    started = time.monotonic()
+    comfy.post("/interrupt", {})
+    entry = comfy.wait(prompt_id, 30)
+    assert time.monotonic() - started < 5
+    assert entry["status"]["status_str"] == "error"
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
+    comfy.run(sampling(4))
+
+
+def test_a_kernel_for_other_models_is_one_sentence(comfy: Server) -> None:
+    assert "kernel is 'ddim', and this is a flow model: choose one of dance" in refusal(comfy, sampling(3, "ddim"))
+
+
+def test_a_new_lora_file_is_listed_and_used_without_a_restart(comfy: Server) -> None:
+    folder = comfy.base / "output" / "loras" / "dancegrpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shapes_0001.safetensors").write_bytes((ROOT / "trainer/shapes/weights/lora.safetensors").read_bytes())
+    choices = comfy.get("/object_info/DanceGRPO_ApplyLoRAOverSigmas")["DanceGRPO_ApplyLoRAOverSigmas"]["input"]
+    name = str(Path("dancegrpo") / "shapes_0001.safetensors")
+    assert name in choices["required"]["lora_name"][1]["options"]
+    plain = comfy.images(comfy.run(sampling(5))["save"])
+    prompt = sampling(5, model=("lora", 0))
+    inputs = {"model": ["demo", 0], "lora_name": name, "strength": 1.0, "start_percent": 0.0, "end_percent": 0.7}
+    prompt["lora"] = {"class_type": "DanceGRPO_ApplyLoRAOverSigmas", "inputs": inputs}
+    changed = comfy.images(comfy.run(prompt)["save"])
+    pixels = lambda path: np.asarray(Image.open(path)).astype(int)  # noqa: E731
+    assert np.abs(pixels(plain[0]) - pixels(changed[0])).max() > 10
+    assert "lora key not loaded" not in comfy.output
