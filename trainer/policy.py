@@ -54,14 +54,20 @@ class Policy:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm).item()
         finite = math.isfinite(norm)
         if finite:
-            warm = min(1.0, (self.updates + 1) / config.warmup) if config.warmup else 1.0
-            self.optimizer.param_groups[0]["lr"] = config.learning_rate * warm
+            self.optimizer.param_groups[0]["lr"] = self.learning_rate()
             self.optimizer.step()
             if self.average:
                 self.average.update(self.parameters, self.updates)
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else None
+
+    def learning_rate(self) -> float:
+        """Of the next optimizer step."""
+        config, whole = self.config.optimizer, self.config.runtime.iterations * self.config.objective.updates
+        warm = min(1.0, (self.updates + 1) / config.warmup) if config.warmup else 1.0
+        left = max(0.0, 1 - self.updates / whole) if config.decay else 1.0
+        return config.learning_rate * warm * left
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
