@@ -1,0 +1,12 @@
+"""The nodes: widgets and sockets turned into trainer objects, and nothing else."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import demo, rewards, sampling
+
+MODULES = (sampling, rewards, demo)
+
+
+class DanceGRPOExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for module in MODULES for node in module.NODES]

@@ -1,0 +1,3 @@
+"""Filled in by what follows."""
+
+NODES = []

@@ -1,0 +1,21 @@
+"""Tests against the real ComfyUI; skipped, with the reason, where there is none."""
+
+from collections.abc import Iterator
+
+import pytest
+from comfy_host import Server, absence
+
+
+@pytest.fixture(scope="session", autouse=True)
+def comfyui_is_here() -> None:
+    reason = absence()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI, common to all tests of the session."""
+    server = Server(tmp_path_factory.mktemp("comfyui")).start()
+    yield server
+    server.stop()

@@ -1,0 +1,155 @@
+"""A real ComfyUI on the CPU, in a process and a base directory of its own."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+PACK = "ComfyUI-DanceGRPO"
+
+
+def absence() -> str | None:
+    """Why ComfyUI cannot be started here, or None."""
+    if not (COMFYUI / "main.py").is_file():
+        return f"no ComfyUI at {COMFYUI} (set COMFYUI_PATH)"
+    missing = [name for name in ("aiohttp", "sqlalchemy", "torchaudio", "av") if not importlib.util.find_spec(name)]
+    if missing:
+        return f"{', '.join(missing)} not installed: pip install -r {COMFYUI / 'requirements.txt'}"
+    return None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class PromptFailed(AssertionError):
+    """A prompt ended in an error; `details` is what ComfyUI says of it."""
+
+    def __init__(self, details: object) -> None:
+        super().__init__(json.dumps(details, indent=1, default=str)[:4000])
+        self.details = details
+
+
+class Server:
+    """One ComfyUI with this pack as its only one. May be started again on the same base directory.
+
+    Attributes:
+        base: its base directory: `output`, `models`, `user` are below it.
+        log: everything it printed, over all its starts.
+    """
+
+    def __init__(self, base: Path, *arguments: str) -> None:
+        self.base, self.arguments = base, arguments
+        self.log = base / "server.log"
+        self.process: subprocess.Popen | None = None
+        packs = base / "custom_nodes"
+        packs.mkdir(parents=True, exist_ok=True)
+        if not (packs / PACK).exists():
+            (packs / PACK).symlink_to(ROOT, target_is_directory=True)
+
+    def start(self, patience: float = 240) -> "Server":
+        self.port = free_port()
+        command = [sys.executable, str(COMFYUI / "main.py"), "--cpu", "--disable-api-nodes", "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", *self.arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.base, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                break
+            try:
+                self.get("/system_stats")
+                return self
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.2)
+        self.kill()
+        raise AssertionError(f"ComfyUI did not start:\n{self.output[-4000:]}")
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(timeout=20)
+
+    # ------------------------------------------------------------------------------------------------ the HTTP API
+
+    def fetch(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> object:
+        return json.loads(self.fetch(path))
+
+    def post(self, path: str, body: object) -> object:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+
+    def queue(self, prompt: dict) -> str:
+        """Queue a prompt in API format; its id.
+
+        Raises:
+            PromptFailed: it was refused.
+        """
+        try:
+            return self.post("/prompt", {"prompt": prompt})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise PromptFailed(json.loads(error.read())) from error
+
+    def wait(self, prompt_id: str, patience: float = 300) -> dict:
+        """The history entry of a prompt, once it has ended in whatever way."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
+            if entry is not None:
+                return entry
+            assert self.process.poll() is None, f"ComfyUI died:\n{self.output[-4000:]}"
+            time.sleep(0.1)
+        raise AssertionError(f"prompt {prompt_id} still runs after {patience} s:\n{self.output[-4000:]}")
+
+    def run(self, prompt: dict, patience: float = 300) -> dict[str, dict]:
+        """Outputs of a prompt by node id.
+
+        Raises:
+            PromptFailed: it was refused, interrupted, or a node failed.
+        """
+        entry = self.wait(self.queue(prompt), patience)
+        if entry["status"]["status_str"] != "success":
+            raise PromptFailed(entry["status"]["messages"])
+        return entry["outputs"]
+
+    def images(self, output: dict) -> list[Path]:
+        """The files of a node's saved or previewed images."""
+        return [self.base / item["type"] / item["subfolder"] / item["filename"] for item in output["images"]]
