@@ -128,6 +128,8 @@ class RunDirectory:
 
     def is_live(self) -> bool:
         """Whether some process holds the lock."""
+        if not (self.path / ".lock").exists():  # asking must not make the folder
+            return False
         probe = FileLock(self.path / ".lock")
         try:
             probe.acquire(timeout=0)
