@@ -41,8 +41,8 @@ def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, o
 def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
-            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the base "
-            f"model's weights alone need {need / GIB:.1f} GiB: close other programs or choose bfloat16"
+            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and loading "
+            f"the base model alone takes {need / GIB:.1f} GiB: close other programs or choose bfloat16"
         )
 
 

@@ -13,6 +13,8 @@ from .run import RunDirectory
 
 START_FILE = Path(__file__).resolve().parent / "__main__.py"
 CHILD_MARK = "DANCEGRPO_LAUNCHED"
+LAUNCHER = "DANCEGRPO_LAUNCHER"
+"""In the processes of a run in the background: which process is at their root."""
 _started: dict[int, subprocess.Popen] = {}
 """Processes of this one's own, which stay in the process table until they are asked after."""
 _NOT_INHERITED = (

@@ -1,0 +1,330 @@
+"""Training from a graph, against the real server and with real trainer processes; the runs are as short as they can be.
+
+`DANCEGRPO_CANCELS` is how many moments each route of cancelling is tried at.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from comfy_host import PromptFailed, Server
+
+CANCELS = int(os.environ.get("DANCEGRPO_CANCELS", "1"))
+LONG = 5000
+"""Iterations of a run that is never meant to end by itself."""
+SHORT = ["rollout.steps=3", "rollout.group_size=2", "rollout.prompts_per_iteration=2", "evaluation.images_per_prompt=1"]
+TRAIN = "DanceGRPO_TrainLoRA"
+
+
+def graph(name: str, iterations: int = 2, *, wait: bool = True, processes: int = 1, **inputs: object) -> dict:
+    """Demo model, a reward, short settings, training."""
+    overrides = "\n".join([*SHORT, "runtime.samples_every=1", f"runtime.iterations={iterations}"])
+    train = {
+        "grpo_model": ["model", 3],
+        "clip": ["model", 1],
+        "reward": ["reward", 0],
+        "settings": ["settings", 0],
+        "name": name,
+        "prompts": "a red circle\na blue square",
+        "held_out_prompts": "a green triangle",
+        "wait": wait,
+        "processes": processes,
+    }
+    return {
+        "model": node("DanceGRPO_DemoModel"),
+        "reward": node("DanceGRPO_LoadReward", reward="colorfulness"),
+        "settings": node("DanceGRPO_Preset", preset="demo", overrides=overrides),
+        "train": node(TRAIN, **{**train, **inputs}),
+    }
+
+
+def node(class_type: str, **inputs: object) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def look(name: str, action: str = "look") -> dict:
+    return {"run": node("DanceGRPO_Run", name=name, action=action)}
+
+
+def folder(comfy: Server, name: str) -> Path:
+    return comfy.base / "output" / "dancegrpo" / "runs" / name
+
+
+def status(comfy: Server, name: str) -> dict:
+    try:
+        return json.loads((folder(comfy, name) / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def iterations(comfy: Server, name: str) -> list[int]:
+    events = folder(comfy, name) / "events.jsonl"
+    lines = events.read_text().splitlines() if events.exists() else []
+    return [json.loads(line)["iteration"] for line in lines]
+
+
+def processes_of(comfy: Server, name: str) -> list[psutil.Process]:
+    """Every process whose command line names the run, but for those that have ended and wait to be asked after."""
+    path, found = str(folder(comfy, name)), []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if path in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def until(condition: Callable[[], object], patience: float = 90) -> float:
+    """Seconds it took to come true."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < patience
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def error_of(server: Server, prompt: dict) -> str:
+    """What the failing node says."""
+    with pytest.raises(PromptFailed) as failed:
+        server.run(prompt)
+    details = failed.value.details
+    if isinstance(details, dict):
+        return " ".join(fault["details"] for node in details["node_errors"].values() for fault in node["errors"])
+    return next(body["exception_message"] for kind, body in details if kind == "execution_error")
+
+
+@pytest.fixture
+def uncached(tmp_path: Path) -> Iterator[Server]:
+    """A server that caches nothing and is killed in the test."""
+    server = Server(tmp_path, "--cache-none").start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for name in ("comfy", "uncached"):
+        if name in request.fixturenames:
+            runs = str(request.getfixturevalue(name).base / "output" / "dancegrpo")
+            for process in psutil.process_iter(["cmdline"]):
+                if any(runs in word for word in process.info["cmdline"] or []):
+                    process.kill()
+
+
+# ------------------------------------------------------------------------------------------------- train and compare
+
+
+def test_a_graph_trains_and_uses_the_lora_and_queueing_it_again_does_not_train(comfy: Server) -> None:
+    prompt = (
+        graph("one")
+        | {
+            "patched": node("LoraModelLoader", model=["model", 0], lora=["train", 0], strength_model=1.0, bypass=False),
+            "loss": node("LossGraphNode", loss=["train", 1], filename_prefix="loss"),
+            "name": node("PreviewAny", source=["train", 2]),
+            "curve": node("PreviewImage", images=["train", 4]),
+            "samples": node("PreviewImage", images=["train", 5]),
+            "again": node("DanceGRPO_Run", run=["train", 3], action="look"),
+            "status": node("PreviewAny", source=["again", 0]),
+        }
+        | sampled("patched", "after")
+    )
+    outputs = comfy.run(prompt)
+    assert outputs["name"]["text"] == [os.path.join("dancegrpo", "one_2.safetensors")]  # noqa: PTH118
+    assert "finished" in outputs["train"]["text"][0]
+    assert "finished" in outputs["status"]["text"][0]
+    assert iterations(comfy, "one") == [1, 2]
+    for name in ("loss", "curve", "samples", "after", "train"):
+        assert all(path.stat().st_size > 500 for path in comfy.images(outputs[name]))
+    # The trainer was given the prompts encoded: it names the file, and the texts in it are the run's.
+    description = json.loads(json.dumps(status(comfy, "one")))
+    assert description["state"] == "finished"
+    assert len(list(folder(comfy, "one").glob("conditions-*.safetensors"))) == 1
+
+    lora = (comfy.base / "output" / "loras" / "dancegrpo" / "one_2.safetensors").read_bytes()
+    before = status(comfy, "one")
+    again = comfy.run(prompt)
+    assert "finished" in again["train"]["text"][0]
+    assert status(comfy, "one") == before
+    assert iterations(comfy, "one") == [1, 2]
+
+    # The same file through core's loader by name: the same image.
+    by_name = graph("one") | {
+        "patched": node(
+            "LoraLoaderModelOnly", model=["model", 0], lora_name=outputs["name"]["text"][0], strength_model=1.0
+        )
+    }
+    del by_name["train"], by_name["reward"], by_name["settings"]
+    pictures = comfy.run(by_name | sampled("patched", "after"))
+    first, second = (comfy.images(o["after"])[0] for o in (outputs, pictures))
+    assert pixels(first) == pixels(second)
+    assert "not loaded" not in comfy.output.lower()
+    assert [p.name for p in (comfy.base / "output" / "loras" / "dancegrpo").glob("one_*")] == ["one_2.safetensors"]
+    assert (comfy.base / "output" / "loras" / "dancegrpo" / "one_2.safetensors").read_bytes() == lora
+
+
+def sampled(model: str, name: str) -> dict:
+    """Nodes that sample an image from `model` and preview it as `name`."""
+    return {
+        f"{name}_text": node("CLIPTextEncode", clip=["model", 1], text="a green triangle"),
+        f"{name}_latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        f"{name}_sampled": node(
+            "KSampler", model=[model, 0], positive=[f"{name}_text", 0], negative=[f"{name}_text", 0],
+            latent_image=[f"{name}_latent", 0], seed=1, steps=4, cfg=1.0, sampler_name="euler", scheduler="simple",
+            denoise=1.0,
+        ),
+        f"{name}_image": node("VAEDecode", samples=[f"{name}_sampled", 0], vae=["model", 2]),
+        name: node("PreviewImage", images=[f"{name}_image", 0]),
+    }  # fmt: skip
+
+
+def pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    return Image.open(path).tobytes()
+
+
+def test_other_settings_under_an_old_name_say_what_changed(comfy: Server) -> None:
+    if not (folder(comfy, "one") / "run.yaml").exists():
+        comfy.run(graph("one"))
+    assert "runtime.iterations was 2 and is now 3" in error_of(comfy, graph("one", 3))
+    assert "prompts.texts was" in error_of(comfy, graph("one", prompts="a red circle\na red square"))
+    other = graph("one")
+    del other["train"]["inputs"]["clip"]
+    assert "prompts.conditions was" in error_of(comfy, other)
+    assert status(comfy, "one")["state"] == "finished"
+
+
+# ---------------------------------------------------------------------------------------------------- background
+
+
+def test_in_the_background_other_prompts_run_and_the_run_is_watched_stopped_resumed(comfy: Server) -> None:
+    begun = time.monotonic()
+    started = comfy.run(graph("two", LONG, wait=False))
+    assert time.monotonic() - begun < 20
+    assert "two" in started["train"]["text"][0]
+    until(lambda: len(iterations(comfy, "two")) >= 2)
+    done = len(iterations(comfy, "two"))
+    assert comfy.images(comfy.run(
+        {"model": node("DanceGRPO_DemoModel")} | sampled("model", "other"))["other"])[0].exists()  # fmt: skip
+    until(lambda: len(iterations(comfy, "two")) > done)
+
+    assert comfy.run(graph("two", LONG, wait=False))["train"]["text"][0].count("running") == 1
+    assert len(processes_of(comfy, "two")) == 1, "queueing a live run again attaches to it"
+    assert "left" in comfy.run(look("two"))["run"]["text"][0]
+
+    assert "stopped" in comfy.run(look("two", "stop"))["run"]["text"][0]
+    assert processes_of(comfy, "two") == []
+    done = iterations(comfy, "two")
+    comfy.run(look("two", "resume"))
+    until(lambda: len(iterations(comfy, "two")) > len(done))
+    numbers = iterations(comfy, "two")
+    assert numbers == list(range(1, len(numbers) + 1))
+    comfy.run(look("two", "stop"))
+
+
+def test_a_run_that_does_not_exist_is_one_sentence(comfy: Server) -> None:
+    assert "there is no run named 'nobody'" in error_of(comfy, look("nobody"))
+    assert not folder(comfy, "nobody").exists()
+    assert "give its name" in error_of(comfy, look(""))
+
+
+# --------------------------------------------------------------------------------------------------------- cancel
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("route", ["interrupt", "jobs"])
+def test_cancel_leaves_no_process_and_a_run_that_goes_on(comfy: Server, route: str, processes: int) -> None:
+    if processes == 2 and route == "jobs":
+        pytest.skip("both routes raise the same exception; two processes are tried with one of them")
+    chance = random.Random(f"{route} {processes}")
+    name = f"cancel-{route}-{processes}"
+    for attempt in range(CANCELS):
+        prompt = comfy.queue(graph(name, LONG, processes=processes))
+        until(lambda: processes_of(comfy, name))
+        # Somewhere between the first import and well into training; the first attempt is surely within training.
+        if attempt == 0:
+            until(lambda: iterations(comfy, name))
+        time.sleep(chance.uniform(0, 12 if attempt else 1))
+        comfy.post("/interrupt", {}) if route == "interrupt" else comfy.post(f"/api/jobs/{prompt}/cancel", {})
+        seconds = until(lambda: not processes_of(comfy, name), patience=30)
+        assert seconds < 10
+        entry = comfy.wait(prompt)
+        assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+        assert status(comfy, name)["state"] == "stopped"
+        done = len(iterations(comfy, name))
+        loras = list((comfy.base / "output" / "loras" / "dancegrpo").glob(f"{name}_*.safetensors"))
+        assert loras or done == 0
+    comfy.run(look(name, "resume"))
+    until(lambda: len(iterations(comfy, name)) > done)
+    assert iterations(comfy, name)[: done + 1] == list(range(1, done + 2))
+    comfy.run(look(name, "stop"))
+    assert processes_of(comfy, name) == []
+
+
+# ------------------------------------------------------------------------------------------------- death and restart
+
+
+def test_a_dead_process_raises_with_the_end_of_its_log_and_the_run_goes_on(comfy: Server) -> None:
+    prompt = comfy.queue(graph("dead", LONG))
+    until(lambda: len(iterations(comfy, "dead")) >= 1)
+    with (folder(comfy, "dead") / "log.txt").open("a") as log:
+        log.write("the last words\n")
+    for process in processes_of(comfy, "dead"):
+        process.send_signal(signal.SIGKILL)
+    messages = comfy.wait(prompt)["status"]["messages"]
+    said = next(body["exception_message"] for kind, body in messages if kind == "execution_error")
+    assert "'dead' failed: its process ended without a word" in said
+    assert "the last words" in said
+    done = len(iterations(comfy, "dead"))
+    comfy.run(graph("dead", LONG, wait=False))
+    until(lambda: len(iterations(comfy, "dead")) > done)
+    comfy.run(look("dead", "stop"))
+
+
+def test_a_killed_server_leaves_the_run_alone_and_the_next_one_attaches(uncached: Server) -> None:
+    total = 150
+    uncached.queue(graph("three", total))
+    until(lambda: len(iterations(uncached, "three")) >= 1)
+    uncached.kill()
+    pid = status(uncached, "three")["pid"]
+    assert psutil.pid_exists(pid)
+    uncached.start()
+    assert "finished" in uncached.run(graph("three", total))["train"]["text"][0]
+    assert iterations(uncached, "three") == list(range(1, total + 1))
+    after = status(uncached, "three")
+    assert after["pid"] == pid, "another process took part in the training"
+    again = uncached.run(graph("three", total))
+    assert "finished" in again["train"]["text"][0]
+    assert status(uncached, "three") == after
+    assert processes_of(uncached, "three") == []
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "C:\\x", "a\x00b", "con", "a/b", ""], ids=repr)
+def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) -> None:
+    before = sorted(comfy.base.rglob("*"))
+    with pytest.raises(PromptFailed) as failed:
+        comfy.run(graph(name))
+    assert "name " in json.dumps(failed.value.details["node_errors"]["train"])
+    assert sorted(comfy.base.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"prompts": " \n "}, "prompts is empty"),
+        ({"held_out_prompts": "a red circle"}, "which is also in prompts"),
+        ({"processes": 64}, "64 processes are more than the images of an iteration"),
+        ({"gpus": "0;rm"}, "give numbers separated by commas"),
+    ],
+)
+def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, inputs: dict, says: str) -> None:
+    assert says in error_of(comfy, graph("bad", **inputs))
+    assert not folder(comfy, "bad").exists()
