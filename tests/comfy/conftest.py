@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 from comfy_host import Server, absence
 
+collect_ignore = ["inside"]  # what runs in a process that imports ComfyUI: see test_inside.py
+
 
 @pytest.fixture(scope="session", autouse=True)
 def comfyui_is_here() -> None:

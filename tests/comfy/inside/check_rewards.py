@@ -1,0 +1,172 @@
+"""The reward nodes: they hand on a run description's `rewards`, and score as the trainer scores."""
+
+from typing import ClassVar, Literal
+
+import folder_paths
+import pytest
+import torch
+
+GREY = torch.tensor([0.2, 0.9, 0.6])[:, None, None, None].expand(3, 16, 16, 3)  # brightness is the value itself
+
+
+@pytest.fixture
+def nodes(pack):
+    return pack("nodes.rewards")
+
+
+@pytest.fixture
+def load(nodes):
+    return lambda name: nodes.LoadReward.execute({"reward": name}).result[0]
+
+
+def weighed(nodes, *parts: tuple[object, float]):
+    sockets = {f"weight_{i}": 1.0 for i in range(1, 5)}
+    for i, (reward, weight) in enumerate(parts, 1):
+        sockets |= {f"reward_{i}": reward, f"weight_{i}": weight}
+    return nodes.CombineRewards.execute(**sockets).result[0]
+
+
+def score(pack, reward, images=GREY, prompts=("a red circle",) * 3):
+    scoring = pack("nodes.scoring")
+    items = images.movedim(-1, 1)
+    return scoring.score_all(reward, items, list(prompts), torch.device("cpu"), lambda size: None)
+
+
+def test_every_reward_of_the_trainer_can_be_chosen(pack, nodes) -> None:
+    (widget,) = nodes.LoadReward.define_schema().inputs
+    assert [option.key for option in widget.options] == list(pack("trainer.rewards").REWARDS)
+
+
+def test_what_flows_is_the_run_descriptions_own(pack, nodes, load) -> None:
+    binary = nodes.ThresholdReward.execute(load("brightness"), 0.5).result[0]
+    both = weighed(nodes, (binary, 2.0), (load("sharpness"), -0.5))
+    assert both.description() == [
+        {"name": "brightness", "weight": 2.0, "threshold": 0.5},
+        {"name": "sharpness", "weight": -0.5},
+    ]
+    config = pack("trainer.config").RunConfig(rewards=both.description(), prompts={"texts": ["a red circle"]})
+    assert config.rewards == list(both.rewards)
+
+
+def test_weights_multiply_where_combinations_are_combined(nodes, load) -> None:
+    inner = weighed(nodes, (load("brightness"), 2.0), (load("sharpness"), 3.0))
+    outer = weighed(nodes, (inner, 0.5), (load("colorfulness"), 4.0))
+    assert [reward.weight for reward in outer.rewards] == [1.0, 1.5, 4.0]
+
+
+def test_scores_are_the_trainers(pack, nodes, load) -> None:
+    assert score(pack, load("brightness"))["brightness"].tolist() == pytest.approx([0.2, 0.9, 0.6])
+    binary = nodes.ThresholdReward.execute(load("brightness"), 0.5).result[0]
+    assert score(pack, binary)["brightness"].tolist() == [0, 1, 1]
+
+
+def test_the_table_and_the_plot(pack, load) -> None:
+    scoring, parts = pack("nodes.scoring"), score(pack, load("brightness"))
+    text = scoring.score_table(parts, parts["brightness"], ["a", "b", "c"])
+    assert text.splitlines()[0] == "1: 0.2  a"
+    assert text.splitlines()[-1] == "mean 0.5667, spread 0.3512, best is image 2"
+    plot = scoring.bar_plot(parts, parts["brightness"])
+    assert plot.ndim == 4
+    assert plot.shape[-1] == 3
+    orange = torch.tensor([255, 127, 14]) / 255
+    assert ((plot[0] - orange).abs().sum(-1) < 0.02).sum() > 200  # the best image's bar
+
+
+def test_prompts_one_for_all_or_one_each(pack) -> None:
+    split = pack("nodes.scoring").split_prompts
+    assert split("a cat\n", 3, "images") == ["a cat"] * 3
+    assert split("a cat\n\n a dog ", 2, "images") == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="prompt has 2 lines for 3 images"):
+        split("a cat\na dog", 3, "images")
+    with pytest.raises(ValueError, match="prompt is empty"):
+        split(" \n", 3, "images")
+
+
+def test_a_prompt_that_cannot_be_judged_is_said(pack, load) -> None:
+    with pytest.raises(ValueError, match="a cat"):
+        score(pack, load("shapes"), prompts=["a cat"] * 3)
+
+
+def test_what_cannot_be_combined_is_refused(nodes, load) -> None:
+    with pytest.raises(ValueError, match="'brightness' is combined more than once"):
+        weighed(nodes, (load("brightness"), 1.0), (load("brightness"), 2.0))
+    both = weighed(nodes, (load("brightness"), 1.0), (load("sharpness"), 1.0))
+    with pytest.raises(ValueError, match="reward holds 2 rewards"):
+        nodes.ThresholdReward.execute(both, 0.5)
+    binary = nodes.ThresholdReward.execute(load("brightness"), 0.5).result[0]
+    with pytest.raises(ValueError, match="has the threshold 0.5 already"):
+        nodes.ThresholdReward.execute(binary, 0.7)
+
+
+def test_the_best_come_first(nodes) -> None:
+    images, scores = nodes.PickBest.execute([GREY[:2], GREY[2:]], [0.2, 0.9, 0.6], [2]).result
+    assert scores == [0.9, 0.6]
+    assert torch.equal(images, GREY[[1, 2]])
+    with pytest.raises(ValueError, match="3 images but 2 scores"):
+        nodes.PickBest.execute([GREY], [0.1, 0.2], [1])
+    with pytest.raises(ValueError, match="k is 4, but there are only 3 images"):
+        nodes.PickBest.execute([GREY], [0.1, 0.2, 0.3], [4])
+    with pytest.raises(ValueError, match="2 different sizes"):
+        nodes.PickBest.execute([GREY, GREY[:, :8]], [0.1] * 6, [1])
+
+
+# ------------------------------------------------------------------------------------------- rewards of other kinds
+
+
+@pytest.fixture
+def film(pack, monkeypatch):
+    """A judge of videos with every sort of option, registered like any other."""
+    from pydantic import Field
+
+    rewards, config = pack("trainer.rewards"), pack("trainer.config")
+
+    class Options(config.Section):
+        weights: str = Field(
+            "film/film.safetensors",
+            description="Its weights.",
+            json_schema_extra={"reward_file": {"suffixes": [".safetensors"], "folder": False}},
+        )
+        dtype: Literal["float32", "float16"] = "float32"
+        frames: int = 8
+        exact: bool = False
+
+    class Film(rewards.Reward):
+        name = "film"
+        typical_range = (0.0, 1.0)
+        media: ClassVar[str] = "video"
+
+        def score(self, images, prompts):
+            return torch.stack([video.mean() for video in images])
+
+    Film.Options = Options
+    monkeypatch.setitem(rewards.REWARDS, "film", Film)
+    return Film
+
+
+def test_options_become_widgets(pack, film, tmp_path, monkeypatch) -> None:
+    (tmp_path / "film").mkdir()
+    for name in ("film/film.safetensors", "film/other.safetensors", "film/notes.txt"):
+        (tmp_path / name).write_text("x")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(tmp_path)], set()))
+    folder_paths.filename_list_cache.pop("rewards", None)
+    widgets = {w.id: w for w in pack("nodes.reward_files").option_widgets(film)}
+    kinds = {name: widget.get_io_type() for name, widget in widgets.items()}
+    assert kinds == {"weights": "COMBO", "dtype": "COMBO", "frames": "INT", "exact": "BOOLEAN"}
+    assert widgets["weights"].options == ["film/film.safetensors", "film/other.safetensors"]
+    assert widgets["dtype"].options == ["float32", "float16"]
+
+
+def test_a_judge_of_videos_is_not_given_images(pack, film) -> None:
+    reward = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="film"),))
+    with pytest.raises(ValueError, match="'film' judges videos"):
+        score(pack, reward)
+    with pytest.raises(ValueError, match="'film' judges videos"):
+        single = torch.zeros(1, 1, 3, 16, 16)
+        pack("nodes.scoring").score_all(reward, single, ["a"], torch.device("cpu"), lambda size: None)
+
+
+def test_a_judge_of_videos_scores_frames(pack, film) -> None:
+    reward = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="film"),))
+    frames = GREY.movedim(-1, 1)[None]
+    scores = pack("nodes.scoring").score_all(reward, frames, ["a"], torch.device("cpu"), lambda size: None)
+    assert scores["film"].tolist() == pytest.approx([GREY.mean().item()])
