@@ -107,13 +107,12 @@ def uncached(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    servers = [request.getfixturevalue(name) for name in ("comfy", "uncached") if name in request.fixturenames]
     yield
-    for name in ("comfy", "uncached"):
-        if name in request.fixturenames:
-            runs = str(request.getfixturevalue(name).base / "output" / "dancegrpo")
-            for process in psutil.process_iter(["cmdline"]):
-                if any(runs in word for word in process.info["cmdline"] or []):
-                    process.kill()
+    folders = [str(server.base / "output" / "dancegrpo") for server in servers]
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in word for word in process.info["cmdline"] or [] for folder in folders):
+            process.kill()
 
 
 # ------------------------------------------------------------------------------------------------- train and compare
@@ -140,9 +139,6 @@ def test_a_graph_trains_and_uses_the_lora_and_queueing_it_again_does_not_train(c
     assert iterations(comfy, "one") == [1, 2]
     for name in ("loss", "curve", "samples", "after", "train"):
         assert all(path.stat().st_size > 500 for path in comfy.images(outputs[name]))
-    # The trainer was given the prompts encoded: it names the file, and the texts in it are the run's.
-    description = json.loads(json.dumps(status(comfy, "one")))
-    assert description["state"] == "finished"
     assert len(list(folder(comfy, "one").glob("conditions-*.safetensors"))) == 1
 
     lora = (comfy.base / "output" / "loras" / "dancegrpo" / "one_2.safetensors").read_bytes()
@@ -236,34 +232,29 @@ def test_a_run_that_does_not_exist_is_one_sentence(comfy: Server) -> None:
 # --------------------------------------------------------------------------------------------------------- cancel
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("route", ["interrupt", "jobs"])
-def test_cancel_leaves_no_process_and_a_run_that_goes_on(comfy: Server, route: str, processes: int) -> None:
-    if processes == 2 and route == "jobs":
-        pytest.skip("both routes raise the same exception; two processes are tried with one of them")
-    chance = random.Random(f"{route} {processes}")
-    name = f"cancel-{route}-{processes}"
-    for attempt in range(CANCELS):
+@pytest.mark.parametrize(("processes", "times"), [(1, 2 * CANCELS), (2, CANCELS)])
+def test_cancel_leaves_no_process_and_a_run_that_goes_on(comfy: Server, processes: int, times: int) -> None:
+    name, chance = f"cancel-{processes}", random.Random(processes)
+    for attempt in range(times):
+        done = iterations(comfy, name)
         prompt = comfy.queue(graph(name, LONG, processes=processes))
         until(lambda: processes_of(comfy, name))
-        # Somewhere between the first import and well into training; the first attempt is surely within training.
-        if attempt == 0:
-            until(lambda: iterations(comfy, name))
-        time.sleep(chance.uniform(0, 12 if attempt else 1))
-        comfy.post("/interrupt", {}) if route == "interrupt" else comfy.post(f"/api/jobs/{prompt}/cancel", {})
-        seconds = until(lambda: not processes_of(comfy, name), patience=30)
-        assert seconds < 10
-        entry = comfy.wait(prompt)
-        assert [kind for kind, _ in entry["status"]["messages"]][-1] == "execution_interrupted"
+        if attempt < 2:  # within training for sure; later attempts come at any moment, also during the imports
+            until(lambda done=done: len(iterations(comfy, name)) > len(done))
+        time.sleep(chance.uniform(0, 12 if attempt > 1 else 1))
+        if attempt % 2:
+            comfy.post(f"/api/jobs/{prompt}/cancel", {})
+        else:
+            comfy.post("/interrupt", {})
+        assert until(lambda: not processes_of(comfy, name), patience=30) < 10
+        messages = comfy.wait(prompt)["status"]["messages"]
+        assert messages[-1][0] == "execution_interrupted"
         assert status(comfy, name)["state"] == "stopped"
-        done = len(iterations(comfy, name))
-        loras = list((comfy.base / "output" / "loras" / "dancegrpo").glob(f"{name}_*.safetensors"))
-        assert loras or done == 0
-    comfy.run(look(name, "resume"))
-    until(lambda: len(iterations(comfy, name)) > done)
-    assert iterations(comfy, name)[: done + 1] == list(range(1, done + 2))
-    comfy.run(look(name, "stop"))
-    assert processes_of(comfy, name) == []
+        numbers = iterations(comfy, name)
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) >= len(done)
+        loras = (comfy.base / "output" / "loras" / "dancegrpo").glob(f"{name}_*.safetensors")
+        assert list(loras) or not numbers
 
 
 # ------------------------------------------------------------------------------------------------- death and restart
@@ -287,7 +278,7 @@ def test_a_dead_process_raises_with_the_end_of_its_log_and_the_run_goes_on(comfy
 
 
 def test_a_killed_server_leaves_the_run_alone_and_the_next_one_attaches(uncached: Server) -> None:
-    total = 150
+    total = 60
     uncached.queue(graph("three", total))
     until(lambda: len(iterations(uncached, "three")) >= 1)
     uncached.kill()
