@@ -20,7 +20,7 @@ class PromptLines(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One prompt per line, such as the held-out prompts of a training. Blank lines are left out.",
+                    tooltip="One prompt per line. Blank lines are left out.",
                 )
             ],
             outputs=[io.String.Output(display_name="prompt", is_output_list=True, tooltip="One text per line.")],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from comfy_host import PromptFailed, Server
+from comfy_host import ROOT, PromptFailed, Server
 
 CANCELS = int(os.environ.get("DANCEGRPO_CANCELS", "1"))
 LONG = 5000
@@ -119,48 +119,87 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_a_graph_trains_and_uses_the_lora_and_queueing_it_again_does_not_train(comfy: Server) -> None:
-    prompt = (
-        graph("one")
-        | {
-            "patched": node("LoraModelLoader", model=["model", 0], lora=["train", 0], strength_model=1.0, bypass=False),
-            "loss": node("LossGraphNode", loss=["train", 1], filename_prefix="loss"),
-            "name": node("PreviewAny", source=["train", 2]),
-            "curve": node("PreviewImage", images=["train", 4]),
-            "samples": node("PreviewImage", images=["train", 5]),
-            "again": node("DanceGRPO_Run", run=["train", 3], action="look"),
-            "status": node("PreviewAny", source=["again", 0]),
-        }
-        | sampled("patched", "after")
-    )
+    prompt = workflow("3 Train a LoRA from rewards")
+    train, lora_name, patched = (only(prompt, kind) for kind in (TRAIN, "PreviewAny Name", "LoraModelLoader"))
     outputs = comfy.run(prompt)
-    assert outputs["name"]["text"] == [os.path.join("dancegrpo", "one_2.safetensors")]  # noqa: PTH118
-    assert "finished" in outputs["train"]["text"][0]
-    assert "finished" in outputs["status"]["text"][0]
-    assert iterations(comfy, "one") == [1, 2]
-    for name in ("loss", "curve", "samples", "after", "train"):
-        assert all(path.stat().st_size > 500 for path in comfy.images(outputs[name]))
-    assert len(list(folder(comfy, "one").glob("conditions-*.safetensors"))) == 1
+    file = comfy.base / "output" / "loras" / "dancegrpo" / "shapes_lora_2.safetensors"
+    listed = outputs[lora_name]["text"][0]
+    assert listed == os.path.join("dancegrpo", file.name)  # noqa: PTH118 - as ComfyUI writes it
+    assert "finished" in outputs[train]["text"][0]
+    assert iterations(comfy, "shapes_lora") == [1, 2]
+    assert len(list(folder(comfy, "shapes_lora").glob("conditions-*.safetensors"))) == 1
+    pictures = [key for key, n in prompt.items() if n["class_type"] in ("SaveImage", "LossGraphNode", TRAIN)]
+    assert len(pictures) == 5
+    for key in pictures:
+        assert all(path.stat().st_size > 500 for path in comfy.images(outputs[key]))
 
-    lora = (comfy.base / "output" / "loras" / "dancegrpo" / "one_2.safetensors").read_bytes()
-    before = status(comfy, "one")
+    lora, before = file.read_bytes(), status(comfy, "shapes_lora")
     again = comfy.run(prompt)
-    assert "finished" in again["train"]["text"][0]
-    assert status(comfy, "one") == before
-    assert iterations(comfy, "one") == [1, 2]
+    assert "finished" in again[train]["text"][0]
+    assert status(comfy, "shapes_lora") == before
 
-    # The same file through core's loader by name: the same image.
-    by_name = graph("one") | {
-        "patched": node(
-            "LoraLoaderModelOnly", model=["model", 0], lora_name=outputs["name"]["text"][0], strength_model=1.0
-        )
-    }
-    del by_name["train"], by_name["reward"], by_name["settings"]
-    pictures = comfy.run(by_name | sampled("patched", "after"))
-    first, second = (comfy.images(o["after"])[0] for o in (outputs, pictures))
-    assert pixels(first) == pixels(second)
+    # The file through core's loader by its name: the same images as from the graph that trained it.
+    prompt[patched] = node(
+        "LoraLoaderModelOnly", model=prompt[patched]["inputs"]["model"], lora_name=listed, strength_model=1.0
+    )
+    after = only(prompt, "SaveImage After")
+    needed = ancestors(prompt, after)
+    assert train not in needed
+    by_name = comfy.run({key: prompt[key] for key in needed})
+    assert pixels(comfy.images(by_name[after])[0]) == pixels(comfy.images(outputs[after])[0])
+    assert pixels(comfy.images(outputs[only(prompt, "SaveImage Before")])[0]) != pixels(comfy.images(outputs[after])[0])
     assert "not loaded" not in comfy.output.lower()
-    assert [p.name for p in (comfy.base / "output" / "loras" / "dancegrpo").glob("one_*")] == ["one_2.safetensors"]
-    assert (comfy.base / "output" / "loras" / "dancegrpo" / "one_2.safetensors").read_bytes() == lora
+    assert [p.name for p in file.parent.glob("shapes_lora_*")] == [file.name]
+    assert file.read_bytes() == lora
+
+
+def workflow(name: str) -> dict:
+    """An example in API format, so short that it says nothing of what it shows, but runs all of it."""
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for key, entry in prompt.items():
+        inputs, title = entry["inputs"], entry["_meta"]["title"]
+        if entry["class_type"] == "DanceGRPO_Preset":
+            inputs["overrides"] = "\n".join([*SHORT, "runtime.iterations=2", "optimizer.learning_rate=0.01"])
+        if entry["class_type"] == "DanceGRPO_Settings":
+            inputs |= {
+                "runtime_iterations": 2,
+                "rollout_steps": 3,
+                "rollout_group_size": 2,
+                "evaluation_images_per_prompt": 1,
+            }
+        if title in ("Training prompts", "Held-out prompts"):
+            inputs["value"] = "\n".join(inputs["value"].splitlines()[:2])
+        assert key == str(int(key))
+    return prompt
+
+
+def only(prompt: dict, kind: str) -> str:
+    """The one node of a class, or of a class and a title that begins so."""
+    class_type, _, title = kind.partition(" ")
+    found = [
+        key for key, n in prompt.items() if n["class_type"] == class_type and n["_meta"]["title"].startswith(title)
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def ancestors(prompt: dict, key: str) -> set[str]:
+    """A node and all it needs."""
+    links = [value[0] for value in prompt[key]["inputs"].values() if isinstance(value, list)]
+    return {key}.union(*(ancestors(prompt, link) for link in links))
+
+
+@pytest.mark.parametrize("name", ["5 Train in the background", "6 Train on two processes"])
+def test_examples_train(comfy: Server, name: str) -> None:
+    prompt = workflow(name)
+    outputs = comfy.run(prompt)
+    run = prompt[only(prompt, TRAIN)]["inputs"]["name"]
+    assert iterations(comfy, run) == [1, 2]
+    assert status(comfy, run)["state"] == "finished"
+    assert processes_of(comfy, run) == []
+    for kind in ("SaveImage Reward", "SaveImage Before"):
+        assert comfy.images(outputs[only(prompt, kind)])[0].stat().st_size > 500
+    assert outputs[only(prompt, "PreviewAny Name")]["text"] == [os.path.join("dancegrpo", f"{run}_2.safetensors")]  # noqa: PTH118
 
 
 def sampled(model: str, name: str) -> dict:
@@ -185,14 +224,14 @@ def pixels(path: Path) -> bytes:
 
 
 def test_other_settings_under_an_old_name_say_what_changed(comfy: Server) -> None:
-    if not (folder(comfy, "one") / "run.yaml").exists():
-        comfy.run(graph("one"))
+    comfy.run(graph("one", wait=False))
+    comfy.run(look("one", "stop"))
     assert "runtime.iterations was 2 and is now 3" in error_of(comfy, graph("one", 3))
     assert "prompts.texts was" in error_of(comfy, graph("one", prompts="a red circle\na red square"))
     other = graph("one")
     del other["train"]["inputs"]["clip"]
     assert "prompts.conditions was" in error_of(comfy, other)
-    assert status(comfy, "one")["state"] == "finished"
+    assert status(comfy, "one")["state"] == "stopped"
 
 
 # ---------------------------------------------------------------------------------------------------- background
