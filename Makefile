@@ -2,6 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
+export COMFYUI_PATH
+
+# Where ComfyUI is found, the tests run in it; else they say so.
+COMFYUI_REQUIREMENTS := $(patsubst %,-r %,$(wildcard $(COMFYUI_PATH)/requirements.txt))
 
 .PHONY: demo test lint format docs clean
 
@@ -14,7 +19,7 @@ $(VENV)/run: requirements.txt
 $(VENV)/dev: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt $(COMFYUI_REQUIREMENTS)
 	touch $@ $(VENV)/run
 
 demo: $(VENV)/run  ## Train a LoRA on the embedded model, without downloads

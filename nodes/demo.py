@@ -163,19 +163,21 @@ class DemoModel(io.ComfyNode):
             display_name="Demo Model (DanceGRPO)",
             category=CATEGORY,
             description="A small model of coloured shapes that comes with this pack: no download, quick on a CPU. "
-            "64 x 64 pixels, prompts such as 'a red circle above two blue squares'.",
+            "64 x 64 pixels, prompts such as 'a red circle and a blue square'.",
             search_aliases=["shapes", "embedded model", "toy model", "grpo demo", "tiny model"],
             outputs=[
                 io.Model.Output(tooltip="A Stable Diffusion 3 transformer of a few million parameters."),
                 io.Clip.Output(tooltip="Two small CLIP text encoders."),
                 io.Vae.Output(tooltip="An autoencoder of TAESD's architecture."),
                 ModelType.Output(display_name="GRPO_MODEL", tooltip="The same model for GRPO Train LoRA."),
+                io.LoraModel.Output(tooltip="A LoRA that the pack's demo has trained on it, from rewards."),
             ],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(load_model(), load_clip(), load_vae(), {"family": "sd3", "path": "embedded"})
+        lora = load_torch_file(str(WEIGHTS / "lora.safetensors"))
+        return io.NodeOutput(load_model(), load_clip(), load_vae(), {"family": "sd3", "path": "embedded"}, lora)
 
 
 NODES = [DemoModel]

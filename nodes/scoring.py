@@ -82,7 +82,7 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
         colors = ["tab:orange" if i == best else "tab:blue" for i in range(len(values))]
         axis.bar(range(1, len(values) + 1), values.tolist(), color=colors)
         axis.axhline(values.mean().item(), color="black", linewidth=0.8, linestyle="--")
-        axis.set(title=name, xlabel="image")
+        axis.set(title=name, xlabel="image", xlim=(0.4, len(values) + 0.6))
         axis.xaxis.get_major_locator().set_params(integer=True)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -191,3 +191,11 @@ def results_of(run: Path) -> list[dict]:
     """The events of a run without what depends on the clock or the machine."""
     lines = (run / "events.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory_mb")} for line in lines]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from comfy_host import absence
+
+    reason = absence()
+    if reason:
+        terminalreporter.write_line(f"ComfyUI was absent, so tests/comfy was skipped: {reason}", yellow=True)

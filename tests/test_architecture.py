@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TRAINER = ROOT / "trainer"
 FILES = sorted(TRAINER.rglob("*.py"))
+NODES = sorted((ROOT / "nodes").rglob("*.py"))
 HOST = {"comfy", "comfy_api", "comfy_extras", "nodes", "server", "folder_paths", "execution"}
 HOST_FILES = {"models/comfy.py"}
 EXTERNAL_PROCESSES = {"subprocess", "multiprocessing", "pty"}
@@ -104,6 +105,15 @@ def test_only_the_launcher_starts_processes(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_nothing_runs_what_a_file_says(path: Path) -> None:
     assert dangers(tree(path)) == []
+
+
+@pytest.mark.parametrize("path", [ROOT / "__init__.py", *NODES], ids=lambda path: path.name)
+def test_the_nodes_start_no_process_and_run_nothing_they_read(path: Path) -> None:
+    found = tree(path)
+    assert process_starters(found) == []
+    assert dangers(found) == []
+    # Their package has one of several names, and `nodes` and `trainer` are somebody else's in ComfyUI.
+    assert [m for m, level in imports(found) if level == 0 and m.split(".")[0] in ("trainer", "nodes")] == []
 
 
 @pytest.mark.parametrize(

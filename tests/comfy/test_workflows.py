@@ -1,0 +1,138 @@
+"""The example workflows: each as it is saved for the interface, and its twin run over the API."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comfy_host import ROOT, Server
+from PIL import Image
+
+GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
+SOCKET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+
+
+def api(name: str) -> dict:
+    return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
+
+
+def widget_names(node: dict) -> list[str]:
+    """Names of a node's widgets in the order in which the interface saves their values."""
+    names = []
+    for section in ("required", "optional"):
+        for name in node["input_order"].get(section, []):
+            kind, *rest = node["input"][section][name]
+            options = rest[0] if rest else {}
+            if (isinstance(kind, list) or kind in SOCKET_TYPES) and not options.get("forceInput"):
+                names.append(name)
+                if options.get("control_after_generate"):
+                    names.append("")
+    return names
+
+
+def as_prompt(graph: dict, info: dict) -> dict:
+    """What the interface sends for a saved graph."""
+    links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote"):
+            continue
+        values = zip(widget_names(info[node["type"]]), node["widgets_values"], strict=True)
+        inputs = {name: value for name, value in values if name}
+        inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_a_graph_and_its_twin_say_the_same(comfy: Server, path: Path) -> None:
+    if not (ROOT / "workflows" / "api" / path.name).is_file():
+        pytest.fail(f"{path.name} has no twin in workflows/api")
+    twin = {key: {k: node[k] for k in ("class_type", "inputs")} for key, node in api(path.stem).items()}
+    assert as_prompt(json.loads(path.read_text()), comfy.get("/object_info")) == twin
+
+
+@pytest.mark.parametrize("path", GRAPHS, ids=lambda path: path.stem)
+def test_a_graph_is_tidy(path: Path) -> None:
+    graph = json.loads(path.read_text())
+    boxes = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
+    title = 30  # above a node's position
+    for i, (x, y, width, height) in enumerate(boxes):
+        for u, v, w, h in boxes[:i]:
+            assert x >= u + w or u >= x + width or y - title >= v + h or v - title >= y + height
+    notes = [node["widgets_values"][0] for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    assert any("**For a real model:**" in note for note in notes)
+    slots = {(node["id"], i): slot for node in graph["nodes"] for i, slot in enumerate(node["inputs"])}
+    sources = {(node["id"], i): slot for node in graph["nodes"] for i, slot in enumerate(node["outputs"])}
+    for number, source, out, target, into, kind in graph["links"]:
+        assert slots[target, into]["link"] == number
+        assert number in sources[source, out]["links"]
+        assert sources[source, out]["type"] == kind
+
+
+def saved(comfy: Server, prompt: dict, outputs: dict) -> Path:
+    (key,) = [key for key, node in prompt.items() if node["class_type"] == "SaveImage"]
+    (path,) = comfy.images(outputs[key])
+    return path
+
+
+def cells(path: Path, rows: int, columns: int) -> np.ndarray:
+    """The pictures of a grid, `[rows, columns, H, W, 3]` in 0 to 255, without gaps and edges."""
+    picture, gap, edge = np.asarray(Image.open(path).convert("RGB")).astype(int), 4, 4
+    height, width = (picture.shape[0] + gap) // rows, (picture.shape[1] + gap) // columns
+    cut = [
+        [picture[r * height : (r + 1) * height - gap, c * width : (c + 1) * width - gap] for c in range(columns)]
+        for r in range(rows)
+    ]
+    return np.array(cut)[:, :, edge:-edge, edge:-edge]
+
+
+def difference(first: np.ndarray, second: np.ndarray) -> int:
+    """The largest of any pixel."""
+    return np.abs(first - second).max()
+
+
+def test_the_cells_of_a_grid_are_found(tmp_path: Path) -> None:
+    values = np.arange(6).reshape(2, 3)
+    picture = np.full((2 * 20 + 4, 3 * 30 + 8, 3), 255, np.uint8)
+    for r, c in np.ndindex(2, 3):
+        picture[r * 24 : r * 24 + 20, c * 34 : c * 34 + 30] = values[r, c]
+    Image.fromarray(picture).save(tmp_path / "grid.png")
+    found = cells(tmp_path / "grid.png", 2, 3)
+    assert found.shape == (2, 3, 12, 22, 3)
+    assert (found == values[:, :, None, None, None]).all()
+
+
+def test_what_eta_does(comfy: Server) -> None:
+    prompt = api("1 What eta does")
+    grid = cells(saved(comfy, prompt, comfy.run(prompt)), 6, 4)
+    assert max(difference(grid[0, 0], other) for other in grid[0]) <= 2  # without noise a group is one image
+    images = [grid[0, 0], *grid[1:].reshape(-1, *grid.shape[2:])]
+    assert min(difference(images[i], images[j]) for i in range(len(images)) for j in range(i)) > 10
+
+
+def test_score_and_pick_the_best(comfy: Server) -> None:
+    prompt = api("2 Score and pick the best of 16")
+    (best,) = [key for key, node in prompt.items() if node["class_type"] == "DanceGRPO_PickBest"]
+    (score,) = [key for key, node in prompt.items() if node["class_type"] == "DanceGRPO_ScoreImages"]
+    prompt["chosen"] = {"class_type": "PreviewAny", "inputs": {"source": [best, 1]}}
+    prompt["scores"] = {"class_type": "PreviewAny", "inputs": {"source": [score, 0]}}
+    outputs = comfy.run(prompt)
+    scores = [float(text) for text in outputs["scores"]["text"]]
+    assert len(scores) == 16
+    assert [float(text) for text in outputs["chosen"]["text"]] == sorted(scores, reverse=True)[:4]
+    best = cells(saved(comfy, prompt, outputs), 1, 4)[0]
+    assert min(difference(best[i], best[j]) for i in range(4) for j in range(i)) > 10
+
+
+def test_a_lora_early_or_late(comfy: Server) -> None:
+    prompt = api("4 Use a LoRA early or late")
+    outputs = comfy.run(prompt)
+    grid = cells(saved(comfy, prompt, outputs), 4, 8)
+    assert min(difference(grid[i], grid[j]) for i in range(4) for j in range(i)) > 10
+    means = {
+        prompt[key]["_meta"]["title"]: float(output["text"][0].splitlines()[-1].split(",")[0].removeprefix("mean "))
+        for key, output in outputs.items()
+        if prompt[key]["class_type"] == "DanceGRPO_ScoreImages"
+    }
+    assert means["Score: LoRA all the way"] > means["Score: Base model"]
