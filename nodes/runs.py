@@ -278,9 +278,9 @@ def status_text(run: RunDirectory, running: bool) -> str:
     status, events = run.status(), run.events()
     state, done, total = status.get("state", "starting"), status.get("iteration", 0), status.get("iterations", 0)
     if not running and state in ("starting", "running", "stopping"):
-        state = "ended without a word; queue again to go on"
+        state = "ended without a word; it can be resumed"
     if not running and state == "stopped":
-        state = "stopped; queue again to go on"
+        state = "stopped; it can be resumed"
     lines = [f"run {run.path.name!r}: {state}"]
     if total:
         lines.append(f"iteration {done} of {total}")

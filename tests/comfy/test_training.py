@@ -78,7 +78,7 @@ def processes_of(comfy: Server, name: str) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], object], patience: float = 90) -> float:
+def until(condition: Callable[[], object], patience: float = 300) -> float:
     """Seconds it took to come true."""
     begun = time.monotonic()
     while not condition():
