@@ -12,6 +12,8 @@ from ..trainer import rewards as judges
 from ..trainer.config import RewardConfig
 
 FOLDER = "rewards"
+LIMIT = 2**31
+LONG = 60
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
@@ -31,10 +33,34 @@ def _widget(name: str, field: FieldInfo) -> io.Input:
     if field.annotation is bool:
         return io.Boolean.Input(name, default=default, tooltip=tip)
     if field.annotation is int:
-        return io.Int.Input(name, default=default, min=-(2**31), max=2**31, tooltip=tip)
+        return io.Int.Input(name, default=default, tooltip=tip, **_range(field))
     if field.annotation is float:
-        return io.Float.Input(name, default=default, step=0.01, round=False, tooltip=tip)
-    return io.String.Input(name, default=default or "", tooltip=tip)
+        return io.Float.Input(name, default=default, step=0.01, round=False, tooltip=tip, **_range(field))
+    if field.annotation == list[str]:
+        return io.String.Input(name, default="\n".join(default), multiline=True, tooltip=f"{tip} One per line.")
+    text = default or ""
+    return io.String.Input(name, default=text, multiline=len(text) > LONG or "\n" in text, tooltip=tip)
+
+
+def _range(field: FieldInfo) -> dict[str, float]:
+    """The widget's limits; an open one is left to the option's own check."""
+    found = {"min": -LIMIT, "max": LIMIT}
+    for rule in field.metadata:
+        for key, end in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
+            if getattr(rule, key, None) is not None:
+                found[end] = getattr(rule, key)
+    return found
+
+
+def option_values(kind: type[judges.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
+    """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
+    options: type[BaseModel] | None = getattr(kind, "Options", None)
+    lists = {name for name, f in options.model_fields.items() if f.annotation == list[str]} if options else set()
+    return {name: _lines(value) if name in lists else value for name, value in widgets.items()}
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _file_widget(name: str, default: str, rule: dict[str, Any], tip: str | None) -> io.Input:

@@ -1,5 +1,7 @@
 """Rewards: load, combine, threshold; score images with them, and pick the best."""
 
+import math
+
 import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from ..trainer import rewards as judges
 from ..trainer.config import RewardConfig
-from .reward_files import option_widgets, with_files
+from .reward_files import option_values, option_widgets, with_files
 from .scoring import bar_plot, score_all, score_table, split_prompts
 from .types import CATEGORY, Judges, RewardType
 
@@ -35,8 +37,9 @@ class LoadReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, reward: dict) -> io.NodeOutput:
-        options = {key: value for key, value in reward.items() if key != "reward"}
-        return io.NodeOutput(Judges((with_files(RewardConfig(name=reward["reward"], options=options)),)))
+        name = reward["reward"]
+        options = option_values(judges.REWARDS[name], {key: reward[key] for key in reward if key != "reward"})
+        return io.NodeOutput(Judges((with_files(RewardConfig(name=name, options=options)),)))
 
 
 class CombineRewards(io.ComfyNode):
@@ -186,9 +189,10 @@ class PickBest(io.ComfyNode):
         pictures, (count, *_) = torch.cat(images), k
         if len(pictures) != len(scores):
             raise ValueError(f"{len(pictures)} images but {len(scores)} scores: there must be one score per image")
-        if count > len(pictures):
-            raise ValueError(f"k is {count}, but there are only {len(pictures)} images")
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+        scored = [i for i, score in enumerate(scores) if not math.isnan(score)]
+        if count > len(scored):
+            raise ValueError(f"k is {count}, but only {len(scored)} images have a score")
+        order = sorted(scored, key=lambda i: -scores[i])[:count]
         return io.NodeOutput(pictures[order], [scores[i] for i in order])
 
 

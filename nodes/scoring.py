@@ -59,13 +59,22 @@ def _network(judge: judges.Reward) -> torch.nn.Module | None:
 
 
 def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> str:
-    """A line per image, and the mean."""
+    """A line per image, and the mean over those that have a score."""
     lines = []
     for i, prompt in enumerate(prompts):
         detail = ", ".join(f"{name} {values[i]:.4g}" for name, values in parts.items())
         lines.append(f"{i + 1}: {total[i]:.4g}" + (f" ({detail})" if len(parts) > 1 else "") + f"  {prompt}")
-    spread = f", spread {total.std():.4g}" if len(total) > 1 else ""
-    return "\n".join([*lines, f"mean {total.mean():.4g}{spread}, best is image {int(total.argmax()) + 1}"])
+    known = total[~total.isnan()]
+    if len(known) == 0:
+        return "\n".join([*lines, "no image has a score"])
+    spread = f", spread {known.std():.4g}" if len(known) > 1 else ""
+    missing = f", {len(total) - len(known)} without a score" if len(known) < len(total) else ""
+    return "\n".join([*lines, f"mean {known.mean():.4g}{spread}{missing}, best is image {best_of(total) + 1}"])
+
+
+def best_of(scores: Tensor) -> int:
+    """The first of the highest; NaN stands for no score."""
+    return int(scores.nan_to_num(-torch.inf).argmax())
 
 
 def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
@@ -78,10 +87,10 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
     figure = Figure(figsize=(max(4.0, 0.3 * len(total)), 2.4 * len(panels)), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axis, (name, values) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-        best = int(values.argmax())
+        best = best_of(values)
         colors = ["tab:orange" if i == best else "tab:blue" for i in range(len(values))]
         axis.bar(range(1, len(values) + 1), values.tolist(), color=colors)
-        axis.axhline(values.mean().item(), color="black", linewidth=0.8, linestyle="--")
+        axis.axhline(values.nanmean().item(), color="black", linewidth=0.8, linestyle="--")
         axis.set(title=name, xlabel="image", xlim=(0.4, len(values) + 0.6))
         axis.xaxis.get_major_locator().set_params(integer=True)
     canvas.draw()

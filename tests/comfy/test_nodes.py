@@ -2,10 +2,14 @@
 
 import ast
 import re
+import time
 import urllib.parse
+from pathlib import Path
 
+import numpy as np
 import pytest
 from comfy_host import PACK, ROOT, PromptFailed, Server
+from PIL import Image
 
 NODE_IDS = re.findall(r'node_id="(DanceGRPO_\w+)"', "".join(p.read_text() for p in (ROOT / "nodes").glob("*.py")))
 
@@ -137,3 +141,85 @@ def test_a_lora_name_leads_nowhere_else(comfy: Server, name: str) -> None:
     assert "not in" in refusal(comfy, prompt)
     prompt["lora"]["inputs"] |= {"lora_name": "(from the lora socket)", "start_percent": 0.9}
     assert "the start below the end" in refusal(comfy, prompt)
+
+
+def test_a_window_the_wrong_way_round_is_refused(comfy: Server) -> None:
+    inputs = {"kernel": "dance", "eta": 0.3, "seed": 0, "start_step": 5, "end_step": 2, "noise_device": "cpu"}
+    sampler = {"class_type": "DanceGRPO_SDESampler", "inputs": inputs | {"first_image": 0}}
+    prompt = {"a": sampler, "b": {"class_type": "PreviewAny", "inputs": {"source": ["a", 0]}}}
+    assert "start_step is 5 and end_step 2" in refusal(comfy, prompt)
+
+
+# --------------------------------------------------------------------------------------------- sampling in the server
+
+
+def sampling(steps: int, kernel: str = "dance", model: tuple[str, int] = ("demo", 0)) -> dict:
+    """Two images of the demo model, saved."""
+    nodes = {
+        "demo": ("DanceGRPO_DemoModel", {}),
+        "text": ("CLIPTextEncode", {"clip": ["demo", 1], "text": "a red circle"}),
+        "guider": ("BasicGuider", {"model": list(model), "conditioning": ["text", 0]}),
+        "noise": ("DanceGRPO_GroupNoise", {"noise_seed": steps}),
+        "sigmas": ("BasicScheduler", {"model": ["demo", 0], "scheduler": "simple", "steps": steps, "denoise": 1.0}),
+        "latent": ("EmptySD3LatentImage", {"width": 64, "height": 64, "batch_size": 2}),
+        "sampler": (
+            "DanceGRPO_SDESampler",
+            {
+                "kernel": kernel,
+                "eta": 0.5,
+                "seed": 1,
+                "start_step": 0,
+                "end_step": 10000,
+                "noise_device": "gpu",
+                "first_image": 0,
+            },
+        ),
+        "sample": (
+            "SamplerCustomAdvanced",
+            {
+                "noise": ["noise", 0],
+                "guider": ["guider", 0],
+                "sampler": ["sampler", 0],
+                "sigmas": ["sigmas", 0],
+                "latent_image": ["latent", 0],
+            },
+        ),
+        "decode": ("VAEDecode", {"samples": ["sample", 0], "vae": ["demo", 2]}),
+        "save": ("SaveImage", {"images": ["decode", 0], "filename_prefix": "sampling"}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def test_an_interrupt_ends_sampling_at_once(comfy: Server) -> None:
+    prompt_id = comfy.queue(sampling(10000))
+    end = time.monotonic() + 60
+    while "/10000 [" not in comfy.output and time.monotonic() < end:
+        time.sleep(0.1)
+    started = time.monotonic()
+    comfy.post("/interrupt", {})
+    entry = comfy.wait(prompt_id, 30)
+    assert time.monotonic() - started < 5
+    assert entry["status"]["status_str"] == "error"
+    assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
+    comfy.run(sampling(4))
+
+
+def test_a_kernel_for_other_models_is_one_sentence(comfy: Server) -> None:
+    assert "kernel is 'ddim', and this is a flow model: choose one of dance" in refusal(comfy, sampling(3, "ddim"))
+
+
+def test_a_new_lora_file_is_listed_and_used_without_a_restart(comfy: Server) -> None:
+    folder = comfy.base / "output" / "loras" / "dancegrpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shapes_0001.safetensors").write_bytes((ROOT / "trainer/shapes/weights/lora.safetensors").read_bytes())
+    choices = comfy.get("/object_info/DanceGRPO_ApplyLoRAOverSigmas")["DanceGRPO_ApplyLoRAOverSigmas"]["input"]
+    name = str(Path("dancegrpo") / "shapes_0001.safetensors")
+    assert name in choices["required"]["lora_name"][1]["options"]
+    plain = comfy.images(comfy.run(sampling(5))["save"])
+    prompt = sampling(5, model=("lora", 0))
+    inputs = {"model": ["demo", 0], "lora_name": name, "strength": 1.0, "start_percent": 0.0, "end_percent": 0.7}
+    prompt["lora"] = {"class_type": "DanceGRPO_ApplyLoRAOverSigmas", "inputs": inputs}
+    changed = comfy.images(comfy.run(prompt)["save"])
+    pixels = lambda path: np.asarray(Image.open(path)).astype(int)  # noqa: E731
+    assert np.abs(pixels(plain[0]) - pixels(changed[0])).max() > 10
+    assert "lora key not loaded" not in comfy.output

@@ -72,6 +72,14 @@ def test_the_table_and_the_plot(pack, load) -> None:
     assert ((plot[0] - orange).abs().sum(-1) < 0.02).sum() > 200  # the best image's bar
 
 
+def test_an_image_without_a_score_is_left_out(pack) -> None:
+    scoring, scores = pack("nodes.scoring"), torch.tensor([0.5, torch.nan, 0.7])
+    last = scoring.score_table({"a": scores}, scores, ["x"] * 3).splitlines()[-1]
+    assert last == "mean 0.6, spread 0.1414, 1 without a score, best is image 3"
+    assert scoring.score_table({"a": scores[1:2]}, scores[1:2], ["x"]).splitlines()[-1] == "no image has a score"
+    assert scoring.bar_plot({"a": scores}, scores).isfinite().all()
+
+
 def test_prompts_one_for_all_or_one_each(pack) -> None:
     split = pack("nodes.scoring").split_prompts
     assert split("a cat\n", 3, "images") == ["a cat"] * 3
@@ -104,8 +112,11 @@ def test_the_best_come_first(nodes) -> None:
     assert torch.equal(images, GREY[[1, 2]])
     with pytest.raises(ValueError, match="3 images but 2 scores"):
         nodes.PickBest.execute([GREY], [0.1, 0.2], [1])
-    with pytest.raises(ValueError, match="k is 4, but there are only 3 images"):
+    with pytest.raises(ValueError, match="k is 4, but only 3 images have a score"):
         nodes.PickBest.execute([GREY], [0.1, 0.2, 0.3], [4])
+    assert nodes.PickBest.execute([GREY], [float("nan"), 0.2, 0.3], [2]).result[1] == [0.3, 0.2]
+    with pytest.raises(ValueError, match="only 2 images have a score"):
+        nodes.PickBest.execute([GREY], [float("nan"), 0.2, 0.3], [3])
     with pytest.raises(ValueError, match="2 different sizes"):
         nodes.PickBest.execute([GREY, GREY[:, :8]], [0.1] * 6, [1])
 
@@ -115,20 +126,8 @@ def test_the_best_come_first(nodes) -> None:
 
 @pytest.fixture
 def film(pack, monkeypatch):
-    """A judge of videos with every sort of option, registered like any other."""
-    from pydantic import Field
-
-    rewards, config = pack("trainer.rewards"), pack("trainer.config")
-
-    class Options(config.Section):
-        weights: str = Field(
-            "film/film.safetensors",
-            description="Its weights.",
-            json_schema_extra={"reward_file": {"suffixes": [".safetensors"], "folder": False}},
-        )
-        dtype: Literal["float32", "float16"] = "float32"
-        frames: int = 8
-        exact: bool = False
+    """A judge of videos, registered like any other."""
+    rewards = pack("trainer.rewards")
 
     class Film(rewards.Reward):
         name = "film"
@@ -138,20 +137,43 @@ def film(pack, monkeypatch):
         def score(self, images, prompts):
             return torch.stack([video.mean() for video in images])
 
-    Film.Options = Options
     monkeypatch.setitem(rewards.REWARDS, "film", Film)
     return Film
 
 
-def test_options_become_widgets(pack, film, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def settable(pack, film):
+    """The same with every sort of option."""
+    from pydantic import Field
+
+    class Options(pack("trainer.config").Section):
+        weights: str = Field(
+            "film/film.safetensors",
+            description="Its weights.",
+            json_schema_extra={"reward_file": {"suffixes": [".safetensors"], "folder": False}},
+        )
+        dtype: Literal["float32", "float16"] = "float32"
+        frames: int = Field(8, ge=1, le=64)
+        aspects: list[str] = ["light", "motion"]
+        exact: bool = False
+
+    film.Options = Options
+    return film
+
+
+def test_options_become_widgets(pack, settable, tmp_path, monkeypatch) -> None:
     (tmp_path / "film").mkdir()
     for name in ("film/film.safetensors", "film/other.safetensors", "film/notes.txt"):
         (tmp_path / name).write_text("x")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(tmp_path)], set()))
     folder_paths.filename_list_cache.pop("rewards", None)
-    widgets = {w.id: w for w in pack("nodes.reward_files").option_widgets(film)}
+    widgets = {w.id: w for w in pack("nodes.reward_files").option_widgets(settable)}
     kinds = {name: widget.get_io_type() for name, widget in widgets.items()}
-    assert kinds == {"weights": "COMBO", "dtype": "COMBO", "frames": "INT", "exact": "BOOLEAN"}
+    expected = {"weights": "COMBO", "dtype": "COMBO", "frames": "INT", "aspects": "STRING", "exact": "BOOLEAN"}
+    assert kinds == expected
+    assert (widgets["frames"].min, widgets["frames"].max) == (1, 64)
+    values = pack("nodes.reward_files").option_values(settable, {"aspects": "light\n motion \n", "frames": 4})
+    assert values == {"aspects": ["light", "motion"], "frames": 4}
     assert widgets["weights"].options == ["film/film.safetensors", "film/other.safetensors"]
     assert widgets["dtype"].options == ["float32", "float16"]
 
