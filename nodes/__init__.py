@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, lora, rewards, sampling
+from . import demo, lora, prompts, rewards, sampling, settings, training
 
-MODULES = (sampling, lora, rewards, demo)
+MODULES = (sampling, lora, rewards, demo, training, settings, prompts)
 
 
 class DanceGRPOExtension(ComfyExtension):

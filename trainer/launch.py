@@ -13,6 +13,10 @@ from .run import RunDirectory
 
 START_FILE = Path(__file__).resolve().parent / "__main__.py"
 CHILD_MARK = "DANCEGRPO_LAUNCHED"
+LAUNCHER = "DANCEGRPO_LAUNCHER"
+"""In the processes of a run in the background: which process is at their root."""
+_started: dict[int, subprocess.Popen] = {}
+"""Processes of this one's own, which stay in the process table until they are asked after."""
 _NOT_INHERITED = (
     "RANK",
     "LOCAL_RANK",
@@ -79,7 +83,44 @@ def start(arguments: list[str], processes: int, log: Path, gpus: list[int] | Non
             stderr=subprocess.STDOUT,
             **own_session,
         )
+    _started[child.pid] = child
     return child.pid
+
+
+def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = None) -> None:
+    """Start or resume a run in the background. The caller holds its lock, and gives it back right after.
+
+    Args:
+        processes: how many share the run.
+        gpus: the GPUs they see; None leaves it to the environment.
+    """
+    pid = start(["resume", str(run.path), "--processes", str(processes)], 1, run.log_file, gpus)
+    # Until the new process has imported what it needs and holds the lock, this is what tells that the run is on.
+    run.write_status(
+        "starting", error=None, bad_input=False, launcher=identity(pid), processes=processes, gpus=gpus or []
+    )
+
+
+def is_running(run: RunDirectory) -> bool:
+    """Whether a process works on the run, from the moment it was started."""
+    return run.is_live() or _lives(run.status().get("launcher"))
+
+
+def _lives(process: dict[str, object] | None) -> bool:
+    """Whether a process of this host is there and is still the same one."""
+    import psutil
+
+    if not process or process.get("host") != socket.gethostname():
+        return False
+    child = _started.get(process["pid"])
+    if child is not None and child.poll() is not None:
+        del _started[child.pid]
+        return False
+    try:
+        alive = psutil.Process(process["pid"]).status() != psutil.STATUS_ZOMBIE
+        return alive and identity(process["pid"]) == process
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stop(run: RunDirectory, grace: float = 8.0) -> bool:
@@ -88,13 +129,14 @@ def stop(run: RunDirectory, grace: float = 8.0) -> bool:
     Returns:
         whether it was running. Its newest checkpoint and LoRA stay; it can be resumed.
     """
-    if not run.is_live():
+    if not is_running(run):
         return False
-    run.request_stop()
-    deadline = time.monotonic() + grace
-    while run.is_live() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if run.is_live():
+    if run.is_live():  # one that is only starting would take the request for an old one, and has nothing to lose
+        run.request_stop()
+        deadline = time.monotonic() + grace
+        while is_running(run) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    if is_running(run):
         _end(run)
     run.stop_file.unlink(missing_ok=True)
     return True
@@ -109,15 +151,14 @@ def identity(pid: int) -> dict[str, object]:
 
 def _end(run: RunDirectory) -> None:
     """End a run that did not stop when asked."""
-    import psutil
-
     launcher = run.status().get("launcher") or {}
     if launcher.get("host") not in (None, socket.gethostname()):
         raise BadInput(f"the run is on host {launcher['host']} and has not stopped yet; end it there")
-    if launcher and psutil.pid_exists(launcher["pid"]) and identity(launcher["pid"]) == launcher:
+    if _lives(launcher):
         kill_tree(launcher["pid"])
     run.acquire(timeout=10)
-    run.write_status("stopped")
+    if run.status().get("state") not in ("finished", "stopped", "failed"):
+        run.write_status("stopped")
     run.release()
 
 

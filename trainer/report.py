@@ -53,14 +53,24 @@ def before_after(before: Path, after: Path, target: Path) -> None:
 
 
 def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
-    """A panel per judge: mean over the images of each iteration with its within-group spread, and the evaluations."""
+    """Write the picture of `draw_reward_curve`, where there is anything to draw."""
+    if picture := draw_reward_curve(events, evaluations):
+        write_atomically(path, picture)
+
+
+def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | None:
+    """A panel per judge: mean over the images of each iteration with its within-group spread, and the evaluations.
+
+    Returns:
+        a PNG file's content; None without any figures.
+    """
     from matplotlib.figure import Figure
 
     names = list(
         dict.fromkeys([n for e in events for n in e["rewards"]] + [n for e in evaluations for n in e["rewards"]])
     )
     if not names:
-        return
+        return None
     figure = Figure(figsize=(5 * len(names), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         points = [
@@ -82,4 +92,4 @@ def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> Non
             axis.legend(fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()

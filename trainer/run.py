@@ -36,8 +36,13 @@ def changed_fields(old: dict, new: dict, prefix: str = "") -> list[str]:
         if isinstance(before, dict) and isinstance(after, dict):
             changes += changed_fields(before, after, f"{prefix}{key}.")
         elif before != after:
-            changes.append(f"{prefix}{key} was {before!r} and is now {after!r}")
+            changes.append(f"{prefix}{key} was {_short(before)} and is now {_short(after)}")
     return changes
+
+
+def _short(value: object, limit: int = 100) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,7 @@ class RunDirectory:
 
     def _make_ours(self, config: RunConfig, command: list[str]) -> None:
         if (self.path / "run.yaml").exists():
-            changes = changed_fields(self.config().model_dump(mode="json"), config.model_dump(mode="json"))
-            if changes:
+            if changes := self.changes(config):
                 raise BadInput(f"run directory {self.path} belongs to another description: {'; '.join(changes[:5])}")
         else:
             self._write_description(config, command)
@@ -124,6 +128,8 @@ class RunDirectory:
 
     def is_live(self) -> bool:
         """Whether some process holds the lock."""
+        if not (self.path / ".lock").exists():  # asking must not make the folder
+            return False
         probe = FileLock(self.path / ".lock")
         try:
             probe.acquire(timeout=0)
@@ -154,6 +160,10 @@ class RunDirectory:
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, OSError) as error:
             raise BadInput(f"{self.path / 'run.yaml'} holds no run description") from error
 
+    def changes(self, config: RunConfig) -> list[str]:
+        """In what another description differs from this run's, a sentence each; empty where it is the same."""
+        return changed_fields(self.config().model_dump(mode="json"), config.model_dump(mode="json"))
+
     # ------------------------------------------------------------------------------------------------ status
 
     def status(self) -> dict[str, Any]:
@@ -172,6 +182,16 @@ class RunDirectory:
         assert state in STATES, state
         status = {**self.status(), "state": state, "pid": os.getpid(), "time": time.time(), **fields}
         write_json(self.path / "status.json", status)
+
+    @property
+    def log_file(self) -> Path:
+        """Where the output of a run in the background goes."""
+        return self.path / "log.txt"
+
+    @property
+    def lora_file(self) -> Path:
+        """The newest LoRA."""
+        return self.path / "lora.safetensors"
 
     @property
     def stop_file(self) -> Path:

@@ -24,6 +24,8 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
         arguments: the command line that each started process is given.
     """
     if processes > 1:
+        if launch.CHILD_MARK in os.environ:
+            os.environ[launch.LAUNCHER] = str(os.getpid())
         run = RunDirectory.open(output, config, arguments)
         if not _is_finished(run):
             _say_starting(run, config, os.getpid())
@@ -42,6 +44,11 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
 def _is_worker() -> bool:
     """Whether a launcher of several processes started this one."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _launcher() -> int:
+    """The process whose end ends the whole run."""
+    return int(os.environ.get(launch.LAUNCHER) or (os.getppid() if _is_worker() else os.getpid()))
 
 
 def _is_finished(run: RunDirectory) -> bool:
@@ -95,7 +102,7 @@ def _run_here(config: RunConfig, output: Path, arguments: list[str]) -> int:
         try:
             run = RunDirectory.open(output, config, arguments)
             if not _is_finished(run):
-                _say_starting(run, config, os.getppid() if _is_worker() else os.getpid())
+                _say_starting(run, config, _launcher())
         except BadInput as error:
             fault = str(error)
     from .distributed import Processes

@@ -1,9 +1,13 @@
 """Model families. A new family is one file that registers itself in `FAMILIES`."""
 
+from pathlib import Path
+
 from ..config import ModelConfig
 from ..errors import BadInput
+from ..shapes import WEIGHTS
 from .base import Conditions, DiffusionModel
 from .sd3 import SD3Model
+from .size import BYTES, parameter_count
 
 FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3Model}
 
@@ -20,4 +24,11 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
     return FAMILIES[config.family]
 
 
-__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "model_class"]
+def weight_bytes(config: ModelConfig) -> int:
+    """Memory that the network and the VAE take as they are loaded; 0 for folders without safetensors files."""
+    folder = WEIGHTS if config.path == "embedded" else Path(config.path)
+    network = sum(parameter_count(folder / name) for name in ("transformer", "unet"))
+    return network * BYTES[config.dtype] + parameter_count(folder / "vae") * BYTES[config.vae_dtype]
+
+
+__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "model_class", "weight_bytes"]

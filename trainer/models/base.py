@@ -61,6 +61,19 @@ class DiffusionModel(ABC):
     def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device) -> Conditions:
         """Load the text encoders, encode, and free them again; a row per prompt, on the CPU."""
 
+    @classmethod
+    def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
+        """Conditions from text encoders that the host has loaded itself.
+
+        Args:
+            embeds: `[N, tokens, width]`.
+            pooled: `[N, width]`, or None where the text encoders give none.
+
+        Raises:
+            BadInput: they do not fit this model, or this family only takes its own.
+        """
+        raise BadInput(f"family {config.family} encodes prompts with its own text encoders: leave clip unconnected")
+
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:

@@ -113,6 +113,18 @@ class SD3Model(DiffusionModel):
             torch.cuda.empty_cache()
         return result
 
+    @classmethod
+    def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
+        transformer = _json(_folder(config) / "transformer/config.json")
+        given = (embeds.shape[-1], 0 if pooled is None else pooled.shape[-1])
+        wanted = (transformer["joint_attention_dim"], transformer["pooled_projection_dim"])
+        if given != wanted:
+            raise BadInput(
+                f"the text encoders give conditions {given[0]} and {given[1]} wide, and this model takes {wanted[0]} "
+                f"and {wanted[1]}: connect the CLIP that belongs to it"
+            )
+        return Conditions({"embeds": embeds, "pooled": pooled})
+
     @property
     def latent_shape(self) -> tuple[int, ...]:
         return (self.module.config.in_channels, self.height // self._scale, self.width // self._scale)

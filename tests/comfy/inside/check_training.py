@@ -1,0 +1,288 @@
+"""Training's own pieces inside ComfyUI: LoRA files, conditions, names, settings, identity."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import folder_paths
+import pytest
+import torch
+
+import nodes as comfy_nodes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder and LoRA folders of this test's own."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "loras", ([str(tmp_path / "models")], folder_paths.supported_pt_extensions)
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def trained(pack: object, output: Path) -> SimpleNamespace:
+    """The embedded model with a LoRA of random weights, in the trainer, and the file that the trainer writes of it."""
+    config = pack("trainer.config").parse_config({"prompts": {"texts": ["any"]}, "rewards": [{"name": "shapes"}]})
+    model = pack("trainer.models").FAMILIES["sd3"].load(config.model, CPU)
+    policy = pack("trainer.policy").Policy(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in pack("trainer.lora").parameters(model.module).values():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    file = output / "lora.safetensors"
+    policy.save_lora(file, policy.result(), {"dancegrpo": '{"iteration": 7}'})
+    return SimpleNamespace(model=model, file=file, lora=pack("trainer.lora"))
+
+
+def velocity(model: object, x: torch.Tensor, sigma: torch.Tensor, cond: list) -> torch.Tensor:
+    """What a ComfyUI model predicts: it gives x0, from which v = (x - x0) / sigma."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([model])
+    embeds, extra = cond[0]
+    rows = embeds.expand(len(x), -1, -1)
+    pooled = extra["pooled_output"].expand(len(x), -1)
+    x0 = model.model.apply_model(x, sigma, c_crossattn=rows, y=pooled)
+    return (x - x0) / sigma[:, None, None, None]
+
+
+@torch.no_grad()
+def test_lora_file_gives_the_same_output_in_comfyui_and_the_trainer(pack, demo, trained, noise, caplog) -> None:
+    name = pack("nodes.folders").publish_lora(trained.file, "equal")
+    patched = comfy_nodes.LoraLoaderModelOnly().load_lora_model_only(demo.model, name, 1.0)[0]
+    assert "not loaded" not in caplog.text.lower()
+    assert len(patched.patches) > 0
+    cond, sigma = demo.encode("a red circle above a blue square"), torch.tensor([0.9, 0.7, 0.5, 0.2])
+    conditions = pack("trainer.models").Conditions(
+        {"embeds": cond[0][0].expand(4, -1, -1), "pooled": cond[0][1]["pooled_output"].expand(4, -1)}
+    )
+    expected = trained.model.predict(noise, sigma, conditions)
+    with trained.lora.disabled(trained.model.module):
+        base = trained.model.predict(noise, sigma, conditions)
+    assert (velocity(patched, noise, sigma, cond) - expected).abs().max() < 1e-4
+    assert (expected - base).abs().max() > 1e-2, "the LoRA does nothing, so this test would see nothing"
+
+
+def test_prompts_of_the_graphs_clip_equal_the_trainers_own(pack, demo) -> None:
+    data = {
+        "prompts": {"texts": ["a red circle", "two blue squares"], "negative": "grey"},
+        "rewards": [{"name": "shapes"}],
+        "evaluation": {"texts": ["a green triangle"]},
+    }
+    config = pack("trainer.config").parse_config(data)
+    texts, conditions = pack("nodes.encoding").encode(demo.clip, config)
+    assert texts == ["a red circle", "two blue squares", "a green triangle", "grey"]
+    own = pack("trainer.models").FAMILIES["sd3"].encode(config.model, texts, CPU)
+    assert conditions.tensors.keys() == own.tensors.keys()
+    for name, value in own.tensors.items():
+        assert (conditions.tensors[name] - value).abs().max() < 1e-4, name
+
+
+def test_a_clip_of_another_model_is_refused(pack, demo) -> None:
+    config = pack("trainer.config").parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "shapes"}]})
+
+    class Other:
+        tokenize = staticmethod(lambda text: text)
+        encode_from_tokens_scheduled = staticmethod(
+            lambda tokens: [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
+        )
+
+    with pytest.raises(pack("trainer.errors").BadInput, match="768 and 768 wide.*takes 128 and 128"):
+        pack("nodes.encoding").encode(Other, config)
+
+
+# ---------------------------------------------------------------------------------------------------------- names
+
+BAD_NAMES = [
+    "", " ", ".", "..", "../x", "a/../b", "a/b", "a\\b", "/etc/x", "C:x", "C:\\x", "\\\\host\\x", "con", "NUL.txt",
+    "Com1", "LPT³", "a\x00b", "a\nb", "a\x7fb", "a\u202eb", "x.", "x ", " x", ".x", "-x", "a..b", "x" * 65, "a:b",
+    "a*b", "a?b", "~x", "$HOME", "a;b", "a|b", "a'b", 'a"b', "a%b", 5, None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+def test_bad_names_are_refused_and_no_file_is_touched(pack, output: Path, name: object) -> None:
+    with pytest.raises(pack("trainer.errors").BadInput, match="^name ") as error:
+        pack("nodes.folders").run_folder(name)
+    assert "\n" not in str(error.value)
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "my_lora", "v1.2", "Red circles - 3", "形状", "console", "x" * 64])
+def test_good_names_are_one_folder_inside(pack, output: Path, name: str) -> None:
+    assert pack("nodes.folders").run_folder(name).parent == output.resolve() / "dancegrpo" / "runs"
+
+
+# ----------------------------------------------------------------------------------------------------- LoRA files
+
+
+def test_a_lora_is_never_written_over_another(pack, trained, output: Path) -> None:
+    publish = pack("nodes.folders").publish_lora
+    first = trained.file.read_bytes()
+    assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7.safetensors")
+    assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7.safetensors")
+    other = first[:-4] + b"\x01\x02\x03\x04"
+    trained.file.write_bytes(other)
+    assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7-2.safetensors")
+    folder = output / "loras" / "dancegrpo"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        "x_7.safetensors": first,
+        "x_7-2.safetensors": other,
+    }
+    assert str(Path("dancegrpo") / "x_7.safetensors") in folder_paths.get_filename_list("loras")
+
+
+def test_the_lora_folder_is_listed_once(pack, output: Path) -> None:
+    for _ in range(3):
+        pack("nodes.folders").register_loras()
+    assert folder_paths.get_folder_paths("loras").count(str(output / "loras")) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def test_the_settings_node_at_its_defaults_is_the_run_descriptions_defaults(pack) -> None:
+    module, config = pack("nodes.settings"), pack("trainer.config")
+    inputs = module.Settings.define_schema().inputs
+    values = {i.id: i.default for i in inputs if i.id != "overrides"}
+    given = module.Settings.execute(**values).args[0]
+    plain = config.parse_config({"prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]})
+    assert given == plain.model_dump(mode="json", include=set(module.SECTIONS))
+
+
+def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
+    module, errors = pack("nodes.settings"), pack("trainer.errors")
+    checked = 0
+    for setting in (*module.MAIN, *module.ADVANCED):
+        widget = module.widget(setting, False)
+        section, name = setting.split(".")
+        accepts = lambda value: module.settings({section: {name: value}}, "")[section][name] == value  # noqa: B023, E731
+        if not hasattr(widget, "min") or isinstance(widget.default, bool):
+            continue
+        checked += 1
+        assert accepts(widget.default)
+        for edge in (widget.min, widget.max):
+            try:
+                assert accepts(edge)
+            except errors.BadInput as error:  # a rule about two settings at once
+                assert setting in ("objective.updates", "rollout.eta"), error
+    assert checked > 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("rollout.etta=1", "rollout.etta is not a setting"),
+        ("rollout.eta=99", "rollout.eta is 99"),
+        ("rollout.eta", "not of the form"),
+        ("model.path=/etc", "have their own nodes"),
+        ("prompts.file=/etc/passwd", "have their own nodes"),
+        ("rewards=[]", "have their own nodes"),
+        ("evaluation.file=/etc/passwd", "evaluation.file is given on the node"),
+        ("evaluation={file: /etc/passwd}", "evaluation.file is given on the node"),
+        ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards is given on the node"),
+        ("rollout.steps=!!python/object/apply:os.system [ls]", "is not a YAML value"),
+    ],
+)
+def test_bad_overrides_are_one_sentence(pack, overrides: str, says: str) -> None:
+    with pytest.raises(pack("trainer.errors").BadInput, match=says):
+        pack("nodes.settings").settings({}, overrides)
+
+
+def test_presets_are_settings_without_what_other_nodes_give(pack) -> None:
+    module = pack("nodes.settings")
+    for name in pack("trainer.config").preset_names():
+        given = module.Preset.execute(name, "# a note\n\nruntime.iterations=3\nrollout.window={size: 1}").args[0]
+        assert set(given) == set(module.SECTIONS)
+        assert given["runtime"]["iterations"] == 3
+        assert given["rollout"]["window"]["size"] == 1
+        assert not any(given["evaluation"][field] for field in ("texts", "file", "shapes", "rewards"))
+
+
+# ------------------------------------------------------------------------------------------------------- identity
+
+
+def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
+    digest = pack("nodes.runs").upstream_digest
+
+    def graph(numbers: str, file: str) -> dict:
+        a, b = numbers
+        return {
+            a: {"class_type": "Loader", "inputs": {"file": file}},
+            b: {"class_type": "Patch", "inputs": {"clip": [a, 1], "strength": 0.5}, "is_changed": 3},
+        }
+
+    known = digest(graph("12", "x").__getitem__, ["2", 0])
+    assert digest(graph("79", "x").__getitem__, ["9", 0]) == known
+    assert digest(graph("12", "y").__getitem__, ["2", 0]) != known
+    assert digest(graph("12", "x").__getitem__, ["2", 1]) != known
+
+
+@pytest.mark.parametrize(
+    ("prompts", "held_out", "says"),
+    [
+        (" \n\n", "", "prompts is empty"),
+        ("a\nb\n a ", "", "prompts holds 'a' more than once"),
+        ("a", "b\nb", "held_out_prompts holds 'b' more than once"),
+        ("a\nb", "b", "held_out_prompts holds 'b', which is also in prompts"),
+    ],
+)
+def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: str) -> None:
+    judges = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="shapes"),))
+    with pytest.raises(pack("trainer.errors").BadInput, match=says):
+        pack("nodes.runs").describe({"family": "sd3"}, None, judges, None, prompts, held_out, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "processes", "says"),
+    [("0,0", 2, "different"), ("0", 2, "2 processes"), ("a", 1, "numbers"), ("-1", 1, "numbers")],
+)
+def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -> None:
+    with pytest.raises(pack("trainer.errors").BadInput, match=says):
+        pack("nodes.host").parse_gpus(text, processes)
+
+
+def test_gpus_are_read(pack) -> None:
+    assert pack("nodes.host").parse_gpus(" 3, 1 ", 2) == [3, 1]
+    assert pack("nodes.host").parse_gpus("", 2) is None
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+
+def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, model = pack("nodes.host"), pack("trainer.config").ModelConfig()
+    monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
+    with pytest.raises(pack("trainer.errors").BadInput, match=r"has 0\.3 GiB .* takes 0\.5 GiB"):
+        host.require_memory(model, None, 1, on_cpu=False)
+    monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 8 * 2**30)
+    host.require_memory(model, None, 1, on_cpu=False)
+    with pytest.raises(pack("trainer.errors").BadInput, match=r"has 8\.0 GiB .* takes 10\.5 GiB"):
+        host.require_memory(model, None, 20, on_cpu=False)
+
+
+def test_weights_are_counted_from_file_headers(pack) -> None:
+    from safetensors.torch import load_file
+
+    weights = pack("trainer.shapes").WEIGHTS
+    numbers = {
+        part: sum(t.numel() for t in load_file(weights / part / "diffusion_pytorch_model.safetensors").values())
+        for part in ("transformer", "vae")
+    }
+    config = pack("trainer.config").ModelConfig(dtype="bfloat16")
+    assert pack("trainer.models").weight_bytes(config) == 2 * numbers["transformer"] + 4 * numbers["vae"]
+
+
+def test_a_folder_of_another_family_is_refused(pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
+    node, error = pack("nodes.training").BaseModel, pack("trainer.errors").BadInput
+    assert node.define_schema().inputs[0].options == ["thing"]
+    values = {"family": "sd3", "width": 512, "height": 512, "dtype": "bfloat16"}
+    with pytest.raises(error, match="sd3 folder: transformer/config.json is missing"):
+        node.execute("thing", **values)
+    with pytest.raises(error, match="not in models/diffusers; there are thing"):
+        node.execute("../thing", **values)

@@ -1,0 +1,360 @@
+"""Training from a graph, against the real server and with real trainer processes; the runs are as short as they can be.
+
+`DANCEGRPO_CANCELS` is how many moments each route of cancelling is tried at.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from comfy_host import ROOT, PromptFailed, Server
+
+CANCELS = int(os.environ.get("DANCEGRPO_CANCELS", "1"))
+LONG = 5000
+"""Iterations of a run that is never meant to end by itself."""
+SHORT = ["rollout.steps=3", "rollout.group_size=2", "rollout.prompts_per_iteration=2", "evaluation.images_per_prompt=1"]
+TRAIN = "DanceGRPO_TrainLoRA"
+
+
+def graph(name: str, iterations: int = 2, *, wait: bool = True, processes: int = 1, **inputs: object) -> dict:
+    """Demo model, a reward, short settings, training."""
+    overrides = "\n".join([*SHORT, "runtime.samples_every=1", f"runtime.iterations={iterations}"])
+    train = {
+        "grpo_model": ["model", 3],
+        "clip": ["model", 1],
+        "reward": ["reward", 0],
+        "settings": ["settings", 0],
+        "name": name,
+        "prompts": "a red circle\na blue square",
+        "held_out_prompts": "a green triangle",
+        "wait": wait,
+        "processes": processes,
+    }
+    return {
+        "model": node("DanceGRPO_DemoModel"),
+        "reward": node("DanceGRPO_LoadReward", reward="colorfulness"),
+        "settings": node("DanceGRPO_Preset", preset="demo", overrides=overrides),
+        "train": node(TRAIN, **{**train, **inputs}),
+    }
+
+
+def node(class_type: str, **inputs: object) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def look(name: str, action: str = "look") -> dict:
+    return {"run": node("DanceGRPO_Run", name=name, action=action)}
+
+
+def folder(comfy: Server, name: str) -> Path:
+    return comfy.base / "output" / "dancegrpo" / "runs" / name
+
+
+def status(comfy: Server, name: str) -> dict:
+    try:
+        return json.loads((folder(comfy, name) / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def iterations(comfy: Server, name: str) -> list[int]:
+    events = folder(comfy, name) / "events.jsonl"
+    lines = events.read_text().splitlines() if events.exists() else []
+    return [json.loads(line)["iteration"] for line in lines]
+
+
+def processes_of(comfy: Server, name: str) -> list[psutil.Process]:
+    """Every process whose command line names the run, but for those that have ended and wait to be asked after."""
+    path, found = str(folder(comfy, name)), []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if path in (process.info["cmdline"] or []) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def until(condition: Callable[[], object], patience: float = 300) -> float:
+    """Seconds it took to come true."""
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < patience
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def error_of(server: Server, prompt: dict) -> str:
+    """What the failing node says."""
+    with pytest.raises(PromptFailed) as failed:
+        server.run(prompt)
+    details = failed.value.details
+    if isinstance(details, dict):
+        return " ".join(fault["details"] for node in details["node_errors"].values() for fault in node["errors"])
+    return next(body["exception_message"] for kind, body in details if kind == "execution_error")
+
+
+@pytest.fixture
+def uncached(tmp_path: Path) -> Iterator[Server]:
+    """A server that caches nothing and is killed in the test."""
+    server = Server(tmp_path, "--cache-none").start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    servers = [request.getfixturevalue(name) for name in ("comfy", "uncached") if name in request.fixturenames]
+    yield
+    folders = [str(server.base / "output" / "dancegrpo") for server in servers]
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in word for word in process.info["cmdline"] or [] for folder in folders):
+            process.kill()
+
+
+# ------------------------------------------------------------------------------------------------- train and compare
+
+
+def test_a_graph_trains_and_uses_the_lora_and_queueing_it_again_does_not_train(comfy: Server) -> None:
+    prompt = workflow("3 Train a LoRA from rewards")
+    train, lora_name, patched = (only(prompt, kind) for kind in (TRAIN, "PreviewAny Name", "LoraModelLoader"))
+    outputs = comfy.run(prompt)
+    file = comfy.base / "output" / "loras" / "dancegrpo" / "shapes_lora_2.safetensors"
+    listed = outputs[lora_name]["text"][0]
+    assert listed == os.path.join("dancegrpo", file.name)  # noqa: PTH118 - as ComfyUI writes it
+    assert "finished" in outputs[train]["text"][0]
+    assert iterations(comfy, "shapes_lora") == [1, 2]
+    assert len(list(folder(comfy, "shapes_lora").glob("conditions-*.safetensors"))) == 1
+    pictures = [key for key, n in prompt.items() if n["class_type"] in ("SaveImage", "LossGraphNode", TRAIN)]
+    assert len(pictures) == 5
+    for key in pictures:
+        assert all(path.stat().st_size > 500 for path in comfy.images(outputs[key]))
+
+    lora, before = file.read_bytes(), status(comfy, "shapes_lora")
+    again = comfy.run(prompt)
+    assert "finished" in again[train]["text"][0]
+    assert status(comfy, "shapes_lora") == before
+
+    # The file through core's loader by its name: the same images as from the graph that trained it.
+    prompt[patched] = node(
+        "LoraLoaderModelOnly", model=prompt[patched]["inputs"]["model"], lora_name=listed, strength_model=1.0
+    )
+    after = only(prompt, "SaveImage After")
+    needed = ancestors(prompt, after)
+    assert train not in needed
+    by_name = comfy.run({key: prompt[key] for key in needed})
+    assert pixels(comfy.images(by_name[after])[0]) == pixels(comfy.images(outputs[after])[0])
+    assert pixels(comfy.images(outputs[only(prompt, "SaveImage Before")])[0]) != pixels(comfy.images(outputs[after])[0])
+    assert "not loaded" not in comfy.output.lower()
+    assert [p.name for p in file.parent.glob("shapes_lora_*")] == [file.name]
+    assert file.read_bytes() == lora
+
+
+def workflow(name: str) -> dict:
+    """An example in API format, so short that it says nothing of what it shows, but runs all of it."""
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    for key, entry in prompt.items():
+        inputs, title = entry["inputs"], entry["_meta"]["title"]
+        if entry["class_type"] == "DanceGRPO_Preset":
+            inputs["overrides"] = "\n".join([*SHORT, "runtime.iterations=2", "optimizer.learning_rate=0.01"])
+        if entry["class_type"] == "DanceGRPO_Settings":
+            inputs |= {
+                "runtime_iterations": 2,
+                "rollout_steps": 3,
+                "rollout_group_size": 2,
+                "evaluation_images_per_prompt": 1,
+            }
+        if title in ("Training prompts", "Held-out prompts"):
+            inputs["value"] = "\n".join(inputs["value"].splitlines()[:2])
+        assert key == str(int(key))
+    return prompt
+
+
+def only(prompt: dict, kind: str) -> str:
+    """The one node of a class, or of a class and a title that begins so."""
+    class_type, _, title = kind.partition(" ")
+    found = [
+        key for key, n in prompt.items() if n["class_type"] == class_type and n["_meta"]["title"].startswith(title)
+    ]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def ancestors(prompt: dict, key: str) -> set[str]:
+    """A node and all it needs."""
+    links = [value[0] for value in prompt[key]["inputs"].values() if isinstance(value, list)]
+    return {key}.union(*(ancestors(prompt, link) for link in links))
+
+
+@pytest.mark.parametrize("name", ["5 Train in the background", "6 Train on two processes"])
+def test_examples_train(comfy: Server, name: str) -> None:
+    prompt = workflow(name)
+    outputs = comfy.run(prompt)
+    run = prompt[only(prompt, TRAIN)]["inputs"]["name"]
+    assert iterations(comfy, run) == [1, 2]
+    assert status(comfy, run)["state"] == "finished"
+    assert processes_of(comfy, run) == []
+    for kind in ("SaveImage Reward", "SaveImage Before"):
+        assert comfy.images(outputs[only(prompt, kind)])[0].stat().st_size > 500
+    assert outputs[only(prompt, "PreviewAny Name")]["text"] == [os.path.join("dancegrpo", f"{run}_2.safetensors")]  # noqa: PTH118
+
+
+def sampled(model: str, name: str) -> dict:
+    """Nodes that sample an image from `model` and preview it as `name`."""
+    return {
+        f"{name}_text": node("CLIPTextEncode", clip=["model", 1], text="a green triangle"),
+        f"{name}_latent": node("EmptySD3LatentImage", width=64, height=64, batch_size=1),
+        f"{name}_sampled": node(
+            "KSampler", model=[model, 0], positive=[f"{name}_text", 0], negative=[f"{name}_text", 0],
+            latent_image=[f"{name}_latent", 0], seed=1, steps=4, cfg=1.0, sampler_name="euler", scheduler="simple",
+            denoise=1.0,
+        ),
+        f"{name}_image": node("VAEDecode", samples=[f"{name}_sampled", 0], vae=["model", 2]),
+        name: node("PreviewImage", images=[f"{name}_image", 0]),
+    }  # fmt: skip
+
+
+def pixels(path: Path) -> bytes:
+    from PIL import Image
+
+    return Image.open(path).tobytes()
+
+
+def test_other_settings_under_an_old_name_say_what_changed(comfy: Server) -> None:
+    comfy.run(graph("one", wait=False))
+    comfy.run(look("one", "stop"))
+    assert "runtime.iterations was 2 and is now 3" in error_of(comfy, graph("one", 3))
+    assert "prompts.texts was" in error_of(comfy, graph("one", prompts="a red circle\na red square"))
+    other = graph("one")
+    del other["train"]["inputs"]["clip"]
+    assert "prompts.conditions was" in error_of(comfy, other)
+    assert status(comfy, "one")["state"] == "stopped"
+
+
+# ---------------------------------------------------------------------------------------------------- background
+
+
+def test_in_the_background_other_prompts_run_and_the_run_is_watched_stopped_resumed(comfy: Server) -> None:
+    begun = time.monotonic()
+    started = comfy.run(graph("two", LONG, wait=False))
+    assert time.monotonic() - begun < 20
+    assert "two" in started["train"]["text"][0]
+    until(lambda: len(iterations(comfy, "two")) >= 2)
+    done = len(iterations(comfy, "two"))
+    assert comfy.images(comfy.run(
+        {"model": node("DanceGRPO_DemoModel")} | sampled("model", "other"))["other"])[0].exists()  # fmt: skip
+    until(lambda: len(iterations(comfy, "two")) > done)
+
+    assert comfy.run(graph("two", LONG, wait=False))["train"]["text"][0].count("running") == 1
+    assert len(processes_of(comfy, "two")) == 1, "queueing a live run again attaches to it"
+    assert "left" in comfy.run(look("two"))["run"]["text"][0]
+
+    assert "stopped" in comfy.run(look("two", "stop"))["run"]["text"][0]
+    assert processes_of(comfy, "two") == []
+    done = iterations(comfy, "two")
+    comfy.run(look("two", "resume"))
+    until(lambda: len(iterations(comfy, "two")) > len(done))
+    numbers = iterations(comfy, "two")
+    assert numbers == list(range(1, len(numbers) + 1))
+    comfy.run(look("two", "stop"))
+
+
+def test_a_run_that_does_not_exist_is_one_sentence(comfy: Server) -> None:
+    assert "there is no run named 'nobody'" in error_of(comfy, look("nobody"))
+    assert not folder(comfy, "nobody").exists()
+    assert "give its name" in error_of(comfy, look(""))
+
+
+# --------------------------------------------------------------------------------------------------------- cancel
+
+
+@pytest.mark.parametrize(("processes", "times"), [(1, 2 * CANCELS), (2, CANCELS)])
+def test_cancel_leaves_no_process_and_a_run_that_goes_on(comfy: Server, processes: int, times: int) -> None:
+    name, chance = f"cancel-{processes}", random.Random(processes)
+    for attempt in range(times):
+        done = iterations(comfy, name)
+        prompt = comfy.queue(graph(name, LONG, processes=processes))
+        until(lambda: processes_of(comfy, name))
+        if attempt < 2:  # within training for sure; later attempts come at any moment, also during the imports
+            until(lambda done=done: len(iterations(comfy, name)) > len(done))
+        time.sleep(chance.uniform(0, 12 if attempt > 1 else 1))
+        if attempt % 2:
+            comfy.post(f"/api/jobs/{prompt}/cancel", {})
+        else:
+            comfy.post("/interrupt", {})
+        assert until(lambda: not processes_of(comfy, name), patience=30) < 10
+        messages = comfy.wait(prompt)["status"]["messages"]
+        assert messages[-1][0] == "execution_interrupted"
+        assert status(comfy, name)["state"] == "stopped"
+        numbers = iterations(comfy, name)
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) >= len(done)
+        loras = (comfy.base / "output" / "loras" / "dancegrpo").glob(f"{name}_*.safetensors")
+        assert list(loras) or not numbers
+
+
+# ------------------------------------------------------------------------------------------------- death and restart
+
+
+def test_a_dead_process_raises_with_the_end_of_its_log_and_the_run_goes_on(comfy: Server) -> None:
+    prompt = comfy.queue(graph("dead", LONG))
+    until(lambda: len(iterations(comfy, "dead")) >= 1)
+    with (folder(comfy, "dead") / "log.txt").open("a") as log:
+        log.write("the last words\n")
+    for process in processes_of(comfy, "dead"):
+        process.send_signal(signal.SIGKILL)
+    messages = comfy.wait(prompt)["status"]["messages"]
+    said = next(body["exception_message"] for kind, body in messages if kind == "execution_error")
+    assert "'dead' failed: its process ended without a word" in said
+    assert "the last words" in said
+    done = len(iterations(comfy, "dead"))
+    comfy.run(graph("dead", LONG, wait=False))
+    until(lambda: len(iterations(comfy, "dead")) > done)
+    comfy.run(look("dead", "stop"))
+
+
+def test_a_killed_server_leaves_the_run_alone_and_the_next_one_attaches(uncached: Server) -> None:
+    total = 60
+    uncached.queue(graph("three", total))
+    until(lambda: len(iterations(uncached, "three")) >= 1)
+    uncached.kill()
+    pid = status(uncached, "three")["pid"]
+    assert psutil.pid_exists(pid)
+    uncached.start()
+    assert "finished" in uncached.run(graph("three", total))["train"]["text"][0]
+    assert iterations(uncached, "three") == list(range(1, total + 1))
+    after = status(uncached, "three")
+    assert after["pid"] == pid, "another process took part in the training"
+    again = uncached.run(graph("three", total))
+    assert "finished" in again["train"]["text"][0]
+    assert status(uncached, "three") == after
+    assert processes_of(uncached, "three") == []
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "C:\\x", "a\x00b", "con", "a/b", ""], ids=repr)
+def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) -> None:
+    before = sorted(comfy.base.rglob("*"))
+    with pytest.raises(PromptFailed) as failed:
+        comfy.run(graph(name))
+    assert "name " in json.dumps(failed.value.details["node_errors"]["train"])
+    assert sorted(comfy.base.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"prompts": " \n "}, "prompts is empty"),
+        ({"held_out_prompts": "a red circle"}, "which is also in prompts"),
+        ({"processes": 64}, "64 processes are more than the images of an iteration"),
+        ({"gpus": "0;rm"}, "give numbers separated by commas"),
+    ],
+)
+def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, inputs: dict, says: str) -> None:
+    assert says in error_of(comfy, graph("bad", **inputs))
+    assert not folder(comfy, "bad").exists()
