@@ -11,7 +11,6 @@ from .distributed import Processes
 from .models import DiffusionModel
 from .prompting import PromptSet
 from .rollout import Plan, Prompting, decode, sample
-from .schedule import sigma_schedule
 from .seeds import noise
 
 SHOWN = 24  # images kept for the pictures
@@ -46,7 +45,7 @@ def evaluate(
     processes: Processes,
     *,
     steps: int,
-    shift: float,
+    shift: float | None,
     guidance_scale: float,
     images_per_prompt: int,
     seed: int,
@@ -54,8 +53,7 @@ def evaluate(
     between_calls: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text."""
-    sigmas = sigma_schedule(steps, shift)
-    plan = Plan("ode", 0.0, sigmas, [False] * steps, False, guidance_scale)
+    plan = Plan(model.still_kernel, 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
     scores: list[tuple[int, dict[str, float]]] = []
     shown: list[tuple[int, Tensor]] = []

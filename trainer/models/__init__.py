@@ -1,11 +1,15 @@
 """Model families. A new family is one file that registers itself in `FAMILIES`."""
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RolloutConfig
 from ..errors import BadInput
 from .base import Conditions, DiffusionModel
+from .flux import FluxModel
 from .sd3 import SD3Model
+from .stable_diffusion import SDXLModel, StableDiffusionModel
 
-FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3Model}
+FAMILIES: dict[str, type[DiffusionModel]] = {
+    family.family: family for family in (SD3Model, FluxModel, StableDiffusionModel, SDXLModel)
+}
 
 
 def model_class(config: ModelConfig) -> type[DiffusionModel]:
@@ -20,4 +24,11 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
     return FAMILIES[config.family]
 
 
-__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "model_class"]
+def check_kernel(family: type[DiffusionModel], name: str, rollout: RolloutConfig) -> None:
+    """Raise BadInput where the kernel does not fit what the family's models predict."""
+    if rollout.kernel not in family.kernels:
+        fitting = ", ".join(kernel for kernel in family.kernels if kernel != "ode")
+        raise BadInput(f"rollout.kernel is {rollout.kernel!r}: models of family {name} take {fitting}")
+
+
+__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "check_kernel", "model_class"]
