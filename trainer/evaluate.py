@@ -13,7 +13,7 @@ from .prompting import PromptSet
 from .rollout import Plan, Prompting, decode, sample
 from .seeds import noise
 
-SHOWN = 24  # images kept for the pictures
+SHOWN, SHOWN_VIDEOS = 24, 6  # kept for the pictures
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Evaluation:
         rewards: mean per judge (None where no score was finite, here and below).
         spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per judge, mean per category.
-        images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, in every process.
+        images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
     """
 
     rewards: dict[str, float | None]
@@ -57,7 +57,8 @@ def evaluate(
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
     scores: list[tuple[int, dict[str, float]]] = []
     shown: list[tuple[int, Tensor]] = []
-    picture = set(torch.linspace(0, len(prompts.texts) - 1, min(SHOWN, len(prompts.texts))).round().int().tolist())
+    most = min(SHOWN if len(model.latent_shape) == 3 else SHOWN_VIDEOS, len(prompts.texts))
+    picture = set(torch.linspace(0, len(prompts.texts) - 1, most).round().int().tolist())
     mine = [pairs[i] for i in processes.share(len(pairs))]
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]

@@ -4,11 +4,25 @@ from ..config import ModelConfig, RolloutConfig
 from ..errors import BadInput
 from .base import Conditions, DiffusionModel
 from .flux import FluxModel
+from .hunyuan_video import HunyuanVideoModel, SkyReelsModel
+from .qwen_image import QwenImageEditModel, QwenImageModel
 from .sd3 import SD3Model
 from .stable_diffusion import SDXLModel, StableDiffusionModel
+from .wan import WanModel
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
-    family.family: family for family in (SD3Model, FluxModel, StableDiffusionModel, SDXLModel)
+    family.family: family
+    for family in (
+        SD3Model,
+        FluxModel,
+        StableDiffusionModel,
+        SDXLModel,
+        QwenImageModel,
+        QwenImageEditModel,
+        HunyuanVideoModel,
+        SkyReelsModel,
+        WanModel,
+    )
 }
 
 

@@ -148,10 +148,15 @@ class DiffusionModel(ABC):
         """
         if guidance_scale == 1.0:
             return self.predict(latents, sigma, conditions)
-        index = torch.zeros(len(conditions), dtype=torch.long, device=latents.device)
-        both = conditions.joined(unconditional.rows(index).with_pictures_of(conditions))
+        both = conditions.joined(self.negatives(conditions, unconditional))
         positive, negative = self.predict(latents.repeat(2, *[1] * (latents.ndim - 1)), sigma.repeat(2), both).chunk(2)
         return self.guided(positive, negative, guidance_scale)
+
+    def negatives(self, conditions: Conditions, unconditional: Conditions) -> Conditions:
+        """What the negative branch is given beside `conditions`, row by row."""
+        device = next(iter(unconditional.tensors.values())).device
+        index = torch.zeros(len(conditions), dtype=torch.long, device=device)
+        return unconditional.rows(index).with_pictures_of(conditions)
 
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Both branches' predictions mixed."""

@@ -1,7 +1,5 @@
 """What families from a diffusers folder share: checks, loading, text encoding, schedules."""
 
-import importlib.util
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,26 +10,10 @@ from ..config import ModelConfig
 from ..errors import BadInput
 from ..schedule import sigma_schedule
 from .base import Conditions, DiffusionModel, require_files
+from .folders import check_quantization, check_weights, load_vae, open_picture, quantization, read_json, vae_scale
+from .latents import rows_and_zeros, together
 
 ENCODED_AT_ONCE = 16
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file of the folder.
-
-    Raises:
-        BadInput: it is missing or no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"model.path: {path} cannot be read as JSON: {error}") from error
-
-
-def vae_scale(config: dict[str, Any]) -> int:
-    """Pixels per latent along each side: one halving between the VAE's resolution levels."""
-    levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    return 2 ** (len(levels) - 1)
 
 
 class DiffusersModel(DiffusionModel):
@@ -88,8 +70,8 @@ class DiffusersModel(DiffusionModel):
         if network.get("_class_name") != cls.network_class:
             found = f"{folder / cls.component} holds a {network.get('_class_name')}"
             raise BadInput(f"model.path: {found}, and family {cls.family} takes {cls.network_class}")
-        _check_weights(config, folder, cls.component)
-        _check_quantization(config)
+        check_weights(config, folder, cls.component)
+        check_quantization(config)
         if config.embedded_guidance is not None and not cls.takes_guidance(network):
             raise BadInput(
                 f"model.embedded_guidance is {config.embedded_guidance}: this model takes none; leave it null"
@@ -147,7 +129,7 @@ class DiffusersModel(DiffusionModel):
 
         network_class = getattr(diffusers, cls.network_class)
         dtype, folder = getattr(torch, config.dtype), cls.folder(config)
-        extra = _quantization(config, device)
+        extra = quantization(config, device)
         if config.network_file is None:
             network = network_class.from_pretrained(
                 folder / cls.component, dtype=dtype, local_files_only=True, use_safetensors=True, **extra
@@ -177,16 +159,25 @@ class DiffusersModel(DiffusionModel):
     ) -> Conditions:
         pictures = pictures or [None] * len(prompts)
         cls._check_pictures(config, prompts, pictures)
-        require_files(cls.folder(config), list(cls.encoders), cls.family)
+        require_files(cls.folder(config), list(cls.encoder_components(config)), cls.family)
         pipeline = cls._encoders(config, device)
-        parts = []
-        for start in range(0, len(prompts), ENCODED_AT_ONCE):
-            batch = slice(start, start + ENCODED_AT_ONCE)
-            parts.append(cls.encode_batch(pipeline, config, prompts[batch], pictures[batch]))
+        conditions = cls.encode_rows(pipeline, config, prompts, pictures)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return together(parts)
+        return conditions
+
+    @classmethod
+    def encode_rows(
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+    ) -> Conditions:
+        """All prompts' conditions; a picture's tensors are zeros for the negative prompt, which has none."""
+        starts = range(0, len(prompts), ENCODED_AT_ONCE)
+        texts = together([cls.encode_batch(pipeline, config, prompts[i : i + ENCODED_AT_ONCE]) for i in starts])
+        if not cls.takes_pictures(config):
+            return texts
+        seen = [cls.encode_picture(pipeline, config, open_picture(path)) for path in pictures[:-1]]
+        return Conditions(texts.tensors | rows_and_zeros(seen))
 
     @classmethod
     def _check_pictures(cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None]) -> None:
@@ -204,23 +195,37 @@ class DiffusersModel(DiffusionModel):
 
         folder = cls.folder(config)
         index = read_json(folder / "model_index.json")
-        left_out = [name for name, entry in index.items() if isinstance(entry, list) and name not in cls.encoders]
+        kept = cls.encoder_components(config)
+        left_out = [name for name, entry in index.items() if isinstance(entry, list) and name not in kept]
         pipeline_class = getattr(diffusers, index["_class_name"])
         pipeline = pipeline_class.from_pretrained(
             folder,
             **dict.fromkeys(left_out),
-            dtype=getattr(torch, config.dtype),
+            dtype={"default": getattr(torch, config.dtype), "vae": getattr(torch, config.vae_dtype)},
             local_files_only=True,
             use_safetensors=True,
         )
         return pipeline.to(device)
 
     @classmethod
-    def encode_batch(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
-    ) -> Conditions:
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         """Conditions of some prompts, by the pipeline's own encoders."""
         raise NotImplementedError
+
+    @classmethod
+    def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
+        """Conditions of a picture, one row each, under names that start with PICTURE."""
+        raise NotImplementedError
+
+    @classmethod
+    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Components that encode pictures."""
+        return ("vae",)
+
+    @classmethod
+    def encoder_components(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Components that encode prompts, and their pictures."""
+        return cls.encoders + (cls.picture_encoders(config) if cls.takes_pictures(config) else ())
 
     # ----------------------------------------------------------------------------------------------- sampling
 
@@ -257,87 +262,3 @@ class DiffusersModel(DiffusionModel):
             return None
         value = self.guidance if self.config.embedded_guidance is None else self.config.embedded_guidance
         return torch.full((batch,), value, device=device)
-
-
-# ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def load_vae(folder: Path, config: ModelConfig) -> nn.Module:
-    """The folder's VAE in `config.vae_dtype`.
-
-    Raises:
-        BadInput: its configuration names no autoencoder of diffusers.
-    """
-    import diffusers
-
-    name = str(read_json(folder / "vae" / "config.json").get("_class_name"))
-    vae_class = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
-    if vae_class is None:
-        raise BadInput(f"model.path: {folder / 'vae/config.json'} names {name!r}, which is no autoencoder of diffusers")
-    dtype = getattr(torch, config.vae_dtype)
-    return vae_class.from_pretrained(folder / "vae", dtype=dtype, local_files_only=True, use_safetensors=True)
-
-
-def together(parts: list[Conditions]) -> Conditions:
-    """Conditions one under the other, on the CPU; token sequences are padded with zeros to the longest."""
-    joined = {}
-    for name in parts[0].tensors:
-        values = [part.tensors[name].cpu() for part in parts]
-        longest = max(value.shape[1] for value in values)
-        joined[name] = torch.cat([_padded(value, longest) for value in values])
-    return Conditions(joined)
-
-
-def _padded(value: Tensor, length: int) -> Tensor:
-    missing = length - value.shape[1]
-    if not missing:
-        return value
-    return torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], dim=1)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents `[B, C, H, W]` as tokens of 2 x 2 latents, `[B, H/2 W/2, 4 C]` (FLUX, Qwen-Image)."""
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * w // 2, 4 * c)
-
-
-def unpack(tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack` for latents of shape `[C, H, W]`."""
-    c, h, w = shape
-    return tokens.view(len(tokens), h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(-1, c, h, w)
-
-
-def _check_weights(config: ModelConfig, folder: Path, component: str) -> None:
-    places = [folder / "vae"] if config.network_file else [folder / component, folder / "vae"]
-    for place in places:
-        if not any(place.glob("*.safetensors")):
-            raise BadInput(f"model.path: {place} holds no .safetensors weights")
-    if config.network_file is None:
-        return
-    file = Path(config.network_file)
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise BadInput(f"model.network_file is {config.network_file!r}: give a .safetensors file that exists")
-
-
-def _check_quantization(config: ModelConfig) -> None:
-    if config.quantization and importlib.util.find_spec("bitsandbytes") is None:
-        raise BadInput(
-            f"model.quantization is {config.quantization!r}: it needs the package bitsandbytes, which is not installed"
-        )
-
-
-def _quantization(config: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Arguments with which diffusers loads a network in 8 or 4 bits; none for a plain one."""
-    if config.quantization is None:
-        return {}
-    from diffusers import BitsAndBytesConfig
-
-    kinds = {
-        "int8": {"load_in_8bit": True},
-        "nf4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": getattr(torch, config.dtype),
-        },
-    }
-    return {"quantization_config": BitsAndBytesConfig(**kinds[config.quantization]), "device_map": {"": device}}

@@ -1,6 +1,5 @@
 """FLUX.1: packed latents, embedded guidance."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +7,9 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from .base import Conditions
-from .diffusers_family import DiffusersModel, pack, unpack, vae_scale
+from .diffusers_family import DiffusersModel
+from .folders import vae_scale
+from .latents import pack, unpack
 
 T5_TOKENS = 512
 
@@ -30,9 +31,7 @@ class FluxModel(DiffusersModel):
         return 2 * vae_scale(vae), None
 
     @classmethod
-    def encode_batch(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
-    ) -> Conditions:
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=T5_TOKENS)
         return Conditions({"embeds": embeds, "pooled": pooled})
 

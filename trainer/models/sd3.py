@@ -10,7 +10,8 @@ from ..config import ModelConfig
 from ..errors import BadInput
 from ..shapes import WEIGHTS
 from .base import Conditions
-from .diffusers_family import DiffusersModel, read_json, vae_scale
+from .diffusers_family import DiffusersModel
+from .folders import read_json, vae_scale
 
 T5_TOKENS = 256
 
@@ -71,9 +72,7 @@ class SD3Model(DiffusersModel):
         return pipeline
 
     @classmethod
-    def encode_batch(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
-    ) -> Conditions:
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         # Without T5 the text is CLIP's tokens alone, as in ComfyUI.
         length = T5_TOKENS if pipeline.text_encoder_3 is not None else 0
         device = pipeline.text_encoder.device

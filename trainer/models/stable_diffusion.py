@@ -11,7 +11,8 @@ from ..config import ModelConfig
 from ..errors import BadInput
 from ..sde import DIFFUSION_KERNELS
 from .base import Conditions
-from .diffusers_family import DiffusersModel, read_json, vae_scale
+from .diffusers_family import DiffusersModel
+from .folders import read_json, vae_scale
 
 
 class StableDiffusionModel(DiffusersModel):
@@ -47,9 +48,7 @@ class StableDiffusionModel(DiffusersModel):
             raise BadInput("model.path: the scheduler has rescale_betas_zero_snr, whose first level ddim cannot leave")
 
     @classmethod
-    def encode_batch(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
-    ) -> Conditions:
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, _ = pipeline.encode_prompt(prompts, pipeline.text_encoder.device, 1, False)
         return Conditions({"embeds": embeds})
 
@@ -103,9 +102,7 @@ class SDXLModel(StableDiffusionModel):
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     @classmethod
-    def encode_batch(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
-    ) -> Conditions:
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )
