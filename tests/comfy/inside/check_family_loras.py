@@ -456,7 +456,7 @@ def exported(pack: Callable, model: Any, targets: list[str] | None = None) -> Te
     lora.inject(model.module, config, model.default_targets, seed=0)
     parameters = lora.parameters(model.module)
     for i, parameter in enumerate(parameters.values()):
-        parameter.data = 0.3 * draw(*parameter.shape, seed=i)
+        parameter.data = 0.1 * draw(*parameter.shape, seed=i)
     return lora.comfy_weights(parameters, config.alpha, model.lora_key)
 
 
