@@ -83,7 +83,7 @@ class SD3Model(DiffusersModel):
 
     @classmethod
     def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
-        transformer = _json(_folder(config) / "transformer/config.json")
+        transformer = read_json(cls.folder(config) / "transformer/config.json")
         given = (embeds.shape[-1], 0 if pooled is None else pooled.shape[-1])
         wanted = (transformer["joint_attention_dim"], transformer["pooled_projection_dim"])
         if given != wanted:
