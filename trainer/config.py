@@ -185,7 +185,7 @@ class OptimizerConfig(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Learning rate.")
     warmup: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     decay: bool = Field(
-        False, description="Lower the learning rate in a straight line, to nothing after the last of runtime.iterations."
+        False, description="Lower the learning rate in a straight line, to nothing after the last iteration."
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay of AdamW's first and second moments."

@@ -409,7 +409,15 @@ def encode_scenes(scenes: list[Scene]) -> torch.Tensor:
     return torch.cat(latents)
 
 
-def train_flow(minutes: float, images: int, resume: bool, caption_noise: float, seed: int = 0, batch: int = 64, peak: float = 1e-3) -> None:
+def train_flow(
+    minutes: float,
+    images: int,
+    resume: bool,
+    caption_noise: float,
+    seed: int = 0,
+    batch: int = 64,
+    peak: float = 1e-3,
+) -> None:
     """Train the transformer on velocity prediction for a time; the moving average is kept.
 
     The text encoders stay as they are, so every caption is encoded once.
@@ -520,9 +528,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=40_000, help="size of the flow stage's data set")
     parser.add_argument("--resume", action="store_true", help="start from the saved weights")
     parser.add_argument("--seed", type=int, default=0, help="flow stage: another seed draws other images")
-    parser.add_argument(
-        "--caption-noise", type=float, default=1.0, help="flow stage: part of CAPTION_NOISE, 0 to 1"
-    )
+    parser.add_argument("--caption-noise", type=float, default=1.0, help="flow stage: part of CAPTION_NOISE, 0 to 1")
     parser.add_argument("--decoder-only", action="store_true", help="vae stage: leave the latents as they are")
     args = parser.parse_args()
     if args.stage == "vae":
