@@ -129,16 +129,17 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from .conditions import all_texts, save_conditions
+    from .conditions import all_pictures, all_texts, save_conditions
     from .distributed import Processes
     from .models import model_class
     from .prompting import evaluation_prompts, training_prompts
 
     config = read_config(args.description, args.overrides)
     family = model_class(config.model)
-    texts = all_texts(config, training_prompts(config.prompts), evaluation_prompts(config.evaluation))
+    training, held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
+    texts, pictures = all_texts(config, training, held_out), all_pictures(training, held_out)
     device = Processes(config.runtime.device).device
-    save_conditions(args.output, texts, family.encode(config.model, texts, device))
+    save_conditions(args.output, texts, family.encode(config.model, texts, device, pictures))
     print(f"{len(texts)} prompts encoded into {args.output}; name it in prompts.conditions")
     return FINISHED
 

@@ -17,17 +17,27 @@ def all_texts(config: RunConfig, training: PromptSet, held_out: PromptSet) -> li
     return [*training.texts, *held_out.texts, config.prompts.negative]
 
 
+def all_pictures(training: PromptSet, held_out: PromptSet) -> list[Path | None]:
+    """The picture of each of those texts; the negative prompt has none."""
+    return [*training.pictures, *held_out.pictures, None]
+
+
 def conditions_for(
-    config: RunConfig, family: type[DiffusionModel], texts: list[str], device: torch.device
+    config: RunConfig,
+    family: type[DiffusionModel],
+    texts: list[str],
+    device: torch.device,
+    pictures: list[Path | None] | None = None,
 ) -> Conditions:
     """One row per text.
 
     Raises:
-        BadInput: the conditions file cannot be read or lacks a text.
+        BadInput: the conditions file cannot be read, does not fit the model or lacks a text.
     """
     if config.prompts.conditions is None:
-        return family.encode(config.model, texts, device)
+        return family.encode(config.model, texts, device, pictures)
     known, conditions = load_conditions(Path(config.prompts.conditions))
+    family.check_conditions(config.model, conditions)
     place = {text: row for row, text in enumerate(known)}
     for text in texts:
         if text not in place:

@@ -42,6 +42,20 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen base weights; the LoRA is always float32."
     )
+    frames: Annotated[int, Field(ge=1)] = Field(
+        1, description="Frames of a video; 1 is an image. Video families take 1 more than a multiple of 4."
+    )
+    fps: Annotated[float, Field(gt=0, le=240)] = Field(16.0, description="Frames per second of saved videos.")
+    embedded_guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        None,
+        description="Guidance a distilled model takes as an input (FLUX, HunyuanVideo); null is the family's own.",
+    )
+    network_file: str | None = Field(
+        None, description="Single .safetensors file of the transformer or UNet, in place of the folder's own."
+    )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None, description="Keep the frozen base in 8 or 4 bits, through bitsandbytes."
+    )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the VAE decodes in.")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
@@ -53,7 +67,9 @@ class PromptsConfig(Section):
 
     texts: list[str] = Field([], description="Prompts written here, one image group each.")
     file: str | None = Field(
-        None, description="Text file with a prompt per line, or JSONL with 'prompt' and 'category'."
+        None,
+        description="Text file with a prompt per line; or JSONL or CSV with 'prompt', and where wanted 'category' and "
+        "'image', a first frame or source image beside the file.",
     )
     shapes: int | None = Field(None, ge=1, description="Use up to this many prompts per task of the shapes world.")
     conditions: str | None = Field(
@@ -84,14 +100,18 @@ class WindowConfig(Section):
 class RolloutConfig(Section):
     """How the images of an iteration are sampled."""
 
-    kernel: Literal["dance", "dance-exact", "flow", "flow-exact", "cps"] = Field(
-        "dance", description="Transition kernel of the stochastic steps."
+    kernel: Literal["dance", "dance-exact", "flow", "flow-exact", "cps", "ddim"] = Field(
+        "dance", description="Transition kernel of the stochastic steps; ddim for Stable Diffusion 1.x, 2.x and SDXL."
     )
     eta: Annotated[float, Field(gt=0, le=10)] = Field(
         0.3, description="Strength of the added noise, in the kernel's own scale."
     )
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(16, description="Sampling steps of a trajectory.")
-    shift: Annotated[float, Field(gt=0, le=100)] = Field(3.0, description="Shift of the noise levels towards noise.")
+    shift: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        3.0,
+        description="Shift of a flow model's noise levels towards noise; null takes the levels of its own scheduler, "
+        "which in FLUX and Qwen-Image depend on the resolution. ddim always takes those.",
+    )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="Classifier-free guidance; 1 is off."
     )
@@ -105,6 +125,8 @@ class RolloutConfig(Section):
     def _fits(self) -> "RolloutConfig":
         if self.kernel == "cps" and self.eta >= 2:
             raise ValueError(f"eta {self.eta} is outside cps's range: above 0 and below 2 (1 renoises fully)")
+        if self.kernel == "ddim" and self.eta > 1:
+            raise ValueError(f"eta {self.eta} is outside ddim's range: above 0 and at most 1 (DDPM)")
         if self.window and self.window.start + self.window.size > self.steps - 1:
             raise ValueError(
                 f"window of {self.window.size} from step {self.window.start} does not fit: "

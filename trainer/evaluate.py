@@ -11,10 +11,9 @@ from .distributed import Processes
 from .models import DiffusionModel
 from .prompting import PromptSet
 from .rollout import Plan, Prompting, decode, sample
-from .schedule import sigma_schedule
 from .seeds import noise
 
-SHOWN = 24  # images kept for the pictures
+SHOWN, SHOWN_VIDEOS = 24, 6  # kept for the pictures
 MIX = "mix"
 """Among an evaluation's judges, the name of the trained rewards' mixture."""
 
@@ -26,7 +25,7 @@ class Evaluation:
         rewards: mean per judge (None where no score was finite, here and below), and of their mixture.
         spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per judge, mean per category.
-        images: `[N, 3, H, W]`, the first image of each of up to SHOWN prompts, in every process.
+        images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
     """
 
     rewards: dict[str, float | None]
@@ -67,7 +66,7 @@ def evaluate(
     processes: Processes,
     *,
     steps: int,
-    shift: float,
+    shift: float | None,
     guidance_scale: float,
     images_per_prompt: int,
     seed: int,
@@ -76,12 +75,12 @@ def evaluate(
     between_calls: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text."""
-    sigmas = sigma_schedule(steps, shift)
-    plan = Plan("ode", 0.0, sigmas, [False] * steps, False, guidance_scale)
+    plan = Plan(model.still_kernel, 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
     scores: list[tuple[int, dict[str, float]]] = []
     shown: list[tuple[int, Tensor]] = []
-    picture = set(torch.linspace(0, len(prompts.texts) - 1, min(SHOWN, len(prompts.texts))).round().int().tolist())
+    most = min(SHOWN if len(model.latent_shape) == 3 else SHOWN_VIDEOS, len(prompts.texts))
+    picture = set(torch.linspace(0, len(prompts.texts) - 1, most).round().int().tolist())
     mine = [pairs[i] for i in processes.share(len(pairs))]
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]

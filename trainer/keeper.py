@@ -12,6 +12,7 @@ from .config import RunConfig
 from .files import write_atomically, write_json
 from .policy import Policy
 from .run import Checkpoint, RunDirectory
+from .video import save_video
 
 
 class Keeper:
@@ -39,16 +40,29 @@ class Keeper:
     # -------------------------------------------------------------------------------------------- pictures
 
     def rollout_picture(self, images: Tensor, iteration: int) -> None:
-        """The first groups of this process, a row for every 12 images or group, every `samples_every` iterations."""
+        """The first groups of this process, a row for every 12 images or group, every `samples_every` iterations.
+
+        Args:
+            images: `[N, 3, H, W]`, or videos `[N, F, 3, H, W]`, of which the first group is shown.
+        """
         every = self.config.runtime.samples_every
         if self.writes and every and iteration % every == 0:
             group = min(self.config.rollout.group_size, 12)
-            picture = report.grid(images[: 4 * group].cpu(), columns=group, largest=96)
-            report.save_picture(self.run.path / "samples" / f"rollout_{iteration:06d}.png", picture)
+            shown = images[: group if images.ndim == 5 else 4 * group].cpu()
+            self._show(self.run.path / "samples" / f"rollout_{iteration:06d}.png", shown, group, largest=96)
 
     def evaluation_picture(self, images: Tensor, iteration: int) -> None:
         if self.writes:
-            report.save_picture(self._evaluation_path(iteration), report.grid(images, columns=6))
+            self._show(self._evaluation_path(iteration), images, columns=6, largest=160)
+
+    def _show(self, path: Path, images: Tensor, columns: int, largest: int) -> None:
+        """A grid of images; of videos a grid that moves, and as the picture its middle frame."""
+        if images.ndim == 5:
+            frames = [report.grid(frame, columns, largest) for frame in images.unbind(1)]
+            save_video(path.with_suffix(".mp4"), frames, self.config.model.fps)
+            report.save_picture(path, frames[len(frames) // 2])
+        else:
+            report.save_picture(path, report.grid(images, columns, largest))
 
     def _evaluation_path(self, iteration: int) -> Path:
         return self.run.path / "samples" / f"evaluation_{iteration:06d}.png"

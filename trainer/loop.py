@@ -10,20 +10,20 @@ from torch import Tensor
 
 from . import rewards as judges
 from .advantage import Advantages, best_of_n, group_advantages
-from .conditions import all_texts, conditions_for
+from .conditions import all_pictures, all_texts, conditions_for
 from .config import RunConfig
 from .distributed import Processes
 from .errors import BadInput, RunFailed, StopRequested
 from .evaluate import Mixture, evaluate
 from .guard import Guard
 from .keeper import Keeper
-from .models import model_class
+from .models import check_kernel, model_class
 from .policy import Policy
 from .prompting import evaluation_prompts, training_prompts
 from .records import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
 from .rollout import Plan, Prompting, Trajectories, decode, sample
 from .run import Checkpoint, RunDirectory
-from .schedule import Window, sigma_schedule, stochastic_steps, trained_steps
+from .schedule import Window, stochastic_steps, trained_steps
 from .seeds import generator, noise, prompt_indices
 from .update import Actions, Statistics, split, train
 
@@ -64,6 +64,7 @@ class Trainer:
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
         family = model_class(config.model)
+        check_kernel(family, config.model.family, config.rollout)
         self.prompting, self.held_out_prompting = self._encode(family)
         self.model = family.load(config.model, processes.device)
         self.policy = Policy(self.model, config)
@@ -74,7 +75,8 @@ class Trainer:
         """Conditions of the training prompts and of the held-out prompts."""
         device = self.processes.device
         texts = all_texts(self.config, self.prompts, self.held_out)
-        conditions = conditions_for(self.config, family, texts, device)  # on the CPU: there may be many
+        pictures = all_pictures(self.prompts, self.held_out)
+        conditions = conditions_for(self.config, family, texts, device, pictures)  # on the CPU: there may be many
         rows = torch.arange(len(texts))
         training, held_out, negative = rows.split([len(self.prompts.texts), len(self.held_out.texts), 1])
         unconditional = conditions.rows(negative).to(device)
@@ -157,7 +159,7 @@ class Trainer:
         config, seed = self.config.rollout, self.config.runtime.seed
         window = Window(**config.window.model_dump()) if config.window else None
         flags = stochastic_steps(config.steps, window, self.iteration, generator(seed, "window", self.iteration))
-        sigmas = sigma_schedule(config.steps, config.shift)
+        sigmas = self.model.sigmas(config.steps, config.shift)
         return Plan(config.kernel, config.eta, sigmas, flags, config.shared_noise, config.guidance_scale)
 
     def _rollout(self, chosen: list[int], clock: Clock) -> Actions:
@@ -359,6 +361,8 @@ class Trainer:
 
     def _prompts_digest(self) -> str:
         texts = [self.prompts.texts, self.held_out.texts]
+        if any(pictures := all_pictures(self.prompts, self.held_out)):
+            texts.append([str(picture) for picture in pictures])
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
     def _finish(self, state: str, error: str | None = None) -> dict:

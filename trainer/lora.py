@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .config import LoraConfig
 from .errors import BadInput
 from .files import write_atomically
+from .models.base import Rows
 
 ADAPTER = "default"
 
@@ -83,19 +84,41 @@ def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str]) -> dict[str, Tensor]:
+def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str | Rows]) -> dict[str, Tensor]:
     """Weights under the names ComfyUI loads, with the `.alpha` without which it would apply scale 1.
 
     Args:
         weights: by parameter name, `<module>.lora_A.default.weight`.
-        key: maps a module's name to ComfyUI's.
+        key: maps a module's name to ComfyUI's, or to its part of a layer that ComfyUI keeps in one piece.
     """
-    result: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
         module, _, rest = name.partition(".lora_")
-        result[f"{key(module)}.lora_{rest[0]}.weight"] = value.detach().float().cpu().contiguous()
-        result[f"{key(module)}.alpha"] = torch.tensor(float(alpha))
+        plain.setdefault(module, {})[rest[0]] = value.detach().float().cpu().contiguous()
+    parts: dict[str, list[tuple[Rows, dict[str, Tensor]]]] = {}
+    result: dict[str, Tensor] = {}
+    for module, pair in plain.items():
+        place = key(module)
+        if isinstance(place, str):
+            result |= _entries(place, pair["A"], pair["B"], alpha)
+        else:
+            parts.setdefault(place.key, []).append((place, pair))
+    for name, fused in parts.items():
+        result |= _entries(name, *_fuse(fused), alpha * len(fused))
     return result
+
+
+def _entries(key: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
+    return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(float(alpha))}
+
+
+def _fuse(parts: list[tuple[Rows, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """One LoRA for a layer made of several: the ranks add up, and each part reaches its own output rows alone."""
+    rank = parts[0][1]["A"].shape[0]
+    up = torch.zeros(parts[0][0].total, rank * len(parts))
+    for i, (rows, pair) in enumerate(parts):
+        up[rows.first : rows.first + len(pair["B"]), i * rank : (i + 1) * rank] = pair["B"]
+    return torch.cat([pair["A"] for _, pair in parts]), up
 
 
 def save(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -28,6 +28,8 @@ class Policy:
         self.modules = lora.inject(
             model.module, config.lora, model.default_targets, derive(config.runtime.seed, "lora")
         )
+        for name in self.modules:
+            model.lora_key(name)  # before hours of training, not after
         self.parameters = lora.parameters(model.module)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),

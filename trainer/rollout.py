@@ -15,7 +15,7 @@ class Plan:
     """What the trajectories of an iteration look like; common to all groups.
 
     Attributes:
-        sigmas: T + 1 noise levels from 1 to 0.
+        sigmas: T + 1 falling noise levels, of a flow model from 1 to 0.
         stochastic: T flags; the other steps are deterministic. The last is never stochastic.
         shared_noise: images of a group start from one noise.
     """
@@ -113,7 +113,7 @@ def sample(
         if i == plan.shared_step:
             latents, velocity, index = latents[prompt_of], velocity[prompt_of], prompt_of
         if not plan.stochastic[i]:
-            latents = sde.step("ode", latents, velocity, sigma, sigma_next, 0.0).next_sample
+            latents = sde.step(model.still_kernel, latents, velocity, sigma, sigma_next, 0.0).next_sample
             continue
         step = sde.step(plan.kernel, latents, velocity, sigma, sigma_next, plan.eta, noise=step_noise(i))
         starts.append(latents)
@@ -139,5 +139,5 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def decode(model: DiffusionModel, latents: Tensor, batch: int) -> Tensor:
-    """Images `[B, 3, H, W]` in [0, 1] of final latents, `batch` at a time."""
+    """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1] of final latents, `batch` at a time."""
     return torch.cat([model.decode(part) for part in latents.split(batch)])

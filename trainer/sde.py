@@ -126,6 +126,29 @@ KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], _Coefficients]] = {
 }
 
 
+# ------------------------------------------------------------------------------------------------- diffusion kernels
+
+
+def _preserving(alpha_bar: Tensor, alpha_bar_next: Tensor, eta: Tensor) -> _Coefficients:
+    """DDIM (arXiv 2010.02502, eq. 12 and 16); the prediction is the noise."""
+    std = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
+    scale = (alpha_bar_next / alpha_bar).sqrt()
+    direction = (1 - alpha_bar_next - std**2).clamp(min=0).sqrt()
+    return _Coefficients(scale, direction - scale * (1 - alpha_bar).sqrt(), std)
+
+
+def _ddim(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> _Coefficients:
+    """DDIM between noise levels sigma = sqrt(1 - alpha_bar)."""
+    return _preserving(1 - sigma**2, 1 - sigma_next**2, eta)
+
+
+DIFFUSION_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor], _Coefficients]] = {"ddim": _ddim}
+"""Kernels of models that predict noise: x = sqrt(1 - sigma^2) x0 + sigma noise."""
+
+
+# ------------------------------------------------------------------------------------------------------------- steps
+
+
 def step(
     kernel: str,
     sample: Tensor,
@@ -137,12 +160,12 @@ def step(
     noise: Tensor | None = None,
     next_sample: Tensor | None = None,
 ) -> Step:
-    """One step of a rectified-flow model.
+    """One step of a rectified-flow model, or with a kernel of `DIFFUSION_KERNELS` of a diffusion model.
 
     Args:
-        kernel: a name of `KERNELS`.
+        kernel: a name of `KERNELS` or `DIFFUSION_KERNELS`.
         sample: latents `[B, ...]` of any rank.
-        velocity: the model's prediction (noise minus image), shaped as `sample`.
+        velocity: the model's prediction, shaped as `sample`: noise minus image, or for a diffusion kernel the noise.
         sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0; floats or `[B]`.
         eta: strength of the kernel's noise, >= 0 (a diffusion coefficient in `dance`, not the [0, 1] eta of
             ancestral samplers); float or `[B]`.
@@ -150,12 +173,15 @@ def step(
         next_sample: a stored outcome, to score it.
 
     Raises:
-        ValueError: unknown kernel, or not exactly one of `noise` and `next_sample` (neither is needed for `ode`).
+        ValueError: unknown kernel, or not exactly one of `noise` and `next_sample` (neither is needed for `ode`, or
+            for `ddim` with eta 0).
     """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel {kernel!r} is unknown; choose one of {', '.join(KERNELS)}")
+    kernels = KERNELS | DIFFUSION_KERNELS
+    if kernel not in kernels:
+        raise ValueError(f"kernel {kernel!r} is unknown; choose one of {', '.join(kernels)}")
     levels = [_level(value, sample) for value in (sigma, sigma_next, eta)]
-    return _transition(sample, velocity, KERNELS[kernel](*levels), noise, next_sample, kernel == "ode")
+    deterministic = kernel == "ode" or (kernel in DIFFUSION_KERNELS and _is_zero(eta))
+    return _transition(sample, velocity, kernels[kernel](*levels), noise, next_sample, deterministic)
 
 
 def ddim_step(
@@ -178,11 +204,8 @@ def ddim_step(
         noise, next_sample: as for `step`; neither is needed where eta is 0.
     """
     a, a_next, eta_ = (_level(value, sample) for value in (alpha_bar, alpha_bar_next, eta))
-    std = eta_ * ((1 - a_next) / (1 - a) * (1 - a / a_next)).sqrt()
-    scale = (a_next / a).sqrt()
-    direction = (1 - a_next - std**2).clamp(min=0).sqrt()
-    coefficients = _Coefficients(scale, direction - scale * (1 - a).sqrt(), std)
-    return _transition(sample, epsilon, coefficients, noise, next_sample, bool((eta_ == 0).all()))
+    deterministic = _is_zero(eta)
+    return _transition(sample, epsilon, _preserving(a, a_next, eta_), noise, next_sample, deterministic)
 
 
 # ------------------------------------------------------------------------------------------------------------ shared
@@ -192,6 +215,10 @@ def _level(value: Level, sample: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(sample.device, torch.float64).expand(sample.shape[0])
     return torch.full((sample.shape[0],), value, dtype=torch.float64, device=sample.device)
+
+
+def _is_zero(eta: Level) -> bool:
+    return bool((eta == 0).all()) if isinstance(eta, Tensor) else eta == 0
 
 
 def _like(value: Tensor, sample: Tensor) -> Tensor:

@@ -2,14 +2,32 @@
 
 from pathlib import Path
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RolloutConfig
 from ..errors import BadInput
 from ..shapes import WEIGHTS
 from .base import Conditions, DiffusionModel
+from .flux import FluxModel
+from .hunyuan_video import HunyuanVideoModel, SkyReelsModel
+from .qwen_image import QwenImageEditModel, QwenImageModel
 from .sd3 import SD3Model
 from .size import BYTES, parameter_count
+from .stable_diffusion import SDXLModel, StableDiffusionModel
+from .wan import WanModel
 
-FAMILIES: dict[str, type[DiffusionModel]] = {"sd3": SD3Model}
+FAMILIES: dict[str, type[DiffusionModel]] = {
+    family.family: family
+    for family in (
+        SD3Model,
+        FluxModel,
+        StableDiffusionModel,
+        SDXLModel,
+        QwenImageModel,
+        QwenImageEditModel,
+        HunyuanVideoModel,
+        SkyReelsModel,
+        WanModel,
+    )
+}
 
 
 def model_class(config: ModelConfig) -> type[DiffusionModel]:
@@ -31,4 +49,11 @@ def weight_bytes(config: ModelConfig) -> int:
     return network * BYTES[config.dtype] + parameter_count(folder / "vae") * BYTES[config.vae_dtype]
 
 
-__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "model_class", "weight_bytes"]
+def check_kernel(family: type[DiffusionModel], name: str, rollout: RolloutConfig) -> None:
+    """Raise BadInput where the kernel does not fit what the family's models predict."""
+    if rollout.kernel not in family.kernels:
+        fitting = ", ".join(kernel for kernel in family.kernels if kernel != "ode")
+        raise BadInput(f"rollout.kernel is {rollout.kernel!r}: models of family {name} take {fitting}")
+
+
+__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "check_kernel", "model_class", "weight_bytes"]

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import BadInput
+from ..schedule import sigma_schedule
+from ..sde import KERNELS
+
+PICTURE = "picture_"
+"""Start of the names of conditions that come from a prompt's picture and hold for both branches of guidance."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,26 @@ class Conditions:
     def joined(self, other: "Conditions") -> "Conditions":
         return Conditions({name: torch.cat([value, other.tensors[name]]) for name, value in self.tensors.items()})
 
+    def with_pictures_of(self, other: "Conditions") -> "Conditions":
+        """These texts with the pictures of `other`, row by row."""
+        pictures = {name: value for name, value in other.tensors.items() if name.startswith(PICTURE)}
+        return Conditions(self.tensors | pictures)
+
 
 class DiffusionModel(ABC):
-    """A rectified-flow model with a frozen base.
+    """A rectified-flow or diffusion model with a frozen base.
 
     Attributes:
         module: the network that predicts, into which the LoRA is injected.
         default_targets: endings of the names of the modules a LoRA goes to.
+        kernels: names of the transition kernels that fit what it predicts.
+        still_kernel: the kernel of its deterministic steps, taken with eta 0.
     """
 
     module: nn.Module
     default_targets: tuple[str, ...]
+    kernels: tuple[str, ...] = tuple(KERNELS)
+    still_kernel: str = "ode"
 
     @staticmethod
     @abstractmethod
@@ -58,8 +72,21 @@ class DiffusionModel(ABC):
 
     @classmethod
     @abstractmethod
-    def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device) -> Conditions:
-        """Load the text encoders, encode, and free them again; a row per prompt, on the CPU."""
+    def encode(
+        cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
+    ) -> Conditions:
+        """Load the text encoders, encode, and free them again; a row per prompt, on the CPU.
+
+        Args:
+            pictures: per prompt its first frame or source image; None where it has none.
+
+        Raises:
+            BadInput: a component is missing, or the family needs pictures or takes none.
+        """
+
+    @classmethod  # noqa: B027 - a family may accept all
+    def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
+        """Raise BadInput where conditions from a file do not fit the model; nothing large is loaded."""
 
     @classmethod
     def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
@@ -81,7 +108,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """Velocity (noise minus image), float32, shaped as `latents`.
+        """Velocity (noise minus image), or the noise where `still_kernel` is ddim; float32, shaped as `latents`.
 
         Args:
             latents: `[B, ...]` float32.
@@ -91,11 +118,28 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` float32 in [0, 1]."""
+        """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]`, float32 in [0, 1]."""
 
     @abstractmethod
-    def lora_key(self, module_name: str) -> str:
-        """The name under which ComfyUI loads the LoRA of a module of `module`."""
+    def lora_key(self, module_name: str) -> "str | Rows":
+        """The name under which ComfyUI loads the LoRA of a module of `module`, or its part of a fused layer.
+
+        Raises:
+            BadInput: ComfyUI has no name for it.
+        """
+
+    def sigmas(self, steps: int, shift: float | None) -> list[float]:
+        """steps + 1 falling noise levels.
+
+        Args:
+            shift: of evenly spaced levels towards noise; None for those of the model's own scheduler.
+
+        Raises:
+            BadInput: it has no scheduler.
+        """
+        if shift is None:
+            raise BadInput("rollout.shift is null, and this model brings no scheduler: give a number")
+        return sigma_schedule(steps, shift)
 
     @property
     def device(self) -> torch.device:
@@ -117,10 +161,34 @@ class DiffusionModel(ABC):
         """
         if guidance_scale == 1.0:
             return self.predict(latents, sigma, conditions)
-        index = torch.zeros(len(conditions), dtype=torch.long, device=latents.device)
-        both = conditions.joined(unconditional.rows(index))
+        both = conditions.joined(self.negatives(conditions, unconditional))
         positive, negative = self.predict(latents.repeat(2, *[1] * (latents.ndim - 1)), sigma.repeat(2), both).chunk(2)
-        return negative + guidance_scale * (positive - negative)
+        return self.guided(positive, negative, guidance_scale)
+
+    def negatives(self, conditions: Conditions, unconditional: Conditions) -> Conditions:
+        """What the negative branch is given beside `conditions`, row by row."""
+        device = next(iter(unconditional.tensors.values())).device
+        index = torch.zeros(len(conditions), dtype=torch.long, device=device)
+        return unconditional.rows(index).with_pictures_of(conditions)
+
+    def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Both branches' predictions mixed."""
+        return negative + scale * (positive - negative)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A module's part of a layer that ComfyUI keeps in one piece.
+
+    Attributes:
+        key: of the whole layer.
+        first: the part's first output row.
+        total: output rows of the whole layer.
+    """
+
+    key: str
+    first: int
+    total: int
 
 
 def require_files(folder: Path, names: list[str], family: str) -> None:

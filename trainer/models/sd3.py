@@ -1,7 +1,7 @@
 """Stable Diffusion 3 and 3.5, and the embedded model, from a diffusers folder."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,26 +9,21 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..errors import BadInput
 from ..shapes import WEIGHTS
-from .base import Conditions, DiffusionModel, require_files
+from .base import Conditions
+from .diffusers_family import DiffusersModel
+from .folders import read_json, vae_scale
 
 T5_TOKENS = 256
-COMPONENTS = ["model_index.json", "transformer/config.json", "vae/config.json", "text_encoder", "text_encoder_2"]
 
 
-def _folder(config: ModelConfig) -> Path:
-    return WEIGHTS if config.path == "embedded" else Path(config.path)
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"model.path: {path} cannot be read as JSON: {error}") from error
-
-
-class SD3Model(DiffusionModel):
+class SD3Model(DiffusersModel):
     """Stable Diffusion 3 (arXiv 2403.03206): joint attention over text and image tokens, velocity prediction."""
 
+    family = "sd3"
+    pipelines = ("StableDiffusion3Pipeline",)
+    network_class = "SD3Transformer2DModel"
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    condition_widths = {"embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
     default_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -40,82 +35,55 @@ class SD3Model(DiffusionModel):
         "attn.to_add_out",
     )
 
-    def __init__(self, transformer: torch.nn.Module, vae: torch.nn.Module, height: int, width: int) -> None:
-        self.module = transformer
-        self.vae = vae
-        self._scale = _vae_scale(vae.config)
-        self.height, self.width = height, width
+    @classmethod
+    def folder(cls, config: ModelConfig) -> Path:
+        return WEIGHTS if config.path == "embedded" else Path(config.path)
 
-    @staticmethod
-    def check(config: ModelConfig) -> None:
-        folder = _folder(config)
-        require_files(folder, COMPONENTS, "sd3")
-        pipeline = _json(folder / "model_index.json").get("_class_name")
-        if pipeline != "StableDiffusion3Pipeline":
-            raise BadInput(
-                f"model.path {str(folder)!r} holds a {pipeline}, and family sd3 takes StableDiffusion3Pipeline"
-            )
-        transformer = _json(folder / "transformer/config.json")
-        scale = _vae_scale(_json(folder / "vae/config.json"))
-        step = scale * transformer["patch_size"]
-        largest = scale * transformer["patch_size"] * transformer["pos_embed_max_size"]
+    @classmethod
+    def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
+        return vae_scale(vae) * network["patch_size"], None
+
+    @classmethod
+    def check_size(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
+        super().check_size(config, network, vae)
+        step, _ = cls.size_step(network, vae)
+        largest = step * network["pos_embed_max_size"]
         for name, size in (("height", config.height), ("width", config.width)):
-            if size % step or size > largest:
+            if size > largest:
                 raise BadInput(f"model.{name} is {size}: this model takes multiples of {step} up to {largest}")
 
     @classmethod
-    def load(cls, config: ModelConfig, device: torch.device) -> "SD3Model":
-        import diffusers
-
-        folder = _folder(config)
-        vae_class = getattr(diffusers, _json(folder / "vae/config.json")["_class_name"])
-        transformer = diffusers.SD3Transformer2DModel.from_pretrained(
-            folder / "transformer", dtype=getattr(torch, config.dtype), local_files_only=True
-        )
-        vae = vae_class.from_pretrained(folder / "vae", dtype=getattr(torch, config.vae_dtype), local_files_only=True)
-        if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        transformer = transformer.to(device).requires_grad_(False)
-        vae = vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
-        return cls(transformer, vae, config.height, config.width)
-
-    @classmethod
-    @torch.no_grad()
-    def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device) -> Conditions:
+    def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
         from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-        folder = _folder(config)
-        index = _json(folder / "model_index.json")
+        folder = cls.folder(config)
+        index = read_json(folder / "model_index.json")
         absent = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             folder,
             **dict.fromkeys([*absent, "transformer", "vae"]),
             dtype=getattr(torch, config.dtype),
             local_files_only=True,
+            use_safetensors=True,
         ).to(device)
         with torch.device("meta"):  # the pipeline reads widths from the transformer's configuration
-            skeleton = SD3Transformer2DModel.from_config(_json(folder / "transformer/config.json"))
+            skeleton = SD3Transformer2DModel.from_config(cls.network_config(config))
         pipeline.register_modules(transformer=skeleton)
+        return pipeline
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         # Without T5 the text is CLIP's tokens alone, as in ComfyUI.
         length = T5_TOKENS if pipeline.text_encoder_3 is not None else 0
-        chunks = []
-        for start in range(0, len(prompts), 64):
-            batch = prompts[start : start + 64]
-            embeds, _, pooled, _ = pipeline.encode_prompt(
-                batch, batch, batch, do_classifier_free_guidance=False, max_sequence_length=length
-            )
-            chunks.append(Conditions({"embeds": embeds.cpu(), "pooled": pooled.cpu()}))
-        result = chunks[0]
-        for chunk in chunks[1:]:
-            result = result.joined(chunk)
-        del pipeline
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return result
+        device = pipeline.text_encoder.device
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts, prompts, prompts, device=device, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return Conditions({"embeds": embeds, "pooled": pooled})
 
     @classmethod
     def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
-        transformer = _json(_folder(config) / "transformer/config.json")
+        transformer = read_json(cls.folder(config) / "transformer/config.json")
         given = (embeds.shape[-1], 0 if pooled is None else pooled.shape[-1])
         wanted = (transformer["joint_attention_dim"], transformer["pooled_projection_dim"])
         if given != wanted:
@@ -127,15 +95,15 @@ class SD3Model(DiffusionModel):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        return (self.module.config.in_channels, self.height // self._scale, self.width // self._scale)
+        scale = vae_scale(self.vae.config)
+        return (self.module.config.in_channels, self.config.height // scale, self.config.width // scale)
 
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        dtype = self.module.dtype
         velocity = self.module(
-            hidden_states=latents.to(dtype),
+            hidden_states=latents.to(self.dtype),
             timestep=sigma * 1000,
-            encoder_hidden_states=conditions.tensors["embeds"].to(dtype),
-            pooled_projections=conditions.tensors["pooled"].to(dtype),
+            encoder_hidden_states=conditions.tensors["embeds"].to(self.dtype),
+            pooled_projections=conditions.tensors["pooled"].to(self.dtype),
             return_dict=False,
         )[0]
         return velocity.float()
@@ -150,9 +118,3 @@ class SD3Model(DiffusionModel):
     def lora_key(self, module_name: str) -> str:
         # Native layers fuse q, k and v, and ComfyUI documents diffusers' names for this family.
         return f"transformer.{module_name}"
-
-
-def _vae_scale(config: dict) -> int:
-    """Pixels per latent along each side: one halving between the VAE's resolution levels."""
-    levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    return 2 ** (len(levels) - 1)

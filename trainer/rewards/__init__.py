@@ -46,7 +46,7 @@ def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
         return torch.zeros(0)
     if not images.isfinite().all():
         raise ValueError("the images hold pixels that are not finite numbers")
-    scores = reward.score(images, prompts).detach().float().cpu()
+    scores = _judge(reward, images, prompts).detach().float().cpu()
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {reward.name} gave scores of shape {tuple(scores.shape)} for {len(prompts)} images")
     return scores
@@ -55,8 +55,19 @@ def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
 def score_or_nan(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     """`score`, but an image that is not finite gets NaN instead of ending everything: its sample is to be dropped."""
     finite = images.flatten(1).isfinite().all(1)
-    scores = score(reward, torch.where(finite[:, None, None, None], images, 0.0), prompts)
+    mask = finite.view(-1, *[1] * (images.ndim - 1))
+    scores = score(reward, torch.where(mask, images, 0.0), prompts)
     return torch.where(finite.cpu(), scores, torch.nan)
+
+
+def _judge(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """A judge of images gives a video `[F, 3, H, W]` the mean score of its frames."""
+    if images.ndim == 4:
+        return reward.score(images, prompts)
+    means = [
+        reward.score(frames, [prompt] * len(frames)).mean() for frames, prompt in zip(images, prompts, strict=True)
+    ]
+    return torch.stack(means)
 
 
 __all__ = ["REWARDS", "Reward", "Threshold", "load_reward", "score", "score_or_nan"]
