@@ -16,7 +16,7 @@ def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Random weights, also where diffusers starts at zero; norms stay near one."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
-        start = 1.0 if parameter.ndim == 1 and bool((parameter == 1).all()) else 0.0
+        start = 1.0 if bool((parameter == 1).all()) else 0.0
         parameter.data = start + 0.1 * torch.randn(parameter.shape, generator=generator)
     return module.eval()
 
