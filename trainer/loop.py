@@ -64,6 +64,8 @@ class Trainer:
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
         family = model_class(config.model)
+        for judge in self.judges.values():
+            judge.load()
         self.prompting, self.held_out_prompting = self._encode(family)
         self.model = family.load(config.model, processes.device)
         self.policy = Policy(self.model, config)
@@ -199,6 +201,8 @@ class Trainer:
             columns = {
                 name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in self.rewards.items()
             }
+            for reward in self.rewards.values():
+                reward.idle()
         self.keeper.rollout_picture(images, self.iteration)
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
