@@ -9,13 +9,31 @@ from torch import Tensor
 
 from ..config import RewardConfig, Section, describe
 from ..errors import BadInput
+from .aesthetic import Aesthetic
 from .base import Reward, Threshold
+from .clip import ClipScore
 from .files import located
+from .hps import HPSv21
+from .image_reward import ImageReward
+from .pickscore import PickScore
 from .rules import Brightness, Colorfulness, JpegSize, Sharpness
 from .shapes import ShapesReward, ShapesStrictReward
 
 REWARDS: dict[str, type[Reward]] = {
-    reward.name: reward for reward in (ShapesReward, ShapesStrictReward, Brightness, Colorfulness, Sharpness, JpegSize)
+    reward.name: reward
+    for reward in (
+        ShapesReward,
+        ShapesStrictReward,
+        Brightness,
+        Colorfulness,
+        Sharpness,
+        JpegSize,
+        HPSv21,
+        ClipScore,
+        PickScore,
+        ImageReward,
+        Aesthetic,
+    )
 }
 
 FRAMES = 8
@@ -67,10 +85,11 @@ def score(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> 
 
     Args:
         images: `[B, 3, H, W]`; or videos, `[B, F, 3, H, W]` or a list of B `[F, 3, H, W]` of any lengths and sizes.
-            A judge of images gives a video the mean score of `FRAMES` of its frames.
+            A judge of images gives a video the mean score of `FRAMES` of its frames. One channel is grey, a fourth is
+            transparency, which is laid on white.
 
     Raises:
-        ValueError: counts do not match, the images are not finite, or the reward judges videos only.
+        ValueError: counts do not match, the images are not finite or no images, or the reward judges videos only.
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts: there must be one prompt per image")
@@ -78,6 +97,7 @@ def score(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> 
         return torch.zeros(0)
     if not all(image.isfinite().all() for image in images):
         raise ValueError("the images hold pixels that are not finite numbers")
+    images = _rgb(images) if isinstance(images, Tensor) else [_rgb(video) for video in images]
     scores = _judge(reward, images, prompts).detach().float().cpu()
     if scores.shape != (len(prompts),):
         raise ValueError(f"reward {reward.name} gave scores of shape {tuple(scores.shape)} for {len(prompts)} images")
@@ -93,6 +113,19 @@ def score_or_nan(reward: Reward, images: Tensor | list[Tensor], prompts: list[st
     else:
         images = [image if good else torch.zeros_like(image) for image, good in zip(images, finite, strict=True)]
     return torch.where(finite, score(reward, images, prompts), torch.nan)
+
+
+def _rgb(images: Tensor) -> Tensor:
+    """Three channels in `[..., C, H, W]`."""
+    channels = images.shape[-3]
+    if channels == 1:
+        return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+    if channels == 4:
+        color, opacity = images.split([3, 1], dim=-3)
+        return color * opacity + 1 - opacity
+    if channels != 3:
+        raise ValueError(f"images of shape {tuple(images.shape)} are not [B, 3, H, W]")
+    return images
 
 
 def _judge(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> Tensor:

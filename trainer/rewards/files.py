@@ -135,7 +135,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             found = found[wrapper]
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise BadInput(f"{path} holds no mapping from names to tensors")
-    return dict(found)
+    prefix = "module." if all(key.startswith("module.") for key in found) else ""  # written by distributed training
+    return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
 def rename(weights: dict[str, Tensor], rule: Callable[[str], str | None], path: Path, what: str) -> dict[str, Tensor]:
