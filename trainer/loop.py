@@ -62,6 +62,7 @@ class Trainer:
             raise BadInput(f"evaluation prompt {min(shared)!r} is also trained on; held-out prompts must be others")
         self.rewards = {r.name: judges.load_reward(r) for r in config.rewards}
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
+        check_groups(self.rewards, processes.count)
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
         family = model_class(config.model)
         for judge in self.judges.values():
@@ -371,6 +372,13 @@ class Trainer:
         # Several processes must agree, so they only look between iterations; and what is saved is whole iterations.
         if self.processes.count == 1 and self.policy.updates == self.begun and self._asked():
             raise StopRequested
+
+
+def check_groups(rewards: dict[str, judges.Reward], processes: int) -> None:
+    """Raise BadInput where a reward compares the images of a group that several processes share."""
+    for name, reward in rewards.items():
+        if reward.groupwise and processes > 1:
+            raise BadInput(f"reward {name!r} compares all images of a group: it works in one process, not {processes}")
 
 
 def check_prompts(rewards: dict[str, judges.Reward], texts: list[str]) -> None:

@@ -12,9 +12,11 @@ from ..errors import BadInput
 from .aesthetic import Aesthetic
 from .base import Reward, Threshold
 from .clip import ClipScore
+from .external import External
 from .files import located
 from .hps import HPSv21
 from .image_reward import ImageReward
+from .mllm import MllmPairwise, MllmRubric, MllmYes
 from .pickscore import PickScore
 from .rules import Brightness, Colorfulness, JpegSize, Sharpness
 from .shapes import ShapesReward, ShapesStrictReward
@@ -33,6 +35,10 @@ REWARDS: dict[str, type[Reward]] = {
         PickScore,
         ImageReward,
         Aesthetic,
+        External,
+        MllmRubric,
+        MllmYes,
+        MllmPairwise,
     )
 }
 
@@ -84,7 +90,8 @@ def score(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> 
     """Score with a check of what comes back: `[B]` float32 on the CPU.
 
     Args:
-        images: `[B, 3, H, W]`; or videos, `[B, F, 3, H, W]` or a list of B `[F, 3, H, W]` of any lengths and sizes.
+        images: `[B, 3, H, W]` or a list of B `[3, H, W]` of any sizes; or videos, `[B, F, 3, H, W]` or a list of B
+            `[F, 3, H, W]` of any lengths and sizes.
             A judge of images gives a video the mean score of `FRAMES` of its frames. One channel is grey, a fourth is
             transparency, which is laid on white.
 
@@ -132,7 +139,7 @@ def _judge(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) ->
     if images[0].ndim == 3:
         if reward.media == "video":
             raise ValueError(f"reward {reward.name} judges videos, not images")
-        return reward.score(images, prompts)
+        return _judge_images(reward, images, prompts)
     if reward.media == "video":
         return reward.score(list(images), prompts)
     means = [
@@ -140,6 +147,16 @@ def _judge(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) ->
         for frames, prompt in zip(map(_some_frames, images), prompts, strict=True)
     ]
     return torch.stack(means)
+
+
+def _judge_images(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> Tensor:
+    if isinstance(images, Tensor):
+        return reward.score(images, prompts)
+    if len({image.shape for image in images}) == 1:
+        return reward.score(torch.stack(images), prompts)
+    if reward.groupwise:
+        raise ValueError(f"reward {reward.name} compares images, which must be of one size")
+    return torch.cat([reward.score(image[None], [prompt]) for image, prompt in zip(images, prompts, strict=True)])
 
 
 def _some_frames(video: Tensor) -> Tensor:

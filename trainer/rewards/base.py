@@ -28,6 +28,7 @@ class Reward(ABC):
         name: its name in run descriptions.
         typical_range: where its scores usually lie.
         media: what it looks at. A judge of images sees a video frame by frame.
+        groupwise: whether it compares the images of a prompt with each other, so that a score depends on the batch.
         licence: of its weights, where it has any.
         packages: what must be installed for it beyond this pack's own requirements.
         Options: what can be set; fields made by `files.file_option` name files.
@@ -39,6 +40,7 @@ class Reward(ABC):
     name: ClassVar[str]
     typical_range: ClassVar[tuple[float, float]]
     media: ClassVar[Literal["image", "video"]] = "image"
+    groupwise: ClassVar[bool] = False
     licence: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[Section]] = NoOptions
@@ -52,7 +54,7 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores, `[B]` float32, one per image; deterministic, and independent of the rest of the batch.
+        """Scores, `[B]` float32, one per image; deterministic, and independent of the rest unless `groupwise`.
 
         Args:
             images: `[B, 3, H, W]` float in [0, 1]; a judge of videos takes a list of B `[F, 3, H, W]`.
@@ -153,7 +155,8 @@ class Threshold(Reward):
 
     def __init__(self, reward: Reward, threshold: float) -> None:
         super().__init__()
-        self.reward, self.threshold, self.media = reward, threshold, reward.media
+        self.reward, self.threshold = reward, threshold
+        self.media, self.groupwise = reward.media, reward.groupwise
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         scores = self.reward.score(images, prompts)
