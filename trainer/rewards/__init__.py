@@ -15,11 +15,15 @@ from .clip import ClipScore
 from .external import External
 from .files import located
 from .hps import HPSv21
+from .hpsv3 import HPSv3
 from .image_reward import ImageReward
 from .mllm import MllmPairwise, MllmRubric, MllmYes
+from .ocr import TextRendering
 from .pickscore import PickScore
+from .preference import Preference
 from .rules import Brightness, Colorfulness, JpegSize, Sharpness
 from .shapes import ShapesReward, ShapesStrictReward
+from .videoalign import VideoAlign, VideoAlignMQ, VideoAlignTA, VideoAlignVQ
 
 REWARDS: dict[str, type[Reward]] = {
     reward.name: reward
@@ -35,6 +39,13 @@ REWARDS: dict[str, type[Reward]] = {
         PickScore,
         ImageReward,
         Aesthetic,
+        Preference,
+        HPSv3,
+        VideoAlign,
+        VideoAlignVQ,
+        VideoAlignMQ,
+        VideoAlignTA,
+        TextRendering,
         External,
         MllmRubric,
         MllmYes,

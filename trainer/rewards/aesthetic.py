@@ -13,7 +13,35 @@ from .files import build, file_option, fill, read_weights
 from .preprocess import normalize, shortest_and_crop
 
 
-class Aesthetic(ModelReward):
+class _Tower(Section):
+    tower: str = file_option(
+        "aesthetic/clip-vit-large-patch14.safetensors",
+        "model.safetensors of openai/clip-vit-large-patch14 on the Hugging Face hub (1.7 GB), or a clip_vision file "
+        "of the same model.",
+    )
+    dtype: Dtype = dtype_option()
+
+
+class ClipLargeReward(ModelReward):
+    """A judge of the look alone, by the image tower of OpenAI's CLIP ViT-L/14."""
+
+    network = "ViT-L-14-quickgelu"
+    Options = _Tower
+
+    def build(self) -> nn.Module:
+        config, path, what = architecture(self.network), Path(self.options.tower), "OpenAI's CLIP ViT-L/14"
+        self.size = config["vision_cfg"]["image_size"]
+        visual = build(lambda: open_clip_network(config).visual)
+        fill(visual, vision_weights(path, what), path, what)
+        return visual
+
+    def features(self, visual: nn.Module, images: Tensor) -> Tensor:
+        """Unit vectors `[B, 768]` float32."""
+        pixels = normalize(shortest_and_crop(images, self.size)).to(self.dtype)
+        return unit(visual(pixels).float(), dim=-1)
+
+
+class Aesthetic(ClipLargeReward):
     """Look of a picture on a scale of about 1 to 10; the prompt is not looked at, so add a judge that looks at it.
 
     LAION's predictor v2 (sac+logos+ava1-l14-linearMSE): five linear layers on OpenAI's CLIP ViT-L/14.
@@ -22,34 +50,21 @@ class Aesthetic(ModelReward):
     name = "aesthetic"
     typical_range = (4.5, 7.0)
     licence = "Apache-2.0; CLIP: MIT"
-    network = "ViT-L-14-quickgelu"
 
-    class Options(Section):
+    class Options(_Tower):
         path: str = file_option(
             "aesthetic/sac+logos+ava1-l14-linearMSE.pth",
             "sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor on GitHub (4 MB).",
         )
-        tower: str = file_option(
-            "aesthetic/clip-vit-large-patch14.safetensors",
-            "model.safetensors of openai/clip-vit-large-patch14 on the Hugging Face hub (1.7 GB), or a "
-            "clip_vision file of the same model.",
-        )
-        dtype: Dtype = dtype_option()
 
     def build(self) -> nn.Module:
-        config = architecture(self.network)
-        self.size = config["vision_cfg"]["image_size"]
-        module = nn.ModuleDict(
-            {"visual": build(lambda: open_clip_network(config).visual), "head": linear_head(config["embed_dim"])}
-        )
-        path, tower = Path(self.options.path), Path(self.options.tower)
-        fill(module["visual"], vision_weights(tower, "OpenAI's CLIP ViT-L/14"), tower, "OpenAI's CLIP ViT-L/14")
-        fill(module["head"], read_weights(path), path, "the aesthetic predictor")
-        return module
+        path, visual = Path(self.options.path), super().build()
+        head = build(lambda: LinearHead(visual.output_dim))
+        fill(head, read_weights(path), path, "the aesthetic predictor")
+        return nn.ModuleDict({"visual": visual, "head": head})
 
     def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = normalize(shortest_and_crop(images, self.size))
-        features = unit(self.module["visual"](pixels.to(self.dtype)).float(), dim=-1)
+        features = self.features(self.module["visual"], images)
         return self.module["head"](features.to(self.dtype)).float()[:, 0]
 
 
@@ -65,11 +80,6 @@ class LinearHead(nn.Module):
         for layer in self.layers.values():
             features = layer(features)
         return features
-
-
-def linear_head(width: int) -> nn.Module:
-    """A head without weights."""
-    return build(lambda: LinearHead(width))
 
 
 def vision_weights(path: Path, what: str) -> dict[str, Tensor]:

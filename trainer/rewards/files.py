@@ -155,8 +155,17 @@ def rename(weights: dict[str, Tensor], rule: Callable[[str], str | None], path: 
     return {name: weights[key] for key, name in names.items() if name}
 
 
-def fill(module: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -> None:
-    """Give a module its weights, as float32; every key must be there, and no other.
+def fill(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    path: Path,
+    what: str,
+    type_of: Callable[[str], torch.dtype] = lambda key: torch.float32,
+) -> None:
+    """Give a module its weights; every key must be there, and no other.
+
+    Args:
+        type_of: the type a tensor of that name is converted to.
 
     Raises:
         BadInput: a key is missing or too many, or has another shape.
@@ -170,7 +179,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], path: Path, what: str) -
         if weights[key].shape != value.shape:
             found, wanted = list(weights[key].shape), list(value.shape)
             raise BadInput(f"{path} is not {what}: {key} has the shape {found}, expected {wanted}")
-    full = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+    full = {key: value.to(type_of(key)) if value.is_floating_point() else value for key, value in weights.items()}
     module.load_state_dict(full, strict=True, assign=True)
 
 
