@@ -1,15 +1,20 @@
 """The files of rewards: where they are found, what is accepted, and what a wrong one says."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainer.cli import main
 from trainer.config import RewardConfig, Section
 from trainer.errors import BadInput
+from trainer.loop import check_groups
+from trainer.models.sd3 import SD3Model
 from trainer.rewards import REWARDS, load_reward, score, score_or_nan, with_files_from
 from trainer.rewards.base import ModelReward, Reward, TextCache
 from trainer.rewards.files import build, check_sha256, file_option, file_rule, fill, locate, read_weights, rename
@@ -171,6 +176,59 @@ def test_a_judge_of_videos_takes_no_images() -> None:
     assert score(Length(), torch.rand(2, 4, 3, 8, 8), ["a", "b"]).tolist() == [4, 4]
     with pytest.raises(ValueError, match="length judges videos, not images"):
         score(Length(), torch.rand(2, 3, 8, 8), ["a", "b"])
+
+
+def test_lists_of_images_of_any_sizes(weights: Path) -> None:
+    images = [torch.rand(3, 8, 8), torch.rand(1, 4, 6), torch.rand(3, 8, 8)]
+    expected = torch.stack([image.expand(3, -1, -1).mean((1, 2)).sum() for image in images])
+    torch.testing.assert_close(score(linear(weights), images, ["x"] * 3), expected)
+    torch.testing.assert_close(score(linear(weights), images[::2], ["x"] * 2), expected[::2])
+
+
+def test_command_line_scores_with_options_and_files(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    picture = tmp_path / "white.png"
+    Image.new("RGB", (4, 4), "white").save(picture)
+    words = ["score", "linear", str(picture), "--prompt", "x", "--set", "scale=2"]
+    assert main([*words, "--files", str(tmp_path / "rewards")]) == 0
+    assert capsys.readouterr().out.startswith("6.000000\t")
+    assert main([*words, "--set", f"path={weights}"]) == 0
+    assert main(words) == 2
+    assert "path 'linear/weights.pt' does not exist; the weights of the test" in capsys.readouterr().err
+    assert main([*words, "--files", str(tmp_path)]) == 2
+    assert f"path 'linear/weights.pt' is not in {tmp_path}; the weights" in capsys.readouterr().err
+    assert main([*words, "--set", "scale"]) == 2
+    assert "'scale' is not of the form" in capsys.readouterr().err
+
+
+def test_a_run_reads_weights_before_its_model_and_trains_on_two_rewards(
+    weights: Path, tiny_description: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idled = []
+    monkeypatch.setattr(Linear, "idle", lambda self: idled.append(1))
+    tiny_description["rewards"] = [{"name": "linear", "options": {"path": str(weights)}}, {"name": "brightness"}]
+    tiny_description["runtime"] = {**tiny_description.get("runtime", {}), "iterations": 1}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(tiny_description))
+    assert main(["train", str(file), "--output", str(tmp_path / "run")]) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert set(next(event for event in events if "ratio" in event or "rewards" in event)["rewards"]) >= {"linear"}
+    assert idled
+    save_file({"weight": torch.ones(1, 3)}, tmp_path / "wrong.safetensors")
+    tiny_description["rewards"][0]["options"]["path"] = str(tmp_path / "wrong.safetensors")
+    file.write_text(json.dumps(tiny_description))
+    monkeypatch.setattr(SD3Model, "load", lambda *a: pytest.fail("the model was loaded first"))
+    assert main(["train", str(file), "--output", str(tmp_path / "other")]) == 2
+
+
+def test_a_judge_of_whole_groups_works_in_one_process_only() -> None:
+    class Compared(Linear):
+        groupwise = True
+
+    check_groups({"compared": Compared.__new__(Compared)}, 1)
+    with pytest.raises(BadInput, match="'compared' compares all images of a group: it works in one process, not 2"):
+        check_groups({"compared": Compared.__new__(Compared)}, 2)
 
 
 def test_a_missing_package_is_named() -> None:

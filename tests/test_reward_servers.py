@@ -5,16 +5,21 @@ import contextlib
 import io
 import json
 import math
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from trainer.cli import main
@@ -392,3 +397,51 @@ def test_command_line_refuses_what_it_cannot_serve(capsys: pytest.CaptureFixture
         taken.listen()
         assert main(["reward-server", "brightness", "--port", str(taken.getsockname()[1])]) == 2
     assert "cannot be listened on" in capsys.readouterr().err
+
+
+def test_the_adapter_of_geneval_in_the_documentation_works(tmp_path: Path) -> None:
+    """Started as the page says, beside a stand-in of GenEval's script with the same functions."""
+    page = (ROOT / "docs" / "external-scorers.md").read_text(encoding="utf-8")
+    (tmp_path / "serve_geneval.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    for name, text in {"evaluation/evaluate_images.py": GENEVAL, "prompts/evaluation_metadata.jsonl": METADATA}.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "serve_geneval.py", str(port), "weights"]
+    process = subprocess.Popen(command, cwd=tmp_path)
+    try:
+        judge = reward("external", url=f"http://127.0.0.1:{port}", retries=6)
+        judge.load()
+        images = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)])
+        assert score(judge, images, ["a photo of a dog", "a photo of a dog"]).tolist() == [1, 0]
+        with pytest.raises(RunFailed, match="not a prompt of GenEval: a cat"):
+            score(judge, images[:1], ["a cat"])
+    finally:
+        process.kill()
+        process.wait()
+
+
+METADATA = '{"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"}\n'
+GENEVAL = """
+import argparse
+from PIL import Image
+
+def parse_args():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("imagedir")
+    parser.add_argument("--model-path")
+    return parser.parse_args()
+
+def load_models(args):
+    assert (args.imagedir, args.model_path) == ("unused", "weights")
+    return "detector", ("clip", "transform", "tokenizer"), ["dog"]
+
+def evaluate_image(filepath, metadata):
+    assert (object_detector, clip_model, transform, tokenizer, classnames) == (
+        "detector", "clip", "transform", "tokenizer", ["dog"])
+    assert (THRESHOLD, COUNTING_THRESHOLD, MAX_OBJECTS, NMS_THRESHOLD, POSITION_THRESHOLD) == (0.3, 0.9, 16, 1.0, 0.1)
+    assert metadata["include"][0]["class"] == "dog" and args.model_path == "weights"
+    return {"correct": Image.open(filepath).getpixel((0, 0)) == (255, 255, 255)}
+"""
