@@ -36,8 +36,9 @@ format: $(VENV)/dev
 test: lint  ## Lint, then every test
 	$(BIN)/python -m pytest
 
-docs: $(VENV)/dev  ## Write docs/configuration.md from the settings themselves
+docs: $(VENV)/dev  ## Write docs/configuration.md and docs/rewards.md from the settings themselves
 	$(BIN)/python -m trainer.reference > docs/configuration.md
+	$(BIN)/python -m trainer.reference rewards > docs/rewards.md
 
 clean:
 	rm -rf $(VENV) runs

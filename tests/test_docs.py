@@ -2,14 +2,33 @@
 
 import re
 
+import yaml
 from conftest import ROOT
 
 from trainer import reference
-from trainer.config import preset_names
+from trainer.config import RewardConfig, preset_names
+from trainer.rewards import REWARDS, reward_options
+from trainer.rewards.files import file_rule
 
 
 def test_configuration_page_is_what_the_settings_say() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference.markdown()
+
+
+def test_rewards_page_is_what_the_rewards_say() -> None:
+    assert (ROOT / "docs" / "rewards.md").read_text() == reference.rewards_markdown()
+
+
+def test_rewards_page_has_a_line_and_a_section_for_each_and_an_example_that_is_accepted() -> None:
+    text = (ROOT / "docs" / "rewards.md").read_text()
+    for name, kind in REWARDS.items():
+        assert f"| [`{name}`](#{name.replace('.', '')}) |" in text
+        assert f"\n## {name}\n" in text
+        needs_weights = any(file_rule(field) for field in kind.Options.model_fields.values())
+        assert bool(kind.licence) == needs_weights, f"{name} must say under which licence its weights are"
+    example = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    for entry in example["rewards"]:
+        reward_options(RewardConfig(**entry))
 
 
 def test_requirements_and_pyproject_name_the_same_packages() -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from . import launch
-from .config import parse_config, preset, preset_names, read_config
+from .config import RewardConfig, parse_config, preset, preset_names, read_config, settings
 from .errors import BadInput, RunFailed
 from .run import RunDirectory
 from .running import BAD_INPUT, FAILED, FINISHED, run_description
@@ -70,15 +70,27 @@ def _parser() -> argparse.ArgumentParser:
     encode.set_defaults(run=_encode)
 
     score = commands.add_parser("score", help="score image files with a reward")
-    score.add_argument("reward", help="name of the reward")
+    _reward_arguments(score)
     score.add_argument("images", nargs="+", type=Path)
     score.add_argument("--prompt", action="append", required=True, help="one for all images, or one for each")
     score.set_defaults(run=_score)
+
+    server = commands.add_parser("reward-server", help="serve a reward to other programs and hosts")
+    _reward_arguments(server)
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
+    server.add_argument("--port", type=_positive, default=8100)
+    server.set_defaults(run=_reward_server)
 
     presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
     presets.add_argument("name", nargs="?")
     presets.set_defaults(run=_presets)
     return parser
+
+
+def _reward_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reward", help="name of the reward")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options")
+    parser.add_argument("--files", type=Path, help="folder of the rewards' files; without it their paths are plain")
 
 
 def _positive(text: str) -> int:
@@ -145,13 +157,13 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .config import RewardConfig
     from .pictures import read_images
     from .rewards import load_reward, score
 
     if len(args.prompt) not in (1, len(args.images)):
         raise BadInput(f"{len(args.prompt)} prompts for {len(args.images)} images: give one for all, or one for each")
-    reward = load_reward(RewardConfig(name=args.reward))
+    reward = load_reward(_reward_config(args))
+    reward.load()
     prompts = args.prompt * len(args.images) if len(args.prompt) == 1 else args.prompt
     for path, image, prompt in zip(args.images, read_images(args.images), prompts, strict=True):
         try:
@@ -160,6 +172,23 @@ def _score(args: argparse.Namespace) -> int:
             raise BadInput(f"{path}: {error}") from error
         print(f"{value:.6f}\t{path}\t{prompt}")
     return FINISHED
+
+
+def _reward_server(args: argparse.Namespace) -> int:
+    from .distributed import Processes
+    from .reward_server import serve
+    from .rewards import load_reward
+
+    reward = load_reward(_reward_config(args))
+    reward.load()
+    return serve(reward, args.host, args.port, Processes("auto").device)
+
+
+def _reward_config(args: argparse.Namespace) -> RewardConfig:
+    from .rewards import with_files_from
+
+    config = RewardConfig(name=args.reward, options=settings(args.options))
+    return config if args.files is None else with_files_from(config, [args.files])
 
 
 def _presets(args: argparse.Namespace) -> int:

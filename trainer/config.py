@@ -338,6 +338,18 @@ def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
         raise BadInput(describe(error)) from error
 
 
+def settings(overrides: list[str]) -> dict[str, Any]:
+    """Settings such as `dtype=float16` as plain data, applied in order.
+
+    Raises:
+        BadInput: one is not of that form.
+    """
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _override(data, override)
+    return data
+
+
 def preset(name: str) -> dict[str, Any]:
     """A preset's plain data.
 

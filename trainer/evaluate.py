@@ -105,6 +105,8 @@ def evaluate(
             scores.append((p, {name: column[row] for name, column in columns.items()}))
             if k == 0 and p in picture:
                 shown.append((p, images[row].cpu()))
+    for reward in rewards.values():
+        reward.idle()
     scores = processes.gather(scores)
     shown = processes.gather(shown)
     return _summary(prompts, list(rewards), scores, shown, mixture)

@@ -62,9 +62,12 @@ class Trainer:
             raise BadInput(f"evaluation prompt {min(shared)!r} is also trained on; held-out prompts must be others")
         self.rewards = {r.name: judges.load_reward(r) for r in config.rewards}
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
+        check_groups(self.rewards, processes.count)
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
         family = model_class(config.model)
         check_kernel(family, config.model.family, config.rollout)
+        for judge in self.judges.values():
+            judge.load()
         self.prompting, self.held_out_prompting = self._encode(family)
         self.model = family.load(config.model, processes.device)
         self.policy = Policy(self.model, config)
@@ -201,6 +204,8 @@ class Trainer:
             columns = {
                 name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in self.rewards.items()
             }
+            for reward in self.rewards.values():
+                reward.idle()
         self.keeper.rollout_picture(images, self.iteration)
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
@@ -380,6 +385,13 @@ class Trainer:
         # Several processes must agree, so they only look between iterations; and what is saved is whole iterations.
         if self.processes.count == 1 and self.policy.updates == self.begun and self._asked():
             raise StopRequested
+
+
+def check_groups(rewards: dict[str, judges.Reward], processes: int) -> None:
+    """Raise BadInput where a reward compares the images of a group that several processes share."""
+    for name, reward in rewards.items():
+        if reward.groupwise and processes > 1:
+            raise BadInput(f"reward {name!r} compares all images of a group: it works in one process, not {processes}")
 
 
 def check_prompts(rewards: dict[str, judges.Reward], texts: list[str]) -> None:

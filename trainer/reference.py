@@ -1,5 +1,7 @@
-"""The reference of all settings, written from the run description's own fields: `python -m trainer.reference`."""
+"""The reference of settings and of rewards, written from their own fields: `python -m trainer.reference [rewards]`."""
 
+import inspect
+import sys
 import types
 import typing
 
@@ -15,6 +17,67 @@ Every setting of a run description (YAML or JSON), with its default. Unknown key
 on the command line: `python -m trainer train run.yaml --set rollout.eta=0.5`. This page is made by `make docs`.
 """
 _SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
+
+
+REWARDS_HEAD = """# Rewards
+
+Every judge, what it needs and what it gives. Nothing is downloaded: put the files yourself where this page says. In
+ComfyUI they belong in `models/rewards/`; on the command line `--files FOLDER` names such a folder, and in a run
+description the paths stand in the reward's options. Weights in `.pt`, `.pth` and `.bin` files are read without running
+anything they hold; a file of another model is an error that says what differs. This page is made by `make docs`.
+
+```
+python -m trainer score hps-v2.1 image.png --prompt "a red fox" --files ComfyUI/models/rewards
+python -m trainer score clip image.png --prompt "a red fox" --set path=weights.bin --set architecture=ViT-L-14
+```
+
+Scores of one reward are compared within the images of one prompt, so scale and offset do not matter there. Several
+rewards are mixed by their normalised advantages unless `objective.combine` says otherwise. The paper's authors advise
+HPS-v2.1 and CLIP as 0.7 : 1.4, because HPS-v2.1 alone ends in glossy, over-saturated pictures:
+
+```yaml
+rewards:
+  - {name: hps-v2.1, weight: 0.7, options: {path: models/rewards/hpsv2/HPS_v2.1_compressed.pt}}
+  - {name: clip, weight: 1.4, options: {path: models/rewards/clip/DFN5B-CLIP-ViT-H-14-378}}
+```
+
+`threshold` turns any reward into 0 or 1, the paper's binary reward (HPS-v2.1 above 0.28). A group that is all 0 or
+all 1 teaches nothing and is skipped. A judge of images gives a video the mean of 8 evenly spaced frames. Pixels are
+rounded to the 256 values of an image file first, as the models were taught on files. GenEval and VisionReward run in
+environments of their own: see [external scorers](external-scorers.md).
+"""
+
+
+def rewards_markdown() -> str:
+    """The page docs/rewards.md."""
+    from .rewards import REWARDS
+
+    rows = ["| reward | judges | typical scores | licence of the weights | what it is |", "|---|---|---|---|---|"]
+    for name, reward in REWARDS.items():
+        low, high = reward.typical_range
+        first = inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
+        rows.append(
+            f"| [`{name}`](#{_anchor(name)}) | {reward.media}s | {low:g} to {high:g} | {reward.licence} | {first} |"
+        )
+    return "\n".join([REWARDS_HEAD, *rows, "", *map(_reward_section, REWARDS.values())])
+
+
+def _reward_section(reward: type) -> str:
+    parts = [f"## {reward.name}", "", inspect.getdoc(reward), ""]
+    if reward.packages:
+        names = " and ".join(f"`{package}`" for package in reward.packages)
+        parts += [f"Needs the package {names}, which is not among this pack's requirements.", ""]
+    if not reward.Options.model_fields:
+        return "\n".join(parts)
+    rows = [
+        f"| `{name}` | {_default(field)} | {_accepted(field)} | {field.description} |"
+        for name, field in reward.Options.model_fields.items()
+    ]
+    return "\n".join([*parts, "| option | default | accepted | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _anchor(name: str) -> str:
+    return name.replace(".", "")
 
 
 def markdown() -> str:
@@ -56,7 +119,8 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if isinstance(value, BaseModel):
         return ""
-    return f"`{'null' if value is None else list(value) if isinstance(value, tuple) else value}`"
+    text = "null" if value is None else list(value) if isinstance(value, tuple) else value
+    return "`" + str(text).replace("|", "\\|").replace("\n", "\\n") + "`"
 
 
 def _accepted(field: FieldInfo) -> str:
@@ -112,4 +176,4 @@ def _section(annotation: object) -> tuple[type[BaseModel] | None, bool]:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(rewards_markdown() if sys.argv[1:] == ["rewards"] else markdown(), end="")

@@ -1,0 +1,139 @@
+"""ImageReward v1.0: human preference by a BLIP model that reads the prompt beside the image (arXiv 2304.05977)."""
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Section
+from ..errors import BadInput
+from .aesthetic import LinearHead
+from .base import Dtype, ModelReward, dtype_option
+from .files import build, file_option, fill, read_weights, rename
+from .preprocess import normalize, shortest_and_crop
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+TOKENS = 35
+
+_VISION = (
+    (r"cls_token", "embeddings.class_embedding"),
+    (r"pos_embed", "embeddings.position_embedding"),
+    (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embedding.\1"),
+    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"encoder.layers.\1.layer_norm\2.\3"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layers.\1.self_attn.qkv.\2"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layers.\1.self_attn.projection.\2"),
+    (r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"encoder.layers.\1.mlp.fc\2.\3"),
+    (r"norm\.(weight|bias)", r"post_layernorm.\1"),
+)
+
+
+class ImageReward(ModelReward):
+    """Human preference, ImageReward v1.0: about 0 on average and 1 in spread.
+
+    A good metric and a fair member of a mixture. Alone it corrupts images when FLUX is trained on it, as the paper's
+    authors report. It reads the first 35 tokens of a prompt.
+    """
+
+    name = "imagereward"
+    typical_range = (-2.2, 2.0)
+    licence = "Apache-2.0"
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"vocab_size": 30524, "num_attention_heads": 12}
+    size = 224
+
+    class Options(Section):
+        path: str = file_option(
+            "imagereward/ImageReward.pt", "ImageReward.pt of zai-org/ImageReward on the Hugging Face hub (1.8 GB)."
+        )
+        vocabulary: str = file_option(
+            "imagereward/vocab.txt",
+            "vocab.txt of google-bert/bert-base-uncased on the Hugging Face hub (232 kB).",
+            suffixes=(".txt",),
+        )
+        dtype: Dtype = dtype_option()
+
+    def build(self) -> nn.Module:
+        path, what = Path(self.options.path), "ImageReward v1.0"
+        self.tokenizer, self.warned = self._tokenizer(), set()
+        module = build(self._network)
+        fill(module, rename(read_weights(path), new_name, path, what), path, what)
+        return module
+
+    def _network(self) -> nn.Module:
+        from transformers import BlipTextConfig, BlipVisionConfig
+        from transformers.models.blip.modeling_blip import BlipVisionModel
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+        vision = BlipVisionConfig(
+            **self.vision, image_size=self.size, patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu"
+        )
+        text = BlipTextConfig(**self.text, encoder_hidden_size=vision.hidden_size)
+        return nn.ModuleDict(
+            {
+                "vision": BlipVisionModel(vision),
+                "text": BlipTextModel(text, add_pooling_layer=False),
+                "mlp": LinearHead(text.hidden_size),
+            }
+        )
+
+    def _tokenizer(self) -> object:
+        from tokenizers import BertWordPieceTokenizer
+
+        path = Path(self.options.vocabulary)
+        words = path.read_text(encoding="utf-8").splitlines()
+        missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word not in words]
+        if missing or len(words) + 2 != self.text["vocab_size"]:
+            expected = self.text["vocab_size"] - 2
+            raise BadInput(
+                f"{path} is not the vocabulary of bert-base-uncased: {len(words)} words, expected {expected}"
+            )
+        tokenizer = BertWordPieceTokenizer(str(path), lowercase=True)
+        tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
+        return tokenizer
+
+    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+        pixels = normalize(shortest_and_crop(images, self.size)).to(self.dtype)
+        seen = self.module["vision"](pixel_values=pixels).last_hidden_state
+        tokens, mask = self._tokens(prompts)
+        read = self.module["text"](
+            input_ids=tokens.to(images.device),
+            attention_mask=mask.to(images.device),
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=images.device),
+        ).last_hidden_state
+        return (self.module["mlp"](read[:, 0]).float()[:, 0] - MEAN) / STD
+
+    def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token numbers and mask, `[B, 35]` long."""
+        tokens, mask = torch.zeros(2, len(prompts), TOKENS, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            numbers = self.tokenizer.encode(prompt).ids
+            if len(numbers) > TOKENS:
+                self._warn(prompt, len(numbers))
+                numbers = [*numbers[: TOKENS - 1], numbers[-1]]
+            tokens[row, : len(numbers)] = torch.tensor(numbers)
+            mask[row, : len(numbers)] = 1
+        return tokens, mask
+
+    def _warn(self, prompt: str, count: int) -> None:
+        if prompt not in self.warned:
+            self.warned.add(prompt)
+            words = f"{count} tokens, of which the reward reads {TOKENS}"
+            print(f"warning: the prompt {prompt[:60]!r} has {words}; the rest is not judged", file=sys.stderr)
+
+
+def new_name(key: str) -> str | None:
+    """Where a tensor of ImageReward.pt goes: the same network in transformers."""
+    if key == "blip.text_encoder.embeddings.position_ids":
+        return ""  # 0, 1, 2, ...
+    if key.startswith("blip.text_encoder."):
+        return key.replace("blip.text_encoder", "text")
+    if key.startswith("mlp."):
+        return key
+    inner = key.removeprefix("blip.visual_encoder.")
+    for pattern, replacement in _VISION if inner != key else ():
+        if match := re.fullmatch(pattern, inner):
+            return f"vision.{match.expand(replacement)}"
+    return None
