@@ -5,7 +5,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import folder_paths
 from comfy_api.latest import io
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ..trainer import rewards as judges
@@ -19,8 +18,7 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 def option_widgets(kind: type[judges.Reward]) -> list[io.Input]:
     """A widget per option of a reward; rewards that have nothing to set have none."""
-    options: type[BaseModel] | None = getattr(kind, "Options", None)
-    return [] if options is None else [_widget(name, field) for name, field in options.model_fields.items()]
+    return [_widget(name, field) for name, field in kind.Options.model_fields.items()]
 
 
 def _widget(name: str, field: FieldInfo) -> io.Input:
@@ -54,8 +52,7 @@ def _range(field: FieldInfo) -> dict[str, float]:
 
 def option_values(kind: type[judges.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
     """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
-    options: type[BaseModel] | None = getattr(kind, "Options", None)
-    lists = {name for name, f in options.model_fields.items() if f.annotation == list[str]} if options else set()
+    lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
     return {name: _lines(value) if name in lists else value for name, value in widgets.items()}
 
 
@@ -79,8 +76,6 @@ def with_files(config: RewardConfig) -> RewardConfig:
     Raises:
         BadInput: a file is not there, or an option is not accepted.
     """
-    locate = getattr(judges, "with_files_from", None)
-    if locate is not None:
-        config = locate(config, [Path(folder) for folder in folder_paths.get_folder_paths(FOLDER)])
+    config = judges.with_files_from(config, map(Path, folder_paths.get_folder_paths(FOLDER)))
     judges.load_reward(config)  # looks at options and files, and reads no weights
     return config

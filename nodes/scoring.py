@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..trainer import rewards as judges
+from ..trainer.rewards.base import ModelReward
 from .types import Judges
 
 
@@ -39,7 +40,7 @@ def score_all(
     scores = {}
     for config in reward.rewards:
         judge = judges.load_reward(config)
-        if getattr(judge, "media", "image") == "video" and (items.ndim == 4 or items.shape[1] < 2):
+        if judge.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
             raise ValueError(f"reward {config.name!r} judges videos: give it frames, with batch set to 'one video'")
         judge.check_prompts(prompts)
         network = _network(judge)
@@ -51,11 +52,9 @@ def score_all(
 
 def _network(judge: judges.Reward) -> torch.nn.Module | None:
     """A judge's network, read from its file; None for a rule."""
-    inner = getattr(judge, "reward", judge)  # behind a threshold
-    if hasattr(inner, "load"):
-        inner.load()
-    network = getattr(inner, "module", None)
-    return network if isinstance(network, torch.nn.Module) else None
+    inner = judge.reward if isinstance(judge, judges.Threshold) else judge
+    inner.load()
+    return inner.module if isinstance(inner, ModelReward) else None
 
 
 def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> str:
