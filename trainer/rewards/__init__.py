@@ -14,6 +14,7 @@ from .base import Reward, Threshold
 from .clip import ClipScore
 from .external import External
 from .files import located
+from .geneval_like import GenEvalLike
 from .hps import HPSv21
 from .hpsv3 import HPSv3
 from .image_reward import ImageReward
@@ -46,6 +47,7 @@ REWARDS: dict[str, type[Reward]] = {
         VideoAlignMQ,
         VideoAlignTA,
         TextRendering,
+        GenEvalLike,
         External,
         MllmRubric,
         MllmYes,

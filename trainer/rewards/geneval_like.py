@@ -1,0 +1,247 @@
+"""What GenEval asks, answered by the same kind of detector in transformers; not the official figure."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.functional import normalize as unit
+
+from ..config import Section
+from ..errors import BadInput
+from .base import ModelReward
+from .clip_layout import from_transformers
+from .contrastive import architecture, open_clip_network, tokenizer
+from .files import build, file_option, fill, read_weights
+from .preprocess import normalize, shortest_and_crop, to_pil
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+OTHER_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIDE, MARGIN, MOST = 384, 0.1, 16
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object in an image: left, top, right, bottom in pixels, and its mask `[H, W]` bool."""
+
+    box: tuple[float, float, float, float]
+    mask: Tensor
+
+
+class GenEvalLike(ModelReward):
+    """GenEval's questions (which objects, how many, which colours, where) by a Mask2Former in transformers: a stand-in.
+
+    Not GenEval's official figure, which needs its own detector and environment (see external-scorers.md): this detector
+    is of the same family with other weights, and its confidences mean something else, so `threshold` and `counting` are
+    to be adjusted on images you have looked at. Every prompt must be one of GenEval's; `graded` gives part of the score
+    for part of what was asked, which teaches more than right or wrong.
+    """
+
+    name = "geneval-like"
+    typical_range = (0.0, 1.0)
+    licence = "MIT; detector: see its page"
+    network = "ViT-L-14-quickgelu"
+    chunk = 4
+
+    class Options(Section):
+        detector: str = file_option(
+            "geneval/mask2former-swin-small-coco-instance",
+            "Folder of facebook/mask2former-swin-small-coco-instance on the Hugging Face hub: config.json and "
+            "model.safetensors (0.3 GB).",
+            suffixes=(),
+            folder=True,
+        )
+        clip: str = file_option(
+            "geneval/clip-vit-large-patch14.safetensors",
+            "model.safetensors of openai/clip-vit-large-patch14 on the Hugging Face hub (1.7 GB), for colours.",
+        )
+        prompts: str = file_option(
+            "geneval/evaluation_metadata.jsonl",
+            "prompts/evaluation_metadata.jsonl of djghosh13/geneval on GitHub.",
+            suffixes=(".jsonl",),
+        )
+        threshold: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="Confidence that counts as seen.")
+        counting: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="The same where things are counted.")
+        graded: bool = Field(True, description="Give part of the score for part of what was asked; else 0 or 1.")
+
+    def __init__(self, options: Section | None = None) -> None:
+        super().__init__(options)
+        self.asked = read_questions(Path(self.options.prompts))
+        self.colors: dict[str, Tensor] = {}
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        for prompt in prompts:
+            if prompt not in self.asked:
+                raise ValueError(f"{prompt!r} is none of the prompts of {self.options.prompts}")
+
+    def build(self) -> nn.Module:
+        path, config, what = Path(self.options.clip), architecture(self.network), "OpenAI's CLIP ViT-L/14"
+        self.size = config["vision_cfg"]["image_size"]
+        clip = build(lambda: open_clip_network(config))
+        fill(clip, from_transformers(read_weights(path), path, what), path, what)
+        return nn.ModuleDict({"clip": clip, "detector": load_detector(Path(self.options.detector))})
+
+    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+        self.check_prompts(prompts)
+        return torch.tensor(
+            [self._judge(image, self.asked[prompt]) for image, prompt in zip(images, prompts, strict=True)]
+        )
+
+    def _judge(self, image: Tensor, question: dict[str, Any]) -> float:
+        least = self.options.counting if question.get("tag") == "counting" else self.options.threshold
+        found = self.detect(image, least)
+        grade = graded if self.options.graded else right
+        return grade(found, question, lambda objects, name: self.color(image, objects, name))
+
+    def detect(self, image: Tensor, least: float) -> dict[str, list[Found]]:
+        """Objects by name, surest first, at most 16 of each."""
+        from PIL import Image
+
+        picture = to_pil(image[None])[0].resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
+        pixels = normalize(pixels.permute(2, 0, 1).float() / 255, MEAN, STD)[None].to(image.device)
+        output = self.module["detector"](pixel_values=pixels)
+        masks = interpolate(output.masks_queries_logits, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
+        shares = output.class_queries_logits[0].softmax(-1)[:, :-1]
+        values, places = shares.flatten().topk(len(shares))
+        masks, labels = masks[places // shares.shape[1]], places % shares.shape[1]
+        inside = (masks > 0).flatten(1).float()
+        values = values * (masks.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
+        full = interpolate((masks > 0).float()[None], image.shape[-2:], mode="nearest")[0].bool()
+        names = self.module["detector"].config.id2label
+        found: dict[str, list[Found]] = {}
+        for i in values.argsort(descending=True, stable=True).tolist():
+            group = found.setdefault(names[labels[i].item()], [])
+            if values[i] > least and full[i].any() and len(group) < MOST:
+                group.append(Found(_box(full[i]), full[i].cpu()))
+        return found
+
+    def color(self, image: Tensor, objects: list[Found], name: str) -> list[str]:
+        """The colour of each object, by CLIP, on grey."""
+        crops = [cut_out(image, found) for found in objects]
+        pixels = torch.cat([normalize(shortest_and_crop(crop[None], self.size)) for crop in crops]).to(image.device)
+        features = unit(self.module["clip"].encode_image(pixels), dim=-1)
+        return [COLORS[i] for i in (features @ self._colors_of(name, image.device).T).argmax(1).tolist()]
+
+    def _colors_of(self, name: str, device: torch.device) -> Tensor:
+        if name not in self.colors:
+            texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
+            features = unit(self.module["clip"].encode_text(tokenizer()(texts, context_length=77).to(device)), dim=-1)
+            self.colors[name] = unit(features.view(len(COLORS), len(TEMPLATES), -1).mean(1), dim=-1).cpu()
+        return self.colors[name].to(device)
+
+
+def load_detector(folder: Path) -> nn.Module:
+    """The Mask2Former of a folder.
+
+    Raises:
+        BadInput: it holds another model.
+    """
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    try:
+        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BadInput(f"{folder} is no Mask2Former: {' '.join(str(error).split())[:200]}") from error
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise BadInput(f"{folder} is no Mask2Former: {wrong[0]} is missing or does not belong there")
+    return model
+
+
+def read_questions(path: Path) -> dict[str, dict[str, Any]]:
+    """GenEval's prompts and what each asks for.
+
+    Raises:
+        BadInput: the file is another one.
+    """
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return {entry["prompt"]: {**entry, "include": list(entry["include"])} for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is no list of GenEval's prompts: {error!r}") from error
+
+
+def cut_out(image: Tensor, found: Found) -> Tensor:
+    """The object alone on grey (#999), `[3, h, w]`."""
+    left, top, right_, bottom = (int(side) for side in found.box)
+    alone = torch.where(found.mask.to(image.device), image, 0x99 / 255)
+    return alone[:, top:bottom, left:right_]
+
+
+def _box(mask: Tensor) -> tuple[float, float, float, float]:
+    rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+    return (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
+
+
+# -------------------------------------------------------------------------------------------------------- the questions
+
+
+def right(found: dict[str, list[Found]], question: dict, color_of: Any) -> float:
+    """1 where everything asked for is there, by GenEval's rules, else 0.
+
+    Args:
+        color_of: the colours of objects of a name.
+    """
+    groups: list[list[Found] | None] = []
+    for clause in question["include"]:
+        objects = _of(found, clause)[: clause["count"]]
+        fits = len(objects) >= clause["count"]
+        if fits and "color" in clause:
+            fits = color_of(objects, clause["class"]).count(clause["color"]) >= clause["count"]
+        if fits and "position" in clause:
+            where, other = clause["position"]
+            fits = groups[other] is not None and all(where in relations(a, b) for a in objects for b in groups[other])
+        groups.append(objects if fits else None)
+    too_many = any(len(_of(found, clause)) >= clause["count"] for clause in question.get("exclude", []))
+    return float(not too_many and None not in groups)
+
+
+def graded(found: dict[str, list[Found]], question: dict, color_of: Any) -> float:
+    """Mean over what is asked for: numbers and colours by how far off they are, places right or wrong."""
+    parts: list[float] = []
+    groups: list[list[Found]] = []
+    for clause in question["include"]:
+        objects, count = _of(found, clause), clause["count"]
+        parts.append(_nearness(len(objects), count))
+        if "color" in clause:
+            colors = color_of(objects, clause["class"]) if objects else []
+            parts.append(_nearness(colors.count(clause["color"]), count))
+        if "position" in clause:
+            where, other = clause["position"]
+            pairs = [(a, b) for a in objects[:count] for b in groups[other]]
+            parts.append(float(bool(pairs) and all(where in relations(a, b) for a, b in pairs)))
+        groups.append(objects[:count])
+    return sum(parts) / len(parts)
+
+
+def _of(found: dict[str, list[Found]], clause: dict) -> list[Found]:
+    return found.get(OTHER_NAMES.get(clause["class"], clause["class"]), [])
+
+
+def _nearness(number: int, wanted: int) -> float:
+    return max(0.0, 1 - abs(wanted - number) / wanted)
+
+
+def relations(first: Found, second: Found) -> set[str]:
+    """Where the first object lies seen from the second, with a margin of a tenth of their sizes (GenEval)."""
+    offsets, moved = [], []
+    for axis in (0, 1):
+        (a0, a1), (b0, b1) = ((found.box[axis], found.box[axis + 2]) for found in (first, second))
+        offset = (a0 + a1 - b0 - b1) / 2
+        rest = max(abs(offset) - MARGIN * (abs(a1 - a0) + abs(b1 - b0)), 0.0)
+        offsets.append(offset)
+        moved.append(rest if offset > 0 else -rest)
+    length = (offsets[0] ** 2 + offsets[1] ** 2) ** 0.5
+    if max(map(abs, moved)) < 1e-3:
+        return set()
+    x, y = (value / length for value in moved)
+    sides = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {side for side, true in sides.items() if true}
