@@ -1,4 +1,4 @@
-"""Conditions as ComfyUI has them: of each prompt an entry of its own, with whatever its text encoders and nodes gave."""
+"""Conditions as ComfyUI has them: an entry per prompt, with whatever its text encoders and nodes gave."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from ..errors import BadInput
 from .base import Conditions
 
 Entry = dict[str, Any]
-"""Names to tensors (leading dimension 1 where they are of one prompt), numbers, texts, None, lists and dicts of them."""
+"""By name: tensors (one row where they are of one prompt), numbers, texts, None, lists and dicts of them."""
 
 
 @dataclass(frozen=True)
