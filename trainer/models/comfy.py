@@ -175,6 +175,9 @@ class ComfyModel(DiffusionModel):
         scheduler = graph.scheduler if graph is not None else None
         if scheduler is None and self.predicts_flow and shift is not None:
             return sigma_schedule(steps, shift)
+        known = self.comfy.samplers.SCHEDULER_NAMES
+        if scheduler is not None and scheduler not in known:
+            raise BadInput(f"model.graph.scheduler is {scheduler!r}: this ComfyUI has {', '.join(known)}")
         own = self.comfy.samplers.calculate_sigmas(self.base.model_sampling, scheduler or "simple", steps)
         return self._given(own.tolist(), steps)
 
@@ -182,8 +185,8 @@ class ComfyModel(DiffusionModel):
         """ComfyUI's noise levels in this pack's scale."""
         if len(values) != steps + 1:
             raise BadInput(f"there are {len(values)} sigmas, and {steps} steps take {steps + 1}: make them equal")
-        if any(a <= b for a, b in zip(values[:-1], values[1:], strict=True)):
-            raise BadInput(f"sigmas must fall from step to step, and they are {[round(v, 4) for v in values]}")
+        if values[-1] != 0 or any(a <= b for a, b in zip(values[:-1], values[1:], strict=True)):
+            raise BadInput(f"sigmas must fall from step to step and end at 0: they are {[round(v, 4) for v in values]}")
         if not self.predicts_flow:
             return [value / (1 + value**2) ** 0.5 for value in values]
         if values[0] > 1:

@@ -59,14 +59,14 @@ class EntryConditions(Conditions):
         return self
 
     def groups(self) -> Iterator[tuple[Tensor, Entry]]:
-        """Rows that one call of the model can serve, and their entries as one."""
-        groups: dict[object, list[int]] = {}
+        """The rows of each entry, and a copy of it, because models scale some of it in place.
+
+        Entries are not stacked: some models take sums over all that they are given, such as its number of tokens.
+        """
         for number, entry in enumerate(self.entries):
-            groups.setdefault(_signature(entry) or number, []).append(number)
-        for numbers in groups.values():
-            rows = torch.isin(self.index, torch.tensor(numbers)).nonzero().flatten()
+            rows = (self.index == number).nonzero().flatten()
             if len(rows):
-                yield rows, _together([self.entries[i] for i in self.index[rows].tolist()])
+                yield rows, mapped(entry, Tensor.clone)
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -78,31 +78,6 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list | tuple):
         return [mapped(part, change) for part in value]
     return value
-
-
-def _signature(entry: Entry) -> str | None:
-    """Equal for entries that can be stacked row by row; None for one that cannot be stacked with another."""
-    whole: list[bool] = []
-
-    def shape(value: Tensor) -> dict:
-        whole.append(value.ndim > 0 and len(value) == 1)
-        return {"shape": list(value.shape), "type": str(value.dtype)}
-
-    text = json.dumps(mapped(entry, shape), sort_keys=True)
-    return text if all(whole) else None
-
-
-def _together(parts: list[Any]) -> Any:
-    """Entries of equal signature as one, row by row; what is common to all keeps its single row."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        # A copy, because models scale some of it in place.
-        return first.clone() if all(part is first for part in parts) else torch.cat(parts)
-    if isinstance(first, dict):
-        return {name: _together([part[name] for part in parts]) for name in first}
-    if isinstance(first, list | tuple):
-        return [_together([part[i] for part in parts]) for i in range(len(first))]
-    return first
 
 
 # ------------------------------------------------------------------------------------------------------------ files

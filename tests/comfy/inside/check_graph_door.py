@@ -64,9 +64,9 @@ def description(pack: object, model: dict, conditions: Path | None, **sections: 
                 "prompts_per_iteration": 2,
                 "guidance_scale": 2.0,
             },
-            "objective": {"updates": 2},
+            "objective": {"updates": 2, "clip_range": 0.2},
             "runtime": {"iterations": 5},
-            "optimizer": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 1e-2},
         }
         | sections
     )
@@ -113,7 +113,8 @@ def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleName
         assert abs(a["rewards"]["colorfulness"]["mean"] - b["rewards"]["colorfulness"]["mean"]) < 1e-4
         assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-2 * a["grad_norm"]
         assert b["ratio"]["max_deviation_before_update"] < 1e-6
-    assert any(abs(event["loss"]) > 1e-5 for event in events), "losses of zero would equal each other"
+    print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(events, again, strict=True)])
+    assert any(abs(event["loss"]) > 1e-4 for event in events), "losses of zero would equal each other"
     lora = pack("trainer.lora")
     both = [patched(demo.model, lora.comfy_weights(t.policy.result(), 8, t.model.lora_key)) for t in (one, other)]
     assert "not loaded" not in caplog.text.lower()
@@ -209,6 +210,22 @@ def test_the_node_carries_files_shift_and_loras(pack, demo, files, loaded, base_
     assert (ours - core).abs().max() < 1e-4
     images = trained.decode(ours)
     assert (images.movedim(1, -1) - vae.decode(demo.model.model.process_latent_out(core))).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_a_checkpoint_brings_network_and_vae(pack, demo, files, base_model, noise) -> None:
+    network = {f"model.diffusion_model.{k}": v for k, v in demo.model.model.diffusion_model.state_dict().items()}
+    vae = {f"first_stage_model.{k}": v for k, v in pack("nodes.demo").vae_weights().items()}
+    save_file(network | vae, files.folder / "checkpoints" / "both.safetensors")
+    model, _, vae = comfy_nodes.CheckpointLoaderSimple().load_checkpoint("both.safetensors")
+    given = base_model(model=model, vae=vae)
+    assert (given["graph"]["loader"], given["graph"]["vae_loader"]) == ("checkpoint", "checkpoint")
+    trained = pack("trainer.models").FAMILIES["comfy"].load(pack("trainer.config").ModelConfig(**given), CPU)
+    kept = demo.model.model.diffusion_model.state_dict()
+    for name, value in trained.module.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+    images = trained.decode(noise)
+    assert (images.movedim(1, -1) - demo.vae.decode(demo.model.model.process_latent_out(noise))).abs().max() < 1e-3
 
 
 def refused(pack: object, says: str) -> Any:

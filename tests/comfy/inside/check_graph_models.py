@@ -215,7 +215,7 @@ CASES = [
     Case("WAN21_I2V", WAN | {"model_type": "i2v", "in_dim": 36}, (16, None), VIDEO, wan_first_frame),
     Case("HunyuanVideo", HUNYUAN, (16, 16), VIDEO),
     Case("HunyuanVideoSkyreelsI2V", HUNYUAN | {"in_channels": 32}, (16, 16), VIDEO, first_frame),
-    Case("LTXV", LTXV, (16, None), (64, 96, 9), lambda: {"attention_mask": torch.ones(1, 6)}),
+    Case("LTXV", LTXV, (16, None), (64, 96, 9), lambda: {"attention_mask": torch.ones(1, 6, dtype=torch.long)}),
     Case(
         "QwenImage",
         QWEN,
@@ -434,4 +434,4 @@ def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(
     difference = (values[0] - values[1]) / (2 * step)
     print(f"{case}: {slope:.8g} {difference:.8g}")
     assert abs(slope) > 1e-6
-    assert abs(slope - difference) < 1e-4 * abs(difference)
+    assert abs(slope - difference) < 1e-3 * abs(difference)
