@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, lora, prompts, rewards, sampling, settings, training
+from . import base_model, demo, lora, prompts, rewards, sampling, settings, training
 
-MODULES = (sampling, lora, rewards, demo, training, settings, prompts)
+MODULES = (sampling, lora, rewards, demo, base_model, training, settings, prompts)
 
 
 class DanceGRPOExtension(ComfyExtension):

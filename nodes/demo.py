@@ -140,14 +140,19 @@ def load_clip(folder: Path = WEIGHTS) -> comfy.sd.CLIP:
 # ------------------------------------------------------------------------------------------------------ autoencoder
 
 
-def load_vae(folder: Path = WEIGHTS) -> comfy.sd.VAE:
-    """The autoencoder in ComfyUI's TAESD class, which counts the clamp before the decoder as a layer."""
+def vae_weights(folder: Path = WEIGHTS) -> dict[str, Tensor]:
+    """The autoencoder's weights as ComfyUI's TAESD has them, which counts the clamp before the decoder as a layer."""
     state = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
     for name, value in load_torch_file(str(folder / "vae/diffusion_pytorch_model.safetensors")).items():
         part, _, layer, rest = name.split(".", 3)
         offset = 1 if part == "decoder" else 0
         state[f"taesd_{part}.{int(layer) + offset}.{rest}"] = value.float()
-    vae = comfy.sd.VAE(sd=state, dtype=torch.float32)
+    return state
+
+
+def load_vae(folder: Path = WEIGHTS) -> comfy.sd.VAE:
+    """The autoencoder in ComfyUI's TAESD class."""
+    vae = comfy.sd.VAE(sd=vae_weights(folder), dtype=torch.float32)
     vae.throw_exception_if_invalid()
     return vae
 

@@ -111,13 +111,15 @@ def begin(
     clip_source: str,
     processes: int,
     gpus: list[int] | None,
+    conditioning: list | None = None,
 ) -> RunDirectory:
     """The run of this name: attached to while it goes on or when it is finished, else started or resumed.
 
     Args:
         data: plain data of its description.
         clip: ComfyUI's text encoders; None leaves encoding to the trainer.
-        clip_source: stands for where `clip` comes from.
+        clip_source: stands for where `clip` and `conditioning` come from.
+        conditioning: CONDITIONING whose content beside the text goes with every prompt.
 
     Raises:
         BadInput: whatever cannot be accepted; nothing has been started then.
@@ -133,11 +135,13 @@ def begin(
         if launch.is_running(run) or is_finished(run):
             return run
     _check(config, processes, gpus)
+    if conditioning is not None and (config.model.graph is None or clip is None):
+        raise BadInput("conditioning goes with a connected model and clip: disconnect it, or connect them")
     conditions = None
     if clip is not None and not file.exists():
         from .encoding import encode
 
-        conditions = encode(clip, config)
+        conditions = encode(clip, config, conditioning)
     _make_room(config, processes, gpus)
     run = RunDirectory.open(folder, config, ["ComfyUI", name])
     try:
@@ -183,6 +187,8 @@ def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     from ..trainer.rewards import load_reward
 
     model_class(config.model)
+    if config.model.graph is not None and config.prompts.conditions is None:
+        raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
     for reward in [*config.rewards, *config.evaluation.rewards]:
         judge = load_reward(reward)
         try:

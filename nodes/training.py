@@ -1,4 +1,4 @@
-"""The model that learns, the training itself, and a look at any run: the run itself is a process of its own."""
+"""The training itself, and a look at any run: the run itself is a process of its own."""
 
 import hashlib
 import io as memory_file
@@ -8,64 +8,15 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
 from ..trainer import launch
-from ..trainer.config import ModelConfig, parse_config
 from ..trainer.errors import BadInput
-from ..trainer.models import FAMILIES, model_class
 from ..trainer.run import RunDirectory
 from . import host, runs
-from .folders import check_name, diffusers_folders, publish_lora, run_folder
+from .folders import check_name, publish_lora, run_folder
 from .types import CATEGORY, Judges, ModelType, RewardType, RunType, SettingsType
 
 ALWAYS = float("nan")
 """A fingerprint that equals nothing, not even itself: the node runs every time."""
 ACTIONS = ("look", "watch", "stop", "resume")
-
-
-class BaseModel(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        fields = ModelConfig.model_fields
-        return io.Schema(
-            node_id="DanceGRPO_BaseModel",
-            display_name="GRPO Base Model",
-            category=CATEGORY,
-            description="The model that learns: a diffusers folder in models/diffusers, and the family it is of.",
-            search_aliases=["grpo model", "base model", "diffusers", "training model", "dancegrpo"],
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=list(diffusers_folders()),
-                    tooltip="A diffusers folder (it holds model_index.json) inside ComfyUI's models/diffusers.",
-                ),
-                io.Combo.Input("family", options=list(FAMILIES), tooltip=fields["family"].description),
-                io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip=fields["width"].description),
-                io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip=fields["height"].description),
-                io.Combo.Input("dtype", options=["bfloat16", "float32"], tooltip=fields["dtype"].description),
-                io.Combo.Input(
-                    "vae_dtype",
-                    options=["float32", "bfloat16", "float16"],
-                    advanced=True,
-                    tooltip=fields["vae_dtype"].description,
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=False,
-                    advanced=True,
-                    tooltip=fields["gradient_checkpointing"].description,
-                ),
-            ],
-            outputs=[ModelType.Output(display_name="grpo_model", tooltip="For GRPO Train LoRA.")],
-        )
-
-    @classmethod
-    def execute(cls, folder: str, **values: object) -> io.NodeOutput:
-        known = diffusers_folders()
-        if folder not in known:
-            raise BadInput(f"folder {folder!r} is not in models/diffusers; there are {', '.join(known) or 'none'}")
-        model = {**values, "path": str(known[folder])}
-        config = parse_config({"model": model, "prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]}).model
-        model_class(config)
-        return io.NodeOutput(config.model_dump(mode="json"))
 
 
 class TrainLoRA(io.ComfyNode):
@@ -149,6 +100,12 @@ class TrainLoRA(io.ComfyNode):
                     advanced=True,
                     tooltip="GPU numbers, such as 0,1: as many as processes. Empty takes those that ComfyUI sees.",
                 ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="What every prompt carries beside its text, with a connected model: guidance, reference "
+                    "latents, a first frame, masks. The text in it is not used.",
+                ),
             ],
             outputs=_result_outputs(run_last=False),
         )
@@ -183,10 +140,13 @@ class TrainLoRA(io.ComfyNode):
         held_out_prompts: str = "",
         negative: str = "",
         gpus: str = "",
+        conditioning: list | None = None,
     ) -> io.NodeOutput:
         data = runs.describe(grpo_model, settings, reward, judges, prompts, held_out_prompts, negative)
         source = "" if clip is None else cls._source_of("clip")
-        run = runs.begin(name, data, clip, source, processes, host.parse_gpus(gpus, processes))
+        if conditioning is not None:
+            source += f"-{cls._source_of('conditioning')}"
+        run = runs.begin(name, data, clip, source, processes, host.parse_gpus(gpus, processes), conditioning)
         if wait:
             screen = host.Screen(cls.hidden.unique_id, run.config().runtime.iterations)
             runs.wait_or_cancel(run, name, screen)
@@ -346,4 +306,4 @@ def _state_on_disk(name: str | None) -> float | str:
     return hashlib.sha256(status.read_bytes() if status.exists() else b"").hexdigest()
 
 
-NODES = [BaseModel, TrainLoRA, Run]
+NODES = [TrainLoRA, Run]

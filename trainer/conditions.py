@@ -8,7 +8,8 @@ import torch
 from .config import RunConfig
 from .errors import BadInput
 from .files import write_atomically
-from .models import Conditions, DiffusionModel
+from .models import Conditions, DiffusionModel, EntryConditions
+from .models.entries import packed, unpacked
 from .prompting import PromptSet
 
 
@@ -37,6 +38,8 @@ def conditions_for(
     if config.prompts.conditions is None:
         return family.encode(config.model, texts, device, pictures)
     known, conditions = load_conditions(Path(config.prompts.conditions))
+    if isinstance(conditions, EntryConditions) and config.model.graph is None:
+        raise BadInput(f"prompts.conditions {config.prompts.conditions} is for family comfy, a model of a graph")
     family.check_conditions(config.model, conditions)
     place = {text: row for row, text in enumerate(known)}
     for text in texts:
@@ -49,8 +52,13 @@ def save_conditions(path: Path, texts: list[str], conditions: Conditions) -> Non
     """Write conditions with the texts they belong to."""
     from safetensors.torch import save
 
-    tensors = {name: value.contiguous() for name, value in conditions.tensors.items()}
-    write_atomically(path, save(tensors, {"texts": json.dumps(texts)}))
+    notes = {"texts": json.dumps(texts)}
+    if isinstance(conditions, EntryConditions):
+        entries = tuple(conditions.entries[i] for i in conditions.index.tolist())
+        tensors, notes["entries"] = packed(entries)
+    else:
+        tensors = {name: value.contiguous() for name, value in conditions.tensors.items()}
+    write_atomically(path, save(tensors, notes))
 
 
 def load_conditions(path: Path) -> tuple[list[str], Conditions]:
@@ -63,10 +71,15 @@ def load_conditions(path: Path) -> tuple[list[str], Conditions]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            texts = json.loads(file.metadata()["texts"])
-            conditions = Conditions({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - no mapping
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            notes = file.metadata()
+            texts = json.loads(notes["texts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if "entries" in notes:
+            conditions = EntryConditions.of(unpacked(tensors, notes["entries"]))
+        else:
+            conditions = Conditions(tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"conditions file {path} cannot be read: {error}") from error
-    if any(len(value) != len(texts) for value in conditions.tensors.values()):
+    if len(texts) != len(conditions) or any(len(value) != len(texts) for value in conditions.tensors.values()):
         raise BadInput(f"conditions file {path} does not hold one row per text")
     return texts, conditions

@@ -30,6 +30,49 @@ def _check_texts(texts: list[str]) -> None:
         seen.add(text)
 
 
+class GraphSampling(Section):
+    """Noise levels that a node of the graph gave the model (ModelSamplingSD3 and its like)."""
+
+    kind: Literal["flow", "flux", "noise"] = Field(
+        "flow", description="ComfyUI's ModelSamplingDiscreteFlow, ModelSamplingFlux or ModelSamplingDiscrete."
+    )
+    predicts: Literal["flow", "noise", "v"] = Field("flow", description="What the network's output means.")
+    shift: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="Shift towards noise.")
+    multiplier: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
+        None, description="The timestep the network is told is sigma times this."
+    )
+
+
+class GraphLora(Section):
+    """A LoRA that the graph applied to the base model."""
+
+    file: str = Field(description="Its .safetensors file.")
+    strength: Annotated[float, Field(ge=-100, le=100)] = Field(1.0, description="As in its loader.")
+
+
+class GraphModel(Section):
+    """A model as ComfyUI loads it: which of its loaders, and which files."""
+
+    folder: str = Field(description="ComfyUI's own folder, which holds main.py.")
+    loader: Literal["diffusion_model", "checkpoint"] = Field(
+        "diffusion_model", description="Load Diffusion Model or Load Checkpoint."
+    )
+    file: str = Field(description="File of the network.")
+    weights: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] | None = Field(
+        None, description="Type of the frozen weights; null leaves it to ComfyUI."
+    )
+    vae_loader: Literal["vae", "checkpoint"] = Field("vae", description="Load VAE or Load Checkpoint.")
+    vae_file: str = Field(description="File of the VAE.")
+    loras: list[GraphLora] = Field([], description="LoRAs applied before training; they stay in the base.")
+    sampling: GraphSampling | None = Field(None, description="Noise levels set by a node; null for the model's own.")
+    scheduler: str | None = Field(
+        None, description="ComfyUI's scheduler, such as simple; null goes by rollout.shift where it is a number."
+    )
+    sigmas: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None, min_length=3, description="Noise levels in ComfyUI's scale, one more than rollout.steps."
+    )
+
+
 class ModelConfig(Section):
     """The base model."""
 
@@ -57,9 +100,20 @@ class ModelConfig(Section):
         None, description="Keep the frozen base in 8 or 4 bits, through bitsandbytes."
     )
     vae_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the VAE decodes in.")
+    graph: GraphModel | None = Field(
+        None, description="The model of a ComfyUI graph, for family comfy; path and the types above are not used then."
+    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
+
+    @model_validator(mode="after")
+    def _one_door(self) -> "ModelConfig":
+        if (self.family == "comfy") != (self.graph is not None):
+            raise ValueError("family comfy goes with the section graph, and every other family without")
+        if self.graph is not None and (self.network_file or self.quantization):
+            raise ValueError("network_file and quantization are of diffusers folders; leave them out with graph")
+        return self
 
 
 class PromptsConfig(Section):

@@ -94,8 +94,9 @@ class Keeper:
     def _metadata(self, iteration: int) -> dict[str, str]:
         # One key alone: the file format keeps several in no fixed order, and equal LoRAs should be equal files.
         config = self.config
+        base = config.model.path if config.model.graph is None else Path(config.model.graph.file).name
         record = {
-            "base_model": f"{config.model.family} {config.model.path}",
+            "base_model": f"{config.model.family} {base}",
             "rewards": {reward.name: reward.weight for reward in config.rewards},
             "iteration": iteration,
             "description": config.model_dump(mode="json"),

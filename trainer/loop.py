@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from . import opening
 from . import rewards as judges
 from .advantage import Advantages, best_of_n, group_advantages
 from .conditions import all_pictures, all_texts, conditions_for
@@ -70,6 +71,7 @@ class Trainer:
             judge.load()
         self.prompting, self.held_out_prompting = self._encode(family)
         self.model = family.load(config.model, processes.device)
+        check_kernel(self.model, config.model.family, config.rollout)
         self.policy = Policy(self.model, config)
         self.guard = Guard(config.runtime.guard, {r.name: r.weight for r in config.rewards})
         self.keeper = Keeper(run, config, self.policy, writes=processes.is_main)
@@ -96,6 +98,8 @@ class Trainer:
         self._resume()
         self.keeper.status("running", self.iteration)
         try:
+            if self.model.needs_opening_check:
+                opening.check(self.model, self._plan(), self.prompting, self.config.objective.clip_range)
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()
                 if self._evaluation_is_due():

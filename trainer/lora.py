@@ -15,11 +15,18 @@ from .models.base import Rows
 ADAPTER = "default"
 
 
-def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed: int) -> list[str]:
+def inject(
+    module: nn.Module,
+    config: LoraConfig,
+    targets: tuple[str, ...],
+    seed: int,
+    device: torch.device | None = None,
+) -> list[str]:
     """Add a LoRA with float32 weights to every target of a frozen network; it starts as the identity.
 
     Args:
         targets: endings of module names, used where the configuration names none.
+        device: where the LoRA's weights go; None leaves them beside those they go with.
 
     Returns:
         names of the modules that carry it.
@@ -40,7 +47,7 @@ def inject(module: nn.Module, config: LoraConfig, targets: tuple[str, ...], seed
             peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0), module
         )
     for parameter in parameters(module).values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(device or parameter.device, torch.float32)
         parameter.requires_grad_(True)
     return sorted({name.rsplit(".lora_", 1)[0] for name in parameters(module)})
 

@@ -26,7 +26,7 @@ class Policy:
     def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
         self.model, self.config = model, config
         self.modules = lora.inject(
-            model.module, config.lora, model.default_targets, derive(config.runtime.seed, "lora")
+            model.module, config.lora, model.default_targets, derive(config.runtime.seed, "lora"), model.device
         )
         for name in self.modules:
             model.lora_key(name)  # before hours of training, not after

@@ -6,6 +6,8 @@ from ..config import ModelConfig, RolloutConfig
 from ..errors import BadInput
 from ..shapes import WEIGHTS
 from .base import Conditions, DiffusionModel
+from .comfy import ComfyModel
+from .entries import EntryConditions
 from .flux import FluxModel
 from .hunyuan_video import HunyuanVideoModel, SkyReelsModel
 from .qwen_image import QwenImageEditModel, QwenImageModel
@@ -26,6 +28,7 @@ FAMILIES: dict[str, type[DiffusionModel]] = {
         HunyuanVideoModel,
         SkyReelsModel,
         WanModel,
+        ComfyModel,
     )
 }
 
@@ -44,16 +47,19 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
 
 def weight_bytes(config: ModelConfig) -> int:
     """Memory that the network and the VAE take as they are loaded; 0 for folders without safetensors files."""
+    if config.graph is not None:
+        files = {config.graph.file, config.graph.vae_file}
+        return sum(Path(file).stat().st_size for file in files)
     folder = WEIGHTS if config.path == "embedded" else Path(config.path)
     network = sum(parameter_count(folder / name) for name in ("transformer", "unet"))
     return network * BYTES[config.dtype] + parameter_count(folder / "vae") * BYTES[config.vae_dtype]
 
 
-def check_kernel(family: type[DiffusionModel], name: str, rollout: RolloutConfig) -> None:
+def check_kernel(family: type[DiffusionModel] | DiffusionModel, name: str, rollout: RolloutConfig) -> None:
     """Raise BadInput where the kernel does not fit what the family's models predict."""
     if rollout.kernel not in family.kernels:
         fitting = ", ".join(kernel for kernel in family.kernels if kernel != "ode")
         raise BadInput(f"rollout.kernel is {rollout.kernel!r}: models of family {name} take {fitting}")
 
 
-__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "check_kernel", "model_class", "weight_bytes"]
+__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "EntryConditions", "check_kernel", "model_class", "weight_bytes"]

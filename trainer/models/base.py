@@ -1,6 +1,7 @@
 """The interface behind which every model family stands."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +50,14 @@ class DiffusionModel(ABC):
         default_targets: endings of the names of the modules a LoRA goes to.
         kernels: names of the transition kernels that fit what it predicts.
         still_kernel: the kernel of its deterministic steps, taken with eta 0.
+        needs_opening_check: whether a run first looks if the model can be trained (`trainer.opening`).
     """
 
     module: nn.Module
     default_targets: tuple[str, ...]
     kernels: tuple[str, ...] = tuple(KERNELS)
     still_kernel: str = "ode"
+    needs_opening_check: bool = False
 
     @staticmethod
     @abstractmethod
@@ -144,6 +147,10 @@ class DiffusionModel(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    def plain(self, call: Callable[[], Tensor]) -> Tensor:
+        """What `call` gives where the model runs as it does outside training."""
+        return call()
 
     def velocity(
         self,

@@ -279,7 +279,7 @@ def test_a_folder_of_another_family_is_refused(pack, tmp_path: Path, monkeypatch
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
-    node, error = pack("nodes.training").BaseModel, pack("trainer.errors").BadInput
+    node, error = pack("nodes.base_model").BaseModel, pack("trainer.errors").BadInput
     assert node.define_schema().inputs[0].options == ["thing"]
     values = {"family": "sd3", "width": 512, "height": 512, "dtype": "bfloat16"}
     with pytest.raises(error, match="sd3 folder: transformer/config.json is missing"):

@@ -1,0 +1,129 @@
+"""The model that learns: what core's loaders load, or a diffusers folder."""
+
+import torch
+from comfy.samplers import SCHEDULER_NAMES
+from comfy_api.latest import io
+
+from ..trainer.config import ModelConfig, parse_config
+from ..trainer.errors import BadInput
+from ..trainer.models import FAMILIES, model_class
+from . import graph_model
+from .folders import diffusers_folders
+from .types import CATEGORY, ModelType
+
+NO_FOLDER = "(none in models/diffusers)"
+BY_SHIFT = "by shift"
+
+
+class BaseModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        fields = ModelConfig.model_fields
+        return io.Schema(
+            node_id="DanceGRPO_BaseModel",
+            display_name="GRPO Base Model",
+            category=CATEGORY,
+            description="The model that learns: whatever core's loaders load, with its VAE; or a diffusers folder in "
+            "models/diffusers, and the family it is of.",
+            search_aliases=["grpo model", "base model", "diffusers", "training model", "dancegrpo"],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=list(diffusers_folders()) or [NO_FOLDER],
+                    tooltip="A diffusers folder (it holds model_index.json) inside ComfyUI's models/diffusers. Not "
+                    "used where a model is connected.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=[family for family in FAMILIES if family != "comfy"],
+                    tooltip="What the diffusers folder holds. Not used where a model is connected.",
+                ),
+                io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip=fields["width"].description),
+                io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip=fields["height"].description),
+                io.Combo.Input(
+                    "dtype",
+                    options=["bfloat16", "float32"],
+                    tooltip=f"{fields['dtype'].description} A connected model keeps the type it is loaded in.",
+                ),
+                io.Combo.Input(
+                    "vae_dtype",
+                    options=["float32", "bfloat16", "float16"],
+                    advanced=True,
+                    tooltip=f"{fields['vae_dtype'].description} A connected VAE keeps its own.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=False,
+                    advanced=True,
+                    tooltip=fields["gradient_checkpointing"].description,
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="From core's Load Diffusion Model or Load Checkpoint, also through Load LoRA and "
+                    "ModelSampling nodes: exactly this is trained, by ComfyUI's own code.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="The connected model's VAE, from core's loaders."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    optional=True,
+                    tooltip="Noise levels of a connected model, one more than the settings' steps, in place of "
+                    "scheduler.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=[*SCHEDULER_NAMES, BY_SHIFT],
+                    default="simple",
+                    optional=True,
+                    tooltip="How a connected model's noise levels are spaced, as in KSampler. 'by shift' takes them "
+                    "from the settings' shift instead.",
+                ),
+                io.Int.Input("frames", default=1, min=1, max=4096, optional=True, tooltip=fields["frames"].description),
+            ],
+            outputs=[ModelType.Output(display_name="grpo_model", tooltip="For GRPO Train LoRA.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        folder: str,
+        family: str,
+        model: object | None = None,
+        vae: object | None = None,
+        sigmas: torch.Tensor | None = None,
+        scheduler: str = "simple",
+        **values: object,
+    ) -> io.NodeOutput:
+        if model is None:
+            return cls._of_folder(folder, {**values, "family": family})
+        get_node = cls.hidden.dynprompt.get_node
+        inputs = get_node(cls.hidden.unique_id)["inputs"]
+        graph = graph_model.describe(
+            model,
+            vae,
+            None if scheduler == BY_SHIFT else scheduler,
+            sigmas,
+            next(graph_model.nodes_above(get_node, inputs.get("vae")), None),
+            graph_model.nodes_above(get_node, inputs.get("model")),
+        )
+        used = {name: value for name, value in values.items() if name not in ("dtype", "vae_dtype")}
+        config = cls._checked({**used, "family": "comfy", "graph": graph})
+        graph_model.check_size(model, config)
+        return io.NodeOutput(config.model_dump(mode="json"))
+
+    @classmethod
+    def _of_folder(cls, folder: str, values: dict) -> io.NodeOutput:
+        known = diffusers_folders()
+        if folder not in known:
+            raise BadInput(f"folder {folder!r} is not in models/diffusers; there are {', '.join(known) or 'none'}")
+        return io.NodeOutput(cls._checked({**values, "path": str(known[folder])}).model_dump(mode="json"))
+
+    @classmethod
+    def _checked(cls, model: dict) -> ModelConfig:
+        config = parse_config({"model": model, "prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]}).model
+        model_class(config)
+        return config
+
+
+NODES = [BaseModel]

@@ -1,0 +1,354 @@
+"""The embedded model loaded from files by core's loaders: described by the node, trained as through the other door."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.sd
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import nodes as comfy_nodes
+
+CPU = torch.device("cpu")
+COMFYUI = Path(folder_paths.__file__).resolve().parent
+PROMPTS = ["a red circle", "two blue squares"]
+PAIRS = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+}
+"""Layers that diffusers and ComfyUI both keep in one piece."""
+
+
+@pytest.fixture
+def files(pack: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """ComfyUI's model folders with the embedded model in single files."""
+    folders = {name: tmp_path / name for name in ("diffusion_models", "checkpoints", "vae", "loras", "vae_approx")}
+    for name, folder in folders.items():
+        folder.mkdir()
+        entry = ([str(folder)], folder_paths.supported_pt_extensions)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, name, entry)
+    folder_paths.filename_list_cache.clear()
+    weights = pack("trainer.shapes").WEIGHTS
+    network, vae = folders["diffusion_models"] / "shapes.safetensors", folders["vae"] / "shapes.safetensors"
+    shutil.copy(weights / "transformer/diffusion_pytorch_model.safetensors", network)
+    save_file(pack("nodes.demo").vae_weights(), vae)
+    return SimpleNamespace(network=str(network), vae=str(vae), folder=tmp_path)
+
+
+def graph_section(files: SimpleNamespace, **settings: object) -> dict:
+    known = {"folder": str(COMFYUI), "file": files.network, "vae_file": files.vae, "weights": "float32"}
+    return {"family": "comfy", "graph": known | settings}
+
+
+def description(pack: object, model: dict, conditions: Path | None, **sections: dict) -> Any:
+    return pack("trainer.config").parse_config(
+        {
+            "model": model,
+            "prompts": {"texts": PROMPTS, "negative": "grey", "conditions": str(conditions) if conditions else None},
+            "rewards": [{"name": "colorfulness"}],
+            "rollout": {
+                "kernel": "cps",
+                "eta": 0.5,
+                "steps": 4,
+                "group_size": 4,
+                "prompts_per_iteration": 2,
+                "guidance_scale": 2.0,
+            },
+            "objective": {"updates": 2, "clip_range": 0.2},
+            "runtime": {"iterations": 5},
+            "optimizer": {"learning_rate": 1e-2},
+        }
+        | sections
+    )
+
+
+def train(pack: object, config: Any, start: dict[str, Tensor] | None) -> tuple[Any, dict, list[dict]]:
+    """A whole run in this process; the trainer, its first LoRA and its events."""
+    events: list[dict] = []
+    processes = pack("trainer.distributed").Processes("cpu")
+    trainer = pack("trainer.loop").Trainer(config, None, processes, events.append)
+    if start is not None:
+        pack("trainer.lora").load(trainer.model.module, start)
+    first = {name: p.detach().clone() for name, p in trainer.policy.parameters.items()}
+    trainer.train()
+    return trainer, first, [event for event in events if "loss" in event]
+
+
+def native(name: str) -> str:
+    """A LoRA parameter of diffusers' transformer under ComfyUI's name."""
+    module, rest = name.split(".lora_")
+    _, block, layer = module.split(".", 2)
+    return f"joint_blocks.{block}.{PAIRS[layer]}.lora_{rest}"
+
+
+def patched(model: Any, lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that core's own loader makes of the model with a LoRA file."""
+    loaded, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)
+    return {key: loaded.patch_weight_to_device(key, return_weight=True) for key in loaded.patches}
+
+
+def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleNamespace, caplog) -> None:
+    encode, save = pack("nodes.encoding").encode, pack("trainer.conditions").save_conditions
+    configs = {}
+    for door, model in (("diffusers", {"family": "sd3"}), ("graph", graph_section(files))):
+        file = files.folder / f"{door}.safetensors"
+        save(file, *encode(demo.clip, description(pack, model, None)))
+        targets = list(PAIRS) if door == "diffusers" else list(PAIRS.values())
+        configs[door] = description(pack, model, file, lora={"rank": 4, "alpha": 8, "targets": targets})
+    one, first, events = train(pack, configs["diffusers"], None)
+    other, _, again = train(pack, configs["graph"], {native(name): value for name, value in first.items()})
+    assert len(events) == len(again) == 5
+    for a, b in zip(events, again, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-5
+        assert abs(a["rewards"]["colorfulness"]["mean"] - b["rewards"]["colorfulness"]["mean"]) < 1e-4
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-2 * a["grad_norm"]
+        assert b["ratio"]["max_deviation_before_update"] < 1e-6
+    print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(events, again, strict=True)])
+    assert any(abs(event["loss"]) > 1e-4 for event in events), "losses of zero would equal each other"
+    lora = pack("trainer.lora")
+    both = [patched(demo.model, lora.comfy_weights(t.policy.result(), 8, t.model.lora_key)) for t in (one, other)]
+    assert "not loaded" not in caplog.text.lower()
+    assert both[0].keys() == both[1].keys()
+    for key, value in both[0].items():
+        assert (value - both[1][key]).abs().max() < 1e-4, key
+
+
+@pytest.mark.parametrize("weights", ["float8_e4m3fn", "bfloat16"])
+def test_a_base_in_few_bits_stays_as_it_is_and_the_lora_learns_in_float32(
+    pack, demo, files: SimpleNamespace, weights: str
+) -> None:
+    section, file = graph_section(files, weights=weights), files.folder / "conditions.safetensors"
+    config = description(pack, section, None, runtime={"iterations": 1}, objective={"clip_range": 1e-2})
+    pack("trainer.conditions").save_conditions(file, *pack("nodes.encoding").encode(demo.clip, config))
+    data = config.model_dump(mode="json")
+    data["prompts"]["conditions"] = str(file)
+    trainer, first, events = train(pack, pack("trainer.config").parse_config(data), None)
+    base = {n: p for n, p in trainer.model.module.named_parameters() if "base_layer.weight" in n}
+    assert {str(p.dtype) for p in base.values()} == {f"torch.{weights}"}
+    assert {p.dtype for p in trainer.policy.parameters.values()} == {torch.float32}
+    assert any((trainer.policy.parameters[name] != value).any() for name, value in first.items())
+    assert events[0]["bad_updates"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ the node
+
+
+class Graph:
+    """A graph in API form, as a node sees it."""
+
+    def __init__(self, **nodes: dict) -> None:
+        self.get_node = nodes.__getitem__
+
+
+@pytest.fixture
+def base_model(pack: object, files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Calls GRPO Base Model inside a graph."""
+    node = pack("nodes.base_model").BaseModel
+    here = {"inputs": {"model": ["lora", 0], "vae": ["vae", 0]}}
+    lora = {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "a.safetensors", "strength_model": 0.5}}
+    lora["inputs"]["model"] = ["unet", 0]
+    unet = {"class_type": "UNETLoader", "inputs": {}}
+    vae = {"class_type": "VAELoader", "inputs": {"vae_name": "shapes.safetensors"}}
+    graph = Graph(here=here, lora=lora, unet=unet, vae=vae)
+    hidden = SimpleNamespace(unique_id="here", dynprompt=graph)
+    monkeypatch.setattr(node, "hidden", hidden, raising=False)
+
+    def call(**inputs: object) -> dict:
+        values = {"family": "sd3", "width": 64, "height": 64, "dtype": "bfloat16"} | inputs
+        return node.execute("(none in models/diffusers)", **values).args[0]
+
+    return call
+
+
+@pytest.fixture
+def loaded(files: SimpleNamespace) -> tuple[Any, Any]:
+    """MODEL and VAE of core's loader nodes."""
+    model = comfy_nodes.UNETLoader().load_unet("shapes.safetensors", "default")[0]
+    return model, comfy_nodes.VAELoader().load_vae("shapes.safetensors")[0]
+
+
+def shifted(model: Any, shift: float) -> Any:
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    return ModelSamplingSD3().patch(model, shift)[0]
+
+
+def with_lora(pack: object, model: Any, files: SimpleNamespace) -> Any:
+    shutil.copy(pack("trainer.shapes").WEIGHTS / "lora.safetensors", files.folder / "loras" / "a.safetensors")
+    return comfy_nodes.LoraLoaderModelOnly().load_lora_model_only(model, "a.safetensors", 0.5)[0]
+
+
+@torch.no_grad()
+def test_the_node_carries_files_shift_and_loras(pack, demo, files, loaded, base_model, sample, noise) -> None:
+    model, vae = loaded
+    changed = shifted(with_lora(pack, model, files), 5.0)
+    given = base_model(model=changed, vae=vae, scheduler="normal")
+    graph = given["graph"]
+    assert (given["family"], graph["file"], graph["vae_file"]) == ("comfy", files.network, files.vae)
+    assert graph["loras"] == [{"file": str(files.folder / "loras" / "a.safetensors"), "strength": 0.5}]
+    assert graph["sampling"] == {"kind": "flow", "predicts": "flow", "shift": 5.0, "multiplier": 1000.0}
+    trained = pack("trainer.models").FAMILIES["comfy"].load(pack("trainer.config").ModelConfig(**given), CPU)
+    sigmas = comfy.samplers.calculate_sigmas(changed.get_model_object("model_sampling"), "normal", 4)
+    assert trained.sigmas(4, 3.0) == pytest.approx(sigmas.tolist(), abs=1e-7)
+    positive = demo.encode("a red circle above a blue square")
+    core = sample(comfy.samplers.sampler_object("euler"), sigmas, noise, model=changed)
+    entry = {"cross_attn": positive[0][0], **positive[0][1]}
+    rollout, entries = pack("trainer.rollout"), pack("trainer.models").EntryConditions
+    plan = rollout.Plan("ode", 0.0, trained.sigmas(4, 3.0), [False] * 4, False)
+    prompting = rollout.Prompting(entries.of([entry] * 4))
+    ours = rollout.sample(trained, plan, prompting, torch.arange(4), noise, lambda step: None, batch=4).final
+    assert (ours - core).abs().max() < 1e-4
+    images = trained.decode(ours)
+    assert (images.movedim(1, -1) - vae.decode(demo.model.model.process_latent_out(core))).abs().max() < 1e-3
+
+
+@torch.no_grad()
+def test_a_checkpoint_brings_network_and_vae(pack, demo, files, base_model, noise) -> None:
+    network = {f"model.diffusion_model.{k}": v for k, v in demo.model.model.diffusion_model.state_dict().items()}
+    vae = {f"first_stage_model.{k}": v for k, v in pack("nodes.demo").vae_weights().items()}
+    save_file(network | vae, files.folder / "checkpoints" / "both.safetensors")
+    model, _, vae = comfy_nodes.CheckpointLoaderSimple().load_checkpoint("both.safetensors")
+    given = base_model(model=model, vae=vae)
+    assert (given["graph"]["loader"], given["graph"]["vae_loader"]) == ("checkpoint", "checkpoint")
+    trained = pack("trainer.models").FAMILIES["comfy"].load(pack("trainer.config").ModelConfig(**given), CPU)
+    kept = demo.model.model.diffusion_model.state_dict()
+    for name, value in trained.module.state_dict().items():
+        assert torch.equal(value, kept[name]), name
+    images = trained.decode(noise)
+    assert (images.movedim(1, -1) - demo.vae.decode(demo.model.model.process_latent_out(noise))).abs().max() < 1e-3
+
+
+def refused(pack: object, says: str) -> Any:
+    return pytest.raises(pack("trainer.errors").BadInput, match=says)
+
+
+def test_what_cannot_be_repeated_is_refused(pack, demo, files, loaded, base_model) -> None:
+    model, vae = loaded
+    other = model.clone()
+    other.cached_patcher_init = None
+    with refused(pack, "a loader that training cannot repeat"):
+        base_model(model=other, vae=vae)
+    other.cached_patcher_init = (shutil.rmtree, (files.network, {}))
+    with refused(pack, "a loader that training cannot repeat"):
+        base_model(model=other, vae=vae)
+    outside = files.folder / "outside.safetensors"
+    other.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(outside), {}))
+    with refused(pack, "lies outside ComfyUI's folders"):
+        base_model(model=other, vae=vae)
+    other.cached_patcher_init = (comfy.sd.load_diffusion_model, (files.network, {"custom_operations": 1}))
+    with refused(pack, "loaded with custom_operations"):
+        base_model(model=other, vae=vae)
+    with refused(pack, "vae is not connected"):
+        base_model(model=model)
+
+
+def test_patches_that_cannot_be_carried_are_refused(pack, files, loaded, base_model) -> None:
+    model, vae = loaded
+    changed = with_lora(pack, model, files)
+    key = next(iter(changed.patches))
+    changed.add_patches({key: ("diff", (torch.zeros(1),))}, 0.3)
+    with refused(pack, "changed the model's weights"):
+        base_model(model=changed, vae=vae)
+    changed = model.clone()
+    changed.set_model_sampler_cfg_function(lambda args: args["cond"])
+    with refused(pack, r"cannot carry over \(sampler_cfg_function\)"):
+        base_model(model=changed, vae=vae)
+    changed = model.clone()
+    changed.add_object_patch("diffusion_model.final_layer", torch.nn.Identity())
+    with refused(pack, "diffusion_model.final_layer"):
+        base_model(model=changed, vae=vae)
+
+
+def test_sizes_levels_and_other_vaes_are_refused(pack, files, loaded, base_model) -> None:
+    model, vae = loaded
+    with refused(pack, "model.frames is 5: this model makes images"):
+        base_model(model=model, vae=vae, frames=5)
+    with refused(pack, "sigmas"):
+        base_model(model=model, vae=vae, sigmas=torch.tensor([1.0, 0.0]))
+    given = base_model(model=model, vae=vae, sigmas=torch.tensor([1.0, 0.5, 0.0]))
+    trained = pack("trainer.models").FAMILIES["comfy"].load(pack("trainer.config").ModelConfig(**given), CPU)
+    assert trained.sigmas(2, 3.0) == [1.0, 0.5, 0.0]
+    with refused(pack, "there are 3 sigmas, and 4 steps take 5"):
+        trained.sigmas(4, 3.0)
+    vae.latent_channels = 4
+    with refused(pack, "the VAE has 4 latent channels and the model 16"):
+        base_model(model=model, vae=vae)
+
+
+def test_a_file_that_moved_is_named(pack, files, loaded, base_model) -> None:
+    given = base_model(model=loaded[0], vae=loaded[1])
+    Path(files.network).unlink()
+    with refused(pack, "there is no such .safetensors file"):
+        pack("trainer.models").model_class(pack("trainer.config").ModelConfig(**given))
+
+
+# ---------------------------------------------------------------------------------------------------------- conditions
+
+
+def test_conditions_come_back_from_their_file(pack, tmp_path: Path) -> None:
+    entries, conditions = pack("trainer.models").EntryConditions, pack("trainer.conditions")
+    shared = torch.randn(1, 16, 4, 4)
+    rows = [
+        {
+            "cross_attn": torch.randn(1, n, 8),
+            "guidance": 3.5,
+            "reference_latents": [shared],
+            "mask": None,
+            "n": {"a": 1},
+        }
+        for n in (5, 7)
+    ]
+    conditions.save_conditions(tmp_path / "c.safetensors", ["a", "b"], entries.of(rows))
+    texts, back = conditions.load_conditions(tmp_path / "c.safetensors")
+    assert texts == ["a", "b"]
+    for before, after in zip(rows, back.entries, strict=True):
+        assert torch.equal(before["cross_attn"], after["cross_attn"])
+        assert torch.equal(before["reference_latents"][0], after["reference_latents"][0])
+        assert (after["guidance"], after["mask"], after["n"]) == (3.5, None, {"a": 1})
+    assert back.entries[0]["reference_latents"][0] is back.entries[1]["reference_latents"][0]
+    picked = back.rows(torch.tensor([1, 0, 1]))
+    groups = [(index.tolist(), entry["cross_attn"].shape) for index, entry in picked.groups()]
+    assert sorted(groups) == [([0, 2], (1, 7, 8)), ([1], (1, 5, 8))]
+
+
+def test_conditioning_that_is_no_data_is_refused(pack) -> None:
+    carried = pack("nodes.encoding")._carried
+    assert carried([[torch.zeros(1), {"pooled_output": torch.zeros(1), "guidance": 2.0}]]) == {"guidance": 2.0}
+    with refused(pack, "conditioning carries 'control'"):
+        carried([[torch.zeros(1), {"control": object()}]])
+    with refused(pack, "has 2 parts"):
+        carried([[torch.zeros(1), {}]] * 2)
+
+
+# -------------------------------------------------------------------------------------------------------- the process
+
+
+def test_a_process_of_its_own_trains_from_the_description_alone(pack, demo, files: SimpleNamespace) -> None:
+    import subprocess
+
+    config = description(pack, graph_section(files), None, runtime={"iterations": 1, "device": "cpu"})
+    conditions = files.folder / "conditions.safetensors"
+    pack("trainer.conditions").save_conditions(conditions, *pack("nodes.encoding").encode(demo.clip, config))
+    data = config.model_dump(mode="json")
+    data["prompts"]["conditions"] = str(conditions)
+    written = files.folder / "run.yaml"
+    written.write_text(pack("trainer.config").parse_config(data).to_yaml())
+    start, output = pack("trainer.launch").START_FILE, files.folder / "out"
+    command = [sys.executable, str(start), "train", str(written), "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=files.folder, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    from safetensors.torch import load_file
+
+    lora = load_file(output / "lora.safetensors")
+    names = comfy.lora.model_lora_keys_unet(demo.model.model, {})
+    assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), names)) == len(lora) // 3 > 0

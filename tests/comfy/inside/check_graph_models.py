@@ -1,0 +1,437 @@
+"""Models as ComfyUI has them, trained by its own code: tiny ones of core's classes, against core's own sampling."""
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models
+import pytest
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family.
+
+    Attributes:
+        core: ComfyUI's class.
+        config: of a tiny network.
+        text: width of the token embeddings, and of the pooled vector where there is one.
+        size: height, width and frames.
+        extra: makes what else the conditioning carries.
+    """
+
+    core: str
+    config: dict
+    text: tuple[int, int | None]
+    size: tuple[int, int, int] = (32, 48, 1)
+    extra: Callable[[], dict] = dict
+    name: str = field(default="")
+
+    def __str__(self) -> str:
+        return self.name or self.core
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1],
+    "channel_mult": [1, 2],
+    "transformer_depth": [1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1],
+}
+SD15 = UNET | {
+    "adm_in_channels": None,
+    "use_linear_in_transformer": False,
+    "num_heads": 2,
+    "num_head_channels": -1,
+    "context_dim": 16,
+}
+SDXL = UNET | {
+    "num_classes": "sequential",
+    "use_linear_in_transformer": True,
+    "num_head_channels": 16,
+    "context_dim": 16,
+    "adm_in_channels": 1280 + 6 * 256,
+}
+SD3 = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "depth": 1,
+    "input_size": None,
+    "adm_in_channels": 16,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 64}},
+    "num_patches": 256,
+    "pos_embed_max_size": 16,
+    "pos_embed_scaling_factor": None,
+    "qk_norm": "rms",
+    "x_block_self_attn_layers": [],
+}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "mlp_ratio": 4.0,
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+    "hidden_size": 32,
+    "num_heads": 2,
+    "axes_dim": [4, 6, 6],
+    "context_in_dim": 16,
+    "vec_in_dim": 16,
+    "depth": 1,
+    "depth_single_blocks": 1,
+}
+FLUX2 = FLUX | {
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "mlp_ratio": 3.0,
+    "theta": 2000,
+    "axes_dim": [4, 4, 4, 4],
+    "vec_in_dim": None,
+    "qkv_bias": False,
+    "ops_bias": False,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "default_ref_method": "index",
+    "ref_index_scale": 10.0,
+    "txt_ids_dims": [3],
+}
+HUNYUAN = {key: value for key, value in FLUX.items() if key != "txt_ids_dims"} | {
+    "image_model": "hunyuan_video",
+    "patch_size": [1, 2, 2],
+    "theta": 256,
+    "byt5": False,
+    "meanflow": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+    "meanflow_sum": False,
+}
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 24,
+    "ffn_dim": 16,
+    "freq_dim": 16,
+    "text_dim": 16,
+    "num_heads": 2,
+    "num_layers": 1,
+}
+QWEN = {
+    "image_model": "qwen_image",
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+}
+LUMINA = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 32,
+    "cap_feat_dim": 16,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [64, 64, 64],
+    "rope_theta": 256.0,
+    "ffn_dim_multiplier": 8.0 / 3.0,
+    "multiple_of": 16,
+}
+ZIMAGE = LUMINA | {
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+    "dim": 256,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "axes_dims": [16, 24, 24],
+}
+LTXV = {
+    "image_model": "ltxv",
+    "num_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 32,
+    "caption_channels": 16,
+}
+
+
+def first_frame() -> dict:
+    """What core's image-to-video nodes put into conditioning."""
+    mask = torch.ones(1, 1, 2, 4, 6)
+    mask[:, :, :1] = 0
+    return {"concat_latent_image": draw(1, 16, 2, 4, 6, seed=7), "concat_mask": mask}
+
+
+def wan_first_frame() -> dict:
+    return first_frame() | {"clip_vision_output": {"penultimate_hidden_states": draw(1, 257, 1280, seed=8)}}
+
+
+VIDEO = (32, 48, 5)
+CASES = [
+    Case("SD15", SD15, (16, None), (64, 64, 1)),
+    Case("SDXL", SDXL, (16, 1280), (64, 64, 1)),
+    Case("SD3", SD3, (16, 16)),
+    Case("Flux", FLUX, (16, 16)),
+    Case("Flux2", FLUX2, (16, None)),
+    Case("QwenImage", QWEN, (16, None)),
+    Case("Lumina2", LUMINA, (16, None)),
+    Case("ZImage", ZIMAGE, (16, None)),
+    Case("WAN21_T2V", WAN, (16, None), VIDEO),
+    Case("WAN21_I2V", WAN | {"model_type": "i2v", "in_dim": 36}, (16, None), VIDEO, wan_first_frame),
+    Case("HunyuanVideo", HUNYUAN, (16, 16), VIDEO),
+    Case("HunyuanVideoSkyreelsI2V", HUNYUAN | {"in_channels": 32}, (16, 16), VIDEO, first_frame),
+    Case("LTXV", LTXV, (16, None), (64, 96, 9), lambda: {"attention_mask": torch.ones(1, 6, dtype=torch.long)}),
+    Case(
+        "QwenImage",
+        QWEN,
+        (16, None),
+        extra=lambda: {"reference_latents": [draw(1, 16, 1, 4, 6, seed=9)]},
+        name="QwenImageEdit",
+    ),
+]
+
+
+def random_weights(network: torch.nn.Module) -> None:
+    weights = {}
+    for i, (name, value) in enumerate(network.state_dict().items()):
+        scale = value.ndim == 1 and "norm" in name and name.endswith(("weight", "scale"))
+        spread = 0.1 if value.ndim < 2 else 0.7 / max(1.0, value[0].numel()) ** 0.5
+        weights[name] = (float(scale) + spread * draw(*value.shape, seed=i)).to(value.dtype)
+    network.load_state_dict(weights)
+
+
+def new_patcher(case: Case, dtype: torch.dtype = torch.float32) -> Any:
+    """Core's patcher of a tiny model with random weights, the same every time."""
+    description = getattr(comfy.supported_models, case.core)(dict(case.config))
+    description.unet_config = dict(case.config)
+    description.set_inference_dtype(dtype, None)
+    base = description.get_model({}, "", device="cpu")
+    base.diffusion_model.to(dtype)
+    random_weights(base.diffusion_model)
+    patcher = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher
+
+
+def entry(case: Case, seed: int, tokens: int = 6) -> dict:
+    pooled = {} if case.text[1] is None else {"pooled_output": draw(1, case.text[1], seed=seed + 50)}
+    return {"cross_attn": draw(1, tokens, case.text[0], seed=seed), **pooled, **case.extra()}
+
+
+def conditioning(entry: dict) -> list:
+    """The same as core's nodes hand it over."""
+    carried = {name: value for name, value in entry.items() if name != "cross_attn"}
+    if "clip_vision_output" in carried:
+        carried["clip_vision_output"] = SimpleNamespace(**carried["clip_vision_output"])
+    return [[entry["cross_attn"], copy.deepcopy(carried)]]
+
+
+@torch.no_grad()
+def euler(patcher: Any, noise: Tensor, sigmas: Tensor, positive: dict, negative: dict, cfg: float) -> Tensor:
+    """Core's own sampling; latents in the model's own scale."""
+    comfy.model_management.in_training = False
+    guider = comfy.samplers.CFGGuider(patcher)
+    guider.set_conds(conditioning(positive), conditioning(negative))
+    guider.set_cfg(cfg)
+    sampler = comfy.samplers.sampler_object("euler")
+    done = guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+    return patcher.model.process_latent_in(done)
+
+
+@dataclass
+class Trained:
+    """A tiny model behind the trainer's interface, with a LoRA."""
+
+    case: Case
+    model: Any
+    lora: Any
+    plan: Any
+    prompting: Any
+    noise: Tensor
+    config: Any
+
+    def wake(self, scale: float = 0.2) -> None:
+        """Give the LoRA weights that do something."""
+        for i, parameter in enumerate(self.lora.parameters(self.model.module).values()):
+            parameter.data = (scale * draw(*parameter.shape, seed=i)).to(parameter)
+
+
+def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) -> Trained:
+    config_module, models = pack("trainer.config"), pack("trainer.models")
+    rollout, schedule = pack("trainer.rollout"), pack("trainer.models.comfy")
+    height, width, frames = case.size
+    graph = {"folder": "x", "file": "x", "vae_file": "x"}
+    config = config_module.ModelConfig(
+        family="comfy", graph=graph, height=height, width=width, frames=frames, **settings
+    )
+    model = schedule.ComfyModel(patcher, None, config)
+    lora = pack("trainer.lora")
+    lora_config = config_module.LoraConfig(rank=2, alpha=6)
+    lora.inject(model.module, lora_config, model.default_targets, seed=0)
+    kernel = "dance" if model.predicts_flow else "ddim"
+    sigmas = model.sigmas(STEPS, None)
+    plan = rollout.Plan(kernel, 0.3, sigmas, [True] * (STEPS - 1) + [False], False, 2.0)
+    conditions = models.EntryConditions.of([entry(case, 1), entry(case, 2)])
+    prompting = rollout.Prompting(conditions, models.EntryConditions.of([entry(case, 3)]))
+    noise = torch.stack([draw(*model.latent_shape, seed=4), draw(*model.latent_shape, seed=5)])
+    return Trained(case, model, lora, plan, prompting, noise, lora_config)
+
+
+def deterministic(pack: Callable, trained: Trained) -> Tensor:
+    """The trainer's rollout without added noise."""
+    rollout = pack("trainer.rollout")
+    still = rollout.Plan(trained.model.still_kernel, 0.0, trained.plan.sigmas, [False] * STEPS, False, 2.0)
+    return rollout.sample(
+        trained.model, still, trained.prompting, torch.arange(2), trained.noise, lambda step: None, batch=8
+    ).final
+
+
+def core_samples(trained: Trained, patcher: Any) -> Tensor:
+    """Core's sampling of the same two prompts, one by one, as its graph would."""
+    sampling = patcher.model.model_sampling
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", STEPS)
+    prompting, case = trained.prompting, trained.case
+    return torch.cat(
+        [
+            euler(patcher, trained.noise[i : i + 1], sigmas, prompting.conditions.entries[i], entry(case, 3), 2.0)
+            for i in range(2)
+        ]
+    )
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+
+
+def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.LogCaptureFixture) -> None:
+    trained = graph_model(pack, case, new_patcher(case))
+    reference = new_patcher(case)
+    base = core_samples(trained, reference)
+    comfy.model_management.in_training = True
+    assert relative(deterministic(pack, trained), base) < 1e-5, "the rollout is not core's euler"
+
+    trained.wake()
+    learned = deterministic(pack, trained)
+    assert relative(learned, base) > 1e-2, "the LoRA does nothing, so this test would see nothing"
+    weights = trained.lora.comfy_weights(
+        trained.lora.parameters(trained.model.module), trained.config.alpha, trained.model.lora_key
+    )
+    names = comfy.lora.model_lora_keys_unet(reference.model, {})
+    with caplog.at_level(logging.WARNING):
+        patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(weights)), names)
+    assert not [record.getMessage() for record in caplog.records if "not loaded" in record.getMessage()]
+    assert len(patches) == len(weights) // 3
+    patched = reference.clone()
+    assert set(patched.add_patches(patches)) == set(patches)
+    assert relative(core_samples(trained, patched), learned) < 1e-4, "the file is not what was trained"
+
+    comfy.model_management.in_training = True
+    assert ratio_deviation(pack, trained) < 1e-6
+
+
+def ratio_deviation(pack: Callable, trained: Trained) -> float:
+    """How far the ratio of any action is off 1 before an update, and the forward pass that training makes."""
+    update, rollout, config = pack("trainer.update"), pack("trainer.rollout"), pack("trainer.config")
+    prompt_of = torch.arange(2)
+    kept = rollout.sample(
+        trained.model,
+        trained.plan,
+        trained.prompting,
+        prompt_of,
+        trained.noise,
+        lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)]),
+        batch=8,
+    )
+    actions = update.Actions(trained.plan, trained.prompting, kept, prompt_of)
+    statistics = update.Statistics.zeros(CPU)
+    pairs = [(i, step) for i in range(2) for step in range(STEPS - 1)]
+    objective = config.ObjectiveConfig(batch_size=4)
+    advantages = torch.tensor([1.0, -1.0])
+    update.train(trained.model, actions, advantages, pairs, len(pairs), objective, statistics, lambda: None)
+    gradients = [p.grad for p in trained.lora.parameters(trained.model.module).values()]
+    assert any(g is not None and g.any() for g in gradients)
+    return statistics.largest.item()
+
+
+def loss_of(trained: Trained) -> Tensor:
+    """A plain function of two predictions at different noise levels."""
+    levels = torch.tensor([trained.plan.sigmas[0], trained.plan.sigmas[2]])
+    conditions = trained.prompting.conditions
+    output = trained.model.velocity(trained.noise, levels, conditions, 2.0, trained.prompting.unconditional)
+    return (output.double() * draw(*output.shape, seed=6).double()).mean()
+
+
+def gradients_of(trained: Trained) -> list[Tensor]:
+    parameters = list(trained.lora.parameters(trained.model.module).values())
+    found = torch.autograd.grad(loss_of(trained), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+
+
+def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(
+    pack: Callable, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # or float32 in the middle would drown small differences
+    plain = graph_model(pack, case, new_patcher(case, torch.float64))
+    checked = graph_model(pack, case, new_patcher(case, torch.float64), gradient_checkpointing=True)
+    for trained in (plain, checked):
+        trained.wake()
+        trained.model.module.double()
+        trained.noise = trained.noise.double()
+    ours, again = gradients_of(plain), gradients_of(checked)
+    for a, b in zip(ours, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+    parameters = list(plain.lora.parameters(plain.model.module).values())
+    directions = [draw(*p.shape, seed=900 + i).double() for i, p in enumerate(parameters)]
+    length = sum(d.square().sum() for d in directions).sqrt()
+    directions = [d / length for d in directions]
+    slope = sum((g.double() * d).sum() for g, d in zip(ours, directions, strict=True)).item()
+    step, values = 1e-3, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += sign * step * direction
+            values.append(loss_of(plain).item())
+    difference = (values[0] - values[1]) / (2 * step)
+    print(f"{case}: {slope:.8g} {difference:.8g}")
+    assert abs(slope) > 1e-6
+    assert abs(slope - difference) < 1e-3 * abs(difference)

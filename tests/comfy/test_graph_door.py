@@ -1,0 +1,136 @@
+"""A model of core's loaders, trained from a graph by the real server and a real trainer, and used in the same graph."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from comfy_host import ROOT, PromptFailed, Server
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = ROOT / "trainer" / "shapes" / "weights"
+OVERRIDES = "\n".join(
+    [
+        "rollout.steps=4",
+        "rollout.group_size=2",
+        "rollout.prompts_per_iteration=2",
+        "evaluation.images_per_prompt=1",
+        "runtime.iterations=2",
+    ]
+)
+
+SAMPLER = {
+    "kernel": "cps",
+    "eta": 0.5,
+    "seed": 0,
+    "start_step": 0,
+    "end_step": 10000,
+    "noise_device": "cpu",
+    "first_image": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def files(comfy: Server) -> None:
+    """The embedded model as single files in the server's model folders."""
+    models = comfy.base / "models"
+    for name in ("diffusion_models", "vae"):
+        (models / name).mkdir(parents=True, exist_ok=True)
+    network = WEIGHTS / "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copy(network, models / "diffusion_models" / "shapes.safetensors")
+    # TAESD's own layout counts the clamp before the decoder as a layer.
+    state = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+    for name, value in load_file(WEIGHTS / "vae/diffusion_pytorch_model.safetensors").items():
+        part, _, layer, rest = name.split(".", 3)
+        state[f"taesd_{part}.{int(layer) + (part == 'decoder')}.{rest}"] = value.float()
+    save_file(state, models / "vae" / "shapes.safetensors")
+
+
+def node(class_type: str, **inputs: object) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def graph(name: str, **base: object) -> dict:
+    """Core's loaders, a shift, training, and the result in core's loader, the pack's sampler and its score."""
+    base_model = {
+        "folder": "(none in models/diffusers)",
+        "family": "sd3",
+        "width": 64,
+        "height": 64,
+        "dtype": "bfloat16",
+        "vae_dtype": "float32",
+        "gradient_checkpointing": True,
+        "model": ["shift", 0],
+        "vae": ["vae", 0],
+        "scheduler": "simple",
+    }
+    return {
+        "unet": node("UNETLoader", unet_name="shapes.safetensors", weight_dtype="default"),
+        "shift": node("ModelSamplingSD3", model=["unet", 0], shift=3.0),
+        "vae": node("VAELoader", vae_name="shapes.safetensors"),
+        "demo": node("DanceGRPO_DemoModel"),
+        "base": node("DanceGRPO_BaseModel", **(base_model | base)),
+        "reward": node("DanceGRPO_LoadReward", reward="colorfulness"),
+        "settings": node("DanceGRPO_Preset", preset="demo", overrides=OVERRIDES),
+        "train": node(
+            "DanceGRPO_TrainLoRA",
+            grpo_model=["base", 0],
+            clip=["demo", 1],
+            reward=["reward", 0],
+            settings=["settings", 0],
+            name=name,
+            prompts="a red circle\ntwo blue squares",
+            held_out_prompts="a green triangle",
+            wait=True,
+            processes=1,
+        ),
+        "lora": node("LoraModelLoader", model=["shift", 0], lora=["train", 0], strength_model=1.0, bypass=False),
+        "text": node("CLIPTextEncode", text="a green triangle", clip=["demo", 1]),
+        "empty": node("EmptySD3LatentImage", width=64, height=64, batch_size=2),
+        "noise": node("RandomNoise", noise_seed=5),
+        "sampler": node("DanceGRPO_SDESampler", **SAMPLER),
+        "sigmas": node("BasicScheduler", model=["lora", 0], scheduler="simple", steps=4, denoise=1.0),
+        "guider": node("BasicGuider", model=["lora", 0], conditioning=["text", 0]),
+        "sample": node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["sampler", 0],
+            sigmas=["sigmas", 0],
+            latent_image=["empty", 0],
+        ),
+        "decode": node("VAEDecode", samples=["sample", 0], vae=["vae", 0]),
+        "score": node(
+            "DanceGRPO_ScoreImages",
+            reward=["reward", 0],
+            images=["decode", 0],
+            prompt="a green triangle",
+            batch="images",
+        ),
+        "shown": node("PreviewAny", source=["score", 2]),
+    }
+
+
+def test_a_graph_of_core_loaders_trains_and_uses_the_lora(comfy: Server, files: None) -> None:
+    outputs = comfy.run(graph("graph_door"), patience=400)
+    assert outputs["shown"]["text"]
+    run = comfy.base / "output" / "dancegrpo" / "runs" / "graph_door"
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert len(events) == 2
+    assert events[0]["ratio"]["max_deviation_before_update"] < 1e-6
+    lora = load_file(run / "lora.safetensors")
+    assert all(key.startswith("diffusion_model.joint_blocks.") for key in lora)
+    assert "not loaded" not in comfy.output.lower()
+
+
+def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) -> None:
+    with pytest.raises(PromptFailed, match="model.frames is 5: this model makes images"):
+        comfy.run(graph("graph_door_frames", frames=5))
+    prompt = graph("graph_door_vae", vae=["demo", 2])
+    with pytest.raises(PromptFailed, match="VAE comes from a loader that training cannot repeat"):
+        comfy.run(prompt)
+    prompt = graph("graph_door_clip")
+    del prompt["train"]["inputs"]["clip"]
+    with pytest.raises(PromptFailed, match="clip is not connected"):
+        comfy.run(prompt)
