@@ -185,7 +185,7 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     [
         ("p.csv", "text\na\n", "has the columns text: it takes prompt"),
         ("p.csv", "prompt,image\na\n", "line 2 does not have 2 columns"),
-        ("p.csv", "prompt\n\"\"\n", "'prompt' must be a text that is not empty"),
+        ("p.csv", 'prompt\n""\n', "'prompt' must be a text that is not empty"),
         ("p.csv", "prompt,image\na,b.png\n", "there is no image"),
         ("p.jsonl", '{"prompt": "a", "image": 3}', "'category' and 'image' texts"),
         ("p.csv", "prompt\na\na\n", "repeats the prompt 'a'"),
