@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_config, preset, preset_names
 from ..trainer.errors import BadInput
+from ..trainer.reference import rules
 from .types import CATEGORY, SettingsType
 
 MAIN = (
@@ -91,7 +92,7 @@ def widget(setting: str, advanced: bool) -> io.Input:
 
 def _range(field: FieldInfo, step: float) -> tuple[float, float]:
     low, high = 0, _LARGEST if field.annotation is int else 1e6
-    for rule in field.metadata:
+    for rule in rules(field):
         low = rule.ge if isinstance(rule, Ge) else rule.gt + step if isinstance(rule, Gt) else low
         high = rule.le if isinstance(rule, Le) else rule.lt - step if isinstance(rule, Lt) else high
     return low, high

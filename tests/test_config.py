@@ -29,7 +29,8 @@ def test_every_setting_has_a_description_and_a_default() -> None:
                 assert field.description.endswith("."), f"{section.__name__}.{name}"
             if field.is_required():
                 without_default.add(f"{section.__name__}.{name}")
-    assert without_default == {"RunConfig.prompts", "RunConfig.rewards", "RewardConfig.name"}
+    files = {"GraphModel.folder", "GraphModel.file", "GraphModel.vae_file", "GraphLora.file"}
+    assert without_default == {"RunConfig.prompts", "RunConfig.rewards", "RewardConfig.name"} | files
 
 
 def test_minimal_description_is_enough() -> None:

@@ -125,7 +125,7 @@ def _default(field: FieldInfo) -> str:
 
 def _accepted(field: FieldInfo) -> str:
     words = [_type(field.annotation)]
-    for rule in [*field.metadata, *_inner_rules(field.annotation)]:
+    for rule in rules(field):
         for kind, (word, attribute) in _SIGNS.items():
             if isinstance(rule, kind):
                 words.append(f"{word} {getattr(rule, attribute):g}")
@@ -134,6 +134,11 @@ def _accepted(field: FieldInfo) -> str:
         if isinstance(rule, MinLen):
             words.append("not empty")
     return ", ".join(words)
+
+
+def rules(field: FieldInfo) -> list:
+    """Bounds of a setting's value."""
+    return [*field.metadata, *_inner_rules(field.annotation)]
 
 
 def _inner_rules(annotation: object) -> list:

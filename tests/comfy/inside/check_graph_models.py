@@ -435,3 +435,20 @@ def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(
     print(f"{case}: {slope:.8g} {difference:.8g}")
     assert abs(slope) > 1e-6
     assert abs(slope - difference) < 1e-3 * abs(difference)
+
+
+def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable, monkeypatch) -> None:
+    check, failed = pack("trainer.opening").check, pack("trainer.errors").RunFailed
+    case = next(case for case in CASES if case.core == "Flux")
+    trained = graph_model(pack, case, new_patcher(case))
+    model, plan, prompting = trained.model, trained.plan, trained.prompting
+    check(model, plan, prompting, 1e-4)
+    with monkeypatch.context() as changed:
+        changed.setattr(model, "plain", lambda call: call() * 1.01)
+        with pytest.raises(failed, match="computes something else in training than in sampling"):
+            check(model, plan, prompting, 1e-4)
+    with monkeypatch.context() as changed:
+        real = model.velocity
+        changed.setattr(model, "velocity", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
+        with pytest.raises(failed, match="the gradient reaches 0 of the LoRA's"):
+            check(model, plan, prompting, 1e-4)
