@@ -7,7 +7,8 @@ import comfy.sd
 import pytest
 import torch
 
-SIGMAS = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+EVEN = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
+SIGMAS = torch.tensor([3 * s / (1 + 2 * s) for s in EVEN])  # the demo model's schedule is shifted by 3
 EULER = comfy.samplers.ksampler("euler")
 
 
@@ -53,9 +54,9 @@ def in_parts(sample, demo, noise, parts, cfg=2.0) -> torch.Tensor:
     [(0.0, 0.5, "LLLBB"), (0.5, 1.0, "BBBLL"), (0.3, 0.7, "BBLLB"), (0.0, 1.0, "LLLLL")],
 )
 def test_it_is_on_between_start_and_end(pack, demo, sample, noise, lora, whole, start, end, splits) -> None:
-    # This model's schedule is not shifted, so a share p of it lies at sigma 1 - p; on while sigma(start) >= sigma.
+    # Before the shift a share p of the schedule lies at 1 - p; on while sigma(start) >= sigma.
     flags = {"L": whole, "B": demo.model}
-    assert splits == "".join("L" if 1 - start >= s > 1 - end else "B" for s in SIGMAS[:-1].double().round(decimals=6))
+    assert splits == "".join("L" if 1 - start >= s > 1 - end else "B" for s in EVEN[:-1])
     parts = [(flags[letter], SIGMAS[i : i + 2]) for i, letter in enumerate(splits)]
     scheduled = pack("nodes.lora").with_scheduled_lora(demo.model, lora, 0.8, start, end)
     for _ in range(2):  # a second sampling starts afresh
