@@ -15,6 +15,7 @@ START_FILE = Path(__file__).resolve().parent / "__main__.py"
 CHILD_MARK = "DANCEGRPO_LAUNCHED"
 LAUNCHER = "DANCEGRPO_LAUNCHER"
 """In the processes of a run in the background: which process is at their root."""
+ENDED = ("finished", "stopped", "failed")
 _started: dict[int, subprocess.Popen] = {}
 """Processes of this one's own, which stay in the process table until they are asked after."""
 _NOT_INHERITED = (
@@ -103,7 +104,9 @@ def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = No
 
 def is_running(run: RunDirectory) -> bool:
     """Whether a process works on the run, from the moment it was started."""
-    return run.is_live() or _lives(run.status().get("launcher"))
+    status = run.status()
+    # A process may live on after its run has ended, and do other work.
+    return run.is_live() or (status.get("state") not in ENDED and _lives(status.get("launcher")))
 
 
 def _lives(process: dict[str, object] | None) -> bool:
@@ -131,12 +134,13 @@ def stop(run: RunDirectory, grace: float = 8.0) -> bool:
     """
     if not is_running(run):
         return False
+    launcher = run.status().get("launcher")
     if run.is_live():  # one that is only starting would take the request for an old one, and has nothing to lose
         run.request_stop()
         deadline = time.monotonic() + grace
-        while is_running(run) and time.monotonic() < deadline:
+        while (run.is_live() or _lives(launcher)) and time.monotonic() < deadline:
             time.sleep(0.1)
-    if is_running(run):
+    if run.is_live() or _lives(launcher):
         _end(run)
     run.stop_file.unlink(missing_ok=True)
     return True
@@ -157,7 +161,7 @@ def _end(run: RunDirectory) -> None:
     if _lives(launcher):
         kill_tree(launcher["pid"])
     run.acquire(timeout=10)
-    if run.status().get("state") not in ("finished", "stopped", "failed"):
+    if run.status().get("state") not in ENDED:
         run.write_status("stopped")
     run.release()
 
