@@ -26,6 +26,7 @@ class HPSv3(QwenReward):
     ```python
     from pathlib import Path
     from hpsv3.dataset.data_collator_qwen import INSTRUCTION, prompt_with_special_token
+
     Path("instruction.txt").write_bytes(INSTRUCTION.encode())
     Path("suffix.txt").write_bytes(prompt_with_special_token.encode())
     ```

@@ -124,6 +124,7 @@ class VideoAlign(VideoAlignNetwork):
     ```python
     from pathlib import Path
     from prompt_template import DETAILED_PROMPT_WITH_SPECIAL_TOKEN
+
     Path("template.txt").write_bytes(DETAILED_PROMPT_WITH_SPECIAL_TOKEN.encode())
     ```
     """
