@@ -21,6 +21,8 @@ from .types import Judges
 GRACE = 6.0
 """Seconds a run has to stop by itself when the user cancels; its processes are ended then."""
 POLL = 0.5
+EXIT = 10.0
+"""Seconds given to the processes of an ended run to give their memory back, before the graph goes on."""
 LOG_LINES = 30
 
 
@@ -238,6 +240,7 @@ def wait(run: RunDirectory, screen: host.Screen) -> None:
         if not running:
             break
         time.sleep(POLL)
+    launch.wait_for_exit(run, EXIT)
     refuse_failure(run)
 
 

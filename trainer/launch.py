@@ -126,6 +126,15 @@ def _lives(process: dict[str, object] | None) -> bool:
         return False
 
 
+def wait_for_exit(run: RunDirectory, patience: float) -> bool:
+    """Whether the processes of a run that has ended are gone, and with them the memory they held, within seconds."""
+    launcher = run.status().get("launcher")
+    deadline = time.monotonic() + patience
+    while _lives(launcher) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not _lives(launcher)
+
+
 def stop(run: RunDirectory, grace: float = 8.0) -> bool:
     """Ask a run to stop, and end its processes when it has not within `grace` seconds.
 
