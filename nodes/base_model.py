@@ -48,7 +48,7 @@ class BaseModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "vae_dtype",
-                    options=["float32", "bfloat16", "float16"],
+                    options=["float32", "bfloat16", "float16", "auto"],
                     advanced=True,
                     tooltip=f"{fields['vae_dtype'].description} A connected VAE keeps its own.",
                 ),

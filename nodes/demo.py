@@ -182,7 +182,9 @@ class DemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         lora = load_torch_file(str(WEIGHTS / "lora.safetensors"))
-        return io.NodeOutput(load_model(), load_clip(), load_vae(), {"family": "sd3", "path": "embedded"}, lora)
+        return io.NodeOutput(
+            load_model(), load_clip(), load_vae(), {"family": "sd3", "path": "embedded", "vae_dtype": "auto"}, lora
+        )
 
 
 NODES = [DemoModel]

@@ -1,5 +1,6 @@
 """The embedded model as it is committed."""
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -82,6 +83,23 @@ def test_base_model_knows_the_world_and_often_errs() -> None:
     images = decode(model, sample(model, plan, prompting, rows, initial, lambda _: initial, batch=64).final, 64)
     right = check(images, texts[:-1])[1].mean().item()
     assert 0.5 < right < 0.75
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype"), [({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)], ids=["fast", "not"]
+)
+def test_automatic_type_of_the_vae_is_what_the_processor_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, known: dict, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    model = SD3Model.load(ModelConfig(vae_dtype="auto"), CPU)
+    exact = SD3Model.load(ModelConfig(), CPU)
+    assert model.vae.dtype == dtype
+    latents = torch.stack([noise(model.latent_shape, 0, i) for i in range(2)])
+    # In steps of the 256 values of a picture.
+    assert ((model.decode(latents) - exact.decode(latents)) * 255).abs().mean() < (
+        1 if dtype == torch.bfloat16 else 1e-9
+    )
 
 
 def test_readme_shows_a_real_result() -> None:

@@ -99,7 +99,10 @@ class ModelConfig(Section):
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="Keep the frozen base in 8 or 4 bits, through bitsandbytes."
     )
-    vae_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Type the VAE decodes in.")
+    vae_dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32",
+        description="Type the VAE decodes in; auto is bfloat16 where the device computes in it fast, else float32.",
+    )
     graph: GraphModel | None = Field(
         None, description="The model of a ComfyUI graph, for family comfy; path and the types above are not used then."
     )

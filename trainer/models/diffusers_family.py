@@ -10,7 +10,16 @@ from ..config import ModelConfig
 from ..errors import BadInput
 from ..schedule import sigma_schedule
 from .base import Conditions, DiffusionModel, require_files
-from .folders import check_quantization, check_weights, load_vae, open_picture, quantization, read_json, vae_scale
+from .folders import (
+    check_quantization,
+    check_weights,
+    load_vae,
+    open_picture,
+    quantization,
+    read_json,
+    vae_dtype,
+    vae_scale,
+)
 from .latents import rows_and_zeros, together
 
 ENCODED_AT_ONCE = 16
@@ -118,7 +127,7 @@ class DiffusersModel(DiffusionModel):
         network = cls._load_network(config, device)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        vae = load_vae(cls.folder(config), config).to(device).requires_grad_(False)
+        vae = load_vae(cls.folder(config), config, device).requires_grad_(False)
         if all(parameter.ndim < 5 for parameter in vae.parameters()):
             vae = vae.to(memory_format=torch.channels_last)
         return cls(network.requires_grad_(False), vae, config)
@@ -201,7 +210,7 @@ class DiffusersModel(DiffusionModel):
         pipeline = pipeline_class.from_pretrained(
             folder,
             **dict.fromkeys(left_out),
-            dtype={"default": getattr(torch, config.dtype), "vae": getattr(torch, config.vae_dtype)},
+            dtype={"default": getattr(torch, config.dtype), "vae": vae_dtype(config, device)},
             local_files_only=True,
             use_safetensors=True,
         )

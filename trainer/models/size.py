@@ -4,7 +4,8 @@ import json
 import struct
 from pathlib import Path
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 4}
+"""Of a number of a type; of "auto" at most."""
 _LARGEST_HEADER = 100_000_000
 
 
