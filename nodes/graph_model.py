@@ -130,9 +130,10 @@ def _inside(file: str, loader: str) -> str:
 
 def _weights(model: object, options: dict) -> str | None:
     """The type of the weights as they are loaded here."""
-    if getattr(model.model.model_config, "quant_config", None) is not None:
+    chosen = options.get("dtype")
+    if chosen is None and getattr(model.model.model_config, "quant_config", None) is not None:
         return None
-    name = str(options.get("dtype") or model.model.get_dtype()).removeprefix("torch.")
+    name = str(chosen or model.model.get_dtype()).removeprefix("torch.")
     known = typing.get_args(typing.get_args(GraphModel.model_fields["weights"].annotation)[0])
     return name if name in known else None
 

@@ -16,7 +16,16 @@ from ..sde import DIFFUSION_KERNELS, KERNELS
 from .autograd import OutOfPlace, checkpoint_blocks
 from .base import Conditions, DiffusionModel
 from .entries import EntryConditions
-from .graph import attention_layers, check_vae, latent_shape, load_network, load_vae, predicts_flow
+from .graph import (
+    attention_layers,
+    check_offload,
+    check_vae,
+    latent_shape,
+    load_network,
+    load_vae,
+    open_mixed_layers,
+    predicts_flow,
+)
 
 WEIGHT_FILES = (".safetensors", ".sft")
 
@@ -49,6 +58,7 @@ class ComfyModel(DiffusionModel):
         self.kernels = tuple(KERNELS if self.predicts_flow else DIFFUSION_KERNELS)
         self.still_kernel = "ode" if self.predicts_flow else "ddim"
         self.module.requires_grad_(False)
+        open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
         self._keys = set(self.comfy.lora.model_lora_keys_unet(self.base, {}))
         self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
@@ -57,6 +67,9 @@ class ComfyModel(DiffusionModel):
             check_vae(vae, self.base.latent_format)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
+        self._is_resident = False
+        self._make_resident()
+        check_offload(patcher.model_size() - patcher.loaded_size() if self.base.model_lowvram else 0, config)
         patcher.pre_run()
 
     # ------------------------------------------------------------------------------------------------ loading
@@ -75,9 +88,7 @@ class ComfyModel(DiffusionModel):
     def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
         comfy = _import(config.graph.folder, device)
         patcher = load_network(config.graph, comfy)
-        vae = load_vae(config.graph, comfy)
-        comfy.management.load_models_gpu([patcher])
-        return cls(patcher, vae, config)
+        return cls(patcher, load_vae(config.graph, comfy), config)
 
     @classmethod
     def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: Any = None) -> Conditions:
@@ -155,9 +166,15 @@ class ComfyModel(DiffusionModel):
             )
 
     def _make_resident(self) -> None:
-        # Decoding may have moved it out.
-        if self.device.type != "cpu":
-            self.comfy.management.load_models_gpu([self.patcher])
+        """Have ComfyUI move the weights to the GPU, as many as fit, and the VAE away from it."""
+        if self._is_resident:  # never between a forward pass and its backward pass, which needs them where they were
+            return
+        if self.vae is not None:
+            self.comfy.management.unload_model_and_clones(self.vae.patcher)
+        reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
+        needed = self.patcher.memory_required([1, *self._shape]) + reserve
+        self.comfy.management.load_models_gpu([self.patcher], memory_required=needed)
+        self._is_resident = True
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         self.comfy.management.in_training = False
@@ -195,6 +212,7 @@ class ComfyModel(DiffusionModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        self._is_resident = False  # ComfyUI makes room for the VAE
         pixels = self.vae.decode(self.base.process_latent_out(latents)).to(latents.device, torch.float32)
         images = pixels.clamp(0, 1).movedim(-1, -3).contiguous()
         return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
@@ -228,6 +246,8 @@ def _import(folder: str, device: torch.device) -> SimpleNamespace:
         import comfy.cli_args
 
         comfy.cli_args.args.cpu = device.type == "cpu"
+        # Its buffers for weights on their way to the GPU are used again before the backward pass.
+        comfy.cli_args.args.disable_async_offload = True
     return _modules()
 
 
@@ -237,10 +257,12 @@ def _modules() -> SimpleNamespace:
     import comfy.model_management
     import comfy.model_patcher
     import comfy.model_sampling
+    import comfy.quant_ops
     import comfy.sampler_helpers
     import comfy.samplers
     import comfy.sd
     import comfy.utils
 
-    names = ("clip_vision", "lora", "model_patcher", "model_sampling", "sampler_helpers", "samplers", "sd", "utils")
+    names = ("clip_vision", "lora", "model_patcher", "model_sampling", "quant_ops", "sampler_helpers", "samplers")
+    names = (*names, "sd", "utils")
     return SimpleNamespace(management=comfy.model_management, **{name: sys.modules[f"comfy.{name}"] for name in names})

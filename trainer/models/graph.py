@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import GraphModel, GraphSampling, ModelConfig
 from ..errors import BadInput
@@ -141,17 +141,58 @@ def check_vae(vae: Any, latent_format: Any) -> None:
         )
 
 
+def check_offload(offloaded: int, config: ModelConfig) -> None:
+    """
+    Args:
+        offloaded: bytes of weights that stay in RAM.
+
+    Raises:
+        BadInput: the backward pass would need all of them on the GPU at once.
+    """
+    if offloaded > 0 and not config.gradient_checkpointing:
+        raise BadInput(
+            f"model.gradient_checkpointing is off, and {offloaded / 2**30:.1f} GB of the weights stay in RAM, because "
+            "they do not fit on the GPU: turn it on"
+        )
+
+
 def attention_layers(network: nn.Module) -> tuple[str, ...]:
     """Names of the linear layers of its attention, and of those that FLUX-like single blocks fuse it with.
 
     Raises:
         BadInput: there are none that a LoRA could be put on.
     """
-    linear = [name for name, child in network.named_modules() if isinstance(child, nn.Linear)]
+    linear = [name for name, child in network.named_modules() if isinstance(child, nn.Linear) or _is_mixed(child)]
     found = tuple(name for name in linear if _is_attention(name.split(".")))
     if not found:
-        raise BadInput("the model has no attention layers with plain, fp8 or bf16 weights, so no LoRA can be put on it")
+        raise BadInput("the model has no attention with linear layers that ComfyUI knows, so no LoRA can be put on it")
     return found
+
+
+def open_mixed_layers(network: nn.Module, packed: type) -> None:
+    """Let the layers of a file in mixed precision (scaled fp8 and its like) count as linear ones, as peft asks for.
+
+    They also unpack their weights in each call, on every device, as ComfyUI does on one that cannot multiply in their
+    format: rounding of what comes in has no gradient, and some of it depends on the rest of the batch.
+
+    Args:
+        packed: ComfyUI's class of weights in such a format.
+    """
+
+    def multiply(layer: nn.Module, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        unpacked = weight.dequantize().to(value.dtype) if isinstance(weight, packed) else weight
+        return nn.functional.linear(value, unpacked, bias)
+
+    for layer in network.modules():
+        if _is_mixed(layer):
+            layer.__class__ = type("MixedLinear", (type(layer), nn.Linear), {"_forward": multiply})
+            layer._full_precision_mm = True
+
+
+def _is_mixed(layer: nn.Module) -> bool:
+    """Whether it is ComfyUI's linear layer for weights of any format, which is no `nn.Linear`."""
+    is_linear = type(layer).__name__ == "Linear" and hasattr(layer, "comfy_cast_weights")
+    return is_linear and not isinstance(layer, nn.Linear)
 
 
 def _is_attention(path: list[str]) -> bool:
