@@ -16,6 +16,7 @@ import comfy.supported_models
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -393,48 +394,95 @@ def ratio_deviation(pack: Callable, trained: Trained) -> float:
     return statistics.largest.item()
 
 
-def loss_of(trained: Trained) -> Tensor:
-    """A plain function of two predictions at different noise levels."""
-    levels = torch.tensor([trained.plan.sigmas[0], trained.plan.sigmas[2]])
-    conditions = trained.prompting.conditions
-    output = trained.model.velocity(trained.noise, levels, conditions, 2.0, trained.prompting.unconditional)
-    return (output.double() * draw(*output.shape, seed=6).double()).mean()
+class InFloat64(TorchDispatchMode):
+    """Inside, what a network computes in float32 whatever it is given (positions, norms) is computed in float64."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+        keywords = {name: wide(value) for name, value in (keywords or {}).items()}
+        return function(*map(wide, arguments), **keywords)
 
 
-def gradients_of(trained: Trained) -> list[Tensor]:
-    parameters = list(trained.lora.parameters(trained.model.module).values())
-    found = torch.autograd.grad(loss_of(trained), parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
+def wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, list | tuple):
+        return [wide(part) for part in value]
+    return torch.float64 if value is torch.float32 else value
 
 
-def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(
-    pack: Callable, case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Tensor, "float", Tensor.double)  # or float32 in the middle would drown small differences
+PAIRS = [(0, 0), (1, 1)]
+"""Two actions (trajectory, step), of different prompts and noise levels."""
+ADVANTAGES = torch.tensor([1.0, -0.6], dtype=torch.float64)
+
+
+def rolled_out(pack: Callable, trained: Trained) -> Any:
+    """Two steps of two prompts, scored while the LoRA does nothing."""
+    rollout, update, plan = pack("trainer.rollout"), pack("trainer.update"), trained.plan
+    short = rollout.Plan(plan.kernel, plan.eta, plan.sigmas[:3], [True, True], False, plan.guidance_scale)
+    kept = rollout.sample(
+        trained.model,
+        short,
+        trained.prompting,
+        torch.arange(2),
+        trained.noise,
+        lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)]),
+        batch=8,
+    )
+    return update.Actions(short, trained.prompting, kept, torch.arange(2))
+
+
+def gradient_of(pack: Callable, trained: Trained, actions: Any) -> list[Tensor]:
+    """The gradient of an update's objective."""
+    update, objective = pack("trainer.update"), pack("trainer.config").ObjectiveConfig(batch_size=4, clip_range=0.99)
+    statistics = update.Statistics.zeros(CPU)
+    update.train(trained.model, actions, ADVANTAGES, PAIRS, len(PAIRS), objective, statistics, lambda: None)
+    parameters = trained.lora.parameters(trained.model.module).values()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+@torch.no_grad()
+def objective_of(pack: Callable, trained: Trained, actions: Any) -> float:
+    """Minus the mean of ratio times advantage: the objective where nothing is clipped, written out again."""
+    step, kept, plan, losses = pack("trainer.sde").step, actions.trajectories, actions.plan, []
+    for (i, place), advantage in zip(PAIRS, ADVANTAGES, strict=True):
+        latents, level = kept.samples[place, i : i + 1], torch.tensor([plan.sigmas[place]])
+        conditions = trained.prompting.conditions.rows(torch.tensor([i]))
+        velocity = trained.model.velocity(latents, level, conditions, 2.0, trained.prompting.unconditional)
+        sigmas = plan.sigmas[place], plan.sigmas[place + 1]
+        again = step(plan.kernel, latents, velocity, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1])
+        losses.append(-(again.log_prob - kept.log_probs[place, i]).exp() * advantage)
+    return torch.cat(losses).mean().item()
+
+
+def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(pack: Callable, case: Case) -> None:
     plain = graph_model(pack, case, new_patcher(case, torch.float64))
     checked = graph_model(pack, case, new_patcher(case, torch.float64), gradient_checkpointing=True)
     for trained in (plain, checked):
-        trained.wake()
         trained.model.module.double()
         trained.noise = trained.noise.double()
-    ours, again = gradients_of(plain), gradients_of(checked)
-    for a, b in zip(ours, again, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
-    parameters = list(plain.lora.parameters(plain.model.module).values())
-    directions = [draw(*p.shape, seed=900 + i).double() for i, p in enumerate(parameters)]
-    length = sum(d.square().sum() for d in directions).sqrt()
-    directions = [d / length for d in directions]
-    slope = sum((g.double() * d).sum() for g, d in zip(ours, directions, strict=True)).item()
-    step, values = 1e-3, []
-    with torch.no_grad():
+    with InFloat64():
+        actions = rolled_out(pack, plain)
+        plain.wake(0.02)
+        checked.wake(0.02)
+        ours, again = gradient_of(pack, plain, actions), gradient_of(pack, checked, actions)
+        for a, b in zip(ours, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+        parameters = list(plain.lora.parameters(plain.model.module).values())
+        directions = [draw(*p.shape, seed=900 + i).double() for i, p in enumerate(parameters)]
+        length = sum(d.square().sum() for d in directions).sqrt()
+        directions = [d / length for d in directions]
+        slope = sum((g * d).sum() for g, d in zip(ours, directions, strict=True)).item()
+        step, values = 1e-4, []
         for sign in (1, -2):
-            for parameter, direction in zip(parameters, directions, strict=True):
-                parameter += sign * step * direction
-            values.append(loss_of(plain).item())
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += sign * step * direction
+            values.append(objective_of(pack, plain, actions))
     difference = (values[0] - values[1]) / (2 * step)
-    print(f"{case}: {slope:.8g} {difference:.8g}")
+    print(f"{case}: {slope:.10g} {difference:.10g} {abs(slope - difference) / abs(difference):.1e}")
+    assert abs(values[0] + 0.2) > 1e-6, "ratios of 1 would not tell one action from another"
     assert abs(slope) > 1e-6
-    assert abs(slope - difference) < 1e-3 * abs(difference)
+    assert abs(slope - difference) < 1e-6 * abs(difference)
 
 
 def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable, monkeypatch) -> None:
