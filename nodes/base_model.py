@@ -8,6 +8,7 @@ from ..trainer.config import GraphModel, ModelConfig, parse_config
 from ..trainer.errors import BadInput
 from ..trainer.models import FAMILIES, model_class
 from . import graph_model
+from .dry_run import Blueprint, Described
 from .folders import diffusers_folders
 from .types import CATEGORY, ModelType
 
@@ -122,7 +123,9 @@ class BaseModel(io.ComfyNode):
         used = {name: value for name, value in values.items() if name not in ("dtype", "vae_dtype")}
         config = cls._checked({**used, "family": "comfy", "graph": graph})
         graph_model.check_size(model, config)
-        return io.NodeOutput(config.model_dump(mode="json"))
+        described = Described(config.model_dump(mode="json"))
+        described.blueprint = Blueprint.of(model)
+        return io.NodeOutput(described)
 
     @classmethod
     def _of_folder(cls, folder: str, values: dict) -> io.NodeOutput:

@@ -68,8 +68,6 @@ class ComfyModel(DiffusionModel):
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
         self._is_resident = False
-        self._make_resident()
-        check_offload(patcher.model_size() - patcher.loaded_size() if self.base.model_lowvram else 0, config)
         patcher.pre_run()
 
     # ------------------------------------------------------------------------------------------------ loading
@@ -88,7 +86,10 @@ class ComfyModel(DiffusionModel):
     def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
         comfy = _import(config.graph.folder, device)
         patcher = load_network(config.graph, comfy)
-        return cls(patcher, load_vae(config.graph, comfy), config)
+        model = cls(patcher, load_vae(config.graph, comfy), config)
+        model._make_resident()
+        check_offload(patcher.model_size() - patcher.loaded_size() if model.base.model_lowvram else 0, config)
+        return model
 
     @classmethod
     def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: Any = None) -> Conditions:
@@ -139,14 +140,19 @@ class ComfyModel(DiffusionModel):
 
     def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
         """ComfyUI's estimate of the clean latents."""
+        conditions = self._conditions_of(noisy, entry, branch)
+        return self.comfy.samplers.calc_cond_batch(self.base, [conditions], noisy, sigmas, self._options)[0]
+
+    def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
+        """What ComfyUI makes of CONDITIONING for latents of this shape and place."""
         entry = self._restored(entry)
         tokens = entry.pop("cross_attn")
         conds = {branch: self.comfy.sampler_helpers.convert_cond([[tokens, entry]])}
         conds = self.comfy.samplers.process_conds(
-            self.base, noisy, conds, noisy.device, latent_image=torch.zeros_like(noisy), seed=0
+            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0
         )
         self._check_guidance(conds[branch])
-        return self.comfy.samplers.calc_cond_batch(self.base, [conds[branch]], noisy, sigmas, self._options)[0]
+        return conds[branch]
 
     def _restored(self, entry: dict[str, Any]) -> dict[str, Any]:
         entry = dict(entry)

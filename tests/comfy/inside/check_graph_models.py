@@ -11,6 +11,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
+SAMPLING = comfy.model_sampling
 STEPS = 4
 
 
@@ -500,3 +502,54 @@ def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable,
         changed.setattr(model, "velocity", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
         with pytest.raises(failed, match="the gradient reaches 0 of the LoRA's"):
             check(model, plan, prompting, 1e-4)
+
+
+def described(
+    pack: Callable, case: Case, patcher: Any, sigmas: list | None = None, **sections: dict
+) -> tuple[Any, Any]:
+    """What *GRPO Base Model* and *GRPO Train LoRA* know of a model before its run."""
+    height, width, frames = case.size
+    graph = {"folder": "x", "file": "x", "vae_file": "x", "scheduler": "simple", "sigmas": sigmas}
+    kernel = "dance" if pack("trainer.models.graph").predicts_flow(patcher.model.model_sampling, SAMPLING) else "ddim"
+    data = {
+        "model": {"family": "comfy", "graph": graph, "height": height, "width": width, "frames": frames},
+        "prompts": {"texts": ["any"]},
+        "rewards": [{"name": "colorfulness"}],
+        "rollout": {"kernel": kernel},
+    }
+    return pack("nodes.dry_run").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
+
+
+def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable, case: Case, monkeypatch) -> None:
+    dry_run, entries = pack("nodes.dry_run"), pack("trainer.models").EntryConditions
+    blueprint, config = described(pack, case, new_patcher(case))
+    reached = []
+    whole = dry_run.Shell.take
+    monkeypatch.setattr(dry_run.Shell, "take", lambda *arguments: (whole(*arguments), reached.append(1)))
+    comfy.model_management.in_training = False
+    dry_run.refuse(blueprint, config, entries.of([entry(case, 1)]))
+    assert reached, "the network was not run to its end, so that it could have refused nothing"
+    assert not comfy.model_management.in_training, "the user's own sampling goes on as it was"
+    wrong = entry(case, 1) | {"cross_attn": draw(1, 6, case.text[0] + 8)}
+    with pytest.raises(pack("trainer.errors").BadInput, match=f"{case.text[0]} numbers .* given {case.text[0] + 8}"):
+        dry_run.refuse(blueprint, config, entries.of([wrong]))
+    if case.text[1] is not None:
+        wrong = entry(case, 1) | {"pooled_output": draw(1, case.text[1] - 8)}  # some cut off what is more
+        with pytest.raises(pack("trainer.errors").BadInput, match="does not take what clip and conditioning give"):
+            dry_run.refuse(blueprint, config, entries.of([wrong]))
+
+
+def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: Callable) -> None:
+    refuse, bad, entries = pack("nodes.dry_run").refuse, pack("trainer.errors").BadInput, pack("trainer.models")
+    flux, sdxl = (next(case for case in CASES if case.core == core) for core in ("Flux", "SDXL"))
+    patcher = new_patcher(flux)
+    refuse(*described(pack, flux, patcher), None)
+    with pytest.raises(bad, match="rollout.kernel is 'ddim': models of family comfy take"):
+        refuse(*described(pack, flux, patcher, rollout={"kernel": "ddim"}), None)
+    with pytest.raises(bad, match="lora.targets: 'attention.qkv' matches no linear layer"):
+        refuse(*described(pack, flux, patcher, lora={"targets": ["attention.qkv"]}), None)
+    with pytest.raises(bad, match="there are 3 sigmas, and 6 steps take 7"):
+        refuse(*described(pack, flux, patcher, [1.0, 0.5, 0.0], rollout={"kernel": "dance", "steps": 6}), None)
+    lacking = {"cross_attn": draw(1, 6, 16)}
+    with pytest.raises(bad, match=r"needs something that clip does not give \('pooled_output'\)"):
+        refuse(*described(pack, sdxl, new_patcher(sdxl)), entries.EntryConditions.of([lacking]))
