@@ -45,6 +45,10 @@ class Described(dict):
 
     blueprint: Blueprint
 
+    def __deepcopy__(self, memo: dict) -> dict:
+        """A copy is plain data, as what is written down has to be."""
+        return copy.deepcopy(dict(self), memo)
+
 
 class Shell(ComfyModel):
     """The trainer's model on no device: it computes shapes alone."""

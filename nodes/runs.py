@@ -169,6 +169,7 @@ def resume(run: RunDirectory) -> bool:
         return False
     status, config = run.status(), run.config()
     processes, gpus = status.get("processes") or 1, status.get("gpus") or None
+    model_class(config.model)
     _make_room(config, processes, gpus)
     run.acquire()
     try:

@@ -25,6 +25,7 @@ from .graph import (
     load_vae,
     open_mixed_layers,
     predicts_flow,
+    require_version,
 )
 
 WEIGHT_FILES = (".safetensors", ".sft")
@@ -75,8 +76,7 @@ class ComfyModel(DiffusionModel):
     @staticmethod
     def check(config: ModelConfig) -> None:
         graph = config.graph
-        if not (Path(graph.folder) / "comfy" / "sd.py").is_file():
-            raise BadInput(f"model.graph.folder is {graph.folder!r}: ComfyUI is not there")
+        require_version(Path(graph.folder))
         named = [("file", graph.file), ("vae_file", graph.vae_file), *(("loras", lora.file) for lora in graph.loras)]
         for field, file in named:
             if Path(file).suffix not in WEIGHT_FILES or not Path(file).is_file():

@@ -3,6 +3,8 @@
 ComfyUI's modules are handed in: `comfy` stands for all of them, `kinds` for `comfy.model_sampling`.
 """
 
+import re
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -139,6 +141,36 @@ def check_vae(vae: Any, latent_format: Any) -> None:
             f"the VAE has {vae.latent_channels} latent channels and the model {latent_format.latent_channels}: connect "
             "the VAE that belongs to it"
         )
+    if vae.latent_dim != latent_format.latent_dimensions:
+        kinds = {2: "images", 3: "videos"}
+        raise BadInput(
+            f"the VAE has latents of {kinds.get(vae.latent_dim, 'sound')} and the model those of "
+            f"{kinds.get(latent_format.latent_dimensions, 'sound')}: connect the VAE that belongs to it"
+        )
+    if vae.spacial_compression_decode() != latent_format.spacial_downscale_ratio:
+        raise BadInput(
+            f"the VAE makes {vae.spacial_compression_decode()} pixels of a latent and the model is made for "
+            f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to it"
+        )
+
+
+OLDEST = (0, 20, 0)
+"""ComfyUI's version from which on models of a graph can be trained, as in pyproject.toml."""
+
+
+def require_version(folder: Path) -> None:
+    """
+    Raises:
+        BadInput: ComfyUI is older, or is not there.
+    """
+    if not (folder / "comfy" / "sd.py").is_file():
+        raise BadInput(f"model.graph.folder is {str(folder)!r}: ComfyUI is not there")
+    file = folder / "comfyui_version.py"
+    found = re.search(r"__version__ = \"(\d+)\.(\d+)\.(\d+)", file.read_text() if file.is_file() else "")
+    if found is None or tuple(map(int, found.groups())) < OLDEST:
+        version = "of an unknown version" if found is None else ".".join(found.groups())
+        oldest = ".".join(map(str, OLDEST))
+        raise BadInput(f"ComfyUI in {folder} is {version}, and a connected model needs {oldest} or later: update it")
 
 
 def check_offload(offloaded: int, config: ModelConfig) -> None:

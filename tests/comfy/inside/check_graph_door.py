@@ -1,8 +1,10 @@
 """The embedded model loaded from files by core's loaders: described by the node, trained as through the other door."""
 
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
 COMFYUI = Path(folder_paths.__file__).resolve().parent
 PROMPTS = ["a red circle", "two blue squares"]
 PAIRS = {
@@ -290,13 +293,59 @@ def test_sizes_levels_and_other_vaes_are_refused(pack, files, loaded, base_model
     vae.latent_channels = 4
     with refused(pack, "the VAE has 4 latent channels and the model 16"):
         base_model(model=model, vae=vae)
+    vae.latent_channels, vae.latent_dim = 16, 3
+    with refused(pack, "the VAE has latents of videos and the model those of images"):
+        base_model(model=model, vae=vae)
+    vae.latent_dim, vae.upscale_ratio = 2, 16
+    with refused(pack, "the VAE makes 16 pixels of a latent and the model is made for 8"):
+        base_model(model=model, vae=vae)
 
 
-def test_a_file_that_moved_is_named(pack, files, loaded, base_model) -> None:
+def test_an_old_comfyui_is_refused(pack, loaded, base_model, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "sd.py").touch()
+    monkeypatch.setattr(folder_paths, "__file__", str(tmp_path / "folder_paths.py"))
+    with refused(pack, "is of an unknown version, and a connected model needs 0.20.0 or later"):
+        base_model(model=loaded[0], vae=loaded[1])
+    for version, is_old in (("0.19.7", True), ("0.20.0", False), ("1.0.0", False)):
+        (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+        with refused(pack, f"is {version}, and a connected model") if is_old else nullcontext():
+            base_model(model=loaded[0], vae=loaded[1])
+    floor = re.search(r'requires-comfyui = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert floor == ".".join(map(str, pack("trainer.models.graph").OLDEST))
+
+
+class Clip:
+    """Text encoders of some width."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        return [[torch.zeros(1, 4, self.width), {"pooled_output": torch.zeros(1, 128)}]]
+
+
+def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model, monkeypatch) -> None:
+    runs, reached = pack("nodes.runs"), []
+    monkeypatch.setattr(pack("nodes.host"), "free_memory", lambda: reached.append(1))
+    monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
     given = base_model(model=loaded[0], vae=loaded[1])
-    Path(files.network).unlink()
-    with refused(pack, "there is no such .safetensors file"):
-        pack("trainer.models").model_class(pack("trainer.config").ModelConfig(**given))
+    data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}
+
+    def begin() -> None:
+        runs.begin("x", data, Clip(100), "source", 1, None)
+
+    with refused(pack, "does not take what clip and conditioning give .* numbers for a token and is given 100"):
+        begin()
+    file = Path(files.network)
+    file.rename(file.with_suffix(".sft"))
+    with refused(pack, "model.graph.file is .* there is no such .safetensors file"):
+        begin()
+    assert not reached
+    assert not (files.folder / "runs").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- conditions
