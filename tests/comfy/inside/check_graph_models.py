@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,14 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
+import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
 SAMPLING = comfy.model_sampling
@@ -34,6 +39,9 @@ class Case:
         text: width of the token embeddings, and of the pooled vector where there is one.
         size: height, width and frames.
         extra: makes what else the conditioning carries.
+        detected: what to change in `config` so that core's loader recognises a file of it, for it takes the width of
+            heads and of texts as given; None where it only knows the released sizes.
+        detected_text: `text` then.
     """
 
     core: str
@@ -42,6 +50,8 @@ class Case:
     size: tuple[int, int, int] = (32, 48, 1)
     extra: Callable[[], dict] = dict
     name: str = field(default="")
+    detected: dict | None = None
+    detected_text: tuple[int, int | None] = (16, None)
 
     def __str__(self) -> str:
         return self.name or self.core
@@ -205,20 +215,62 @@ def wan_first_frame() -> dict:
 
 
 VIDEO = (32, 48, 5)
+HEAD = {"hidden_size": 128, "num_heads": 1}
+FLUX_HEAD = HEAD | {"axes_dim": [16, 56, 56]}
+ONE_LEVEL = {
+    "model_channels": 320,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "context_dim": 768,
+    "num_heads": 8,
+}
+WAN_HEAD = {"dim": 128, "num_heads": 1, "freq_dim": 256, "text_dim": 4096}
+LTXV_HEADS = {
+    "num_attention_heads": 32,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 64,
+    "caption_channels": 4096,
+}
 CASES = [
-    Case("SD15", SD15, (16, None), (64, 64, 1)),
+    Case("SD15", SD15, (16, None), (64, 64, 1), detected=ONE_LEVEL, detected_text=(768, None)),
     Case("SDXL", SDXL, (16, 1280), (64, 64, 1)),
-    Case("SD3", SD3, (16, 16)),
-    Case("Flux", FLUX, (16, 16)),
-    Case("Flux2", FLUX2, (16, None)),
+    Case("SD3", SD3, (16, 16), detected={}, detected_text=(16, 16)),
+    Case("Flux", FLUX, (16, 16), detected=FLUX_HEAD, detected_text=(16, 16)),
+    Case("Flux2", FLUX2, (16, None), detected=HEAD | {"axes_dim": [32] * 4}),
     Case("QwenImage", QWEN, (16, None)),
     Case("Lumina2", LUMINA, (16, None)),
     Case("ZImage", ZIMAGE, (16, None)),
-    Case("WAN21_T2V", WAN, (16, None), VIDEO),
-    Case("WAN21_I2V", WAN | {"model_type": "i2v", "in_dim": 36}, (16, None), VIDEO, wan_first_frame),
-    Case("HunyuanVideo", HUNYUAN, (16, 16), VIDEO),
-    Case("HunyuanVideoSkyreelsI2V", HUNYUAN | {"in_channels": 32}, (16, 16), VIDEO, first_frame),
-    Case("LTXV", LTXV, (16, None), (64, 96, 9), lambda: {"attention_mask": torch.ones(1, 6, dtype=torch.long)}),
+    Case("WAN21_T2V", WAN, (16, None), VIDEO, detected=WAN_HEAD, detected_text=(4096, None)),
+    Case(
+        "WAN21_I2V",
+        WAN | {"model_type": "i2v", "in_dim": 36},
+        (16, None),
+        VIDEO,
+        wan_first_frame,
+        detected=WAN_HEAD,
+        detected_text=(4096, None),
+    ),
+    Case("HunyuanVideo", HUNYUAN, (16, 16), VIDEO, detected=FLUX_HEAD | {"vec_in_dim": 768}, detected_text=(16, 768)),
+    Case(
+        "HunyuanVideoSkyreelsI2V",
+        HUNYUAN | {"in_channels": 32},
+        (16, 16),
+        VIDEO,
+        first_frame,
+        detected=FLUX_HEAD | {"vec_in_dim": 768},
+        detected_text=(16, 768),
+    ),
+    Case(
+        "LTXV",
+        LTXV,
+        (16, None),
+        (64, 96, 9),
+        lambda: {"attention_mask": torch.ones(1, 6, dtype=torch.long)},
+        detected=LTXV_HEADS,
+        detected_text=(4096, None),
+    ),
     Case(
         "QwenImage",
         QWEN,
@@ -394,6 +446,27 @@ def ratio_deviation(pack: Callable, trained: Trained) -> float:
     gradients = [p.grad for p in trained.lora.parameters(trained.model.module).values()]
     assert any(g is not None and g.any() for g in gradients)
     return statistics.largest.item()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.detected is not None], ids=str)
+def test_a_single_file_is_loaded_again_as_the_graph_loaded_it(
+    pack: Callable, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = replace(case, config=case.config | case.detected, text=case.detected_text)
+    original = new_patcher(case)
+    weights = {f"model.diffusion_model.{k}": v for k, v in original.model.diffusion_model.state_dict().items()}
+    save_file(weights, tmp_path / "tiny.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    loaded = comfy_nodes.UNETLoader().load_unet("tiny.safetensors", "default")[0]
+    assert type(loaded.model) is type(original.model)
+    description = pack("nodes.graph_model")
+    loader, file, options = description._network(loaded)
+    graph = {"loader": loader, "file": file, "weights": description._weights(loaded, options), "vae_file": "x"}
+    graph = pack("trainer.config").GraphModel(folder="x", **graph)
+    again = pack("trainer.models.graph").load_network(graph, pack("trainer.models.comfy")._modules())
+    sampled = [core_samples(graph_model(pack, case, patcher), patcher) for patcher in (original, again)]
+    assert relative(*sampled) < 1e-5
 
 
 class InFloat64(TorchDispatchMode):
