@@ -237,7 +237,7 @@ CASES = [
     Case("SD15", SD15, (16, None), (64, 64, 1), detected=ONE_LEVEL, detected_text=(768, None)),
     Case("SDXL", SDXL, (16, 1280), (64, 64, 1)),
     Case("SD3", SD3, (16, 16), detected={}, detected_text=(16, 16)),
-    Case("Flux", FLUX, (16, 16), detected=FLUX_HEAD, detected_text=(16, 16)),
+    Case("Flux", FLUX, (16, 16), extra=lambda: {"guidance": 6.0}, detected=FLUX_HEAD, detected_text=(16, 16)),
     Case("Flux2", FLUX2, (16, None), detected=HEAD | {"axes_dim": [32] * 4}),
     Case("QwenImage", QWEN, (16, None)),
     Case("Lumina2", LUMINA, (16, None)),
@@ -252,7 +252,15 @@ CASES = [
         detected=WAN_HEAD,
         detected_text=(4096, None),
     ),
-    Case("HunyuanVideo", HUNYUAN, (16, 16), VIDEO, detected=FLUX_HEAD | {"vec_in_dim": 768}, detected_text=(16, 768)),
+    Case(
+        "HunyuanVideo",
+        HUNYUAN,
+        (16, 16),
+        VIDEO,
+        lambda: {"guidance": 4.0},
+        detected=FLUX_HEAD | {"vec_in_dim": 768},
+        detected_text=(16, 768),
+    ),
     Case(
         "HunyuanVideoSkyreelsI2V",
         HUNYUAN | {"in_channels": 32},
@@ -558,6 +566,23 @@ def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(p
     assert abs(values[0] + 0.2) > 1e-6, "ratios of 1 would not tell one action from another"
     assert abs(slope) > 1e-6
     assert abs(slope - difference) < 1e-6 * abs(difference)
+
+
+def test_guidance_of_the_description_replaces_that_of_the_conditions_and_is_refused_where_it_does_nothing(
+    pack: Callable,
+) -> None:
+    flux, sd3 = (next(case for case in CASES if case.core == core) for core in ("Flux", "SD3"))
+
+    def predicted(case: Case, **settings: object) -> Tensor:
+        trained = graph_model(pack, case, new_patcher(case), **settings)
+        with torch.no_grad():
+            return trained.model.predict(trained.noise, torch.tensor([0.9, 0.5]), trained.prompting.conditions)
+
+    given = predicted(flux)
+    assert relative(predicted(replace(flux, extra=dict), embedded_guidance=6.0), given) == 0
+    assert relative(predicted(flux, embedded_guidance=1.0), given) > 1e-3
+    with pytest.raises(pack("trainer.errors").BadInput, match="model.embedded_guidance is 2.0: this model takes none"):
+        predicted(sd3, embedded_guidance=2.0)
 
 
 def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable, monkeypatch) -> None:
