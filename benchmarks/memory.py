@@ -14,7 +14,7 @@ import argparse
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Network:
         text: tokens and width of the token embeddings, and width of the pooled vector.
         guided: whether it needs a negative prompt, so that two predictions are kept at once.
         frames: of a video.
+        masked: whether the text's mask is asked for.
+        multiple: height and width are taken as the next multiple of this.
     """
 
     core: str
@@ -50,7 +52,8 @@ class Network:
     text: tuple[int, int, int | None]
     guided: bool = False
     frames: int = 1
-    extra: dict = field(default_factory=dict)
+    masked: bool = False
+    multiple: int = 16
 
 
 UNET = {
@@ -167,7 +170,7 @@ NETWORKS = {
         frames=33,
     ),
     "HunyuanVideo": Network("HunyuanVideo", HUNYUAN, (256, 4096, 768), frames=33),
-    "LTX-Video 2B": Network("LTXV", LTXV, (128, 4096, None), guided=True, frames=33),
+    "LTX-Video 2B": Network("LTXV", LTXV, (128, 4096, None), guided=True, frames=33, masked=True, multiple=32),
 }
 TINY = Network(
     "Flux", FLUX | {"hidden_size": 256, "num_heads": 2, "depth": 3, "depth_single_blocks": 6}, (64, 4096, 768)
@@ -279,6 +282,8 @@ def update(model: Any, network: Network, batch: int) -> None:
     entry = {"cross_attn": torch.zeros(1, tokens, width)}
     if pooled is not None:
         entry["pooled_output"] = torch.zeros(1, pooled)
+    if network.masked:
+        entry["attention_mask"] = torch.ones(1, tokens, dtype=torch.long)
     samplers, level = model.comfy.samplers, torch.full((batch,), 0.5, device=device)
     latents = torch.zeros(batch, *model.latent_shape)
     (condition,) = model._conditions_of(latents, entry, "positive")
@@ -334,7 +339,7 @@ def table(names: list[str], sizes: list[int], rank: int, batch: int) -> Iterator
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for name in names:
         network = NETWORKS[name]
-        for size in sizes:
+        for size in [-(-size // network.multiple) * network.multiple for size in sizes]:
             parameters, wide, adapter, active = counted(network, size, torch.bfloat16, rank, batch)
             _, narrow, _, packed = counted(network, size, torch.float8_e4m3fn, rank, batch)
             states = adapter * STATES

@@ -12,7 +12,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import nodes as comfy_nodes
@@ -132,6 +132,20 @@ def test_packed_weights_are_trained_as_what_they_stand_for(
     names = comfy.lora.model_lora_keys_unet(again.model, {})
     assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(written)), names)) == len(written) // 3
     assert "not loaded" not in caplog.text.lower()
+
+
+def test_a_lora_of_the_graph_goes_into_packed_weights_as_core_puts_it_there(pack, weights, tmp_path: Path) -> None:
+    file, lora = tmp_path / "packed.safetensors", pack("trainer.shapes").WEIGHTS / "lora.safetensors"
+    save_file(scaled_fp8(weights), file)
+    loras = [{"file": str(lora), "strength": 0.7}]
+    graph = pack("trainer.config").GraphModel(folder="x", file=str(file), vae_file="x", loras=loras)
+    ours = pack("trainer.models.graph").load_network(graph, pack("trainer.models.comfy")._modules())
+    core, _ = comfy.sd.load_lora_for_models(comfy.sd.load_diffusion_model(str(file)), None, load_file(lora), 0.7, 0)
+    comfy.model_management.load_models_gpu([core])
+    merged, plain = (unpacked(model.model.diffusion_model) for model in (ours, core))
+    assert len(core.patches) > 0
+    for name, value in plain.items():
+        assert torch.equal(merged[name], value), name
 
 
 def test_a_scaled_file_goes_from_the_graph_into_training(
