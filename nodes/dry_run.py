@@ -2,7 +2,11 @@
 
 import copy
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -110,11 +114,24 @@ def _shell(blueprint: Blueprint, config: RunConfig) -> Shell | None:
     """None where the model cannot be built from its description alone."""
     description = object.__new__(type(blueprint.config))  # its own attribute look-up is in the way of copy.copy
     vars(description).update(vars(blueprint.config), unet_config=dict(blueprint.config.unet_config), quant_config=None)
-    base = description.get_model({}, "", device=META)
+    with _with_shapes():
+        base = description.get_model({}, "", device=META)
     if type(base) is not blueprint.kind:
         return None
     base.model_sampling = blueprint.sampling
     return Shell(comfy.model_patcher.ModelPatcher(base, META, META), None, config.model)
+
+
+@contextmanager
+def _with_shapes() -> Iterator[None]:
+    """Where ComfyUI's dynamic memory is on, layers would have no weights at all before a file is loaded."""
+    settings = sys.modules.get("comfy.memory_management", SimpleNamespace())  # older ones have none
+    dynamic = getattr(settings, "aimdo_enabled", False)
+    settings.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        settings.aimdo_enabled = dynamic
 
 
 def _refuse_conditions(shell: Shell, conditions: EntryConditions) -> None:

@@ -175,11 +175,13 @@ class ComfyModel(DiffusionModel):
         """Have ComfyUI move the weights to the GPU, as many as fit, and the VAE away from it."""
         if self._is_resident:  # never between a forward pass and its backward pass, which needs them where they were
             return
+        management = self.comfy.management
         if self.vae is not None:
-            self.comfy.management.unload_model_and_clones(self.vae.patcher)
+            others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
+            management.free_memory(1e30, self.vae.patcher.load_device, others)
         reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
         needed = self.patcher.memory_required([1, *self._shape]) + reserve
-        self.comfy.management.load_models_gpu([self.patcher], memory_required=needed)
+        management.load_models_gpu([self.patcher], memory_required=needed)
         self._is_resident = True
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:

@@ -204,28 +204,29 @@ def test_a_base_that_is_partly_elsewhere_gives_the_same_gradients(pack, weights,
 
 def test_room_is_asked_for_and_the_vae_leaves_when_sampling_goes_on(pack, demo, weights, probe, monkeypatch) -> None:
     management, calls = comfy.model_management, []
-    load, unload = management.load_models_gpu, management.unload_model_and_clones
+    load = management.load_models_gpu
 
     def loading(models: list, memory_required: float = 0, **options: object) -> None:
-        calls.append(("load", models[0], memory_required))
+        calls.append((models[0], memory_required))
         load(models, memory_required=memory_required, **options)
 
-    def unloading(model: Any, **options: object) -> None:
-        calls.append(("unload", model))
-        unload(model, **options)
+    def held() -> list:
+        return [loaded.model for loaded in management.current_loaded_models]
 
     monkeypatch.setattr(management, "load_models_gpu", loading)
-    monkeypatch.setattr(management, "unload_model_and_clones", unloading)
     patcher = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=dict(LOADED))
     model = with_lora(pack, patcher, vae=demo.vae, reserve_gb=3.0)
     probe(model)
     needed = patcher.memory_required([1, 16, 8, 8]) + 3 * 2**30
-    once = [("unload", demo.vae.patcher), ("load", patcher, needed)]
-    assert calls == once, "once for all predictions"
-    model.decode(torch.zeros(1, 16, 8, 8))
-    assert calls[2:] == [("load", demo.vae.patcher, calls[2][2])]
     probe(model)
-    assert calls[3:] == once
+    assert calls == [(patcher, needed)], "once for all predictions"
+    model.decode(torch.zeros(1, 16, 8, 8))
+    assert demo.vae.patcher in held()
+    probe(model)
+    assert demo.vae.patcher not in held()
+    assert patcher in held()
+    assert [model for model, _ in calls] == [patcher, demo.vae.patcher, patcher]
+    assert calls[2] == calls[0]
 
 
 def test_weights_in_ram_need_checkpointing(pack) -> None:
