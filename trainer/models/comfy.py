@@ -182,6 +182,9 @@ class ComfyModel(DiffusionModel):
         reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
         needed = self.patcher.memory_required([1, *self._shape]) + reserve
         management.load_models_gpu([self.patcher], memory_required=needed)
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:  # ComfyUI leaves it in RAM with what does not fit, and does not cast it
+                parameter.data = parameter.data.to(self.device)
         self._is_resident = True
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:

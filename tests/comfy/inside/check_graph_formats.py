@@ -229,6 +229,18 @@ def test_room_is_asked_for_and_the_vae_leaves_when_sampling_goes_on(pack, demo, 
     assert calls[2] == calls[0]
 
 
+def test_the_lora_is_on_the_device_also_where_the_base_is_not(pack, weights, monkeypatch) -> None:
+    model = with_lora(pack, comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=dict(LOADED)))
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, memory_required: None)
+    monkeypatch.setattr(model.patcher, "load_device", torch.device("cuda", 3))  # asked for, and not there
+    moved = []
+    with monkeypatch.context() as changed:
+        changed.setattr(Tensor, "to", lambda value, device: (moved.append((value.shape, device)), value)[1])
+        model._make_resident()
+    adapter = pack("trainer.lora").parameters(model.module)
+    assert moved == [(value.shape, torch.device("cuda", 3)) for value in adapter.values()]
+
+
 def test_weights_in_ram_need_checkpointing(pack) -> None:
     check, bad = pack("trainer.models.graph").check_offload, pack("trainer.errors").BadInput
     config = pack("trainer.config").ModelConfig
