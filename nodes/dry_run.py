@@ -70,13 +70,22 @@ class Shell(ComfyModel):
         try:
             (condition,) = self._conditions_of(latents, entry, "positive")
         except (AttributeError, KeyError, TypeError) as error:
-            raise BadInput(f"the model needs something that clip does not give ({error}): {WANTED}") from error
+            raise _lacking(error) from error
         given = {name: part.process_cond(batch_size=1, area=None) for name, part in condition["model_conds"].items()}
         levels = torch.full((1,), 0.5, device=META)
         options = {"cond_or_uncond": [0], "uuids": [condition["uuid"]], "sigmas": levels}
         options["optimized_attention_override"] = _attention  # others ask how much memory is free
         given = self.comfy.samplers.cond_cat([given])
-        self.base.apply_model(latents.to(META), levels, **given, transformer_options=options)
+        try:
+            self.base.apply_model(latents.to(META), levels, **given, transformer_options=options)
+        except TypeError as error:
+            if "required positional argument" in str(error):
+                raise _lacking(error) from error
+            raise
+
+
+def _lacking(error: Exception) -> BadInput:
+    return BadInput(f"the model needs something that clip does not give ({error}): {WANTED}")
 
 
 def _attention(_: Any, *arguments: Any, **keywords: Any) -> Tensor:

@@ -651,6 +651,9 @@ def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: 
         refuse(*described(pack, flux, patcher, lora={"targets": ["attention.qkv"]}), None)
     with pytest.raises(bad, match="there are 3 sigmas, and 6 steps take 7"):
         refuse(*described(pack, flux, patcher, [1.0, 0.5, 0.0], rollout={"kernel": "dance", "steps": 6}), None)
+    ltxv = next(case for case in CASES if case.core == "LTXV")
     lacking = {"cross_attn": draw(1, 6, 16)}
+    with pytest.raises(bad, match="needs something that clip does not give .*'attention_mask'"):
+        refuse(*described(pack, ltxv, new_patcher(ltxv)), entries.EntryConditions.of([lacking]))
     with pytest.raises(bad, match=r"needs something that clip does not give \('pooled_output'\)"):
         refuse(*described(pack, sdxl, new_patcher(sdxl)), entries.EntryConditions.of([lacking]))
