@@ -4,10 +4,11 @@ import torch
 from comfy.samplers import SCHEDULER_NAMES
 from comfy_api.latest import io
 
-from ..trainer.config import ModelConfig, parse_config
+from ..trainer.config import GraphModel, ModelConfig, parse_config
 from ..trainer.errors import BadInput
 from ..trainer.models import FAMILIES, model_class
 from . import graph_model
+from .dry_run import Blueprint, Described
 from .folders import diffusers_folders
 from .types import CATEGORY, ModelType
 
@@ -80,6 +81,16 @@ class BaseModel(io.ComfyNode):
                     "from the settings' shift instead.",
                 ),
                 io.Int.Input("frames", default=1, min=1, max=4096, optional=True, tooltip=fields["frames"].description),
+                io.Float.Input(
+                    "reserve_gb",
+                    default=0.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.5,
+                    optional=True,
+                    advanced=True,
+                    tooltip=f"{GraphModel.model_fields['reserve_gb'].description} Of a connected model.",
+                ),
             ],
             outputs=[ModelType.Output(display_name="grpo_model", tooltip="For GRPO Train LoRA.")],
         )
@@ -93,6 +104,7 @@ class BaseModel(io.ComfyNode):
         vae: object | None = None,
         sigmas: torch.Tensor | None = None,
         scheduler: str = "simple",
+        reserve_gb: float = 0.0,
         **values: object,
     ) -> io.NodeOutput:
         if model is None:
@@ -107,10 +119,13 @@ class BaseModel(io.ComfyNode):
             next(graph_model.nodes_above(get_node, inputs.get("vae")), None),
             graph_model.nodes_above(get_node, inputs.get("model")),
         )
+        graph["reserve_gb"] = reserve_gb
         used = {name: value for name, value in values.items() if name not in ("dtype", "vae_dtype")}
         config = cls._checked({**used, "family": "comfy", "graph": graph})
         graph_model.check_size(model, config)
-        return io.NodeOutput(config.model_dump(mode="json"))
+        described = Described(config.model_dump(mode="json"))
+        described.blueprint = Blueprint.of(model)
+        return io.NodeOutput(described)
 
     @classmethod
     def _of_folder(cls, folder: str, values: dict) -> io.NodeOutput:

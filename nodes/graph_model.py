@@ -15,7 +15,14 @@ import torch
 
 from ..trainer.config import GraphModel, ModelConfig
 from ..trainer.errors import BadInput
-from ..trainer.models.graph import attention_layers, check_vae, describe_sampling, latent_shape, predicts_flow
+from ..trainer.models.graph import (
+    attention_layers,
+    check_vae,
+    describe_sampling,
+    latent_shape,
+    predicts_flow,
+    require_version,
+)
 from ..trainer.shapes import WEIGHTS
 
 LORA_LOADERS = ("LoraLoader", "LoraLoaderModelOnly")
@@ -46,6 +53,8 @@ def describe(
     Raises:
         BadInput: something that cannot be repeated, carried over or trained.
     """
+    folder = Path(folder_paths.__file__).resolve().parent
+    require_version(folder)
     if vae is None:
         raise BadInput("vae is not connected: a connected model needs its VAE")
     loader, file, options = _network(model)
@@ -56,7 +65,7 @@ def describe(
     attention_layers(model.model.diffusion_model)
     check_vae(vae, model.model.latent_format)
     return {
-        "folder": str(Path(folder_paths.__file__).resolve().parent),
+        "folder": str(folder),
         "loader": loader,
         "file": file,
         "weights": _weights(model, options),
@@ -130,9 +139,10 @@ def _inside(file: str, loader: str) -> str:
 
 def _weights(model: object, options: dict) -> str | None:
     """The type of the weights as they are loaded here."""
-    if getattr(model.model.model_config, "quant_config", None) is not None:
+    chosen = options.get("dtype")
+    if chosen is None and getattr(model.model.model_config, "quant_config", None) is not None:
         return None
-    name = str(options.get("dtype") or model.model.get_dtype()).removeprefix("torch.")
+    name = str(chosen or model.model.get_dtype()).removeprefix("torch.")
     known = typing.get_args(typing.get_args(GraphModel.model_fields["weights"].annotation)[0])
     return name if name in known else None
 

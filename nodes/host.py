@@ -30,12 +30,16 @@ def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, o
     Raises:
         BadInput: with the figures, where a device cannot even hold the model's weights.
     """
-    need = weight_bytes(model) + HEADROOM
+    need, ram = weight_bytes(model) + HEADROOM, memory.get_free_memory(torch.device("cpu"))
     if on_cpu or memory.get_torch_device().type == "cpu":
-        _require("this computer", memory.get_free_memory(torch.device("cpu")), need * processes)
+        _require("this computer", ram, need * processes)
         return
     for label, device in _devices(gpus, processes):
-        _require(label, memory.get_free_memory(device), need)
+        free = memory.get_free_memory(device)
+        if model.graph is None:
+            _require(label, free, need)
+        else:  # what does not fit stays in RAM
+            _require(f"{label} with this computer's RAM", free + ram / processes, need)
 
 
 def _require(label: str, free: float, need: float) -> None:

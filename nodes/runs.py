@@ -14,7 +14,7 @@ from ..trainer.errors import BadInput, RunFailed
 from ..trainer.models import model_class
 from ..trainer.progress import duration, number, table
 from ..trainer.run import RunDirectory
-from . import host
+from . import dry_run, host
 from .folders import publish_lora, run_folder, runs_folder
 from .types import Judges
 
@@ -144,6 +144,8 @@ def begin(
         from .encoding import encode
 
         conditions = encode(clip, config, conditioning)
+    if isinstance(data["model"], dry_run.Described):
+        dry_run.refuse(data["model"].blueprint, config, conditions and conditions[1])
     _make_room(config, processes, gpus)
     run = RunDirectory.open(folder, config, ["ComfyUI", name])
     try:
@@ -167,6 +169,7 @@ def resume(run: RunDirectory) -> bool:
         return False
     status, config = run.status(), run.config()
     processes, gpus = status.get("processes") or 1, status.get("gpus") or None
+    model_class(config.model)
     _make_room(config, processes, gpus)
     run.acquire()
     try:

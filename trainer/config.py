@@ -71,6 +71,11 @@ class GraphModel(Section):
     sigmas: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, min_length=3, description="Noise levels in ComfyUI's scale, one more than rollout.steps."
     )
+    reserve_gb: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.0,
+        description="GPU memory in GB that weights leave free, for activations and rewards, beyond what ComfyUI keeps "
+        "free to sample an image. Weights that do not fit stay in RAM.",
+    )
 
 
 class ModelConfig(Section):

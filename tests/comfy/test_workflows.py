@@ -1,33 +1,39 @@
 """The example workflows: each as it is saved for the interface, and its twin run over the API."""
 
+import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
-from comfy_host import ROOT, Server
+from comfy_host import ROOT, PromptFailed, Server
 from PIL import Image
 
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
-SOCKET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 
 
 def api(name: str) -> dict:
     return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
 
 
-def widget_names(node: dict) -> list[str]:
-    """Names of a node's widgets in the order in which the interface saves their values."""
-    names = []
+def typed(sections: dict, values: Iterator, prefix: str = "") -> dict[str, object]:
+    """What the interface has saved of a node's widgets, taken from `values` in its order."""
+    found = {}
     for section in ("required", "optional"):
-        for name in node["input_order"].get(section, []):
-            kind, *rest = node["input"][section][name]
+        for name, (kind, *rest) in sections.get(section, {}).items():
             options = rest[0] if rest else {}
-            if (isinstance(kind, list) or kind in SOCKET_TYPES) and not options.get("forceInput"):
-                names.append(name)
-                if options.get("control_after_generate"):
-                    names.append("")
-    return names
+            if (isinstance(kind, str) and kind not in WIDGET_TYPES) or options.get("forceInput"):
+                continue
+            found[prefix + name] = value = next(values)
+            if options.get("control_after_generate"):
+                next(values)
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                (chosen,) = [option for option in options["options"] if option["key"] == value]
+                found |= typed(chosen["inputs"], values, f"{prefix}{name}.")
+    return found
 
 
 def as_prompt(graph: dict, info: dict) -> dict:
@@ -37,8 +43,9 @@ def as_prompt(graph: dict, info: dict) -> dict:
     for node in graph["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        values = zip(widget_names(info[node["type"]]), node["widgets_values"], strict=True)
-        inputs = {name: value for name, value in values if name}
+        values = iter(node["widgets_values"])
+        inputs = typed(info[node["type"]]["input"], values)
+        assert list(values) == []
         inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
@@ -68,6 +75,41 @@ def test_a_graph_is_tidy(path: Path) -> None:
         assert slots[target, into]["link"] == number
         assert number in sources[source, out]["links"]
         assert sources[source, out]["type"] == kind
+
+
+# ------------------------------------------------------------------------------------------- graphs of released models
+
+
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("build", ROOT / "workflows" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_graphs_of_released_models_are_what_the_script_writes(comfy: Server) -> None:
+    for path, content in builder().files(comfy.get("/object_info")).items():
+        assert (ROOT / "workflows" / path).read_text() == content, f"{path}: python workflows/build.py URL"
+
+
+def test_graphs_of_released_models_want_for_nothing_but_their_files(comfy: Server) -> None:
+    models = builder().MODELS
+    assert len(models) == 12
+    for model in models:
+        for file, folder in model.files.items():
+            place = comfy.base / "models" / folder / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+    picture = comfy.base / "input" / "example.png"
+    picture.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(picture)
+    for model in models:
+        with pytest.raises(PromptFailed) as failed:
+            comfy.run(api(model.name))
+        # Not refused as a prompt: its first loader finds an empty file.
+        (error,) = [body for kind, body in failed.value.details if kind == "execution_error"]
+        assert "Loader" in error["node_type"]
+        assert "header" in error["exception_message"]
 
 
 def saved(comfy: Server, prompt: dict, outputs: dict) -> Path:

@@ -16,7 +16,17 @@ from ..sde import DIFFUSION_KERNELS, KERNELS
 from .autograd import OutOfPlace, checkpoint_blocks
 from .base import Conditions, DiffusionModel
 from .entries import EntryConditions
-from .graph import attention_layers, check_vae, latent_shape, load_network, load_vae, predicts_flow
+from .graph import (
+    attention_layers,
+    check_offload,
+    check_vae,
+    latent_shape,
+    load_network,
+    load_vae,
+    open_mixed_layers,
+    predicts_flow,
+    require_version,
+)
 
 WEIGHT_FILES = (".safetensors", ".sft")
 
@@ -49,6 +59,7 @@ class ComfyModel(DiffusionModel):
         self.kernels = tuple(KERNELS if self.predicts_flow else DIFFUSION_KERNELS)
         self.still_kernel = "ode" if self.predicts_flow else "ddim"
         self.module.requires_grad_(False)
+        open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
         self._keys = set(self.comfy.lora.model_lora_keys_unet(self.base, {}))
         self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
@@ -57,6 +68,7 @@ class ComfyModel(DiffusionModel):
             check_vae(vae, self.base.latent_format)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
+        self._is_resident = False
         patcher.pre_run()
 
     # ------------------------------------------------------------------------------------------------ loading
@@ -64,8 +76,7 @@ class ComfyModel(DiffusionModel):
     @staticmethod
     def check(config: ModelConfig) -> None:
         graph = config.graph
-        if not (Path(graph.folder) / "comfy" / "sd.py").is_file():
-            raise BadInput(f"model.graph.folder is {graph.folder!r}: ComfyUI is not there")
+        require_version(Path(graph.folder))
         named = [("file", graph.file), ("vae_file", graph.vae_file), *(("loras", lora.file) for lora in graph.loras)]
         for field, file in named:
             if Path(file).suffix not in WEIGHT_FILES or not Path(file).is_file():
@@ -75,9 +86,10 @@ class ComfyModel(DiffusionModel):
     def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
         comfy = _import(config.graph.folder, device)
         patcher = load_network(config.graph, comfy)
-        vae = load_vae(config.graph, comfy)
-        comfy.management.load_models_gpu([patcher])
-        return cls(patcher, vae, config)
+        model = cls(patcher, load_vae(config.graph, comfy), config)
+        model._make_resident()
+        check_offload(patcher.model_size() - patcher.loaded_size() if model.base.model_lowvram else 0, config)
+        return model
 
     @classmethod
     def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: Any = None) -> Conditions:
@@ -128,14 +140,19 @@ class ComfyModel(DiffusionModel):
 
     def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
         """ComfyUI's estimate of the clean latents."""
+        conditions = self._conditions_of(noisy, entry, branch)
+        return self.comfy.samplers.calc_cond_batch(self.base, [conditions], noisy, sigmas, self._options)[0]
+
+    def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
+        """What ComfyUI makes of CONDITIONING for latents of this shape and place."""
         entry = self._restored(entry)
         tokens = entry.pop("cross_attn")
         conds = {branch: self.comfy.sampler_helpers.convert_cond([[tokens, entry]])}
         conds = self.comfy.samplers.process_conds(
-            self.base, noisy, conds, noisy.device, latent_image=torch.zeros_like(noisy), seed=0
+            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0
         )
         self._check_guidance(conds[branch])
-        return self.comfy.samplers.calc_cond_batch(self.base, [conds[branch]], noisy, sigmas, self._options)[0]
+        return conds[branch]
 
     def _restored(self, entry: dict[str, Any]) -> dict[str, Any]:
         entry = dict(entry)
@@ -155,9 +172,20 @@ class ComfyModel(DiffusionModel):
             )
 
     def _make_resident(self) -> None:
-        # Decoding may have moved it out.
-        if self.device.type != "cpu":
-            self.comfy.management.load_models_gpu([self.patcher])
+        """Have ComfyUI move the weights to the GPU, as many as fit, and the VAE away from it."""
+        if self._is_resident:  # never between a forward pass and its backward pass, which needs them where they were
+            return
+        management = self.comfy.management
+        if self.vae is not None:
+            others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
+            management.free_memory(1e30, self.vae.patcher.load_device, others)
+        reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
+        needed = self.patcher.memory_required([1, *self._shape]) + reserve
+        management.load_models_gpu([self.patcher], memory_required=needed)
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:  # ComfyUI leaves it in RAM with what does not fit, and does not cast it
+                parameter.data = parameter.data.to(self.device)
+        self._is_resident = True
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         self.comfy.management.in_training = False
@@ -195,6 +223,7 @@ class ComfyModel(DiffusionModel):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        self._is_resident = False  # ComfyUI makes room for the VAE
         pixels = self.vae.decode(self.base.process_latent_out(latents)).to(latents.device, torch.float32)
         images = pixels.clamp(0, 1).movedim(-1, -3).contiguous()
         return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
@@ -228,6 +257,8 @@ def _import(folder: str, device: torch.device) -> SimpleNamespace:
         import comfy.cli_args
 
         comfy.cli_args.args.cpu = device.type == "cpu"
+        # Its buffers for weights on their way to the GPU are used again before the backward pass.
+        comfy.cli_args.args.disable_async_offload = True
     return _modules()
 
 
@@ -237,10 +268,12 @@ def _modules() -> SimpleNamespace:
     import comfy.model_management
     import comfy.model_patcher
     import comfy.model_sampling
+    import comfy.quant_ops
     import comfy.sampler_helpers
     import comfy.samplers
     import comfy.sd
     import comfy.utils
 
-    names = ("clip_vision", "lora", "model_patcher", "model_sampling", "sampler_helpers", "samplers", "sd", "utils")
+    names = ("clip_vision", "lora", "model_patcher", "model_sampling", "quant_ops", "sampler_helpers", "samplers")
+    names = (*names, "sd", "utils")
     return SimpleNamespace(management=comfy.model_management, **{name: sys.modules[f"comfy.{name}"] for name in names})

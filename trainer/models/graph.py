@@ -3,11 +3,13 @@
 ComfyUI's modules are handed in: `comfy` stands for all of them, `kinds` for `comfy.model_sampling`.
 """
 
+import re
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import GraphModel, GraphSampling, ModelConfig
 from ..errors import BadInput
@@ -139,6 +141,51 @@ def check_vae(vae: Any, latent_format: Any) -> None:
             f"the VAE has {vae.latent_channels} latent channels and the model {latent_format.latent_channels}: connect "
             "the VAE that belongs to it"
         )
+    if vae.latent_dim != latent_format.latent_dimensions:
+        kinds = {2: "images", 3: "videos"}
+        raise BadInput(
+            f"the VAE has latents of {kinds.get(vae.latent_dim, 'sound')} and the model those of "
+            f"{kinds.get(latent_format.latent_dimensions, 'sound')}: connect the VAE that belongs to it"
+        )
+    if vae.spacial_compression_decode() != latent_format.spacial_downscale_ratio:
+        raise BadInput(
+            f"the VAE makes {vae.spacial_compression_decode()} pixels of a latent and the model is made for "
+            f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to it"
+        )
+
+
+OLDEST = (0, 20, 0)
+"""ComfyUI's version from which on models of a graph can be trained, as in pyproject.toml."""
+
+
+def require_version(folder: Path) -> None:
+    """
+    Raises:
+        BadInput: ComfyUI is older, or is not there.
+    """
+    if not (folder / "comfy" / "sd.py").is_file():
+        raise BadInput(f"model.graph.folder is {str(folder)!r}: ComfyUI is not there")
+    file = folder / "comfyui_version.py"
+    found = re.search(r"__version__ = \"(\d+)\.(\d+)\.(\d+)", file.read_text() if file.is_file() else "")
+    if found is None or tuple(map(int, found.groups())) < OLDEST:
+        version = "of an unknown version" if found is None else ".".join(found.groups())
+        oldest = ".".join(map(str, OLDEST))
+        raise BadInput(f"ComfyUI in {folder} is {version}, and a connected model needs {oldest} or later: update it")
+
+
+def check_offload(offloaded: int, config: ModelConfig) -> None:
+    """
+    Args:
+        offloaded: bytes of weights that stay in RAM.
+
+    Raises:
+        BadInput: the backward pass would need all of them on the GPU at once.
+    """
+    if offloaded > 0 and not config.gradient_checkpointing:
+        raise BadInput(
+            f"model.gradient_checkpointing is off, and {offloaded / 2**30:.1f} GB of the weights stay in RAM, because "
+            "they do not fit on the GPU: turn it on"
+        )
 
 
 def attention_layers(network: nn.Module) -> tuple[str, ...]:
@@ -147,11 +194,37 @@ def attention_layers(network: nn.Module) -> tuple[str, ...]:
     Raises:
         BadInput: there are none that a LoRA could be put on.
     """
-    linear = [name for name, child in network.named_modules() if isinstance(child, nn.Linear)]
+    linear = [name for name, child in network.named_modules() if isinstance(child, nn.Linear) or _is_mixed(child)]
     found = tuple(name for name in linear if _is_attention(name.split(".")))
     if not found:
-        raise BadInput("the model has no attention layers with plain, fp8 or bf16 weights, so no LoRA can be put on it")
+        raise BadInput("the model has no attention with linear layers that ComfyUI knows, so no LoRA can be put on it")
     return found
+
+
+def open_mixed_layers(network: nn.Module, packed: type) -> None:
+    """Let the layers of a file in mixed precision (scaled fp8 and its like) count as linear ones, as peft asks for.
+
+    They also unpack their weights in each call, on every device, as ComfyUI does on one that cannot multiply in their
+    format: rounding of what comes in has no gradient, and some of it depends on the rest of the batch.
+
+    Args:
+        packed: ComfyUI's class of weights in such a format.
+    """
+
+    def multiply(layer: nn.Module, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        unpacked = weight.dequantize().to(value.dtype) if isinstance(weight, packed) else weight
+        return nn.functional.linear(value, unpacked, bias)
+
+    for layer in network.modules():
+        if _is_mixed(layer):
+            layer.__class__ = type("MixedLinear", (type(layer), nn.Linear), {"_forward": multiply})
+            layer._full_precision_mm = True
+
+
+def _is_mixed(layer: nn.Module) -> bool:
+    """Whether it is ComfyUI's linear layer for weights of any format, which is no `nn.Linear`."""
+    is_linear = type(layer).__name__ == "Linear" and hasattr(layer, "comfy_cast_weights")
+    return is_linear and not isinstance(layer, nn.Linear)
 
 
 def _is_attention(path: list[str]) -> bool:

@@ -1,7 +1,10 @@
 """The embedded model loaded from files by core's loaders: described by the node, trained as through the other door."""
 
+import re
 import shutil
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +15,13 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
 COMFYUI = Path(folder_paths.__file__).resolve().parent
 PROMPTS = ["a red circle", "two blue squares"]
 PAIRS = {
@@ -70,6 +74,15 @@ def description(pack: object, model: dict, conditions: Path | None, **sections: 
         }
         | sections
     )
+
+
+def with_conditions(pack: object, demo: SimpleNamespace, files: SimpleNamespace, config: Any) -> Any:
+    """The same description with its prompts encoded beside it."""
+    file = files.folder / "conditions.safetensors"
+    pack("trainer.conditions").save_conditions(file, *pack("nodes.encoding").encode(demo.clip, config))
+    data = config.model_dump(mode="json")
+    data["prompts"]["conditions"] = str(file)
+    return pack("trainer.config").parse_config(data)
 
 
 def train(pack: object, config: Any, start: dict[str, Tensor] | None) -> tuple[Any, dict, list[dict]]:
@@ -127,12 +140,9 @@ def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleName
 def test_a_base_in_few_bits_stays_as_it_is_and_the_lora_learns_in_float32(
     pack, demo, files: SimpleNamespace, weights: str
 ) -> None:
-    section, file = graph_section(files, weights=weights), files.folder / "conditions.safetensors"
+    section = graph_section(files, weights=weights)
     config = description(pack, section, None, runtime={"iterations": 1}, objective={"clip_range": 1e-2})
-    pack("trainer.conditions").save_conditions(file, *pack("nodes.encoding").encode(demo.clip, config))
-    data = config.model_dump(mode="json")
-    data["prompts"]["conditions"] = str(file)
-    trainer, first, events = train(pack, pack("trainer.config").parse_config(data), None)
+    trainer, first, events = train(pack, with_conditions(pack, demo, files, config), None)
     base = {n: p for n, p in trainer.model.module.named_parameters() if "base_layer.weight" in n}
     assert {str(p.dtype) for p in base.values()} == {f"torch.{weights}"}
     assert {p.dtype for p in trainer.policy.parameters.values()} == {torch.float32}
@@ -283,13 +293,59 @@ def test_sizes_levels_and_other_vaes_are_refused(pack, files, loaded, base_model
     vae.latent_channels = 4
     with refused(pack, "the VAE has 4 latent channels and the model 16"):
         base_model(model=model, vae=vae)
+    vae.latent_channels, vae.latent_dim = 16, 3
+    with refused(pack, "the VAE has latents of videos and the model those of images"):
+        base_model(model=model, vae=vae)
+    vae.latent_dim, vae.upscale_ratio = 2, 16
+    with refused(pack, "the VAE makes 16 pixels of a latent and the model is made for 8"):
+        base_model(model=model, vae=vae)
 
 
-def test_a_file_that_moved_is_named(pack, files, loaded, base_model) -> None:
+def test_an_old_comfyui_is_refused(pack, loaded, base_model, monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "comfy").mkdir()
+    (tmp_path / "comfy" / "sd.py").touch()
+    monkeypatch.setattr(folder_paths, "__file__", str(tmp_path / "folder_paths.py"))
+    with refused(pack, "is of an unknown version, and a connected model needs 0.20.0 or later"):
+        base_model(model=loaded[0], vae=loaded[1])
+    for version, is_old in (("0.19.7", True), ("0.20.0", False), ("1.0.0", False)):
+        (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
+        with refused(pack, f"is {version}, and a connected model") if is_old else nullcontext():
+            base_model(model=loaded[0], vae=loaded[1])
+    floor = re.search(r'requires-comfyui = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert floor == ".".join(map(str, pack("trainer.models.graph").OLDEST))
+
+
+class Clip:
+    """Text encoders of some width."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, tokens: str) -> list:
+        return [[torch.zeros(1, 4, self.width), {"pooled_output": torch.zeros(1, 128)}]]
+
+
+def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model, monkeypatch) -> None:
+    runs, reached = pack("nodes.runs"), []
+    monkeypatch.setattr(pack("nodes.host"), "free_memory", lambda: reached.append(1))
+    monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
     given = base_model(model=loaded[0], vae=loaded[1])
-    Path(files.network).unlink()
-    with refused(pack, "there is no such .safetensors file"):
-        pack("trainer.models").model_class(pack("trainer.config").ModelConfig(**given))
+    data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}
+
+    def begin() -> None:
+        runs.begin("x", data, Clip(100), "source", 1, None)
+
+    with refused(pack, "does not take what clip and conditioning give .* numbers for a token and is given 100"):
+        begin()
+    file = Path(files.network)
+    file.rename(file.with_suffix(".sft"))
+    with refused(pack, "model.graph.file is .* there is no such .safetensors file"):
+        begin()
+    assert not reached
+    assert not (files.folder / "runs").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- conditions
@@ -333,22 +389,32 @@ def test_conditioning_that_is_no_data_is_refused(pack) -> None:
 # -------------------------------------------------------------------------------------------------------- the process
 
 
-def test_a_process_of_its_own_trains_from_the_description_alone(pack, demo, files: SimpleNamespace) -> None:
-    import subprocess
-
-    config = description(pack, graph_section(files), None, runtime={"iterations": 1, "device": "cpu"})
-    conditions = files.folder / "conditions.safetensors"
-    pack("trainer.conditions").save_conditions(conditions, *pack("nodes.encoding").encode(demo.clip, config))
-    data = config.model_dump(mode="json")
-    data["prompts"]["conditions"] = str(conditions)
-    written = files.folder / "run.yaml"
-    written.write_text(pack("trainer.config").parse_config(data).to_yaml())
-    start, output = pack("trainer.launch").START_FILE, files.folder / "out"
-    command = [sys.executable, str(start), "train", str(written), "--output", str(output)]
+def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
+    pack, demo, files: SimpleNamespace
+) -> None:
+    runtime = {"iterations": 3, "device": "cpu"}
+    config = description(pack, graph_section(files), None, runtime=runtime, optimizer={"learning_rate": 1e-3})
+    config = with_conditions(pack, demo, files, config)
+    trainer, _, alone = train(pack, config, None)
+    written, output = files.folder / "run.yaml", files.folder / "out"
+    written.write_text(config.to_yaml())
+    command = [sys.executable, str(pack("trainer.launch").START_FILE), "train", str(written)]
+    command += ["--output", str(output), "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=files.folder, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    from safetensors.torch import load_file
-
+    shared = [event for event in pack("trainer.run").RunDirectory(output).events() if "loss" in event]
+    assert len(alone) == len(shared) == 3
+    for one, two in zip(alone, shared, strict=True):
+        assert one["actions"] == two["actions"] > 0
+        print(one["loss"], two["loss"], one["grad_norm"], two["grad_norm"])
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-7)  # about 1e-5 themselves
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        assert one["rewards"]["colorfulness"] == pytest.approx(two["rewards"]["colorfulness"], abs=1e-5)
     lora = load_file(output / "lora.safetensors")
+    ours = pack("trainer.lora").comfy_weights(trainer.policy.result(), config.lora.alpha, trainer.model.lora_key)
+    assert lora.keys() == ours.keys()
+    assert max(value.abs().max() for name, value in lora.items() if "lora_B" in name) > 1e-3, "nothing was learned"
+    for name, value in ours.items():
+        torch.testing.assert_close(value, lora[name], rtol=0, atol=1e-5)
     names = comfy.lora.model_lora_keys_unet(demo.model.model, {})
     assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), names)) == len(lora) // 3 > 0

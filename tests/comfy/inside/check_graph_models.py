@@ -3,21 +3,30 @@
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.memory_management
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
+import folder_paths
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
+SAMPLING = comfy.model_sampling
 STEPS = 4
 
 
@@ -31,6 +40,9 @@ class Case:
         text: width of the token embeddings, and of the pooled vector where there is one.
         size: height, width and frames.
         extra: makes what else the conditioning carries.
+        detected: what to change in `config` so that core's loader recognises a file of it, for it takes the width of
+            heads and of texts as given; None where it only knows the released sizes.
+        detected_text: `text` then.
     """
 
     core: str
@@ -39,6 +51,8 @@ class Case:
     size: tuple[int, int, int] = (32, 48, 1)
     extra: Callable[[], dict] = dict
     name: str = field(default="")
+    detected: dict | None = None
+    detected_text: tuple[int, int | None] = (16, None)
 
     def __str__(self) -> str:
         return self.name or self.core
@@ -202,20 +216,70 @@ def wan_first_frame() -> dict:
 
 
 VIDEO = (32, 48, 5)
+HEAD = {"hidden_size": 128, "num_heads": 1}
+FLUX_HEAD = HEAD | {"axes_dim": [16, 56, 56]}
+ONE_LEVEL = {
+    "model_channels": 320,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "context_dim": 768,
+    "num_heads": 8,
+}
+WAN_HEAD = {"dim": 128, "num_heads": 1, "freq_dim": 256, "text_dim": 4096}
+LTXV_HEADS = {
+    "num_attention_heads": 32,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 64,
+    "caption_channels": 4096,
+}
 CASES = [
-    Case("SD15", SD15, (16, None), (64, 64, 1)),
+    Case("SD15", SD15, (16, None), (64, 64, 1), detected=ONE_LEVEL, detected_text=(768, None)),
     Case("SDXL", SDXL, (16, 1280), (64, 64, 1)),
-    Case("SD3", SD3, (16, 16)),
-    Case("Flux", FLUX, (16, 16)),
-    Case("Flux2", FLUX2, (16, None)),
+    Case("SD3", SD3, (16, 16), detected={}, detected_text=(16, 16)),
+    Case("Flux", FLUX, (16, 16), extra=lambda: {"guidance": 6.0}, detected=FLUX_HEAD, detected_text=(16, 16)),
+    Case("Flux2", FLUX2, (16, None), detected=HEAD | {"axes_dim": [32] * 4}),
     Case("QwenImage", QWEN, (16, None)),
     Case("Lumina2", LUMINA, (16, None)),
     Case("ZImage", ZIMAGE, (16, None)),
-    Case("WAN21_T2V", WAN, (16, None), VIDEO),
-    Case("WAN21_I2V", WAN | {"model_type": "i2v", "in_dim": 36}, (16, None), VIDEO, wan_first_frame),
-    Case("HunyuanVideo", HUNYUAN, (16, 16), VIDEO),
-    Case("HunyuanVideoSkyreelsI2V", HUNYUAN | {"in_channels": 32}, (16, 16), VIDEO, first_frame),
-    Case("LTXV", LTXV, (16, None), (64, 96, 9), lambda: {"attention_mask": torch.ones(1, 6, dtype=torch.long)}),
+    Case("WAN21_T2V", WAN, (16, None), VIDEO, detected=WAN_HEAD, detected_text=(4096, None)),
+    Case(
+        "WAN21_I2V",
+        WAN | {"model_type": "i2v", "in_dim": 36},
+        (16, None),
+        VIDEO,
+        wan_first_frame,
+        detected=WAN_HEAD,
+        detected_text=(4096, None),
+    ),
+    Case(
+        "HunyuanVideo",
+        HUNYUAN,
+        (16, 16),
+        VIDEO,
+        lambda: {"guidance": 4.0},
+        detected=FLUX_HEAD | {"vec_in_dim": 768},
+        detected_text=(16, 768),
+    ),
+    Case(
+        "HunyuanVideoSkyreelsI2V",
+        HUNYUAN | {"in_channels": 32},
+        (16, 16),
+        VIDEO,
+        first_frame,
+        detected=FLUX_HEAD | {"vec_in_dim": 768},
+        detected_text=(16, 768),
+    ),
+    Case(
+        "LTXV",
+        LTXV,
+        (16, None),
+        (64, 96, 9),
+        lambda: {"attention_mask": torch.ones(1, 6, dtype=torch.long)},
+        detected=LTXV_HEADS,
+        detected_text=(4096, None),
+    ),
     Case(
         "QwenImage",
         QWEN,
@@ -393,48 +457,133 @@ def ratio_deviation(pack: Callable, trained: Trained) -> float:
     return statistics.largest.item()
 
 
-def loss_of(trained: Trained) -> Tensor:
-    """A plain function of two predictions at different noise levels."""
-    levels = torch.tensor([trained.plan.sigmas[0], trained.plan.sigmas[2]])
-    conditions = trained.prompting.conditions
-    output = trained.model.velocity(trained.noise, levels, conditions, 2.0, trained.prompting.unconditional)
-    return (output.double() * draw(*output.shape, seed=6).double()).mean()
-
-
-def gradients_of(trained: Trained) -> list[Tensor]:
-    parameters = list(trained.lora.parameters(trained.model.module).values())
-    found = torch.autograd.grad(loss_of(trained), parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, parameters, strict=True)]
-
-
-def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(
-    pack: Callable, case: Case, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", [case for case in CASES if case.detected is not None], ids=str)
+def test_a_single_file_is_loaded_again_as_the_graph_loaded_it(
+    pack: Callable, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Tensor, "float", Tensor.double)  # or float32 in the middle would drown small differences
+    case = replace(case, config=case.config | case.detected, text=case.detected_text)
+    original = new_patcher(case)
+    weights = {f"model.diffusion_model.{k}": v for k, v in original.model.diffusion_model.state_dict().items()}
+    save_file(weights, tmp_path / "tiny.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", ([str(tmp_path)], {".safetensors"}))
+    folder_paths.filename_list_cache.clear()
+    loaded = comfy_nodes.UNETLoader().load_unet("tiny.safetensors", "default")[0]
+    assert type(loaded.model) is type(original.model)
+    description = pack("nodes.graph_model")
+    loader, file, options = description._network(loaded)
+    graph = {"loader": loader, "file": file, "weights": description._weights(loaded, options), "vae_file": "x"}
+    graph = pack("trainer.config").GraphModel(folder="x", **graph)
+    again = pack("trainer.models.graph").load_network(graph, pack("trainer.models.comfy")._modules())
+    sampled = [core_samples(graph_model(pack, case, patcher), patcher) for patcher in (original, again)]
+    assert relative(*sampled) < 1e-5
+
+
+class InFloat64(TorchDispatchMode):
+    """Inside, what a network computes in float32 whatever it is given (positions, norms) is computed in float64."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+        keywords = {name: wide(value) for name, value in (keywords or {}).items()}
+        return function(*map(wide, arguments), **keywords)
+
+
+def wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, list | tuple):
+        return [wide(part) for part in value]
+    return torch.float64 if value is torch.float32 else value
+
+
+PAIRS = [(0, 0), (1, 1)]
+"""Two actions (trajectory, step), of different prompts and noise levels."""
+ADVANTAGES = torch.tensor([1.0, -0.6], dtype=torch.float64)
+
+
+def rolled_out(pack: Callable, trained: Trained) -> Any:
+    """Two steps of two prompts, scored while the LoRA does nothing."""
+    rollout, update, plan = pack("trainer.rollout"), pack("trainer.update"), trained.plan
+    short = rollout.Plan(plan.kernel, plan.eta, plan.sigmas[:3], [True, True], False, plan.guidance_scale)
+    kept = rollout.sample(
+        trained.model,
+        short,
+        trained.prompting,
+        torch.arange(2),
+        trained.noise,
+        lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)]),
+        batch=8,
+    )
+    return update.Actions(short, trained.prompting, kept, torch.arange(2))
+
+
+def gradient_of(pack: Callable, trained: Trained, actions: Any) -> list[Tensor]:
+    """The gradient of an update's objective."""
+    update, objective = pack("trainer.update"), pack("trainer.config").ObjectiveConfig(batch_size=4, clip_range=0.99)
+    statistics = update.Statistics.zeros(CPU)
+    update.train(trained.model, actions, ADVANTAGES, PAIRS, len(PAIRS), objective, statistics, lambda: None)
+    parameters = trained.lora.parameters(trained.model.module).values()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+@torch.no_grad()
+def objective_of(pack: Callable, trained: Trained, actions: Any) -> float:
+    """Minus the mean of ratio times advantage: the objective where nothing is clipped, written out again."""
+    step, kept, plan, losses = pack("trainer.sde").step, actions.trajectories, actions.plan, []
+    for (i, place), advantage in zip(PAIRS, ADVANTAGES, strict=True):
+        latents, level = kept.samples[place, i : i + 1], torch.tensor([plan.sigmas[place]])
+        conditions = trained.prompting.conditions.rows(torch.tensor([i]))
+        velocity = trained.model.velocity(latents, level, conditions, 2.0, trained.prompting.unconditional)
+        sigmas = plan.sigmas[place], plan.sigmas[place + 1]
+        again = step(plan.kernel, latents, velocity, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1])
+        losses.append(-(again.log_prob - kept.log_probs[place, i]).exp() * advantage)
+    return torch.cat(losses).mean().item()
+
+
+def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(pack: Callable, case: Case) -> None:
     plain = graph_model(pack, case, new_patcher(case, torch.float64))
     checked = graph_model(pack, case, new_patcher(case, torch.float64), gradient_checkpointing=True)
     for trained in (plain, checked):
-        trained.wake()
         trained.model.module.double()
         trained.noise = trained.noise.double()
-    ours, again = gradients_of(plain), gradients_of(checked)
-    for a, b in zip(ours, again, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
-    parameters = list(plain.lora.parameters(plain.model.module).values())
-    directions = [draw(*p.shape, seed=900 + i).double() for i, p in enumerate(parameters)]
-    length = sum(d.square().sum() for d in directions).sqrt()
-    directions = [d / length for d in directions]
-    slope = sum((g.double() * d).sum() for g, d in zip(ours, directions, strict=True)).item()
-    step, values = 1e-3, []
-    with torch.no_grad():
+    with InFloat64():
+        actions = rolled_out(pack, plain)
+        plain.wake(0.02)
+        checked.wake(0.02)
+        ours, again = gradient_of(pack, plain, actions), gradient_of(pack, checked, actions)
+        for a, b in zip(ours, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+        parameters = list(plain.lora.parameters(plain.model.module).values())
+        directions = [draw(*p.shape, seed=900 + i).double() for i, p in enumerate(parameters)]
+        length = sum(d.square().sum() for d in directions).sqrt()
+        directions = [d / length for d in directions]
+        slope = sum((g * d).sum() for g, d in zip(ours, directions, strict=True)).item()
+        step, values = 1e-4, []
         for sign in (1, -2):
-            for parameter, direction in zip(parameters, directions, strict=True):
-                parameter += sign * step * direction
-            values.append(loss_of(plain).item())
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += sign * step * direction
+            values.append(objective_of(pack, plain, actions))
     difference = (values[0] - values[1]) / (2 * step)
-    print(f"{case}: {slope:.8g} {difference:.8g}")
+    print(f"{case}: {slope:.10g} {difference:.10g} {abs(slope - difference) / abs(difference):.1e}")
+    assert abs(values[0] + 0.2) > 1e-6, "ratios of 1 would not tell one action from another"
     assert abs(slope) > 1e-6
-    assert abs(slope - difference) < 1e-3 * abs(difference)
+    assert abs(slope - difference) < 1e-6 * abs(difference)
+
+
+def test_guidance_of_the_description_replaces_that_of_the_conditions_and_is_refused_where_it_does_nothing(
+    pack: Callable,
+) -> None:
+    flux, sd3 = (next(case for case in CASES if case.core == core) for core in ("Flux", "SD3"))
+
+    def predicted(case: Case, **settings: object) -> Tensor:
+        trained = graph_model(pack, case, new_patcher(case), **settings)
+        with torch.no_grad():
+            return trained.model.predict(trained.noise, torch.tensor([0.9, 0.5]), trained.prompting.conditions)
+
+    given = predicted(flux)
+    assert relative(predicted(replace(flux, extra=dict), embedded_guidance=6.0), given) == 0
+    assert relative(predicted(flux, embedded_guidance=1.0), given) > 1e-3
+    with pytest.raises(pack("trainer.errors").BadInput, match="model.embedded_guidance is 2.0: this model takes none"):
+        predicted(sd3, embedded_guidance=2.0)
 
 
 def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable, monkeypatch) -> None:
@@ -452,3 +601,59 @@ def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable,
         changed.setattr(model, "velocity", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
         with pytest.raises(failed, match="the gradient reaches 0 of the LoRA's"):
             check(model, plan, prompting, 1e-4)
+
+
+def described(
+    pack: Callable, case: Case, patcher: Any, sigmas: list | None = None, **sections: dict
+) -> tuple[Any, Any]:
+    """What *GRPO Base Model* and *GRPO Train LoRA* know of a model before its run."""
+    height, width, frames = case.size
+    graph = {"folder": "x", "file": "x", "vae_file": "x", "scheduler": "simple", "sigmas": sigmas}
+    kernel = "dance" if pack("trainer.models.graph").predicts_flow(patcher.model.model_sampling, SAMPLING) else "ddim"
+    data = {
+        "model": {"family": "comfy", "graph": graph, "height": height, "width": width, "frames": frames},
+        "prompts": {"texts": ["any"]},
+        "rewards": [{"name": "colorfulness"}],
+        "rollout": {"kernel": kernel},
+    }
+    return pack("nodes.dry_run").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
+
+
+def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable, case: Case, monkeypatch) -> None:
+    dry_run, entries = pack("nodes.dry_run"), pack("trainer.models").EntryConditions
+    blueprint, config = described(pack, case, new_patcher(case))
+    reached = []
+    whole = dry_run.Shell.take
+    monkeypatch.setattr(dry_run.Shell, "take", lambda *arguments: (whole(*arguments), reached.append(1)))
+    comfy.model_management.in_training = False
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)  # as on a GPU, where layers are filled later
+    dry_run.refuse(blueprint, config, entries.of([entry(case, 1)]))
+    assert comfy.memory_management.aimdo_enabled
+    assert reached, "the network was not run to its end, so that it could have refused nothing"
+    assert not comfy.model_management.in_training, "the user's own sampling goes on as it was"
+    wrong = entry(case, 1) | {"cross_attn": draw(1, 6, case.text[0] + 8)}
+    with pytest.raises(pack("trainer.errors").BadInput, match=f"{case.text[0]} numbers .* given {case.text[0] + 8}"):
+        dry_run.refuse(blueprint, config, entries.of([wrong]))
+    if case.text[1] is not None:
+        wrong = entry(case, 1) | {"pooled_output": draw(1, case.text[1] - 8)}  # some cut off what is more
+        with pytest.raises(pack("trainer.errors").BadInput, match="does not take what clip and conditioning give"):
+            dry_run.refuse(blueprint, config, entries.of([wrong]))
+
+
+def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: Callable) -> None:
+    refuse, bad, entries = pack("nodes.dry_run").refuse, pack("trainer.errors").BadInput, pack("trainer.models")
+    flux, sdxl = (next(case for case in CASES if case.core == core) for core in ("Flux", "SDXL"))
+    patcher = new_patcher(flux)
+    refuse(*described(pack, flux, patcher), None)
+    with pytest.raises(bad, match="rollout.kernel is 'ddim': models of family comfy take"):
+        refuse(*described(pack, flux, patcher, rollout={"kernel": "ddim"}), None)
+    with pytest.raises(bad, match="lora.targets: 'attention.qkv' matches no linear layer"):
+        refuse(*described(pack, flux, patcher, lora={"targets": ["attention.qkv"]}), None)
+    with pytest.raises(bad, match="there are 3 sigmas, and 6 steps take 7"):
+        refuse(*described(pack, flux, patcher, [1.0, 0.5, 0.0], rollout={"kernel": "dance", "steps": 6}), None)
+    ltxv = next(case for case in CASES if case.core == "LTXV")
+    lacking = {"cross_attn": draw(1, 6, 16)}
+    with pytest.raises(bad, match="needs something that clip does not give .*'attention_mask'"):
+        refuse(*described(pack, ltxv, new_patcher(ltxv)), entries.EntryConditions.of([lacking]))
+    with pytest.raises(bad, match=r"needs something that clip does not give \('pooled_output'\)"):
+        refuse(*described(pack, sdxl, new_patcher(sdxl)), entries.EntryConditions.of([lacking]))

@@ -263,6 +263,20 @@ def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.Mo
         host.require_memory(model, None, 20, on_cpu=False)
 
 
+def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    host, graph = pack("nodes.host"), {"folder": "x", "file": str(tmp_path / "a"), "vae_file": str(tmp_path / "a")}
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(12 * 2**30)  # a hole takes no space
+    model = pack("trainer.config").ModelConfig(family="comfy", graph=graph)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(host.memory, "get_torch_device", lambda: gpu)
+    monkeypatch.setattr(host.memory, "get_free_memory", lambda device: (8 if device == gpu else 6) * 2**30)
+    host.require_memory(model, None, 1, on_cpu=False)
+    monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 6 * 2**30)
+    with pytest.raises(pack("trainer.errors").BadInput, match=r"RAM has 12\.0 GiB .* takes 12\.5 GiB"):
+        host.require_memory(model, None, 1, on_cpu=False)
+
+
 def test_weights_are_counted_from_file_headers(pack) -> None:
     from safetensors.torch import load_file
 
