@@ -1,6 +1,8 @@
 """Bases in few bits with scales, and bases that are partly kept elsewhere: the embedded model, by core's loaders."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[3]
 LAYOUTS = comfy.quant_ops.QUANT_ALGOS
 LOADED = {"dtype": torch.float32}
 
@@ -239,6 +242,19 @@ def test_the_lora_is_on_the_device_also_where_the_base_is_not(pack, weights, mon
         model._make_resident()
     adapter = pack("trainer.lora").parameters(model.module)
     assert moved == [(value.shape, torch.device("cuda", 3)) for value in adapter.values()]
+
+
+def test_memory_is_computed_as_an_allocator_counts_it() -> None:
+    spec = importlib.util.spec_from_file_location("memory_benchmark", ROOT / "benchmarks" / "memory.py")
+    memory = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    allocated, computed = memory.check()
+    assert allocated > 10
+    assert abs(computed - allocated) < 0.01 * allocated
+    gb = 2**30
+    assert memory.in_ram(20 * gb, 18 * gb, 24) == "all on the GPU"
+    assert memory.in_ram(20 * gb, 18 * gb, 16) == "5.5 in RAM"
+    assert memory.in_ram(20 * gb, 5 * gb, 12) == "no"
 
 
 def test_weights_in_ram_need_checkpointing(pack) -> None:
