@@ -349,6 +349,18 @@ def test_failing_reward_fails_the_run_and_keeps_what_it_had(
     assert run.status()["error"] is None
 
 
+def test_a_full_device_says_what_helps(short: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(scores: torch.Tensor, call: int) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    install(monkeypatch, spoil)
+    short["rewards"] = [{"name": "odd"}]
+    file, run = write_description(tmp_path / "run.json", short), RunDirectory(tmp_path / "run")
+    assert main(["train", str(file), "--output", str(run.path)]) == 1
+    for word in ("out of memory", "model.gradient_checkpointing", "objective.batch_size", "reserve_gb", "2.00 GiB"):
+        assert word in run.status()["error"]
+
+
 # -------------------------------------------------------------------------------------------------------- the guard
 
 

@@ -151,4 +151,10 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
 
 
 def _sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the device ran out of memory: turn on model.gradient_checkpointing, lower objective.batch_size and "
+            f"rollout.batch_size, or raise reserve_gb of a connected model ({text})"
+        )
+    return text
