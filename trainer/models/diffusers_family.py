@@ -12,6 +12,7 @@ from ..schedule import sigma_schedule
 from .base import Conditions, DiffusionModel, require_files
 from .folders import check_quantization, check_weights, load_vae, open_picture, quantization, read_json, vae_scale
 from .latents import rows_and_zeros, together
+from .sharding import shard
 
 ENCODED_AT_ONCE = 16
 
@@ -115,13 +116,16 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "DiffusersModel":
-        network = cls._load_network(config, device)
+        network = cls._load_network(config, torch.device("cpu") if config.sharded else device)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        network.requires_grad_(False)
+        if config.sharded:
+            network = shard(network, device)
         vae = load_vae(cls.folder(config), config).to(device).requires_grad_(False)
         if all(parameter.ndim < 5 for parameter in vae.parameters()):
             vae = vae.to(memory_format=torch.channels_last)
-        return cls(network.requires_grad_(False), vae, config)
+        return cls(network, vae, config)
 
     @classmethod
     def _load_network(cls, config: ModelConfig, device: torch.device) -> nn.Module:

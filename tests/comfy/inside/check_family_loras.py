@@ -119,6 +119,12 @@ def convert_wan(weights: Tensors, config: dict) -> Tensors:
     return single_file_utils.convert_wan_transformer_to_diffusers(dict(weights))
 
 
+def convert_sd3(weights: Tensors, config: dict) -> Tensors:
+    names = comfy.utils.mmdit_to_diffusers(config)
+    names["pos_embed.pos_embed"] = "pos_embed"
+    return by_map(names, weights)
+
+
 def same(weights: Tensors, config: dict) -> Tensors:
     return dict(weights)
 
@@ -180,6 +186,21 @@ def call_qwen(core: Any, network: Any) -> tuple[Tensor, Tensor]:
     ours = network(tokens, text, torch.ones(2, 5), sigma, [[(1, 2, 4)]] * 2).sample
     ours = ours.view(2, 2, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 16, 4, 8)
     return core(x.unsqueeze(2), sigma, text).squeeze(2), ours
+
+
+def call_qwen_edit(core: Any, network: Any) -> tuple[Tensor, Tensor]:
+    x, text, source = draw(2, 16, 4, 8), draw(2, 5, 16, seed=1), draw(2, 16, 4, 8, seed=2)
+    sigma = torch.tensor([0.9, 0.3])
+    tokens = [y.view(2, 16, 2, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 8, 64) for y in (x, source)]
+    ours = network(torch.cat(tokens, 1), text, torch.ones(2, 5), sigma, [[(1, 2, 4)] * 2] * 2).sample[:, :8]
+    ours = ours.view(2, 2, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 16, 4, 8)
+    return core(x.unsqueeze(2), sigma, text, ref_latents=[source.unsqueeze(2)]).squeeze(2), ours
+
+
+def call_sd3(core: Any, network: Any) -> tuple[Tensor, Tensor]:
+    x, text, pooled = draw(2, 16, 4, 6), draw(2, 5, 16, seed=1), draw(2, 16, seed=2)
+    times = torch.tensor([900.0, 300.0])
+    return core(x, times, text, pooled), network(x, text, pooled, times).sample
 
 
 # -------------------------------------------------------------------------------------------------------------- cases
@@ -351,7 +372,67 @@ QWEN_TINY = {
 }
 QWEN_DIFFUSERS = {key: value for key, value in QWEN_TINY.items() if key != "image_model"}
 
+SD3 = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "input_size": None,
+    "pos_embed_scaling_factor": None,
+    "x_block_self_attn_layers": [],
+}
+
+
+def linear(features: int, out: int) -> dict:
+    return {"target": "torch.nn.Linear", "params": {"in_features": features, "out_features": out}}
+
+
+SD35_LARGE = SD3 | {
+    "depth": 38,
+    "adm_in_channels": 2048,
+    "context_embedder_config": linear(4096, 38 * 64),
+    "num_patches": 192**2,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms",
+}
+SD3_TINY = SD3 | {
+    "depth": 2,
+    "adm_in_channels": 16,
+    "context_embedder_config": linear(16, 128),
+    "num_patches": 64,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms",
+}
+SD35_LARGE_DIFFUSERS = {
+    "in_channels": 16,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 38 * 64,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+SD3_DIFFUSERS = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
+
 CASES = [
+    Case(
+        "sd3",
+        "SD3",
+        "SD3Transformer2DModel",
+        (SD35_LARGE, SD35_LARGE_DIFFUSERS),
+        (SD3_TINY, SD3_DIFFUSERS),
+        convert_sd3,
+        call_sd3,
+    ),
     Case(
         "sd",
         "SD15",
@@ -425,10 +506,19 @@ CASES = [
         same,
         call_qwen,
     ),
+    Case(
+        "qwen-image-edit",
+        "QwenImage",
+        "QwenImageTransformer2DModel",
+        ({"image_model": "qwen_image"}, {}),
+        (QWEN_TINY, QWEN_DIFFUSERS),
+        same,
+        call_qwen_edit,
+    ),
 ]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.core)
+@pytest.fixture(params=CASES, ids=lambda case: f"{case.family}-{case.core}")
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
@@ -512,3 +602,16 @@ def test_output_with_the_lora_is_the_trained_one(case: Case, pack: Callable, cap
         patched, learned = case.call(patcher.model.diffusion_model, trained)
     assert (learned - ours).abs().max() > 1e-3
     torch.testing.assert_close(patched, learned, rtol=0, atol=1e-4)
+
+
+def test_odd_numbers_of_qwen_tokens_are_placed_one_further_on_in_comfyui() -> None:
+    """What docs/families.md says of sizes that are no multiples of 32."""
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    for rows, ours, theirs in ((4, [-2, -1, 0, 1], [-2, -1, 0, 1]), (5, [-3, -2, -1, 0, 1], [-2, -1, 0, 1, 2])):
+        image, _ = QwenEmbedRope(10000, [4, 6, 6], scale_rope=True)([(1, rows, 2)], max_txt_seq_len=3)
+        first_turn = image.view(rows, 2, 8)[:, 0, 2]  # of the rows' axis: one radian per place
+        torch.testing.assert_close(first_turn.angle(), torch.tensor(ours).float())
+        core = core_model(CASES[-1], QWEN_TINY, "cpu").diffusion_model
+        _, ids, _ = core.process_img(torch.zeros(1, 16, 1, 2 * rows, 4))
+        assert ids.view(rows, 2, 3)[:, 0, 1].tolist() == theirs

@@ -1,0 +1,53 @@
+"""Runs descriptions in the processes of a launcher, each with the network whole and divided, one after the other.
+
+`python -m torch.distributed.run --nproc-per-node=2 two_processes.py FOLDER` reads FOLDER/*.yaml and writes, for each
+and for `whole` and `sharded`, the learned tensors and a record with the events and the bytes of every process.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+torch.set_num_threads(1)
+
+import diffusers  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from trainer.config import read_config  # noqa: E402
+from trainer.distributed import Processes  # noqa: E402
+from trainer.loop import Trainer  # noqa: E402
+from trainer.models.sharding import local_bytes  # noqa: E402
+
+
+def run(file: Path, sharded: bool, processes: Processes) -> None:
+    events: list[dict] = []
+    config = read_config(file, [f"model.sharded={json.dumps(sharded)}", "runtime.iterations=2"])
+    trainer = Trainer(config, None, processes, events.append)
+    bytes_before = processes.gather([local_bytes(trainer.model.module)])
+    trainer.train()
+    record = {
+        "events": events,
+        "bytes": processes.gather([local_bytes(trainer.model.module)]),
+        "bytes_before": bytes_before,
+        "bytes_whole": sum(p.numel() * p.element_size() for p in trainer.model.module.parameters()),
+        "learning": [name for name, p in trainer.model.module.named_parameters() if p.requires_grad],
+    }
+    if processes.is_main:
+        name = f"{file.stem}-{'sharded' if sharded else 'whole'}"
+        tensors = {key: value.detach().clone() for key, value in trainer.policy.tensors().items()}
+        save_file(tensors, file.with_name(f"{name}.safetensors"))
+        file.with_name(f"{name}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    together = Processes("cpu")
+    for description in sorted(Path(sys.argv[1]).glob("*.yaml")):
+        for divided in (False, True):
+            run(description, divided, together)
+    together.close()
