@@ -355,6 +355,11 @@ def test_two_processes_give_the_run_of_one_whole_and_divided(
         assert events[1]["skipped_groups"] == 2, "one process has nothing to train, and still makes the calls"
 
 
+@pytest.mark.slow
+def test_a_divided_run_stops_and_goes_on_exactly(together: Path) -> None:
+    assert_same_tensors(load_file(together / "plain-parts.safetensors"), result(together, "plain-sharded")[1])
+
+
 def check_memory(record: dict, tensors: dict[str, torch.Tensor], divided: bool) -> None:
     """Between calls a process keeps its half of the frozen base, and the LoRA, which alone learns."""
     lora = sum(value.nbytes for name, value in tensors.items() if name.startswith("lora/"))

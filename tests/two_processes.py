@@ -1,7 +1,8 @@
 """Runs descriptions in the processes of a launcher, each with the network whole and divided, one after the other.
 
 `python -m torch.distributed.run --nproc-per-node=2 two_processes.py FOLDER` reads FOLDER/*.yaml and writes, for each
-and for `whole` and `sharded`, the learned tensors and a record with the events and the bytes of every process.
+and for `whole` and `sharded`, the learned tensors and a record with the events and the bytes of every process. The run of
+plain.yaml is done once more in two parts.
 """
 
 import json
@@ -21,6 +22,7 @@ from trainer.config import read_config  # noqa: E402
 from trainer.distributed import Processes  # noqa: E402
 from trainer.loop import Trainer  # noqa: E402
 from trainer.models.sharding import local_bytes  # noqa: E402
+from trainer.run import RunDirectory  # noqa: E402
 
 
 def run(file: Path, sharded: bool, processes: Processes) -> None:
@@ -38,9 +40,32 @@ def run(file: Path, sharded: bool, processes: Processes) -> None:
     }
     if processes.is_main:
         name = f"{file.stem}-{'sharded' if sharded else 'whole'}"
-        tensors = {key: value.detach().clone() for key, value in trainer.policy.tensors().items()}
-        save_file(tensors, file.with_name(f"{name}.safetensors"))
+        save(trainer, file.with_name(f"{name}.safetensors"))
         file.with_name(f"{name}.json").write_text(json.dumps(record))
+
+
+def run_in_two_parts(file: Path, processes: Processes) -> None:
+    """Stop after the first iteration, and go on in another trainer."""
+    config = read_config(file, ["model.sharded=true", "runtime.iterations=2"])
+    folder = file.with_name(f"{file.stem}-parts")
+
+    def stop(event: dict) -> None:
+        if event.get("iteration") == 1 and "rewards" in event:
+            (folder / "stop").touch()
+
+    for state, listener in (("stopped", stop), ("finished", lambda event: None)):
+        run = RunDirectory.open(folder, config, ["test"]) if processes.is_main else RunDirectory(folder)
+        processes.wait()
+        trainer = Trainer(config, run, processes, listener)
+        assert trainer.train()["state"] == state
+        run.release()
+        processes.wait()
+    if processes.is_main:
+        save(trainer, folder.with_suffix(".safetensors"))
+
+
+def save(trainer: Trainer, file: Path) -> None:
+    save_file({key: value.detach().clone() for key, value in trainer.policy.tensors().items()}, file)
 
 
 if __name__ == "__main__":
@@ -50,4 +75,5 @@ if __name__ == "__main__":
     for description in sorted(Path(sys.argv[1]).glob("*.yaml")):
         for divided in (False, True):
             run(description, divided, together)
+    run_in_two_parts(Path(sys.argv[1]) / "plain.yaml", together)
     together.close()
