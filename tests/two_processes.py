@@ -1,8 +1,8 @@
 """Runs descriptions in the processes of a launcher, each with the network whole and divided, one after the other.
 
 `python -m torch.distributed.run --nproc-per-node=2 two_processes.py FOLDER` reads FOLDER/*.yaml and writes, for each
-and for `whole` and `sharded`, the learned tensors and a record with the events and the bytes of every process. The run of
-plain.yaml is done once more in two parts.
+and for `whole` and `sharded`, the learned tensors and a record with the events and the bytes of every process. The run
+of plain.yaml is done once more in two parts.
 """
 
 import json

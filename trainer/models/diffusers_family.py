@@ -13,6 +13,7 @@ from .base import Conditions, DiffusionModel, require_files
 from .folders import check_quantization, check_weights, load_vae, open_picture, quantization, read_json, vae_scale
 from .latents import rows_and_zeros, together
 from .sharding import shard
+from .single_file import load_network
 
 ENCODED_AT_ONCE = 16
 
@@ -139,14 +140,7 @@ class DiffusersModel(DiffusionModel):
                 folder / cls.component, dtype=dtype, local_files_only=True, use_safetensors=True, **extra
             )
         else:
-            network = network_class.from_single_file(
-                config.network_file,
-                config=str(folder),
-                subfolder=cls.component,
-                dtype=dtype,
-                local_files_only=True,
-                **extra,
-            )
+            network = load_network(Path(config.network_file), network_class, folder, cls.component, dtype, extra)
         return network if extra else network.to(device)
 
     # ----------------------------------------------------------------------------------------------- encoding

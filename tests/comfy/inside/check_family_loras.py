@@ -1,8 +1,10 @@
 """LoRAs of every diffusers family in ComfyUI: every key of the real architecture, and equal outputs on tiny models."""
 
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -13,7 +15,8 @@ import comfy.utils
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils
+from diffusers.loaders import single_file_model, single_file_utils
+from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -74,6 +77,35 @@ def convert_flux(weights: Tensors, config: dict) -> Tensors:
     return by_map({name: place for name, place in names.items() if not any(e in name for e in extra)}, weights)
 
 
+def tencent_name(name: str) -> str:
+    """HunyuanVideo's released name of a weight of ComfyUI's."""
+    for new, old in (
+        ("_attn.qkv.", "_attn_qkv."),
+        ("_attn.proj.", "_attn_proj."),
+        ("_attn.norm.query_norm.", "_attn_q_norm."),
+        ("_attn.norm.key_norm.", "_attn_k_norm."),
+        ("self_attn.qkv.", "self_attn_qkv."),
+        ("self_attn.proj.", "self_attn_proj."),
+        ("_mod.lin.", "_mod.linear."),
+        ("modulation.lin.", "modulation.linear."),
+        ("img_mlp.0.", "img_mlp.fc1."),
+        ("img_mlp.2.", "img_mlp.fc2."),
+        ("txt_mlp.0.", "txt_mlp.fc1."),
+        ("txt_mlp.2.", "txt_mlp.fc2."),
+        ("norm.query_norm.", "q_norm."),
+        ("norm.key_norm.", "k_norm."),
+        ("mlp.0.", "mlp.fc1.") if "individual_token_refiner" in name else ("", ""),
+        ("mlp.2.", "mlp.fc2.") if "individual_token_refiner" in name else ("", ""),
+        ("_in.in_layer.", "_in.mlp.0.") if not name.startswith("vector") else ("", ""),
+        ("_in.out_layer.", "_in.mlp.2.") if not name.startswith("vector") else ("", ""),
+        ("_embedder.in_layer.", "_embedder.mlp.0." if "t_embedder" in name else "_embedder.linear_1."),
+        ("_embedder.out_layer.", "_embedder.mlp.2." if "t_embedder" in name else "_embedder.linear_2."),
+    ):
+        if new:
+            name = name.replace(new, old)
+    return name
+
+
 def convert_hunyuan(weights: Tensors, config: dict) -> Tensors:
     width, result = config["hidden_size"], {}
     for name, value in weights.items():
@@ -87,31 +119,7 @@ def convert_hunyuan(weights: Tensors, config: dict) -> Tensors:
     for name, value in weights.items():
         if ".linear1." in name:
             continue
-        for new, old in (
-            ("_attn.qkv.", "_attn_qkv."),
-            ("_attn.proj.", "_attn_proj."),
-            ("_attn.norm.query_norm.", "_attn_q_norm."),
-            ("_attn.norm.key_norm.", "_attn_k_norm."),
-            ("self_attn.qkv.", "self_attn_qkv."),
-            ("self_attn.proj.", "self_attn_proj."),
-            ("_mod.lin.", "_mod.linear."),
-            ("modulation.lin.", "modulation.linear."),
-            ("img_mlp.0.", "img_mlp.fc1."),
-            ("img_mlp.2.", "img_mlp.fc2."),
-            ("txt_mlp.0.", "txt_mlp.fc1."),
-            ("txt_mlp.2.", "txt_mlp.fc2."),
-            ("norm.query_norm.", "q_norm."),
-            ("norm.key_norm.", "k_norm."),
-            ("mlp.0.", "mlp.fc1.") if "individual_token_refiner" in name else ("", ""),
-            ("mlp.2.", "mlp.fc2.") if "individual_token_refiner" in name else ("", ""),
-            ("_in.in_layer.", "_in.mlp.0.") if not name.startswith("vector") else ("", ""),
-            ("_in.out_layer.", "_in.mlp.2.") if not name.startswith("vector") else ("", ""),
-            ("_embedder.in_layer.", "_embedder.mlp.0." if "t_embedder" in name else "_embedder.linear_1."),
-            ("_embedder.out_layer.", "_embedder.mlp.2." if "t_embedder" in name else "_embedder.linear_2."),
-        ):
-            if new:
-                name = name.replace(new, old)
-        original[name] = value
+        original[tencent_name(name)] = value
     return result | single_file_utils.convert_hunyuan_video_transformer_to_diffusers(original)
 
 
@@ -615,3 +623,42 @@ def test_odd_numbers_of_qwen_tokens_are_placed_one_further_on_in_comfyui() -> No
         core = core_model(CASES[-1], QWEN_TINY, "cpu").diffusion_model
         _, ids, _ = core.process_img(torch.zeros(1, 16, 1, 2 * rows, 4))
         assert ids.view(rows, 2, 3)[:, 0, 1].tolist() == theirs
+
+
+def original(case: Case, weights: Tensors) -> Tensors:
+    """The weights as the released file names them."""
+    rename = {convert_hunyuan: tencent_name, convert_flux: black_forest_name}.get(case.convert, str)
+    return {rename(name): value for name, value in weights.items()}
+
+
+def black_forest_name(name: str) -> str:
+    """FLUX's released name of a weight of ComfyUI's."""
+    return name.replace("_norm.weight", "_norm.scale")
+
+
+def test_network_comes_from_a_file_in_the_original_names(
+    case: Case, pack: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a file on disk needs no network"))
+    if case.convert in (convert_flux, convert_hunyuan):  # diffusers' converters know the released width alone
+        core = core_model(case, case.real[0], "meta").diffusion_model
+        with torch.device("meta"):
+            network = getattr(diffusers, case.network)(**case.real[1])
+        name = type(network).__name__
+        convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+        converted = convert(checkpoint=original(case, core.state_dict()), config=network.config)
+        expected = network.state_dict()
+        assert {key: value.shape for key, value in converted.items()} == {k: v.shape for k, v in expected.items()}
+        return
+    core = core_model(case, case.tiny[0], "cpu")
+    shapes = {name: value.shape for name, value in core.diffusion_model.state_dict().items()}
+    weights = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    expected = case.convert(dict(weights), core.model_config.unet_config)
+    family, file = pack("trainer.models").FAMILIES[case.family], tmp_path / "one.safetensors"
+    getattr(diffusers, case.network)(**case.tiny[1]).save_config(tmp_path / family.component)
+    config = pack("trainer.config").ModelConfig(family=case.family, path=str(tmp_path), network_file=str(file))
+    for prefix, others in (("", {}), ("model.diffusion_model.", {"first_stage_model.x": torch.zeros(1)})):
+        save_file({prefix + name: value for name, value in original(case, weights).items()} | others, file)
+        loaded = family._load_network(config, torch.device("cpu")).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert [name for name in loaded if not torch.equal(loaded[name], expected[name])] == []
