@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -70,6 +71,9 @@ class Trainer:
         self.calls = processes.most if config.model.sharded else own
         family = model_class(config.model)
         check_kernel(family, config.model.family, config.rollout)
+        family.check_targets(config.model, config.lora.targets or [])
+        for note in family.notes(config.model) if processes.is_main else []:
+            print(f"warning: {note}", file=sys.stderr)
         for judge in self.judges.values():
             judge.load()
         self.prompting, self.held_out_prompting = self._encode(family)

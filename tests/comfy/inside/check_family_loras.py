@@ -612,7 +612,7 @@ def test_output_with_the_lora_is_the_trained_one(case: Case, pack: Callable, cap
     torch.testing.assert_close(patched, learned, rtol=0, atol=1e-4)
 
 
-def test_odd_numbers_of_qwen_tokens_are_placed_one_further_on_in_comfyui() -> None:
+def test_odd_numbers_of_qwen_tokens_are_placed_nearer_to_the_text_in_comfyui() -> None:
     """What docs/families.md says of sizes that are no multiples of 32."""
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
