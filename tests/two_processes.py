@@ -8,6 +8,7 @@ of plain.yaml is done once more in two parts.
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -25,10 +26,22 @@ from trainer.models.sharding import local_bytes  # noqa: E402
 from trainer.run import RunDirectory  # noqa: E402
 
 
+class SharedEncoding(Trainer):
+    """A trainer that takes what an earlier one of the same description encoded."""
+
+    known: ClassVar[dict] = {}
+
+    def _encode(self, family: type) -> tuple:
+        key = (self.config.model.path, self.config.prompts.model_dump_json())
+        if key not in self.known:
+            self.known[key] = super()._encode(family)
+        return self.known[key]
+
+
 def run(file: Path, sharded: bool, processes: Processes) -> None:
     events: list[dict] = []
     config = read_config(file, [f"model.sharded={json.dumps(sharded)}", "runtime.iterations=2"])
-    trainer = Trainer(config, None, processes, events.append)
+    trainer = SharedEncoding(config, None, processes, events.append)
     bytes_before = processes.gather([local_bytes(trainer.model.module)])
     trainer.train()
     record = {
@@ -56,7 +69,7 @@ def run_in_two_parts(file: Path, processes: Processes) -> None:
     for state, listener in (("stopped", stop), ("finished", lambda event: None)):
         run = RunDirectory.open(folder, config, ["test"]) if processes.is_main else RunDirectory(folder)
         processes.wait()
-        trainer = Trainer(config, run, processes, listener)
+        trainer = SharedEncoding(config, run, processes, listener)
         assert trainer.train()["state"] == state
         run.release()
         processes.wait()
