@@ -16,8 +16,7 @@ from trainer.run import RunDirectory
 pytestmark = pytest.mark.slow
 
 VARIANTS = {
-    # 12 images over 2 processes: the second group is split between them.
-    "plain": {"rollout": {"shared_noise": True}},
+    # 12 images over 2 processes: the second group is split between them. Plainer runs: test_families.py.
     "updates, best of n, KL": {
         "rollout": {"window": {"size": 2, "position": "random"}},
         "objective": {"updates": 2, "best_of_n": 2, "kl_weight": 0.5},
@@ -55,8 +54,7 @@ def test_two_processes_give_the_run_of_one(
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         for name, value in ours["rewards"].items():
             assert value == pytest.approx(theirs["rewards"][name], abs=1e-5)
-        if variant != "plain":
-            assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
     first, second = lora_of(one), lora_of(two)
     assert first.keys() == second.keys()
     start = torch.cat([value.flatten() for name, value in first.items() if "lora_B" in name])

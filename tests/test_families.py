@@ -1,16 +1,24 @@
 """Every diffusers family on tiny random models: its pipeline's images, and training that resumes exactly."""
 
+import functools
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPTS, assert_same_tensors, lora_of, results_of, run_program
+import yaml
+from conftest import PROMPTS, assert_same_tensors, lora_of, results_of
+from safetensors.torch import load_file
 from tiny_families import CASES, Case, write_picture
 
 from trainer.config import ModelConfig, RunConfig, parse_config
 from trainer.distributed import Processes
+from trainer.errors import BadInput
+from trainer.launch import kill_tree
 from trainer.loop import Trainer
 from trainer.models import model_class
 from trainer.models.latents import pack, unpack
@@ -22,13 +30,32 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return CASES[request.param]
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return case.build(tmp_path_factory.mktemp(case.family))
+def case(name: str) -> Case:
+    return CASES[name]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The model of a case, built when it is first asked for."""
+    return functools.cache(lambda name: CASES[name].build(tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, folders: Callable[[str], Path]) -> Path:
+    return folders(name)
+
+
+@pytest.fixture(scope="module")
+def alone(case: Case, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three iterations in one process."""
+    path = tmp_path_factory.mktemp("alone")
+    train(description(case, folder), path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +189,17 @@ def train(config: RunConfig, path: Path, stop_after: int = 0) -> list[dict]:
     return results_of(path)
 
 
-def test_training_changes_the_lora_keeps_ratios_and_resumes_exactly(case: Case, folder: Path, tmp_path: Path) -> None:
-    config = description(case, folder)
-    whole = train(config, tmp_path / "whole")
+def test_training_changes_the_lora_keeps_ratios_and_resumes_exactly(
+    case: Case, folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    config, whole = description(case, folder), results_of(alone)
     assert len(whole) == 3
     assert all(event["actions"] > 0 and event["grad_norm"] > 0 for event in whole)
     # Guidance multiplies rounding; still a fifth of the clip range.
     assert all(event["ratio"]["max_deviation_before_update"] < 2e-5 for event in whole)
-    learned = lora_of(tmp_path / "whole")
+    learned = lora_of(alone)
     if case.model.get("frames", 1) > 1:
-        check_videos(tmp_path / "whole" / "samples", case)
+        check_videos(alone / "samples", case)
     idle = {name.split(".lora_")[0] for name, value in learned.items() if "lora_B" in name and not value.any()}
     # The last block's text is not read any more.
     last = {f"diffusion_model.transformer_blocks.1.attn.{name}" for name in ("add_q_proj", "to_add_out")}
@@ -219,22 +247,136 @@ def test_network_comes_from_a_single_file(name: str, tmp_path: Path, monkeypatch
     assert_same_tensors(family.load(config, CPU).module.state_dict(), expected)
 
 
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def uneven(folder: Path, **settings: dict) -> RunConfig:
+    """Nine images over two processes in pairs: other numbers of prompts, of images and of calls in each."""
+    rollout = {"steps": 4, "shift": 1.0, "eta": 0.5, "prompts_per_iteration": 3, "group_size": 3, "batch_size": 2}
+    return parse_config(
+        {
+            "model": {"path": str(folder), "height": 16, "width": 16, "gradient_checkpointing": True},
+            "prompts": {"texts": PROMPTS[:3]},
+            "rollout": rollout | settings.get("rollout", {}),
+            "rewards": [{"name": "brightness"} | settings.get("reward", {})],
+            "objective": {"train_steps": "all", "batch_size": 2} | settings.get("objective", {}),
+            "lora": {"rank": 2, "alpha": 4},
+            "optimizer": {"learning_rate": 1e-3},
+            "evaluation": {"texts": ["a green circle", "two squares", "a triangle"], "images_per_prompt": 1},
+            "runtime": {"iterations": 2, "seed": 3, "device": "cpu"},
+        }
+    )
+
+
+IN_TWO = [name for name in CASES if name not in ("sd-v", "wan-image", "hunyuanvideo-image")]
+UNEVEN = {
+    "plain": {},
+    "updates, KL, guard": {"objective": {"updates": 3, "kl_weight": 0.5, "ratio": "guard"}},
+    "window, best of n": {"objective": {"best_of_n": 2}, "rollout": {"window": {"size": 2}, "guidance_scale": 2.0}},
+    "skipped groups": {"reward": {"threshold": 0.00275}, "rollout": {"shared_noise": False}},
+}
+
+
+def in_this_process(config: RunConfig) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """Events and what was learned of two iterations."""
+    events: list[dict] = []
+    trainer = Trainer(config, None, Processes("cpu"), events.append)
+    trainer.train()
+    return events, {name: value.detach() for name, value in trainer.policy.tensors().items()}
+
+
+@pytest.fixture(scope="module")
+def together(folders: Callable[[str], Path], tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case and every uneven run in two processes, each with the network whole and divided."""
+    base = tmp_path_factory.mktemp("together")
+    runs = {name: description(CASES[name], folders(name)) for name in IN_TWO}
+    for name, config in (runs | {name: uneven(tiny_sd3, **settings) for name, settings in UNEVEN.items()}).items():
+        (base / f"{name}.yaml").write_text(config.to_yaml())
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("two_processes.py")
+    with (base / "output").open("w") as output:
+        child = subprocess.Popen([*launcher, script, base], stdout=output, stderr=subprocess.STDOUT)
+    try:
+        assert child.wait(400) == 0, (base / "output").read_text()
+    finally:
+        kill_tree(child.pid)
+    return base
+
+
+def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
+    ours, theirs = ([event for event in events if "rewards" in event] for events in (ours, theirs))
+    assert len(theirs) == 2
+    for one, two in zip(ours[:2], theirs, strict=True):
+        assert one["actions"] == two["actions"] > 0
+        assert one["skipped_groups"] == two["skipped_groups"]
+        assert one["evaluations_per_image"] == pytest.approx(two["evaluations_per_image"], rel=0.6)
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
+        for judge, value in one["rewards"].items():
+            assert value == pytest.approx(two["rewards"][judge], abs=1e-5)
+
+
+def assert_same_learned(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+
+    def flat(tensors: dict[str, torch.Tensor], start: str, end: str = "") -> torch.Tensor:
+        chosen = [name for name in sorted(tensors) if name.startswith(start) and name.endswith(end)]
+        return torch.cat([tensors[name].flatten() for name in chosen])
+
+    learned = flat(ours, "lora/", ".lora_B.default.weight")
+    assert learned.abs().max() > 1e-3, "something was learned, so that agreement says something"
+    gradient, other = (flat(tensors, "optimizer/", "/exp_avg") for tensors in (ours, theirs))
+    assert (gradient - other).norm() < 1e-3 * gradient.norm()
+    # AdamW divides a gradient by its own size: one that is rounding alone moves its weight either way.
+    apart = (flat(ours, "lora/") - flat(theirs, "lora/")).abs() > 1e-5
+    assert apart.float().mean() < 5e-3
+
+
+def result(base: Path, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    return json.loads((base / f"{name}.json").read_text()), load_file(base / f"{name}.safetensors")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wan-i2v"])
-def test_two_processes_give_the_run_of_one(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    folder = case.build(tmp_path / "model")
-    config = description(case, folder)
-    alone = train(config, tmp_path / "one")
-    file = tmp_path / "run.yaml"
-    file.write_text(config.to_yaml())
-    done = run_program("train", file, "--output", tmp_path / "two", "--processes", 2, check=False)
-    assert done.returncode == 0, done.stderr
-    shared = results_of(tmp_path / "two")
-    for ours, theirs in zip(alone, shared, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-    first, second = lora_of(tmp_path / "one"), lora_of(tmp_path / "two")
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        torch.testing.assert_close(value, second[key], rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name", [*IN_TWO, *UNEVEN], scope="module")
+def test_two_processes_give_the_run_of_one_whole_and_divided(
+    name: str, together: Path, request: pytest.FixtureRequest
+) -> None:
+    if name in CASES:
+        alone = request.getfixturevalue("alone")
+        events, learned = results_of(alone), load_file(alone / "checkpoints" / "000002.safetensors")
+    else:
+        events, learned = in_this_process(parse_config(yaml.safe_load((together / f"{name}.yaml").read_text())))
+    for kind in ("whole", "sharded"):
+        record, tensors = result(together, f"{name}-{kind}")
+        assert_same_run(events, record["events"])
+        assert_same_learned(learned, tensors)
+        check_memory(record, tensors, divided=kind == "sharded")
+    if name == "skipped groups":
+        assert events[1]["skipped_groups"] == 2, "one process has nothing to train, and still makes the calls"
+
+
+@pytest.mark.slow
+def test_a_divided_run_stops_and_goes_on_exactly(together: Path) -> None:
+    assert_same_tensors(load_file(together / "plain-parts.safetensors"), result(together, "plain-sharded")[1])
+
+
+def check_memory(record: dict, tensors: dict[str, torch.Tensor], divided: bool) -> None:
+    """Between calls a process keeps its half of the frozen base, and the LoRA, which alone learns."""
+    lora = sum(value.nbytes for name, value in tensors.items() if name.startswith("lora/"))
+    base = record["bytes_whole"] - lora
+    assert len(record["learning"]) == len([name for name in tensors if name.startswith("lora/")])
+    assert all(".lora_" in name for name in record["learning"])
+    assert record["bytes"] == record["bytes_before"]
+    if divided:
+        assert sum(record["bytes"]) == base + 2 * lora
+        assert max(record["bytes"]) < 0.55 * base + lora
+    else:
+        assert record["bytes"] == [base + lora] * 2
+
+
+def test_sharding_takes_several_processes_and_a_plain_diffusers_folder(tiny_sd3: Path) -> None:
+    config = uneven(tiny_sd3).model_dump()
+    with pytest.raises(BadInput, match="model.sharded is true: it takes several processes"):
+        Trainer(parse_config(config, ["model.sharded=true"]), None, Processes("cpu"))
+    with pytest.raises(BadInput, match="sharded goes with diffusers folders alone, and without quantization"):
+        parse_config(config, ["model.sharded=true", "model.quantization=nf4"])

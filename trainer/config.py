@@ -104,6 +104,10 @@ class ModelConfig(Section):
     quantization: Literal["int8", "nf4"] | None = Field(
         None, description="Keep the frozen base in 8 or 4 bits, through bitsandbytes."
     )
+    sharded: bool = Field(
+        False,
+        description="Divide the frozen base over all processes (FSDP2), for models that do not fit one GPU.",
+    )
     vae_dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32",
         description="Type the VAE decodes in; auto is bfloat16 where the device computes in it fast, else float32.",
@@ -121,6 +125,8 @@ class ModelConfig(Section):
             raise ValueError("family comfy goes with the section graph, and every other family without")
         if self.graph is not None and (self.network_file or self.quantization):
             raise ValueError("network_file and quantization are of diffusers folders; leave them out with graph")
+        if self.sharded and (self.graph is not None or self.quantization):
+            raise ValueError("sharded goes with diffusers folders alone, and without quantization")
         return self
 
 

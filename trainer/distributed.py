@@ -42,13 +42,17 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def most(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        if self.count == 1:
+            return number
+        value = torch.tensor([number], device=self.device)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+        return int(value.item())
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process."""
-        if self.count == 1:
-            return flag
-        value = torch.tensor([float(flag)], device=self.device)
-        self.sum_([value])
-        return bool(value.item())
+        return bool(self.most(int(flag)))
 
     def wait(self) -> None:
         self.state.wait_for_everyone()

@@ -10,7 +10,7 @@ from . import rewards as judges
 from .distributed import Processes
 from .models import DiffusionModel
 from .prompting import PromptSet
-from .rollout import Plan, Prompting, decode, sample
+from .rollout import Calls, Plan, Prompting, decode, own, sample
 from .seeds import noise
 
 SHOWN, SHOWN_VIDEOS = 24, 6  # kept for the pictures
@@ -73,8 +73,13 @@ def evaluate(
     batch: int,
     mixture: Mixture | None = None,
     between_calls: Callable[[], None] = lambda: None,
+    calls: Calls = own,
 ) -> Evaluation:
-    """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text."""
+    """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text.
+
+    Args:
+        calls: how many images a process samples that has so many.
+    """
     plan = Plan(model.still_kernel, 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
     scores: list[tuple[int, dict[str, float]]] = []
@@ -82,6 +87,8 @@ def evaluate(
     most = min(SHOWN if len(model.latent_shape) == 3 else SHOWN_VIDEOS, len(prompts.texts))
     picture = set(torch.linspace(0, len(prompts.texts) - 1, most).round().int().tolist())
     mine = [pairs[i] for i in processes.share(len(pairs))]
+    own_images = len(mine)
+    mine += pairs[:1] * (calls(own_images) - own_images)  # sampled, not judged
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]
         index = torch.tensor([p for p, _ in part])
@@ -98,7 +105,10 @@ def evaluate(
             batch=batch,
             between_calls=between_calls,
         )
-        images = decode(model, sampled.final, batch)
+        part = part[: max(0, own_images - start)]
+        if not part:
+            continue
+        images = decode(model, sampled.final[: len(part)], batch)
         texts = [prompts.texts[p] for p, _ in part]
         columns = {name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in rewards.items()}
         for row, (p, k) in enumerate(part):

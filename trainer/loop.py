@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,7 +23,7 @@ from .models import check_kernel, model_class
 from .policy import Policy
 from .prompting import evaluation_prompts, training_prompts
 from .records import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
-from .rollout import Plan, Prompting, Trajectories, decode, sample
+from .rollout import Plan, Prompting, Trajectories, decode, own, sample
 from .run import Checkpoint, RunDirectory
 from .schedule import Window, stochastic_steps, trained_steps
 from .seeds import generator, noise, prompt_indices
@@ -65,8 +66,14 @@ class Trainer:
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
         check_groups(self.rewards, processes.count)
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
+        if config.model.sharded and processes.count == 1:
+            raise BadInput("model.sharded is true: it takes several processes, and this run has one (--processes)")
+        self.calls = processes.most if config.model.sharded else own
         family = model_class(config.model)
         check_kernel(family, config.model.family, config.rollout)
+        family.check_targets(config.model, config.lora.targets or [])
+        for note in family.notes(config.model) if processes.is_main else []:
+            print(f"warning: {note}", file=sys.stderr)
         for judge in self.judges.values():
             judge.load()
         self.prompting, self.held_out_prompting = self._encode(family)
@@ -188,6 +195,7 @@ class Trainer:
                 batch=self.config.rollout.batch_size,
                 keep_means=self.config.objective.ratio == "guard",
                 between_calls=self._between_calls,
+                calls=self.calls,
             )
         return Actions(plan, prompting, trajectories, prompt_of)
 
@@ -247,7 +255,7 @@ class Trainer:
                 here = [(place[member], step) for member, step in part if member in place]
                 each.append(Statistics.zeros(device))
                 config = self.config.objective
-                train(self.model, actions, values, here, len(part), config, each[-1], self._between_calls)
+                train(self.model, actions, values, here, len(part), config, each[-1], self._between_calls, self.calls)
                 norms.append(self.policy.step(self.processes))
         each = each or [Statistics.zeros(device)]
         total = each[0]
@@ -320,6 +328,7 @@ class Trainer:
                 batch=rollout.batch_size,
                 mixture=self._mixture(),
                 between_calls=self._between_calls,
+                calls=self.calls,
             )
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)

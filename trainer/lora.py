@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoraConfig
-from .errors import BadInput
 from .files import write_atomically
-from .models.base import Rows
+from .models.base import Rows, matching
 
 ADAPTER = "default"
 
@@ -37,10 +36,7 @@ def inject(
     import peft
 
     wanted = config.targets or list(targets)
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise BadInput(f"lora.targets: {target!r} matches no linear layer of this model, such as {names[0]!r}")
+    matching(module, wanted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(

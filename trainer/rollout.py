@@ -65,16 +65,33 @@ class Prompting:
     unconditional: Conditions | None = None
 
 
+Calls = Callable[[int], int]
+"""How many calls of the network a process makes where it needs so many itself: with a sharded one, as many as all."""
+
+
+def own(calls: int) -> int:
+    """Where every process has its own network, it calls it as often as it needs."""
+    return calls
+
+
 def predict(
-    model: DiffusionModel, latents: Tensor, sigma: float, prompting: Prompting, index: Tensor, plan: Plan, batch: int
+    model: DiffusionModel,
+    latents: Tensor,
+    sigma: float,
+    prompting: Prompting,
+    index: Tensor,
+    plan: Plan,
+    batch: int,
+    calls: Calls = own,
 ) -> Tensor:
     """Velocity of all rows, `batch` at a time; row i belongs to prompt `index[i]`."""
-    parts = []
-    for rows in torch.arange(len(latents), device=latents.device).split(batch):
+    parts, chunks = [], torch.arange(len(latents), device=latents.device).split(batch)
+    spare = [chunks[0][:1]] * (calls(len(chunks)) - len(chunks))  # asked first: from the first call on, all go in step
+    for rows in [*chunks, *spare]:
         levels = torch.full((len(rows),), sigma, device=latents.device)
         conditions = prompting.conditions.rows(index[rows])
         parts.append(model.velocity(latents[rows], levels, conditions, plan.guidance_scale, prompting.unconditional))
-    return torch.cat(parts)
+    return torch.cat(parts[: len(chunks)])
 
 
 @torch.no_grad()
@@ -89,6 +106,7 @@ def sample(
     batch: int,
     keep_means: bool = False,
     between_calls: Callable[[], None] = lambda: None,
+    calls: Calls = own,
 ) -> Trajectories:
     """Sample B trajectories.
 
@@ -102,13 +120,14 @@ def sample(
         step_noise: gives a stochastic step's noise, `[B, ...]`.
         batch: latents per model call.
         between_calls: called before every step, and may raise.
+        calls: of the network in a step.
     """
     index = torch.arange(len(initial), device=prompt_of.device) if plan.shared_noise else prompt_of
     latents, evaluations = initial.float(), 0
     starts, ends, log_probs, means = [], [], [], []
     for i, (sigma, sigma_next) in enumerate(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True)):
         between_calls()
-        velocity = predict(model, latents, sigma, prompting, index, plan, batch)
+        velocity = predict(model, latents, sigma, prompting, index, plan, batch, calls)
         evaluations += len(latents)
         if i == plan.shared_step:
             latents, velocity, index = latents[prompt_of], velocity[prompt_of], prompt_of

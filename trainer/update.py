@@ -1,5 +1,6 @@
 """The policy-gradient pass over an iteration's actions, each model call made once where its answer is shared."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from . import lora, objective, sde
 from .config import ObjectiveConfig
 from .distributed import Processes
 from .models import DiffusionModel
-from .rollout import Plan, Prompting, Trajectories
+from .rollout import Calls, Plan, Prompting, Trajectories, own
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def accumulate(
     advantages: Tensor,
     batch: Batch,
     config: ObjectiveConfig,
-    total: int,
+    total: float,
     statistics: Statistics,
 ) -> None:
     """Add the gradient of one batch's loss, divided by the `total` number of actions of the update."""
@@ -200,6 +201,7 @@ def train(
     config: ObjectiveConfig,
     statistics: Statistics,
     between_calls: Callable[[], None],
+    calls: Calls = own,
 ) -> None:
     """Accumulate the gradient of this process's actions of one update.
 
@@ -207,8 +209,14 @@ def train(
         advantages: `[B]`, of this process's trajectories.
         mine: (trajectory, step) pairs of this process.
         total: number of actions of the update over all processes.
+        calls: passes through the network, forward and backward.
     """
     prompt_of = actions.prompt_of.tolist()
-    for batch in batches(mine, prompt_of, actions.plan.shared_step, config.batch_size):
+    arranged = batches(mine, prompt_of, actions.plan.shared_step, config.batch_size)
+    missing = calls(len(arranged)) - len(arranged)  # asked first: from the first call on, all go in step
+    for batch in arranged:
         between_calls()
         accumulate(model, actions, advantages, batch, config, total, statistics)
+    for _ in range(missing):
+        (spare,) = batches([(0, actions.trajectories.steps[0])], prompt_of, -1, 1)
+        accumulate(model, actions, advantages, spare, config, math.inf, Statistics.zeros(advantages.device))

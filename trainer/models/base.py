@@ -91,6 +91,15 @@ class DiffusionModel(ABC):
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
         """Raise BadInput where conditions from a file do not fit the model; nothing large is loaded."""
 
+    @classmethod  # noqa: B027 - a family may look at them when it is loaded
+    def check_targets(cls, config: ModelConfig, targets: list[str]) -> None:
+        """Raise BadInput for a LoRA target that matches nothing, or nothing ComfyUI has a name for; loads nothing."""
+
+    @classmethod
+    def notes(cls, config: ModelConfig) -> list[str]:
+        """What a user should know of these settings before the run starts, a sentence each."""
+        return []
+
     @classmethod
     def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
         """Conditions from text encoders that the host has loaded itself.
@@ -205,3 +214,19 @@ def require_files(folder: Path, names: list[str], family: str) -> None:
     for name in names:
         if not (folder / name).exists():
             raise BadInput(f"model.path {str(folder)!r} is no {family} folder: {name} is missing")
+
+
+def matching(module: nn.Module, targets: list[str]) -> list[str]:
+    """Names of the linear layers that targets, endings of names, choose.
+
+    Raises:
+        BadInput: a target matches nothing.
+    """
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    chosen = []
+    for target in targets:
+        found = [name for name in names if name == target or name.endswith(f".{target}")]
+        if not found:
+            raise BadInput(f"lora.targets: {target!r} matches no linear layer of this model, such as {names[0]!r}")
+        chosen += found
+    return chosen

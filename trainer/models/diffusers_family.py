@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import BadInput
 from ..schedule import sigma_schedule
-from .base import Conditions, DiffusionModel, require_files
+from .base import PICTURE, Conditions, DiffusionModel, matching, require_files
 from .folders import (
     check_quantization,
     check_weights,
@@ -21,6 +21,8 @@ from .folders import (
     vae_scale,
 )
 from .latents import rows_and_zeros, together
+from .sharding import shard
+from .single_file import load_network
 
 ENCODED_AT_ONCE = 16
 
@@ -36,6 +38,7 @@ class DiffusersModel(DiffusionModel):
         encoders: what must be in the folder to encode prompts.
         guidance: embedded guidance where the description gives none; None where the family has no such input.
         condition_widths: fields of the network's configuration that hold the width of each condition.
+        condition_masks: conditions without a width of their own.
         video: whether latents have a time axis.
     """
 
@@ -46,6 +49,7 @@ class DiffusersModel(DiffusionModel):
     encoders: ClassVar[tuple[str, ...]]
     guidance: ClassVar[float | None] = None
     condition_widths: ClassVar[dict[str, str]] = {}
+    condition_masks: ClassVar[tuple[str, ...]] = ()
     video: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
@@ -110,27 +114,72 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
-        network = cls.network_config(config)
-        for name, field in cls.condition_widths.items():
-            if name not in conditions.tensors:
-                raise BadInput(f"the conditions hold no {name!r}, which family {cls.family} needs; encode them again")
-            width, wanted = conditions.tensors[name].shape[-1], network[field]
-            if width != wanted:
+        widths, pictures = cls.widths(cls.network_config(config)), cls.picture_shapes(config)
+        found, wanted = set(conditions.tensors), {*widths, *cls.condition_masks, *pictures}
+        if found != wanted:
+            raise BadInput(
+                f"the conditions hold {', '.join(sorted(found))}, and family {cls.family} in {cls.folder(config)} "
+                f"takes {', '.join(sorted(wanted))}; encode them again"
+            )
+        for name, width in widths.items():
+            given = conditions.tensors[name].shape[-1]
+            if given != width:
                 raise BadInput(
-                    f"the conditions {name!r} are {width} wide, and {cls.folder(config) / cls.component} takes {wanted}"
+                    f"the conditions {name!r} are {given} wide, and {cls.folder(config) / cls.component} takes {width}"
                 )
+        for name, shape in pictures.items():
+            given = tuple(conditions.tensors[name].shape)
+            if shape and given[-len(shape) :] != shape:
+                raise BadInput(
+                    f"the conditions {name!r} are {given[1:]}, and model.height, width and frames make them end in "
+                    f"{shape}; encode them again"
+                )
+
+    @classmethod
+    def widths(cls, network: dict[str, Any]) -> dict[str, int]:
+        """Width of each condition that comes from a text."""
+        return {name: network[field] for name, field in cls.condition_widths.items()}
+
+    @classmethod
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The conditions that come from a picture, and how their shapes end; () where that is left open."""
+        if not cls.takes_pictures(config):
+            return {}
+        step, _ = cls.size_step(cls.network_config(config), cls.vae_config(config))
+        scale = step // 2  # a token is 2 x 2 latents in every family that takes pictures
+        return {f"{PICTURE}latents": (config.height // scale, config.width // scale)}
+
+    @classmethod
+    def skeleton(cls, config: ModelConfig) -> nn.Module:
+        """The network without weights."""
+        import diffusers
+
+        with torch.device("meta"):
+            return getattr(diffusers, cls.network_class).from_config(cls.network_config(config))
+
+    @classmethod
+    def check_targets(cls, config: ModelConfig, targets: list[str]) -> None:
+        if not targets:  # the family's own fit
+            return
+        bare = object.__new__(cls)
+        bare.module = cls.skeleton(config)
+        for name in matching(bare.module, targets):
+            bare.lora_key(name)
 
     # ------------------------------------------------------------------------------------------------ loading
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "DiffusersModel":
-        network = cls._load_network(config, device)
+        network = cls._load_network(config, torch.device("cpu") if config.sharded else device)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        network.requires_grad_(False)
+        if config.sharded:
+            network = shard(network, device)
         vae = load_vae(cls.folder(config), config, device).requires_grad_(False)
         if all(parameter.ndim < 5 for parameter in vae.parameters()):
             vae = vae.to(memory_format=torch.channels_last)
-        return cls(network.requires_grad_(False), vae, config)
+        return cls(network, vae, config)
 
     @classmethod
     def _load_network(cls, config: ModelConfig, device: torch.device) -> nn.Module:
@@ -144,14 +193,7 @@ class DiffusersModel(DiffusionModel):
                 folder / cls.component, dtype=dtype, local_files_only=True, use_safetensors=True, **extra
             )
         else:
-            network = network_class.from_single_file(
-                config.network_file,
-                config=str(folder),
-                subfolder=cls.component,
-                dtype=dtype,
-                local_files_only=True,
-                **extra,
-            )
+            network = load_network(Path(config.network_file), network_class, folder, cls.component, dtype, extra)
         return network if extra else network.to(device)
 
     # ----------------------------------------------------------------------------------------------- encoding

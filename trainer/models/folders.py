@@ -92,6 +92,8 @@ def check_quantization(config: ModelConfig) -> None:
         raise BadInput(
             f"model.quantization is {config.quantization!r}: it needs the package bitsandbytes, which is not installed"
         )
+    if config.quantization and not torch.cuda.is_available():
+        raise BadInput(f"model.quantization is {config.quantization!r}: diffusers quantises on a GPU, and none is seen")
 
 
 def quantization(config: ModelConfig, device: torch.device) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class HunyuanVideoModel(DiffusersModel):
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     guidance = 6.0  # HunyuanVideoPipeline's default
     condition_widths = {"embeds": "text_embed_dim", "pooled": "pooled_projection_dim"}
+    condition_masks = ("mask",)
     default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
     video = True
 

@@ -23,6 +23,7 @@ class QwenImageModel(DiffusersModel):
     network_class = "QwenImageTransformer2DModel"
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "joint_attention_dim"}
+    condition_masks = ("mask",)
     default_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -37,6 +38,17 @@ class QwenImageModel(DiffusersModel):
     @classmethod
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
         return 2 * _scale(vae), None
+
+    @classmethod
+    def notes(cls, config: ModelConfig) -> list[str]:
+        step, _ = cls.size_step(cls.network_config(config), cls.vae_config(config))
+        odd = [str(size) for size in (config.height, config.width) if size // step % 2]
+        if not odd:
+            return []
+        return [
+            f"{' x '.join(odd)} pixels are an odd number of tokens, which ComfyUI places one token nearer to the text "
+            f"than diffusers, where this LoRA learns: take multiples of {2 * step} for images that agree"
+        ]
 
     @classmethod
     def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
@@ -92,6 +104,11 @@ class QwenImageEditModel(QwenImageModel):
     @classmethod
     def takes_pictures(cls, config: ModelConfig) -> bool:
         return True
+
+    @classmethod
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        width = cls.widths(cls.network_config(config))["embeds"]
+        return super().picture_shapes(config) | {f"{_NEGATIVE}embeds": (width,), f"{_NEGATIVE}mask": ()}
 
     @classmethod
     def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class SD3Model(DiffusersModel):
 
     @classmethod
     def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
-        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+        from diffusers import StableDiffusion3Pipeline
 
         folder = cls.folder(config)
         index = read_json(folder / "model_index.json")
@@ -66,9 +66,7 @@ class SD3Model(DiffusersModel):
             local_files_only=True,
             use_safetensors=True,
         ).to(device)
-        with torch.device("meta"):  # the pipeline reads widths from the transformer's configuration
-            skeleton = SD3Transformer2DModel.from_config(cls.network_config(config))
-        pipeline.register_modules(transformer=skeleton)
+        pipeline.register_modules(transformer=cls.skeleton(config))  # it reads widths from the configuration
         return pipeline
 
     @classmethod

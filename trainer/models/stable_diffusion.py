@@ -102,6 +102,12 @@ class SDXLModel(StableDiffusionModel):
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
     @classmethod
+    def widths(cls, network: dict[str, Any]) -> dict[str, int]:
+        # Beside the pooled text stand six embedded numbers: the sizes.
+        pooled = network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"]
+        return super().widths(network) | {"pooled": pooled}
+
+    @classmethod
     def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False

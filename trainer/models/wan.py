@@ -65,6 +65,16 @@ class WanModel(DiffusersModel):
         return read_json(cls.folder(config) / "model_index.json")["_class_name"] == "WanImageToVideoPipeline"
 
     @classmethod
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        shapes = super().picture_shapes(config)
+        if shapes:
+            _, step = cls.size_step(cls.network_config(config), cls.vae_config(config))
+            shapes[f"{PICTURE}latents"] = ((config.frames - 1) // step + 1, *shapes[f"{PICTURE}latents"])
+            if "image_encoder" in cls.picture_encoders(config):
+                shapes[f"{PICTURE}embeds"] = (cls.network_config(config)["image_dim"],)
+        return shapes
+
+    @classmethod
     def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
         semantic = cls.network_config(config).get("image_dim") is not None
         return ("vae", "image_encoder", "image_processor") if semantic else ("vae",)

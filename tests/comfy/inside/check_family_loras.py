@@ -1,8 +1,10 @@
 """LoRAs of every diffusers family in ComfyUI: every key of the real architecture, and equal outputs on tiny models."""
 
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.lora
@@ -13,7 +15,8 @@ import comfy.utils
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils
+from diffusers.loaders import single_file_model, single_file_utils
+from safetensors.torch import save_file
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -74,6 +77,35 @@ def convert_flux(weights: Tensors, config: dict) -> Tensors:
     return by_map({name: place for name, place in names.items() if not any(e in name for e in extra)}, weights)
 
 
+def tencent_name(name: str) -> str:
+    """HunyuanVideo's released name of a weight of ComfyUI's."""
+    for new, old in (
+        ("_attn.qkv.", "_attn_qkv."),
+        ("_attn.proj.", "_attn_proj."),
+        ("_attn.norm.query_norm.", "_attn_q_norm."),
+        ("_attn.norm.key_norm.", "_attn_k_norm."),
+        ("self_attn.qkv.", "self_attn_qkv."),
+        ("self_attn.proj.", "self_attn_proj."),
+        ("_mod.lin.", "_mod.linear."),
+        ("modulation.lin.", "modulation.linear."),
+        ("img_mlp.0.", "img_mlp.fc1."),
+        ("img_mlp.2.", "img_mlp.fc2."),
+        ("txt_mlp.0.", "txt_mlp.fc1."),
+        ("txt_mlp.2.", "txt_mlp.fc2."),
+        ("norm.query_norm.", "q_norm."),
+        ("norm.key_norm.", "k_norm."),
+        ("mlp.0.", "mlp.fc1.") if "individual_token_refiner" in name else ("", ""),
+        ("mlp.2.", "mlp.fc2.") if "individual_token_refiner" in name else ("", ""),
+        ("_in.in_layer.", "_in.mlp.0.") if not name.startswith("vector") else ("", ""),
+        ("_in.out_layer.", "_in.mlp.2.") if not name.startswith("vector") else ("", ""),
+        ("_embedder.in_layer.", "_embedder.mlp.0." if "t_embedder" in name else "_embedder.linear_1."),
+        ("_embedder.out_layer.", "_embedder.mlp.2." if "t_embedder" in name else "_embedder.linear_2."),
+    ):
+        if new:
+            name = name.replace(new, old)
+    return name
+
+
 def convert_hunyuan(weights: Tensors, config: dict) -> Tensors:
     width, result = config["hidden_size"], {}
     for name, value in weights.items():
@@ -87,36 +119,18 @@ def convert_hunyuan(weights: Tensors, config: dict) -> Tensors:
     for name, value in weights.items():
         if ".linear1." in name:
             continue
-        for new, old in (
-            ("_attn.qkv.", "_attn_qkv."),
-            ("_attn.proj.", "_attn_proj."),
-            ("_attn.norm.query_norm.", "_attn_q_norm."),
-            ("_attn.norm.key_norm.", "_attn_k_norm."),
-            ("self_attn.qkv.", "self_attn_qkv."),
-            ("self_attn.proj.", "self_attn_proj."),
-            ("_mod.lin.", "_mod.linear."),
-            ("modulation.lin.", "modulation.linear."),
-            ("img_mlp.0.", "img_mlp.fc1."),
-            ("img_mlp.2.", "img_mlp.fc2."),
-            ("txt_mlp.0.", "txt_mlp.fc1."),
-            ("txt_mlp.2.", "txt_mlp.fc2."),
-            ("norm.query_norm.", "q_norm."),
-            ("norm.key_norm.", "k_norm."),
-            ("mlp.0.", "mlp.fc1.") if "individual_token_refiner" in name else ("", ""),
-            ("mlp.2.", "mlp.fc2.") if "individual_token_refiner" in name else ("", ""),
-            ("_in.in_layer.", "_in.mlp.0.") if not name.startswith("vector") else ("", ""),
-            ("_in.out_layer.", "_in.mlp.2.") if not name.startswith("vector") else ("", ""),
-            ("_embedder.in_layer.", "_embedder.mlp.0." if "t_embedder" in name else "_embedder.linear_1."),
-            ("_embedder.out_layer.", "_embedder.mlp.2." if "t_embedder" in name else "_embedder.linear_2."),
-        ):
-            if new:
-                name = name.replace(new, old)
-        original[name] = value
+        original[tencent_name(name)] = value
     return result | single_file_utils.convert_hunyuan_video_transformer_to_diffusers(original)
 
 
 def convert_wan(weights: Tensors, config: dict) -> Tensors:
     return single_file_utils.convert_wan_transformer_to_diffusers(dict(weights))
+
+
+def convert_sd3(weights: Tensors, config: dict) -> Tensors:
+    names = comfy.utils.mmdit_to_diffusers(config)
+    names["pos_embed.pos_embed"] = "pos_embed"
+    return by_map(names, weights)
 
 
 def same(weights: Tensors, config: dict) -> Tensors:
@@ -180,6 +194,21 @@ def call_qwen(core: Any, network: Any) -> tuple[Tensor, Tensor]:
     ours = network(tokens, text, torch.ones(2, 5), sigma, [[(1, 2, 4)]] * 2).sample
     ours = ours.view(2, 2, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 16, 4, 8)
     return core(x.unsqueeze(2), sigma, text).squeeze(2), ours
+
+
+def call_qwen_edit(core: Any, network: Any) -> tuple[Tensor, Tensor]:
+    x, text, source = draw(2, 16, 4, 8), draw(2, 5, 16, seed=1), draw(2, 16, 4, 8, seed=2)
+    sigma = torch.tensor([0.9, 0.3])
+    tokens = [y.view(2, 16, 2, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 8, 64) for y in (x, source)]
+    ours = network(torch.cat(tokens, 1), text, torch.ones(2, 5), sigma, [[(1, 2, 4)] * 2] * 2).sample[:, :8]
+    ours = ours.view(2, 2, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 16, 4, 8)
+    return core(x.unsqueeze(2), sigma, text, ref_latents=[source.unsqueeze(2)]).squeeze(2), ours
+
+
+def call_sd3(core: Any, network: Any) -> tuple[Tensor, Tensor]:
+    x, text, pooled = draw(2, 16, 4, 6), draw(2, 5, 16, seed=1), draw(2, 16, seed=2)
+    times = torch.tensor([900.0, 300.0])
+    return core(x, times, text, pooled), network(x, text, pooled, times).sample
 
 
 # -------------------------------------------------------------------------------------------------------------- cases
@@ -351,7 +380,67 @@ QWEN_TINY = {
 }
 QWEN_DIFFUSERS = {key: value for key, value in QWEN_TINY.items() if key != "image_model"}
 
+SD3 = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "input_size": None,
+    "pos_embed_scaling_factor": None,
+    "x_block_self_attn_layers": [],
+}
+
+
+def linear(features: int, out: int) -> dict:
+    return {"target": "torch.nn.Linear", "params": {"in_features": features, "out_features": out}}
+
+
+SD35_LARGE = SD3 | {
+    "depth": 38,
+    "adm_in_channels": 2048,
+    "context_embedder_config": linear(4096, 38 * 64),
+    "num_patches": 192**2,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms",
+}
+SD3_TINY = SD3 | {
+    "depth": 2,
+    "adm_in_channels": 16,
+    "context_embedder_config": linear(16, 128),
+    "num_patches": 64,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms",
+}
+SD35_LARGE_DIFFUSERS = {
+    "in_channels": 16,
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 38 * 64,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
+SD3_DIFFUSERS = {
+    "in_channels": 16,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "caption_projection_dim": 128,
+    "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8,
+    "qk_norm": "rms_norm",
+}
+
 CASES = [
+    Case(
+        "sd3",
+        "SD3",
+        "SD3Transformer2DModel",
+        (SD35_LARGE, SD35_LARGE_DIFFUSERS),
+        (SD3_TINY, SD3_DIFFUSERS),
+        convert_sd3,
+        call_sd3,
+    ),
     Case(
         "sd",
         "SD15",
@@ -425,10 +514,19 @@ CASES = [
         same,
         call_qwen,
     ),
+    Case(
+        "qwen-image-edit",
+        "QwenImage",
+        "QwenImageTransformer2DModel",
+        ({"image_model": "qwen_image"}, {}),
+        (QWEN_TINY, QWEN_DIFFUSERS),
+        same,
+        call_qwen_edit,
+    ),
 ]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.core)
+@pytest.fixture(params=CASES, ids=lambda case: f"{case.family}-{case.core}")
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
@@ -512,3 +610,55 @@ def test_output_with_the_lora_is_the_trained_one(case: Case, pack: Callable, cap
         patched, learned = case.call(patcher.model.diffusion_model, trained)
     assert (learned - ours).abs().max() > 1e-3
     torch.testing.assert_close(patched, learned, rtol=0, atol=1e-4)
+
+
+def test_odd_numbers_of_qwen_tokens_are_placed_nearer_to_the_text_in_comfyui() -> None:
+    """What docs/families.md says of sizes that are no multiples of 32."""
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    for rows, ours, theirs in ((4, [-2, -1, 0, 1], [-2, -1, 0, 1]), (5, [-3, -2, -1, 0, 1], [-2, -1, 0, 1, 2])):
+        image, _ = QwenEmbedRope(10000, [4, 6, 6], scale_rope=True)([(1, rows, 2)], max_txt_seq_len=3)
+        first_turn = image.view(rows, 2, 8)[:, 0, 2]  # of the rows' axis: one radian per place
+        torch.testing.assert_close(first_turn.angle(), torch.tensor(ours).float())
+        core = core_model(CASES[-1], QWEN_TINY, "cpu").diffusion_model
+        _, ids, _ = core.process_img(torch.zeros(1, 16, 1, 2 * rows, 4))
+        assert ids.view(rows, 2, 3)[:, 0, 1].tolist() == theirs
+
+
+def original(case: Case, weights: Tensors) -> Tensors:
+    """The weights as the released file names them."""
+    rename = {convert_hunyuan: tencent_name, convert_flux: black_forest_name}.get(case.convert, str)
+    return {rename(name): value for name, value in weights.items()}
+
+
+def black_forest_name(name: str) -> str:
+    """FLUX's released name of a weight of ComfyUI's."""
+    return name.replace("_norm.weight", "_norm.scale")
+
+
+def test_network_comes_from_a_file_in_the_original_names(
+    case: Case, pack: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a file on disk needs no network"))
+    if case.convert in (convert_flux, convert_hunyuan):  # diffusers' converters know the released width alone
+        core = core_model(case, case.real[0], "meta").diffusion_model
+        with torch.device("meta"):
+            network = getattr(diffusers, case.network)(**case.real[1])
+        name = type(network).__name__
+        convert = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[name]["checkpoint_mapping_fn"]
+        converted = convert(checkpoint=original(case, core.state_dict()), config=network.config)
+        expected = network.state_dict()
+        assert {key: value.shape for key, value in converted.items()} == {k: v.shape for k, v in expected.items()}
+        return
+    core = core_model(case, case.tiny[0], "cpu")
+    shapes = {name: value.shape for name, value in core.diffusion_model.state_dict().items()}
+    weights = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    expected = case.convert(dict(weights), core.model_config.unet_config)
+    family, file = pack("trainer.models").FAMILIES[case.family], tmp_path / "one.safetensors"
+    getattr(diffusers, case.network)(**case.tiny[1]).save_config(tmp_path / family.component)
+    config = pack("trainer.config").ModelConfig(family=case.family, path=str(tmp_path), network_file=str(file))
+    for prefix, others in (("", {}), ("model.diffusion_model.", {"first_stage_model.x": torch.zeros(1)})):
+        save_file({prefix + name: value for name, value in original(case, weights).items()} | others, file)
+        loaded = family._load_network(config, torch.device("cpu")).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert [name for name in loaded if not torch.equal(loaded[name], expected[name])] == []
