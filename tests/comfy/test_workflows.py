@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_host import ROOT, Server
+from comfy_host import ROOT, PromptFailed, Server
 from PIL import Image
 
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
@@ -16,17 +16,28 @@ def api(name: str) -> dict:
     return json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text())
 
 
-def widget_names(node: dict) -> list[str]:
-    """Names of a node's widgets in the order in which the interface saves their values."""
+def widget_names(inputs: dict, order: dict, values: list, prefix: str = "") -> list[str]:
+    """Names of a node's widgets in the order in which the interface saves their values; "" is what it adds itself.
+
+    Args:
+        values: what was saved; a choice decides which widgets follow it. What is used is taken away.
+    """
     names = []
     for section in ("required", "optional"):
-        for name in node["input_order"].get(section, []):
-            kind, *rest = node["input"][section][name]
+        for name in order.get(section, []):
+            kind, *rest = inputs[section][name]
             options = rest[0] if rest else {}
-            if (isinstance(kind, list) or kind in SOCKET_TYPES) and not options.get("forceInput"):
-                names.append(name)
-                if options.get("control_after_generate"):
-                    names.append("")
+            if not (isinstance(kind, list) or kind in SOCKET_TYPES) or options.get("forceInput"):
+                continue
+            names.append(prefix + name)
+            chosen = values.pop(0)
+            if options.get("control_after_generate") or options.get("image_upload"):
+                names.append("")
+                values.pop(0)
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                (option,) = [option for option in options["options"] if option["key"] == chosen]
+                nested = {part: list(entries) for part, entries in option["inputs"].items()}
+                names += widget_names(option["inputs"], nested, values, f"{prefix}{name}.")
     return names
 
 
@@ -37,7 +48,9 @@ def as_prompt(graph: dict, info: dict) -> dict:
     for node in graph["nodes"]:
         if node["type"] in ("Note", "MarkdownNote"):
             continue
-        values = zip(widget_names(info[node["type"]]), node["widgets_values"], strict=True)
+        known = info[node["type"]]
+        names = widget_names(known["input"], known["input_order"], list(node["widgets_values"]))
+        values = zip(names, node["widgets_values"], strict=True)
         inputs = {name: value for name, value in values if name}
         inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot["link"] is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
@@ -68,6 +81,33 @@ def test_a_graph_is_tidy(path: Path) -> None:
         assert slots[target, into]["link"] == number
         assert number in sources[source, out]["links"]
         assert sources[source, out]["type"] == kind
+
+
+MODELS = [path for path in GRAPHS if int(path.stem.split()[0]) >= 7]
+"""The graphs for released models."""
+MISSING_FILES = ("ckpt_name", "unet_name", "vae_name", "clip_name", "clip_name1", "clip_name2", "clip_name3", "image")
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_a_graph_for_a_released_model_lacks_nothing_but_its_files(comfy: Server, path: Path) -> None:
+    prompt = api(path.stem)
+    with pytest.raises(PromptFailed) as refused:
+        comfy.queue(prompt)
+    assert refused.value.details["node_errors"], "ComfyUI says nothing of what is wrong"
+    for node in refused.value.details["node_errors"].values():
+        for fault in node["errors"]:
+            kind, name = fault["type"], fault["extra_info"].get("input_name")
+            assert (kind, name in MISSING_FILES) in (("value_not_in_list", True), ("custom_validation_failed", True))
+    info = comfy.get("/object_info")
+    for node in prompt.values():
+        for section in ("required", "optional"):
+            for name, (kind, *_) in info[node["class_type"]]["input"].get(section, {}).items():
+                source = node["inputs"].get(name)
+                if isinstance(source, list):
+                    given = info[prompt[source[0]]["class_type"]]["output"][source[1]]
+                    assert given == kind, f"{node['class_type']}.{name} is {kind} and gets {given}"
+                elif section == "required":
+                    assert name in node["inputs"]
 
 
 def saved(comfy: Server, prompt: dict, outputs: dict) -> Path:
