@@ -13,9 +13,9 @@ from pathlib import Path
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 FOLDER = Path(__file__).resolve().parent
-TITLE, SLOT, WIDGET, TEXT_BOX, GAP = 30, 22, 28, 150, 50
-WIDTHS = (400, 360, 400, 460, 340, 320, 460)
-"""Of the columns of a graph: loaders, base model, prompts, training, sampling, images, scores."""
+TITLE, SLOT, WIDGET, TEXT_BOX, LINKED_BOX, GAP = 30, 22, 28, 150, 60, 50
+WIDTHS = (400, 360, 400, 440, 320, 340, 400, 440)
+"""Of the columns of a graph: loaders, base model, prompts, training, conditions, sampling, images, scores."""
 
 PROMPTS = """a lighthouse on a cliff at dawn, oil painting
 two red apples and a green pear on a wooden table
@@ -531,17 +531,17 @@ def api_graph(example: Example, info: dict) -> Graph:
     graph.add(3, "PreviewAny", "Name in the LoRA loaders", source=[train, 2])
     graph.add(3, "SaveImage", "Reward curve", images=[train, 4], filename_prefix=f"dancegrpo/{example.run}_curve")
 
-    learned = [graph.add(4, "LoraModelLoader", model=model, lora=[train, 0], strength_model=1.0, bypass=False), 0]
-    levels = sigmas or _sigmas(graph, 4, example, learned)
+    learned = [graph.add(5, "LoraModelLoader", model=model, lora=[train, 0], strength_model=1.0, bypass=False), 0]
+    levels = sigmas or _sigmas(graph, 5, example, learned)
     kernel, eta = example.kernel
-    noise = graph.add(4, "DanceGRPO_GroupNoise", noise_seed=1)
-    sampler = graph.add(4, "DanceGRPO_SDESampler", kernel=kernel, eta=eta)
+    noise = graph.add(5, "DanceGRPO_GroupNoise", noise_seed=1)
+    sampler = graph.add(5, "DanceGRPO_SDESampler", kernel=kernel, eta=eta)
     if example.guidance == 1:
-        guider = graph.add(4, "BasicGuider", model=learned, conditioning=positive)
+        guider = graph.add(5, "BasicGuider", model=learned, conditioning=positive)
     else:
-        guider = graph.add(4, "CFGGuider", model=learned, positive=positive, negative=negative, cfg=example.guidance)
+        guider = graph.add(5, "CFGGuider", model=learned, positive=positive, negative=negative, cfg=example.guidance)
     sample = graph.add(
-        5,
+        6,
         "SamplerCustomAdvanced",
         noise=[noise, 0],
         guider=[guider, 0],
@@ -549,17 +549,17 @@ def api_graph(example: Example, info: dict) -> Graph:
         sigmas=levels,
         latent_image=latent,
     )
-    images = [graph.add(5, "VAEDecode", samples=[sample, 0], vae=vae), 0]
+    images = [graph.add(6, "VAEDecode", samples=[sample, 0], vae=vae), 0]
     if example.is_video:
-        video = graph.add(5, "CreateVideo", images=images, fps=example.fps)
-        graph.add(5, "SaveVideo", video=[video, 0], filename_prefix=f"dancegrpo/{example.run}")
+        video = graph.add(6, "CreateVideo", images=images, fps=example.fps)
+        graph.add(6, "SaveVideo", video=[video, 0], filename_prefix=f"dancegrpo/{example.run}")
     else:
-        graph.add(5, "SaveImage", "With the LoRA", images=images, filename_prefix=f"dancegrpo/{example.run}")
+        graph.add(6, "SaveImage", "With the LoRA", images=images, filename_prefix=f"dancegrpo/{example.run}")
     batch, title = ("one video", "Score Video") if example.is_video else ("images", "Score Images")
     score = graph.add(
-        6, "DanceGRPO_ScoreImages", title, reward=[reward, 0], images=images, prompt=[shown, 0], batch=batch
+        7, "DanceGRPO_ScoreImages", title, reward=[reward, 0], images=images, prompt=[shown, 0], batch=batch
     )
-    graph.add(6, "PreviewAny", "Numbers", source=[score, 2])
+    graph.add(7, "PreviewAny", "Numbers", source=[score, 2])
     return graph
 
 
@@ -680,7 +680,7 @@ def interface_graph(example: Example, graph: Graph) -> dict:
     # A link's type is that of where it comes from.
     sources = {(node["id"], slot): output["type"] for node in nodes for slot, output in enumerate(node["outputs"])}
     links = [[*link[:5], sources[link[1], link[2]]] for link in links]
-    nodes.append(_note(example, len(nodes) + 1, max(feet[:3])))
+    nodes.append(_note(example, len(nodes) + 1, max(feet[:2])))
     return {
         "revision": 0,
         "last_node_id": len(nodes),
@@ -724,12 +724,14 @@ def _height(description: dict, slots: list[dict], shown: list[tuple[str, object,
     """Enough for sockets, widgets, boxes of text, and what the node shows when it has run."""
     sockets = max(sum("widget" not in slot for slot in slots), len(description["output"]))
     visible = [options for _, _, options in shown if not options.get("advanced")]
-    boxes = sum(bool(options.get("multiline")) for options in visible)
+    boxes = [name for name, _, options in shown if options.get("multiline") and not options.get("advanced")]
+    linked = [slot["name"] for slot in slots if slot["name"] in boxes]
     controls = sum(bool(options.get("control_after_generate")) for options in visible)
-    result = {"DanceGRPO_TrainLoRA": 420, "DanceGRPO_ScoreImages": 300, "PreviewAny": 110, "LoadImage": 260}
+    result = {"DanceGRPO_TrainLoRA": 300, "DanceGRPO_ScoreImages": 300, "PreviewAny": 110, "LoadImage": 260}
     result |= {"SaveImage": 300, "SaveVideo": 300}
     extra = result.get(description["name"], 0)
-    return 24 + SLOT * sockets + WIDGET * (len(visible) - boxes + controls) + TEXT_BOX * boxes + extra
+    texts = TEXT_BOX * (len(boxes) - len(linked)) + LINKED_BOX * len(linked)
+    return 50 + SLOT * sockets + WIDGET * (len(visible) - len(boxes) + controls) + texts + extra
 
 
 def _note(example: Example, number: int, top: int) -> dict:
@@ -746,7 +748,7 @@ The settings are starting points: they were checked against the nodes, and never
         "id": number,
         "type": "MarkdownNote",
         "pos": [0, top],
-        "size": [sum(WIDTHS[:3]) + 140, 720],
+        "size": [sum(WIDTHS[:2]) + 70, 600],
         "flags": {},
         "order": number - 1,
         "mode": 0,
