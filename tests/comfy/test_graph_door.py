@@ -140,7 +140,7 @@ def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) 
         comfy.run(prompt)
 
 
-# ----------------------------------------------------------------------------- examples for released models, on tiny ones
+# ----------------------------------------------------------------- examples for released models, on tiny ones
 
 
 @pytest.fixture(scope="module")

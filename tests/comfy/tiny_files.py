@@ -8,13 +8,8 @@ Their text is as wide as that of the embedded model's encoders, which stand in f
 import sys
 from pathlib import Path
 
-import comfy.cli_args
-
-comfy.cli_args.args.cpu = True
-
-import comfy.ldm.wan.vae
-import comfy.supported_models
 import torch
+from comfy.cli_args import args
 from safetensors.torch import save_file
 
 TEXT = 128
@@ -56,6 +51,8 @@ WAN_VAE = {
 
 
 def network(core: str, config: dict) -> torch.nn.Module:
+    import comfy.supported_models
+
     description = getattr(comfy.supported_models, core)(dict(config))
     description.unet_config = dict(config)
     description.set_inference_dtype(torch.float32, None)
@@ -75,12 +72,15 @@ def write(module: torch.nn.Module, file: Path) -> None:
 
 
 def main(models: Path) -> None:
+    args.cpu = True  # before what looks for a device is imported
+    from comfy.ldm.wan.vae import WanVAE
+
     networks = models / "diffusion_models"
     flux = FLUX | {"image_model": "flux", "txt_ids_dims": []}
     write(network("Flux", flux), networks / "flux1-dev.safetensors")
     write(network("HunyuanVideo", HUNYUAN_VIDEO), networks / "hunyuan_video_t2v_720p_bf16.safetensors")
     # Wan's autoencoder has HunyuanVideo's latents, and core builds it as wide as its file is.
-    write(comfy.ldm.wan.vae.WanVAE(**WAN_VAE), models / "vae" / "hunyuan_video_vae_bf16.safetensors")
+    write(WanVAE(**WAN_VAE), models / "vae" / "hunyuan_video_vae_bf16.safetensors")
 
 
 if __name__ == "__main__":
