@@ -140,12 +140,12 @@ def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) 
         comfy.run(prompt)
 
 
-# ----------------------------------------------------------------- examples for released models, on tiny ones
+# ----------------------------------------------------------------- an example for a released model, on a tiny one
 
 
 @pytest.fixture(scope="module")
 def tiny_models(comfy: Server, files: None) -> None:
-    """Random FLUX.1 and HunyuanVideo under the released files' names."""
+    """A random FLUX.1 under the released files' names."""
     environment = {**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("tiny_files.py")
     subprocess.run([sys.executable, script, comfy.base / "models"], env=environment, check=True, timeout=200)
@@ -156,39 +156,31 @@ def shortened(name: str) -> dict:
     """An example in API format: small and short, judged by rules, its text encoders the embedded model's."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     rules = iter(("colorfulness", "sharpness"))
-    sizes = {"width": 64, "height": 64, "length": 5, "frames": 5, "steps": 4, "batch_size": 1}
+    small = {"width": 64, "height": 64, "steps": 4, "batch_size": 1}
     encoders = next(key for key, n in prompt.items() if n["class_type"].endswith("CLIPLoader"))
     prompt[encoders] = node("DanceGRPO_DemoModel")
     for entry in prompt.values():
         inputs = entry["inputs"]
-        for field, value in inputs.items():
-            if value == [encoders, 0]:
-                inputs[field] = [encoders, 1]
+        inputs |= {field: [encoders, 1] for field, value in inputs.items() if value == [encoders, 0]}
+        inputs |= {field: value for field, value in small.items() if field in inputs}
         if entry["class_type"] == "DanceGRPO_LoadReward":
             entry["inputs"] = {"reward": next(rules)}
         elif entry["class_type"] == "DanceGRPO_Preset":
             inputs["overrides"] = OVERRIDES
-        elif inputs.get("frames") != 1:
-            inputs |= {field: sizes[field] for field in sizes if field in inputs}
-        else:
-            inputs |= {"width": 64, "height": 64}
     return prompt
 
 
-@pytest.mark.parametrize("name", ["10 Train FLUX.1", "16 Train HunyuanVideo"])
-def test_an_example_for_a_released_model_runs(comfy: Server, tiny_models: None, name: str) -> None:
-    prompt = shortened(name)
+def test_an_example_for_a_released_model_runs(comfy: Server, tiny_models: None) -> None:
+    prompt = shortened("10 Train FLUX.1")
     keys = {n["class_type"]: key for key, n in prompt.items()}
     outputs = comfy.run(prompt, patience=400)
-    run = comfy.base / "output" / "dancegrpo" / "runs" / prompt[keys["DanceGRPO_TrainLoRA"]]["inputs"]["name"]
+    run = comfy.base / "output" / "dancegrpo" / "runs" / "flux1_lora"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert len(events) == 2
     assert events[0]["ratio"]["max_deviation_before_update"] < 1e-6
-    assert sum(event["skipped_groups"] for event in events) < 4
     assert outputs[keys["DanceGRPO_ScoreImages"]]["text"][0].startswith("1: ")
-    kind = "SaveVideo" if "HunyuanVideo" in name else "SaveImage"
-    saved = [file for key, n in prompt.items() if n["class_type"] == kind for file in comfy.images(outputs[key])]
-    assert all(file.stat().st_size > 300 for file in saved)
-    assert saved
+    pictures = [key for key, n in prompt.items() if n["class_type"] == "SaveImage"]
+    assert len(pictures) == 2
+    assert all(file.stat().st_size > 300 for key in pictures for file in comfy.images(outputs[key]))
     assert all(key.startswith("diffusion_model.") for key in load_file(run / "lora.safetensors"))
     assert "not loaded" not in comfy.output.lower()

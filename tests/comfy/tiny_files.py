@@ -1,8 +1,8 @@
-"""Writes tiny random models as files that core's loaders know, under the names of the released ones.
+"""Writes a tiny random FLUX.1 as a file that core's loader knows, under the released one's name.
 
     PYTHONPATH=ComfyUI python tiny_files.py MODELS_FOLDER
 
-Their text is as wide as that of the embedded model's encoders, which stand in for the real ones.
+Its text is as wide as that of the embedded model's encoders, which stand in for the real ones.
 """
 
 import sys
@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 TEXT = 128
 FLUX = {
+    "image_model": "flux",
+    "txt_ids_dims": [],
     "in_channels": 16,
     "out_channels": 16,
     "patch_size": 2,
@@ -28,25 +30,6 @@ FLUX = {
     "vec_in_dim": TEXT,
     "depth": 1,
     "depth_single_blocks": 1,
-}
-HUNYUAN_VIDEO = FLUX | {
-    "image_model": "hunyuan_video",
-    "patch_size": [1, 2, 2],
-    "theta": 256,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
-WAN_VAE = {
-    "dim": 8,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "dropout": 0.0,
 }
 
 
@@ -73,14 +56,7 @@ def write(module: torch.nn.Module, file: Path) -> None:
 
 def main(models: Path) -> None:
     args.cpu = True  # before what looks for a device is imported
-    from comfy.ldm.wan.vae import WanVAE
-
-    networks = models / "diffusion_models"
-    flux = FLUX | {"image_model": "flux", "txt_ids_dims": []}
-    write(network("Flux", flux), networks / "flux1-dev.safetensors")
-    write(network("HunyuanVideo", HUNYUAN_VIDEO), networks / "hunyuan_video_t2v_720p_bf16.safetensors")
-    # Wan's autoencoder has HunyuanVideo's latents, and core builds it as wide as its file is.
-    write(WanVAE(**WAN_VAE), models / "vae" / "hunyuan_video_vae_bf16.safetensors")
+    write(network("Flux", FLUX), models / "diffusion_models" / "flux1-dev.safetensors")
 
 
 if __name__ == "__main__":
