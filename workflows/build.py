@@ -1,749 +1,686 @@
-"""Writes the example workflows of released models, for the interface and for the API.
+"""Writes the examples for released models: each as a graph for the interface, and its API twin.
 
     python workflows/build.py http://127.0.0.1:8188
 
-asks a running ComfyUI, with this pack, what its nodes look like, and writes the graphs beside this file. A model is one
-entry of MODELS; all of them share one graph: loaders, training, the LoRA in the same graph, sampling, scores.
+The address is that of a running ComfyUI with this pack, whose node descriptions give widgets and sockets.
 """
 
 import json
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).parent
-Ref = tuple["Node", int]
-"""An output of a node."""
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+FOLDER = Path(__file__).resolve().parent
+TITLE, SLOT, WIDGET, TEXT_BOX, LINKED_BOX, GAP = 30, 22, 28, 150, 60, 50
+WIDTHS = (400, 360, 400, 440, 320, 340, 400, 440)
+"""Of the columns of a graph: loaders, base model, prompts, training, conditions, sampling, images, scores."""
 
-
-@dataclass(eq=False)
-class Node:
-    """A node of a graph: its class, what is typed or wired into it, and the column it stands in."""
-
-    class_type: str
-    column: int
-    inputs: dict[str, object]
-    title: str | None = None
-    height: int = 0
-
-
-@dataclass
-class Graph:
-    nodes: list[Node] = field(default_factory=list)
-
-    def add(self, column: int, class_type: str, title: str | None = None, height: int = 0, /, **inputs: object) -> Node:
-        """
-        Args:
-            height: in pixels, where the node grows with what it shows.
-            inputs: values of widgets, and `Ref`s.
-        """
-        self.nodes.append(Node(class_type, column, inputs, title, height))
-        return self.nodes[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------- the models
-
-IMAGE_PROMPTS = """a red fox asleep on a mossy log, soft morning light
-a lighthouse on a cliff during a storm, oil painting
-two cups of coffee on a wooden table beside a window
-a portrait of an old fisherman with a grey beard
-a blue bicycle leaning against a yellow wall
-a city street at night in the rain, neon reflections
-a bowl of ramen with a soft-boiled egg, top view
-a snowy mountain village seen from above
-an astronaut riding a horse across a desert
-a green parrot to the left of a brass lamp
-three white candles in front of a mirror
-a greenhouse full of tropical plants
-a wooden sailing ship in calm turquoise water
-a cat in a knight's armour, studio photograph
-a loaf of bread and a knife on a linen cloth
-a child flying a kite on a windy beach
-a watercolour of a fishing harbour
-a black dog running through autumn leaves
-a robot watering flowers in a garden
-an old library with tall windows and dust in the light
-a glass of lemonade with ice on a hot day
-a steam train crossing a stone bridge
-a field of sunflowers under a cloudy sky
-a small red house beside a frozen lake"""
-IMAGE_HELD_OUT = """a white rabbit in a field of poppies
-a stone bridge over a river in autumn, oil painting
-a purple teapot on a stack of books
-a market street in the morning, people with umbrellas"""
-VIDEO_PROMPTS = """a fox runs through deep snow, the camera follows it
-waves break on black rocks at sunset
-a woman pours tea into a white cup
-a steam train crosses a stone bridge
-a paper boat drifts down a small stream
-a cat jumps from a sofa onto a carpet
-fireworks over a city at night
-a potter shapes a bowl on a turning wheel
-rain falls on a window, cars pass outside
-a horse gallops along a beach
-smoke rises from a camp fire in a forest
-a child blows soap bubbles in a garden"""
-VIDEO_HELD_OUT = """a dog shakes water off its coat
-clouds drift over a mountain lake"""
-MOVING_PROMPTS = """the camera moves slowly forward
-the camera circles slowly around the subject
-wind moves the scene gently
-the light changes from day to evening
-the subject turns its head to the left
-the subject walks towards the camera
-it begins to rain
-the camera rises and looks down"""
-MOVING_HELD_OUT = """the camera moves slowly backward
-the subject looks up and smiles"""
+PROMPTS = """a lighthouse on a cliff at dawn, oil painting
+two red apples and a green pear on a wooden table
+a cyclist crossing a wet street at night
+portrait of an old fisherman, soft window light
+a paper boat floating in a puddle
+a snowy owl on a mossy branch
+a tidy desk with a typewriter and a cup of coffee
+a market stall full of oranges
+a steam train passing through a birch forest
+a blue glass vase with three white tulips
+an astronaut reading a newspaper on a park bench
+a stone bridge over a mountain stream in autumn"""
+HELD_OUT = "a fox sitting in tall grass at sunset\na yellow umbrella leaning on a brick wall"
+MOVING = """a paper boat drifts down a stream
+a cyclist crosses a wet street at night
+waves roll onto a pebble beach
+a snowy owl takes off from a branch
+steam rises from a cup of coffee by the window
+a steam train passes through a birch forest
+leaves fall from a maple tree in the wind
+a cat jumps onto a wooden chair"""
+MOVING_HELD_OUT = "a fox runs through fresh snow\nan umbrella opens in the rain"
+FROM_FRAME = """the camera moves slowly forward
+the subject turns its head and looks at the camera
+wind moves through the scene
+the light changes from morning to evening
+the subject walks to the left
+the camera circles around the subject"""
+FROM_FRAME_HELD_OUT = "the camera moves slowly back\nrain begins to fall"
 
 
 @dataclass(frozen=True)
-class Model:
-    """A released model: how core loads it, and how it is sampled and trained.
+class Example:
+    """A kind of model.
 
     Attributes:
-        name: of the workflow, with its number.
-        load: adds the loaders and returns MODEL, CLIP and VAE.
-        size: width, height, frames (1 is an image).
-        latent: class of the node that makes an empty latent.
-        steps: of sampling and training.
-        cfg: true guidance, 1 where the model takes none.
-        preset: of GRPO Preset, which holds the settings of one GPU.
-        files: file and folder of each file.
-        notes: what the released model is sampled with, and from where that is known.
-        guidance: embedded guidance, of models that take it.
-        kernel, eta: of the SDE sampler.
-        scheduler: as in KSampler.
-        levels: adds a node that gives SIGMAS, in place of the scheduler.
-        negative: negative prompt.
-        condition: adds nodes that put more than text into both conditions, and returns them.
-        from_picture: whether a video begins with a picture.
-        fps: of saved videos.
+        name: of the graph.
+        run: name of its run and LoRA.
+        loaders: nodes by name; `model`, `clip` and `vae` say which outputs of theirs are the model's.
+        patch: a ModelSampling node and its widgets.
+        size: width, height and frames in training.
+        full: the same as the released model is used.
+        preset: settings, and lines that change them.
+        guidance: true guidance; 1 is none.
+        scheduler: a name of core's, or the node that makes SIGMAS and its widgets.
+        embedded: guidance that the network takes as an input.
+        latent: the node of empty latents and the name of its size's third widget.
+        first_frame: core's node that adds a first frame to conditioning.
+        says: the note: files, the real model's settings, and where they are from.
     """
 
     name: str
-    load: Callable[[Graph], tuple[Ref, Ref, Ref]]
+    run: str
+    loaders: dict[str, tuple[str, dict]]
+    model: tuple[str, int]
+    clip: tuple[str, int]
+    vae: tuple[str, int]
     size: tuple[int, int, int]
-    latent: str
     steps: int
-    cfg: float
     preset: str
-    files: dict[str, str]
-    notes: str
-    guidance: float | None = None
-    kernel: str = "dance-exact"
-    eta: float = 0.5
-    scheduler: str = "simple"
-    levels: Callable[[Graph, Ref, "Model"], Ref] | None = None
+    says: str
+    overrides: tuple[str, ...] = ()
+    patch: tuple[str, dict] | None = None
+    guidance: float = 1.0
+    scheduler: str | tuple[str, dict] = "simple"
+    embedded: float | None = None
+    latent: str = "EmptySD3LatentImage"
     negative: str = ""
-    condition: Callable[[Graph, Ref, Ref, Ref, "Model"], tuple[Ref, Ref]] | None = None
-    from_picture: bool = False
+    kernel: tuple[str, float] = ("dance-exact", 0.5)
+    first_frame: str = ""
     fps: float = 16.0
+    checkpointing: bool = field(default=True)
 
     @property
     def is_video(self) -> bool:
         return self.size[2] > 1
 
-    @property
-    def run(self) -> str:
-        """A name for run and LoRA."""
-        return "".join(c if c.isalnum() else "_" for c in self.name.split(" ", 1)[1].lower())
+
+def parts(network: str, encoders: tuple[str, dict], vae: str) -> dict:
+    """Loaders of a model whose network, text encoders and VAE are files of their own."""
+    return {
+        "network": ("UNETLoader", {"unet_name": network, "weight_dtype": "default"}),
+        "encoders": encoders,
+        "autoencoder": ("VAELoader", {"vae_name": vae}),
+    }
 
 
-def checkpoint(file: str) -> Callable[[Graph], tuple[Ref, Ref, Ref]]:
-    def load(graph: Graph) -> tuple[Ref, Ref, Ref]:
-        node = graph.add(0, "CheckpointLoaderSimple", ckpt_name=file)
-        return (node, 0), (node, 1), (node, 2)
-
-    return load
+def one_encoder(file: str, kind: str) -> tuple[str, dict]:
+    return "CLIPLoader", {"clip_name": file, "type": kind}
 
 
-def separate(
-    network: str, vae: str, clip: dict[str, str], shift: tuple[str, float] | None = None
-) -> Callable[[Graph], tuple[Ref, Ref, Ref]]:
-    """Load Diffusion Model, Load VAE, and Load CLIP with one or two files.
-
-    Args:
-        clip: inputs of the CLIP loader.
-        shift: class of a ModelSampling node, and its shift.
-    """
-
-    def load(graph: Graph) -> tuple[Ref, Ref, Ref]:
-        model = (graph.add(0, "UNETLoader", unet_name=network, weight_dtype="default"), 0)
-        if shift:
-            model = (graph.add(0, shift[0], model=model, shift=shift[1]), 0)
-        loader = "DualCLIPLoader" if "clip_name1" in clip else "CLIPLoader"
-        return model, (graph.add(0, loader, **clip), 0), (graph.add(0, "VAELoader", vae_name=vae), 0)
-
-    return load
+def two_encoders(first: str, second: str, kind: str) -> tuple[str, dict]:
+    return "DualCLIPLoader", {"clip_name1": first, "clip_name2": second, "type": kind}
 
 
-def ltx(graph: Graph) -> tuple[Ref, Ref, Ref]:
-    node = graph.add(0, "CheckpointLoaderSimple", ckpt_name="ltx-video-2b-v0.9.5.safetensors")
-    clip = graph.add(0, "CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="ltxv")
-    return (node, 0), (clip, 0), (node, 2)
-
-
-def flux2_levels(graph: Graph, latent: Ref, model: Model) -> Ref:
-    width, height, _ = model.size
-    return (graph.add(0, "Flux2Scheduler", steps=model.steps, width=width, height=height), 0)
-
-
-def ltx_levels(graph: Graph, latent: Ref, model: Model) -> Ref:
-    return (graph.add(0, "LTXVScheduler", steps=model.steps, latent=latent), 0)
-
-
-def ltx_frame_rate(graph: Graph, positive: Ref, negative: Ref, vae: Ref, model: Model) -> tuple[Ref, Ref]:
-    node = graph.add(4, "LTXVConditioning", positive=positive, negative=negative, frame_rate=model.fps)
-    return (node, 0), (node, 1)
-
-
-def wan_frame(graph: Graph, positive: Ref, negative: Ref, vae: Ref, model: Model) -> tuple[Ref, Ref]:
-    picture = first_frame(graph)
-    vision = graph.add(0, "CLIPVisionLoader", clip_name="clip_vision_h.safetensors")
-    seen = graph.add(0, "CLIPVisionEncode", clip_vision=(vision, 0), image=picture, crop="none")
-    width, height, frames = model.size
-    node = graph.add(
-        4, "WanImageToVideo", positive=positive, negative=negative, vae=vae, width=width, height=height, length=frames,
-        clip_vision_output=(seen, 0), start_image=picture,
-    )  # fmt: skip
-    return (node, 0), (node, 1)
-
-
-def skyreels_frame(graph: Graph, positive: Ref, negative: Ref, vae: Ref, model: Model) -> tuple[Ref, Ref]:
-    width, height, _ = model.size
-    scaled = graph.add(
-        0, "ImageScale", image=first_frame(graph), upscale_method="lanczos", width=width, height=height, crop="center"
-    )
-    node = graph.add(
-        4, "InstructPixToPixConditioning", positive=positive, negative=negative, vae=vae, pixels=(scaled, 0)
-    )
-    return (node, 0), (node, 1)
-
-
-def first_frame(graph: Graph) -> Ref:
-    return (graph.add(0, "LoadImage", "First frame", 380, image="example.png"), 0)
-
-
-WAN_CLIP = {"clip_name": "umt5_xxl_fp8_e4m3fn_scaled.safetensors", "type": "wan"}
-WAN_FILES = {WAN_CLIP["clip_name"]: "text_encoders", "wan_2.1_vae.safetensors": "vae"}
+SINGLE = {"model": ("checkpoint", 0), "clip": ("checkpoint", 1), "vae": ("checkpoint", 2)}
+SEPARATE = {"model": ("network", 0), "clip": ("encoders", 0), "vae": ("autoencoder", 0)}
+DIFFUSION = {"kernel": ("ddim", 1.0), "latent": "EmptyLatentImage"}
 WAN_NEGATIVE = "overexposed, static, blurred details, subtitles, worst quality, low quality, deformed, still picture"
-HUNYUAN_CLIP = {
-    "clip_name1": "clip_l.safetensors",
-    "clip_name2": "llava_llama3_fp8_scaled.safetensors",
-    "type": "hunyuan_video",
-}
-HUNYUAN_FILES = {
-    "clip_l.safetensors": "text_encoders",
-    "llava_llama3_fp8_scaled.safetensors": "text_encoders",
-    "hunyuan_video_vae_bf16.safetensors": "vae",
-}
-MODELS = [
-    Model(
-        "7 SD1.5",
-        checkpoint("v1-5-pruned-emaonly-fp16.safetensors"),
-        (512, 512, 1),
-        "EmptyLatentImage",
-        20,
-        5.0,
-        "one-gpu-sd14",
-        {"v1-5-pruned-emaonly-fp16.safetensors": "checkpoints"},
-        "512 x 512, 20 steps (core's template); guidance 5 is the paper's for Stable Diffusion 1.4. The model predicts "
-        "noise, so the kernel is `ddim`, with eta from 0 to 1.",
-        kernel="ddim",
-        eta=1.0,
+
+EXAMPLES = (
+    Example(
+        name="7 Train SD1.5",
+        run="sd15_lora",
+        loaders={"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"})},
+        **SINGLE,
+        **DIFFUSION,
+        size=(512, 512, 1),
+        steps=20,
+        preset="one-gpu-sd14",
+        guidance=5.0,
         scheduler="normal",
+        negative="blurry, watermark",
+        says="""`v1-5-pruned-emaonly-fp16.safetensors` in `models/checkpoints`: network, text encoder and VAE.
+
+| | here | the model as released |
+|---|---|---|
+| size | 512 x 512 | 512 x 512 |
+| steps | 20 | 50 (model card), 20 (ComfyUI's template) |
+| guidance | 5, the paper's | 7.5 (model card) |
+| kernel | `ddim`, eta 1, the paper's for SD1.4 | |""",
     ),
-    Model(
-        "8 SDXL",
-        checkpoint("sd_xl_base_1.0.safetensors"),
-        (1024, 1024, 1),
-        "EmptyLatentImage",
-        25,
-        5.0,
-        "one-gpu-sd14",
-        {"sd_xl_base_1.0.safetensors": "checkpoints"},
-        "1024 x 1024, 25 steps, `normal` (core's template); guidance 5 instead of its 8, as the paper takes for Stable "
-        "Diffusion. The model predicts noise, so the kernel is `ddim`, with eta from 0 to 1. 768 x 768 trains in half "
-        "the time.",
-        kernel="ddim",
-        eta=1.0,
+    Example(
+        name="8 Train SDXL",
+        run="sdxl_lora",
+        loaders={"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"})},
+        **SINGLE,
+        **DIFFUSION,
+        size=(768, 768, 1),
+        steps=20,
+        preset="one-gpu-sd14",
+        overrides=("rollout.batch_size=4", "objective.batch_size=1"),
+        guidance=5.0,
         scheduler="normal",
+        negative="text, watermark",
+        says="""`sd_xl_base_1.0.safetensors` in `models/checkpoints`: network, both text encoders and VAE.
+
+| | here | the model as released |
+|---|---|---|
+| size | 768 x 768, for time and memory | 1024 x 1024 |
+| steps | 20 | 25 (ComfyUI's template), 50 (diffusers) |
+| guidance | 5 | 8 (ComfyUI's template), 5 (diffusers) |
+| kernel | `ddim`, eta 1, the paper's for SD1.4 | |""",
     ),
-    Model(
-        "9 SD3.5",
-        checkpoint("sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors"),
-        (512, 512, 1),
-        "EmptySD3LatentImage",
-        20,
-        4.0,
-        "one-gpu-flux",
-        {"sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors": "checkpoints"},
-        "20 steps, guidance 4 (core's template, with `sgm_uniform`); the shift of 3 comes with the model. It was made "
-        "for 1024 x 1024; training at 512 x 512 takes a quarter of the time, as Flow-GRPO does.",
-        scheduler="sgm_uniform",
+    Example(
+        name="9 Train SD3.5",
+        run="sd35_lora",
+        loaders={
+            "checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "sd3.5_medium.safetensors"}),
+            "encoders": (
+                "TripleCLIPLoader",
+                {
+                    "clip_name1": "clip_l.safetensors",
+                    "clip_name2": "clip_g.safetensors",
+                    "clip_name3": "t5xxl_fp8_e4m3fn_scaled.safetensors",
+                },
+            ),
+        },
+        model=("checkpoint", 0),
+        clip=("encoders", 0),
+        vae=("checkpoint", 2),
+        size=(512, 512, 1),
+        steps=10,
+        preset="one-gpu-flux",
+        overrides=("rollout.steps=10", "rollout.guidance_scale=4.5", "objective.updates=1"),
+        guidance=4.5,
+        patch=("ModelSamplingSD3", {"shift": 3.0}),
+        negative="blurry, watermark",
+        says="""`sd3.5_medium.safetensors` (network and VAE) in `models/checkpoints`; `clip_l.safetensors`, `clip_g.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`. SD3.5 large goes in the same place, also as `fp8_scaled`.
+
+| | here | the model as released |
+|---|---|---|
+| size | 512 x 512, Flow-GRPO's | 1024 x 1024 |
+| steps | 10, Flow-GRPO's | 40 (model card) |
+| guidance | 4.5, Flow-GRPO's | 4.5 (model card) |
+| shift | 3 | 3 (the model's scheduler) |""",
     ),
-    Model(
-        "10 FLUX.1",
-        separate(
+    Example(
+        name="10 Train FLUX.1",
+        run="flux1_lora",
+        loaders=parts(
             "flux1-dev.safetensors",
+            two_encoders("clip_l.safetensors", "t5xxl_fp8_e4m3fn_scaled.safetensors", "flux"),
             "ae.safetensors",
-            {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"},
         ),
-        (720, 720, 1),
-        "EmptySD3LatentImage",
-        16,
-        1.0,
-        "one-gpu-flux",
-        {
-            "flux1-dev.safetensors": "diffusion_models",
-            "clip_l.safetensors": "text_encoders",
-            "t5xxl_fp16.safetensors": "text_encoders",
-            "ae.safetensors": "vae",
-        },
-        "720 x 720 and 16 steps are the paper's; embedded guidance 3.5 is core's. The paper shifts the noise levels by "
-        "3: a *ModelSamplingSD3* node with shift 3 behind the loader does that; without it the model's own levels are "
-        "used. With 24 GB choose `fp8_e4m3fn` in *Load Diffusion Model*.",
-        guidance=3.5,
+        **SEPARATE,
+        size=(512, 512, 1),
+        steps=12,
+        preset="one-gpu-flux",
+        embedded=3.5,
+        says="""`flux1-dev.safetensors` in `models/diffusion_models` (24 GB in bf16; set *weight_dtype* to `fp8_e4m3fn` for half of it), `clip_l.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`.
+
+| | here | the model as released |
+|---|---|---|
+| size | 512 x 512 | 1024 x 1024; the paper trains at 720 x 720 |
+| steps | 12, the paper's LoRA script | 20 (ComfyUI's template), 50 (model card) |
+| embedded guidance | 3.5, by *FluxGuidance* | 3.5 (model card and paper) |
+| true guidance | none | none |
+| shift | ComfyUI's own for FLUX, e^1.15 = 3.16 | 3 in the paper |""",
     ),
-    Model(
-        "11 FLUX.2",
-        separate(
-            "flux2_dev_fp8mixed.safetensors",
+    Example(
+        name="11 Train FLUX.2",
+        run="flux2_lora",
+        loaders=parts(
+            "flux-2-klein-base-4b.safetensors",
+            one_encoder("qwen_3_4b.safetensors", "flux2"),
             "flux2-vae.safetensors",
-            {"clip_name": "mistral_3_small_flux2_bf16.safetensors", "type": "flux2"},
         ),
-        (768, 768, 1),
-        "EmptyFlux2LatentImage",
-        20,
-        1.0,
-        "one-gpu-flux",
-        {
-            "flux2_dev_fp8mixed.safetensors": "diffusion_models",
-            "mistral_3_small_flux2_bf16.safetensors": "text_encoders",
-            "flux2-vae.safetensors": "vae",
-        },
-        "20 steps, embedded guidance 4, levels of *Flux2Scheduler* (core's template), which are wired into the "
-        "training as well: **its steps must be those of the settings**. 32 billion weights: for large cards.",
-        guidance=4.0,
-        levels=flux2_levels,
+        **SEPARATE,
+        size=(512, 512, 1),
+        steps=12,
+        preset="one-gpu-flux",
+        overrides=("rollout.guidance_scale=5", "objective.updates=1", "rollout.batch_size=6", "objective.batch_size=2"),
+        guidance=5.0,
+        scheduler=("Flux2Scheduler", {"steps": 12, "width": 512, "height": 512}),
+        latent="EmptyFlux2LatentImage",
+        says="""FLUX.2 klein, the base model of 4 billion weights, which fits one card: `flux-2-klein-base-4b.safetensors` in `models/diffusion_models`, `qwen_3_4b.safetensors` in `models/text_encoders`, `flux2-vae.safetensors` in `models/vae`. FLUX.2 dev goes in the same way with `mistral_3_small_flux2_bf16.safetensors`, guidance 1 and *FluxGuidance* 4 on *conditioning*, also as `fp8mixed`.
+
+| | here | the model as released |
+|---|---|---|
+| size | 512 x 512 | 1024 x 1024 (ComfyUI's template) |
+| steps | 12, as for FLUX.1 | 20 (ComfyUI's template) |
+| guidance | 5 | 5 (ComfyUI's template) |
+| noise levels | *Flux2Scheduler*, wired into *sigmas* | the same |""",
     ),
-    Model(
-        "12 Qwen-Image",
-        separate(
+    Example(
+        name="12 Train Qwen-Image",
+        run="qwen_image_lora",
+        loaders=parts(
             "qwen_image_fp8_e4m3fn.safetensors",
+            one_encoder("qwen_2.5_vl_7b_fp8_scaled.safetensors", "qwen_image"),
             "qwen_image_vae.safetensors",
-            {"clip_name": "qwen_2.5_vl_7b_fp8_scaled.safetensors", "type": "qwen_image"},
-            ("ModelSamplingAuraFlow", 3.1),
         ),
-        (512, 512, 1),
-        "EmptySD3LatentImage",
-        20,
-        4.0,
-        "one-gpu-qwen-image",
-        {
-            "qwen_image_fp8_e4m3fn.safetensors": "diffusion_models",
-            "qwen_2.5_vl_7b_fp8_scaled.safetensors": "text_encoders",
-            "qwen_image_vae.safetensors": "vae",
-        },
-        "20 steps, guidance 4, shift 3.1 (core's template). It was made for 1328 x 1328; 512 x 512 is the size that "
-        "the reference trains at. 20 billion weights in fp8 take 20 GB.",
+        **SEPARATE,
+        size=(512, 512, 1),
+        steps=12,
+        preset="one-gpu-qwen-image",
+        patch=("ModelSamplingAuraFlow", {"shift": 3.1}),
+        says="""`qwen_image_fp8_e4m3fn.safetensors` (20 GB) in `models/diffusion_models`, `qwen_2.5_vl_7b_fp8_scaled.safetensors` in `models/text_encoders`, `qwen_image_vae.safetensors` in `models/vae`.
+
+| | here | the model as released |
+|---|---|---|
+| size | 512 x 512; multiples of 32 | 1328 x 1328 |
+| steps | 12 | 50 (model card), 20 (ComfyUI's template without its Lightning LoRA) |
+| guidance | none, as the reference trains | 4 (model card), 2.5 (ComfyUI) |
+| shift | 3.1 | 3.1 (ComfyUI's template) |""",
     ),
-    Model(
-        "13 Z-Image",
-        separate(
-            "z_image_bf16.safetensors",
-            "ae.safetensors",
-            {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2"},
-            ("ModelSamplingAuraFlow", 3.0),
+    Example(
+        name="13 Train Z-Image",
+        run="z_image_lora",
+        loaders=parts("z_image_bf16.safetensors", one_encoder("qwen_3_4b.safetensors", "lumina2"), "ae.safetensors"),
+        **SEPARATE,
+        size=(512, 512, 1),
+        steps=12,
+        preset="one-gpu-flux",
+        overrides=("rollout.guidance_scale=4", "objective.updates=1", "rollout.batch_size=6", "objective.batch_size=2"),
+        guidance=4.0,
+        patch=("ModelSamplingAuraFlow", {"shift": 3.0}),
+        says="""`z_image_bf16.safetensors` (the base, not the turbo) in `models/diffusion_models`, `qwen_3_4b.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`.
+
+| | here | the model as released |
+|---|---|---|
+| size | 512 x 512 | 1024 x 1024 (ComfyUI's template) |
+| steps | 12 | 25 (ComfyUI's template) |
+| guidance | 4 | 4 (ComfyUI's template) |
+| shift | 3 | 3 (ComfyUI's template) |
+
+For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides and in the guider.""",
+    ),
+    Example(
+        name="14 Train Wan 2.1 T2V",
+        run="wan_t2v_lora",
+        loaders=parts(
+            "wan2.1_t2v_1.3B_fp16.safetensors",
+            one_encoder("umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan"),
+            "wan_2.1_vae.safetensors",
         ),
-        (768, 768, 1),
-        "EmptySD3LatentImage",
-        25,
-        4.0,
-        "one-gpu-flux",
-        {
-            "z_image_bf16.safetensors": "diffusion_models",
-            "qwen_3_4b.safetensors": "text_encoders",
-            "ae.safetensors": "vae",
-        },
-        "25 steps, guidance 4, shift 3 (core's template). 6 billion weights: 12 GB in bf16, half of it as "
-        "`fp8_e4m3fn` in *Load Diffusion Model*. Z-Image Turbo trains too, with 8 steps and guidance 1, but loses what "
-        "makes it fast the longer it is trained.",
-    ),
-    Model(
-        "14 Wan 2.1 T2V",
-        separate("wan2.1_t2v_1.3B_fp16.safetensors", "wan_2.1_vae.safetensors", WAN_CLIP, ("ModelSamplingSD3", 8.0)),
-        (416, 240, 33),
-        "EmptyHunyuanLatentVideo",
-        20,
-        5.0,
-        "one-gpu-wan21",
-        {"wan2.1_t2v_1.3B_fp16.safetensors": "diffusion_models", **WAN_FILES},
-        "The released model makes 832 x 480 in 30 steps at guidance 6 and shift 8 (core's template). 416 x 240 and 33 "
-        "frames are what Flow-GRPO trains at, with guidance 5.",
+        **SEPARATE,
+        size=(416, 240, 33),
+        steps=12,
+        preset="one-gpu-wan21",
+        guidance=5.0,
+        patch=("ModelSamplingSD3", {"shift": 8.0}),
+        latent="EmptyHunyuanLatentVideo",
         negative=WAN_NEGATIVE,
+        says="""`wan2.1_t2v_1.3B_fp16.safetensors` in `models/diffusion_models`, `umt5_xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `wan_2.1_vae.safetensors` in `models/vae`.
+
+| | here | the model as released |
+|---|---|---|
+| size, frames | 416 x 240, 33 (Flow-GRPO's) | 832 x 480, 81 (33 in ComfyUI's template) at 16 a second |
+| steps | 12 | 50 (model card), 30 (ComfyUI's template) |
+| guidance | 5, the reference's | 6 (ComfyUI's template) |
+| shift | 8 | 8 (model card and ComfyUI's template) |""",
     ),
-    Model(
-        "15 Wan 2.1 I2V",
-        separate(
-            "wan2.1_i2v_480p_14B_fp16.safetensors", "wan_2.1_vae.safetensors", WAN_CLIP, ("ModelSamplingSD3", 8.0)
-        ),
-        (416, 240, 33),
-        "EmptyHunyuanLatentVideo",
-        20,
-        5.0,
-        "one-gpu-wan21",
-        {
-            "wan2.1_i2v_480p_14B_fp16.safetensors": "diffusion_models",
-            **WAN_FILES,
-            "clip_vision_h.safetensors": "clip_vision",
+    Example(
+        name="15 Train Wan 2.1 I2V",
+        run="wan_i2v_lora",
+        loaders={
+            **parts(
+                "wan2.1_i2v_480p_14B_fp16.safetensors",
+                one_encoder("umt5_xxl_fp8_e4m3fn_scaled.safetensors", "wan"),
+                "wan_2.1_vae.safetensors",
+            ),
+            "vision": ("CLIPVisionLoader", {"clip_name": "clip_vision_h.safetensors"}),
         },
-        "The released model makes 480p in 20 steps at guidance 6 and shift 8 (core's template). 14 billion weights: "
-        "choose `fp8_e4m3fn` in *Load Diffusion Model* with 24 GB.",
+        **SEPARATE,
+        size=(416, 240, 33),
+        steps=12,
+        preset="one-gpu-wan21",
+        guidance=5.0,
+        patch=("ModelSamplingSD3", {"shift": 8.0}),
         negative=WAN_NEGATIVE,
-        condition=wan_frame,
-        from_picture=True,
+        first_frame="WanImageToVideo",
+        says="""`wan2.1_i2v_480p_14B_fp16.safetensors` (33 GB; *weight_dtype* `fp8_e4m3fn` for half of it) in `models/diffusion_models`, `umt5_xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `wan_2.1_vae.safetensors` in `models/vae`, `clip_vision_h.safetensors` in `models/clip_vision`, and a first frame in `input`. All prompts of a run share that frame, so they say what moves.
+
+| | here | the model as released |
+|---|---|---|
+| size, frames | 416 x 240, 33 | 832 x 480, 81 at 16 a second |
+| steps | 12 | 40 (model card), 20 (ComfyUI's template) |
+| guidance | 5, the reference's | 5 (model card), 6 (ComfyUI's template) |
+| shift | 8 | 8 (ComfyUI's template), 3 at 480p (model card) |""",
     ),
-    Model(
-        "16 HunyuanVideo",
-        separate(
+    Example(
+        name="16 Train HunyuanVideo",
+        run="hunyuan_video_lora",
+        loaders=parts(
             "hunyuan_video_t2v_720p_bf16.safetensors",
+            two_encoders("clip_l.safetensors", "llava_llama3_fp8_scaled.safetensors", "hunyuan_video"),
             "hunyuan_video_vae_bf16.safetensors",
-            HUNYUAN_CLIP,
-            ("ModelSamplingSD3", 7.0),
         ),
-        (480, 320, 17),
-        "EmptyHunyuanLatentVideo",
-        16,
-        1.0,
-        "one-gpu-hunyuanvideo",
-        {"hunyuan_video_t2v_720p_bf16.safetensors": "diffusion_models", **HUNYUAN_FILES},
-        "Embedded guidance 6 and shift 7 (core's template); the paper trains at 480 x 480 with 53 frames, 16 steps and "
-        "shift 5, on 32 GPUs. 17 frames of 480 x 320 are for one card.",
-        guidance=6.0,
+        **SEPARATE,
+        size=(480, 320, 17),
+        steps=12,
+        preset="one-gpu-hunyuanvideo",
+        patch=("ModelSamplingSD3", {"shift": 5.0}),
+        embedded=6.0,
+        latent="EmptyHunyuanLatentVideo",
         fps=24.0,
+        says="""`hunyuan_video_t2v_720p_bf16.safetensors` (26 GB; *weight_dtype* `fp8_e4m3fn` for half of it) in `models/diffusion_models`, `clip_l.safetensors` and `llava_llama3_fp8_scaled.safetensors` in `models/text_encoders`, `hunyuan_video_vae_bf16.safetensors` in `models/vae`.
+
+| | here | the model as released |
+|---|---|---|
+| size, frames | 480 x 320, 17 | 1280 x 720, 129 at 24 a second; 848 x 480, 73 in ComfyUI's template; 480 x 480, 53 in the paper |
+| steps | 12 | 50 (model card), 20 (ComfyUI's template), 16 (paper) |
+| embedded guidance | 6, by *FluxGuidance* | 6 (model card and ComfyUI's template) |
+| shift | 5, the paper's | 7 (model card and ComfyUI's template) |""",
     ),
-    Model(
-        "17 SkyReels-I2V",
-        separate(
+    Example(
+        name="17 Train SkyReels-I2V",
+        run="skyreels_lora",
+        loaders=parts(
             "skyreels_hunyuan_i2v_bf16.safetensors",
+            two_encoders("clip_l.safetensors", "llava_llama3_fp8_scaled.safetensors", "hunyuan_video"),
             "hunyuan_video_vae_bf16.safetensors",
-            HUNYUAN_CLIP,
-            ("ModelSamplingSD3", 7.0),
         ),
-        (512, 320, 17),
-        "EmptyHunyuanLatentVideo",
-        16,
-        5.0,
-        "one-gpu-skyreels-i2v",
-        {"skyreels_hunyuan_i2v_bf16.safetensors": "diffusion_models", **HUNYUAN_FILES},
-        "Guidance 5, embedded guidance 1, shift 7 and 16 steps are the paper's, which trains at 640 x 400 with 53 "
-        "frames on 32 GPUs. 17 frames of 512 x 320 are for one card. The first frame goes in as *concat latent* "
-        "through core's InstructPixToPixConditioning.",
-        guidance=1.0,
-        condition=skyreels_frame,
-        from_picture=True,
+        **SEPARATE,
+        size=(512, 320, 17),
+        steps=12,
+        preset="one-gpu-skyreels-i2v",
+        guidance=5.0,
+        patch=("ModelSamplingSD3", {"shift": 7.0}),
+        embedded=1.0,
+        negative="static, blurred, deformed, low quality",
+        first_frame="HunyuanImageToVideo",
         fps=24.0,
+        says="""`skyreels_hunyuan_i2v_bf16.safetensors` (26 GB; *weight_dtype* `fp8_e4m3fn` for half of it) in `models/diffusion_models`, `clip_l.safetensors` and `llava_llama3_fp8_scaled.safetensors` in `models/text_encoders`, `hunyuan_video_vae_bf16.safetensors` in `models/vae`, and a first frame in `input`. All prompts of a run share that frame, so they say what moves.
+
+| | here | the model as released |
+|---|---|---|
+| size, frames | 512 x 320, 17 | 960 x 544, 97 at 24 a second (model card); 640 x 400, 53 in the paper |
+| steps | 12 | 30 (model card), 16 (paper) |
+| guidance | 5 true and 1 embedded, the paper's | 6 true and 1 embedded (model card) |
+| shift | 7, the paper's | 7 (model card) |""",
     ),
-    Model(
-        "18 LTX-Video",
-        ltx,
-        (512, 320, 33),
-        "EmptyLTXVLatentVideo",
-        20,
-        3.0,
-        "one-gpu-wan21",
-        {"ltx-video-2b-v0.9.5.safetensors": "checkpoints", "t5xxl_fp16.safetensors": "text_encoders"},
-        "The released model makes 768 x 512 with 97 frames in 30 steps at guidance 3, levels of *LTXVScheduler* and 25 "
-        "frames a second (core's template); the levels are wired into the training as well: **its steps must be those "
-        "of the settings**.",
-        levels=ltx_levels,
-        negative="low quality, worst quality, deformed, distorted, motion smear",
-        condition=ltx_frame_rate,
-        fps=25.0,
-    ),
-]
-
-# ----------------------------------------------------------------------------------------------------------- the graph
-
-
-def build(model: Model) -> Graph:
-    """Loaders -> GRPO Base Model -> GRPO Train LoRA -> Load LoRA Model -> SDE Sampler -> Score Images."""
-    graph = Graph()
-    width, height, frames = model.size
-    network, clip, vae = model.load(graph)
-    latent = _empty_latent(graph, model)
-    levels = model.levels(graph, latent, model) if model.levels else None
-    reward = _rewards(graph, model)
-    wired = {} if levels is None else {"sigmas": levels}
-    base = graph.add(
-        1, "DanceGRPO_BaseModel", model=network, vae=vae, width=width, height=height, frames=frames,
-        scheduler=model.scheduler, gradient_checkpointing=True, folder="(none in models/diffusers)", **wired,
-    )  # fmt: skip
-    overrides = f"rollout.steps={model.steps}\nrollout.guidance_scale={model.cfg:g}"
-    settings = graph.add(1, "DanceGRPO_Preset", None, 220, preset=model.preset, overrides=overrides)
-    prompts, held_out = _prompts(graph, model)
-
-    text = graph.add(4, "CLIPTextEncode", "Positive: one held-out prompt", 160, clip=clip, text=_shown(model))
-    negative = (graph.add(4, "CLIPTextEncode", "Negative", 140, clip=clip, text=model.negative), 0)
-    positive = (text, 0)
-    if model.guidance is not None:
-        positive = (graph.add(4, "FluxGuidance", conditioning=positive, guidance=model.guidance), 0)
-    if model.condition:
-        positive, negative = model.condition(graph, positive, negative, vae, model)
-    carried = {"conditioning": positive} if model.guidance is not None or model.condition else {}
-    train = graph.add(
-        3, "DanceGRPO_TrainLoRA", None, 1070, grpo_model=(base, 0), reward=reward, clip=clip, settings=(settings, 0),
-        name=model.run, prompts=prompts, held_out_prompts=held_out, negative=model.negative, **carried,
-    )  # fmt: skip
-    trained = (graph.add(5, "LoraModelLoader", model=network, lora=(train, 0)), 0)
-    if levels is None:
-        levels = (graph.add(5, "BasicScheduler", model=trained, scheduler=model.scheduler, steps=model.steps), 0)
-    sample = graph.add(
-        5,
-        "SamplerCustomAdvanced",
-        noise=(graph.add(5, "RandomNoise", noise_seed=1), 0),
-        guider=(graph.add(5, "CFGGuider", model=trained, positive=positive, negative=negative, cfg=model.cfg), 0),
-        sampler=(
-            graph.add(5, "DanceGRPO_SDESampler", kernel=model.kernel, eta=model.eta, end_step=model.steps // 2),
-            0,
+    Example(
+        name="18 Train LTX-Video",
+        run="ltx_video_lora",
+        loaders={
+            "checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "ltx-video-2b-v0.9.safetensors"}),
+            "encoders": one_encoder("t5xxl_fp16.safetensors", "ltxv"),
+        },
+        model=("checkpoint", 0),
+        clip=("encoders", 0),
+        vae=("checkpoint", 2),
+        size=(512, 320, 33),
+        steps=12,
+        preset="one-gpu-wan21",
+        overrides=("rollout.guidance_scale=3",),
+        guidance=3.0,
+        scheduler=(
+            "LTXVScheduler",
+            {"steps": 12, "max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1},
         ),
+        latent="EmptyLTXVLatentVideo",
+        negative="low quality, worst quality, deformed, distorted, disfigured, motion smear, motion artifacts",
+        fps=25.0,
+        says="""`ltx-video-2b-v0.9.safetensors` (network and VAE) in `models/checkpoints`, `t5xxl_fp16.safetensors` in `models/text_encoders`.
+
+| | here | the model as released |
+|---|---|---|
+| size, frames | 512 x 320, 33; multiples of 32, and 1 more than a multiple of 8 | 768 x 512, 97 at 25 a second (ComfyUI's template) |
+| steps | 12 | 30 (ComfyUI's template) |
+| guidance | 3 | 3 (ComfyUI's template) |
+| noise levels | *LTXVScheduler* 2.05, 0.95, stretched to 0.1, wired into *sigmas* | the same |
+| frame rate | 25, by *LTXVConditioning* | 25 |""",
+    ),
+)
+
+
+# ---------------------------------------------------------------------------------------------------- the API graph
+
+
+class Graph:
+    """Nodes in API format, by number, with the column each stands in."""
+
+    def __init__(self, info: dict) -> None:
+        self.info, self.nodes, self.columns = info, {}, {}
+
+    def add(self, column: int, class_type: str, title: str = "", **inputs: object) -> str:
+        """Add a node; widgets that are not given are at their defaults. Its number."""
+        key = str(len(self.nodes) + 1)
+        node = {"class_type": class_type, "inputs": inputs}
+        for name, kind, options in widgets(self.info[class_type], inputs):
+            if name not in inputs:
+                inputs[name] = default(kind, options)
+        node["_meta"] = {"title": title or self.info[class_type]["display_name"]}
+        self.nodes[key], self.columns[key] = node, column
+        return key
+
+
+def widgets(description: dict, values: dict) -> list[tuple[str, object, dict]]:
+    """Name, type and options of a node's widgets, in the interface's order; a choice's own follow it."""
+    return _widgets(description["input"], description["input_order"], values, "")
+
+
+def _widgets(inputs: dict, order: dict | None, values: dict, prefix: str) -> list[tuple[str, object, dict]]:
+    found = []
+    for section in ("required", "optional"):
+        entries = inputs.get(section, {})
+        for name in (order or {}).get(section, entries):
+            kind, *rest = entries[name]
+            options = rest[0] if rest else {}
+            if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
+                continue
+            found.append((prefix + name, kind, options))
+            if kind == "COMFY_DYNAMICCOMBO_V3":
+                chosen = values.get(name, options["options"][0]["key"])
+                (option,) = [option for option in options["options"] if option["key"] == chosen]
+                found += _widgets(option["inputs"], None, values, f"{prefix}{name}.")
+    return found
+
+
+def default(kind: object, options: dict) -> object:
+    if "default" in options:
+        return options["default"]
+    if kind == "COMFY_DYNAMICCOMBO_V3":
+        return options["options"][0]["key"]
+    choices = kind if isinstance(kind, list) else options.get("options")
+    return choices[0] if choices else {"INT": 0, "FLOAT": 0.0, "BOOLEAN": False}.get(kind, "")
+
+
+def api_graph(example: Example, info: dict) -> Graph:
+    """Loaders, base model, training, and the LoRA at work."""
+    graph = Graph(info)
+    width, height, frames = example.size
+    loaded = {name: graph.add(0, kind, **inputs) for name, (kind, inputs) in example.loaders.items()}
+    model, clip, vae = ([loaded[name], output] for name, output in (example.model, example.clip, example.vae))
+    if example.patch:
+        kind, inputs = example.patch
+        model = [graph.add(0, kind, model=model, **inputs), 0]
+    sigmas = _sigmas(graph, 1, example, model) if isinstance(example.scheduler, tuple) else None
+
+    base = graph.add(
+        1,
+        "DanceGRPO_BaseModel",
+        folder="(none in models/diffusers)",
+        model=model,
+        vae=vae,
+        width=width,
+        height=height,
+        frames=frames,
+        gradient_checkpointing=example.checkpointing,
+        **({"scheduler": example.scheduler} if sigmas is None else {"sigmas": sigmas}),
+    )
+    settings = graph.add(
+        1,
+        "DanceGRPO_Preset",
+        preset=example.preset,
+        overrides="\n".join(("runtime.iterations=200", *example.overrides)),
+    )
+    reward = _reward(graph, example.is_video)
+    texts = (PROMPTS, HELD_OUT) if not example.is_video else (MOVING, MOVING_HELD_OUT)
+    texts = (FROM_FRAME, FROM_FRAME_HELD_OUT) if example.first_frame else texts
+    train_texts = graph.add(2, "PrimitiveStringMultiline", "Training prompts", value=texts[0])
+    held_out = graph.add(2, "PrimitiveStringMultiline", "Held-out prompts", value=texts[1])
+    shown = graph.add(2, "PrimitiveStringMultiline", "Prompt of the picture", value=texts[1].splitlines()[0])
+    positive, negative, latent = _conditions(graph, example, loaded, clip, vae, [shown, 0])
+    carried = {"conditioning": positive} if example.embedded or example.first_frame or example.fps == 25 else {}
+    train = graph.add(
+        3,
+        "DanceGRPO_TrainLoRA",
+        grpo_model=[base, 0],
+        reward=[reward, 0],
+        clip=clip,
+        settings=[settings, 0],
+        name=example.run,
+        prompts=[train_texts, 0],
+        held_out_prompts=[held_out, 0],
+        negative=example.negative,
+        **carried,
+    )
+    graph.add(3, "PreviewAny", "Name in the LoRA loaders", source=[train, 2])
+    graph.add(3, "SaveImage", "Reward curve", images=[train, 4], filename_prefix=f"dancegrpo/{example.run}_curve")
+
+    learned = [graph.add(5, "LoraModelLoader", model=model, lora=[train, 0], strength_model=1.0, bypass=False), 0]
+    levels = sigmas or _sigmas(graph, 5, example, learned)
+    kernel, eta = example.kernel
+    noise = graph.add(5, "DanceGRPO_GroupNoise", noise_seed=1)
+    sampler = graph.add(5, "DanceGRPO_SDESampler", kernel=kernel, eta=eta)
+    if example.guidance == 1:
+        guider = graph.add(5, "BasicGuider", model=learned, conditioning=positive)
+    else:
+        guider = graph.add(5, "CFGGuider", model=learned, positive=positive, negative=negative, cfg=example.guidance)
+    sample = graph.add(
+        6,
+        "SamplerCustomAdvanced",
+        noise=[noise, 0],
+        guider=[guider, 0],
+        sampler=[sampler, 0],
         sigmas=levels,
         latent_image=latent,
     )
-    images = (graph.add(6, "VAEDecode", samples=(sample, 0), vae=vae), 0)
-    batch = "one video" if model.is_video else "images"
-    graph.add(6, "DanceGRPO_ScoreImages", None, 640, reward=reward, images=images, prompt=_shown(model), batch=batch)
-    _save(graph, model, images)
-    graph.add(3, "SaveImage", "Reward curve", 400, images=(train, 4), filename_prefix=f"dancegrpo/{model.run}_curve")
-    graph.add(-1, "MarkdownNote", "Read me", 700, text=_note(model))
+    images = [graph.add(6, "VAEDecode", samples=[sample, 0], vae=vae), 0]
+    if example.is_video:
+        video = graph.add(6, "CreateVideo", images=images, fps=example.fps)
+        graph.add(6, "SaveVideo", video=[video, 0], filename_prefix=f"dancegrpo/{example.run}")
+    else:
+        graph.add(6, "SaveImage", "With the LoRA", images=images, filename_prefix=f"dancegrpo/{example.run}")
+    batch, title = ("one video", "Score Video") if example.is_video else ("images", "Score Images")
+    score = graph.add(
+        7, "DanceGRPO_ScoreImages", title, reward=[reward, 0], images=images, prompt=[shown, 0], batch=batch
+    )
+    graph.add(7, "PreviewAny", "Numbers", source=[score, 2])
     return graph
 
 
-def _empty_latent(graph: Graph, model: Model) -> Ref:
-    width, height, frames = model.size
-    size = {"width": width, "height": height, "batch_size": 1 if model.is_video else 4}
-    if model.is_video:
-        size["length"] = frames
-    return (graph.add(0, model.latent, **size), 0)
+def _sigmas(graph: Graph, column: int, example: Example, model: list) -> list:
+    if isinstance(example.scheduler, tuple):
+        kind, inputs = example.scheduler
+        return [graph.add(column, kind, **inputs), 0]
+    return [graph.add(column, "BasicScheduler", model=model, scheduler=example.scheduler, steps=example.steps), 0]
 
 
-def _rewards(graph: Graph, model: Model) -> Ref:
-    if model.is_video:
-        return (graph.add(1, "DanceGRPO_LoadReward", reward="videoalign", **{"reward.text": 0.0}), 0)
-    hps = graph.add(1, "DanceGRPO_LoadReward", reward="hps-v2.1")
-    clip = graph.add(1, "DanceGRPO_LoadReward", reward="clip")
-    both = graph.add(1, "DanceGRPO_CombineRewards", reward_1=(hps, 0), reward_2=(clip, 0), weight_1=0.7, weight_2=1.4)
-    return (both, 0)
-
-
-def _prompts(graph: Graph, model: Model) -> tuple[Ref, Ref]:
-    pair = (IMAGE_PROMPTS, IMAGE_HELD_OUT)
-    if model.is_video:
-        pair = (VIDEO_PROMPTS, VIDEO_HELD_OUT)
-    if model.from_picture:
-        pair = (MOVING_PROMPTS, MOVING_HELD_OUT)
-    training = graph.add(2, "PrimitiveStringMultiline", "Training prompts", 500, value=pair[0])
-    held_out = graph.add(2, "PrimitiveStringMultiline", "Held-out prompts", 240, value=pair[1])
-    return (training, 0), (held_out, 0)
-
-
-def _shown(model: Model) -> str:
-    if not model.is_video:
-        return IMAGE_HELD_OUT.splitlines()[0]
-    return (MOVING_HELD_OUT if model.from_picture else VIDEO_HELD_OUT).splitlines()[0]
-
-
-def _save(graph: Graph, model: Model, images: Ref) -> None:
-    prefix = f"dancegrpo/{model.run}"
-    if model.is_video:
-        graph.add(6, "SaveAnimatedWEBP", "With the LoRA", 400, images=images, filename_prefix=prefix, fps=model.fps)
-    else:
-        graph.add(6, "SaveImage", "With the LoRA", 400, images=images, filename_prefix=prefix)
-
-
-def _note(model: Model) -> str:
-    title = model.name.split(" ", 1)[1]
-    files = "\n".join(f"- `models/{folder}/{name}`" for name, folder in model.files.items())
-    rewards = (
-        "- `models/rewards/videoreward/` for VideoAlign"
-        if model.is_video
-        else "- `models/rewards/hpsv2/HPS_v2.1_compressed.pt`\n- `models/rewards/clip/DFN5B-CLIP-ViT-H-14-378/`"
+def _reward(graph: Graph, is_video: bool) -> str:
+    if is_video:
+        return graph.add(1, "DanceGRPO_LoadReward", reward="videoalign")
+    preferred = graph.add(1, "DanceGRPO_LoadReward", reward="hps-v2.1")
+    fitting = graph.add(1, "DanceGRPO_LoadReward", reward="clip")
+    return graph.add(
+        1, "DanceGRPO_CombineRewards", reward_1=[preferred, 0], reward_2=[fitting, 0], weight_1=0.7, weight_2=1.4
     )
-    judged = (
-        "Videos are judged by VideoAlign's visual and motion quality; text alignment is left out, as in the paper."
-        if model.is_video
-        else "HPS-v2.1 and CLIP are mixed as 0.7 : 1.4, as the paper's authors advise."
-    )
-    frame = (
-        "\n\nThe first frame and what else the conditioning carries goes with **every** prompt of the run. Choose your "
-        "own picture in *First frame*."
-        if model.from_picture
-        else ""
-    )
-    return f"""# Train a LoRA for {title} from rewards
-
-The MODEL, CLIP and VAE of this graph's own loaders are trained, by ComfyUI's own code, and the LoRA goes straight \
-into *Load LoRA Model*. {judged}{frame}
-
-**For a real model:** this graph is for one. It needs these files, and downloads nothing:
-
-{files}
-{rewards}
-
-**Its settings:** {model.notes}
-
-The settings of *GRPO Preset* are a starting point for one card; what its box says wins over the preset. Nothing of \
-this was run with released weights yet, and the picture of this template shows the graph, not a result. Prompts of \
-your own, at least some dozens, teach more than these."""
 
 
-# --------------------------------------------------------------------------------------------------------- the formats
+def _conditions(
+    graph: Graph, example: Example, loaded: dict[str, str], clip: list, vae: list, text: list
+) -> tuple[list, list | None, list]:
+    """Positive, negative (where there is guidance) and latent."""
+    width, height, frames = example.size
+    positive = [graph.add(4, "CLIPTextEncode", "Positive", clip=clip, text=text), 0]
+    negative = None
+    if example.guidance != 1:
+        negative = [graph.add(4, "CLIPTextEncode", "Negative", clip=clip, text=example.negative), 0]
+    if example.embedded is not None:
+        positive = [graph.add(4, "FluxGuidance", conditioning=positive, guidance=example.embedded), 0]
+        if negative is not None:
+            negative = [
+                graph.add(
+                    4, "FluxGuidance", "FluxGuidance (negative)", conditioning=negative, guidance=example.embedded
+                ),
+                0,
+            ]
+    size = {"width": width, "height": height, "batch_size": 1 if example.is_video else 4}
+    if example.first_frame:
+        return _first_frame(graph, example, loaded, vae, positive, negative, size | {"length": frames})
+    if example.latent == "EmptyLTXVLatentVideo":
+        rate = graph.add(4, "LTXVConditioning", positive=positive, negative=negative, frame_rate=example.fps)
+        positive, negative = [rate, 0], [rate, 1]
+    length = {"length": frames} if example.is_video else {}
+    return positive, negative, [graph.add(4, example.latent, **size, **length), 0]
 
 
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
-"""Types of inputs that are typed or chosen; every other is a socket."""
-
-
-def widgets(info: dict, node: Node) -> Iterator[tuple[str, object]]:
-    """Names and values of a node's widgets in the order of the interface; "" names a control that is no input.
-
-    Args:
-        info: of the node's class, as ComfyUI's /object_info gives it.
-    """
-    for section in ("required", "optional"):
-        yield from _widgets(info["input"].get(section, {}), node, "")
-
-
-def _widgets(inputs: dict, node: Node, prefix: str) -> Iterator[tuple[str, object]]:
-    for name, (kind, *rest) in inputs.items():
-        options = rest[0] if rest else {}
-        full = prefix + name
-        if (isinstance(kind, str) and _is_socket(kind)) or options.get("forceInput"):
-            continue
-        given = node.inputs.get(full)
-        wired = isinstance(given, tuple)
-        yield full, _default(kind, options) if given is None or wired else given
-        if options.get("control_after_generate"):
-            yield "", "fixed"
-        if kind == "COMFY_DYNAMICCOMBO_V3":
-            chosen = next(option for option in options["options"] if option["key"] == given)
-            yield from _widgets(chosen["inputs"].get("required", {}), node, f"{full}.")
-
-
-def _default(kind: object, options: dict) -> object:
-    if "default" in options:
-        return options["default"]
-    if isinstance(kind, list):
-        return kind[0]
-    if kind == "COMBO":
-        return options["options"][0]
-    return {"STRING": "", "BOOLEAN": False}.get(kind, 0)
-
-
-def sockets(info: dict, node: Node) -> Iterator[tuple[str, str]]:
-    """Names and types of the inputs that something could be wired into, and of the widgets that something is."""
-    for section in ("required", "optional"):
-        for name, (kind, *_) in info["input"].get(section, {}).items():
-            if isinstance(node.inputs.get(name), tuple) or (isinstance(kind, str) and _is_socket(kind)):
-                yield name, kind
-
-
-def _is_socket(kind: str) -> bool:
-    return kind not in WIDGETS
-
-
-def api(graph: Graph, info: dict) -> dict:
-    """What `POST /prompt` takes."""
-    numbers = _numbers(graph)
-    prompt = {}
-    for node, number in numbers.items():
-        if node.class_type == "MarkdownNote":
-            continue
-        values = {name: value for name, value in widgets(info[node.class_type], node) if name}
-        wires = {
-            name: [str(numbers[value[0]]), value[1]] for name, value in node.inputs.items() if isinstance(value, tuple)
-        }
-        title = node.title or info[node.class_type]["display_name"] or node.class_type
-        prompt[str(number)] = {
-            "class_type": node.class_type,
-            "inputs": values | wires,
-            "_meta": {"title": title},
-        }
-    return prompt
-
-
-def _numbers(graph: Graph) -> dict[Node, int]:
-    return {node: number for number, node in enumerate(graph.nodes, start=1)}
-
-
-COLUMNS = {
-    -1: (0, 700),
-    0: (760, 340),
-    1: (1160, 340),
-    2: (1560, 400),
-    3: (2020, 480),
-    4: (2560, 360),
-    5: (2980, 320),
-    6: (3360, 480),
-}
-"""Left edge and width of each column."""
-TITLE = 70
-"""Pixels between two boxes of a column: the lower one's title, and air."""
-
-
-def interface(graph: Graph, info: dict) -> dict:
-    """What the interface loads."""
-    numbers, links, nodes = _numbers(graph), [], []
-    below = dict.fromkeys(COLUMNS, 0)
-    outputs: dict[tuple[Node, int], list[int]] = {}
-    for node in graph.nodes:
-        left, width = COLUMNS[node.column]
-        is_note = node.class_type == "MarkdownNote"
-        slots = [] if is_note else list(sockets(info[node.class_type], node))
-        values = [node.inputs["text"]] if is_note else [value for _, value in widgets(info[node.class_type], node)]
-        entries = []
-        for place, (name, kind) in enumerate(slots):
-            source = node.inputs.get(name)
-            number = None
-            if isinstance(source, tuple):
-                number = len(links) + 1
-                links.append([number, numbers[source[0]], source[1], numbers[node], place, _kind(info, source)])
-                outputs.setdefault(source, []).append(number)
-            entry = {"name": name, "type": kind, "link": number}
-            if not _is_socket(kind):
-                entry["widget"] = {"name": name}
-            entries.append(entry)
-        made = (
-            []
-            if is_note
-            else list(zip(info[node.class_type]["output"], info[node.class_type]["output_name"], strict=True))
+def _first_frame(
+    graph: Graph, example: Example, loaded: dict[str, str], vae: list, positive: list, negative: list, size: dict
+) -> tuple[list, list, list]:
+    image = [graph.add(0, "LoadImage", "First frame", image="example.png"), 0]
+    if example.first_frame == "WanImageToVideo":
+        seen = graph.add(0, "CLIPVisionEncode", clip_vision=[loaded["vision"], 0], image=image, crop="none")
+        node = graph.add(
+            4,
+            "WanImageToVideo",
+            positive=positive,
+            negative=negative,
+            vae=vae,
+            clip_vision_output=[seen, 0],
+            start_image=image,
+            **size,
         )
-        height = node.height or 50 + 22 * max(len(slots), len(made)) + 28 * len(values)
-        entry = {
-            "id": numbers[node],
-            "type": node.class_type,
-            "pos": [left, below[node.column]],
-            "size": [width, height],
-            "flags": {},
-            "order": numbers[node] - 1,
-            "mode": 0,
-            "inputs": entries,
-            "outputs": [
-                {"name": name, "type": kind, "links": None, "slot_index": i} for i, (kind, name) in enumerate(made)
-            ],
-            "properties": {} if is_note else {"Node name for S&R": node.class_type},
-            "widgets_values": values,
-        }
-        if node.title:
-            entry["title"] = node.title
-        nodes.append(entry)
-        below[node.column] += height + TITLE
-    for (node, slot), numbers_of_links in outputs.items():
-        nodes[numbers[node] - 1]["outputs"][slot]["links"] = numbers_of_links
+        return [node, 0], [node, 1], [node, 2]
+    add = lambda title, text: graph.add(  # noqa: E731
+        4, example.first_frame, title, positive=text, vae=vae, start_image=image, guidance_type="v1 (concat)", **size
+    )
+    first, second = add("First frame", positive), add("First frame (negative)", negative)
+    return [first, 0], [second, 0], [first, 1]
+
+
+# --------------------------------------------------------------------------------------------- the interface's graph
+
+
+def interface_graph(example: Example, graph: Graph) -> dict:
+    """The same as the interface saves it, in columns from left to right."""
+    links, nodes, feet = [], [], [0] * len(WIDTHS)
+    left = [sum(WIDTHS[:i]) + i * 70 for i in range(len(WIDTHS))]
+    outgoing: dict[tuple[str, int], list[int]] = {}
+    for key, node in graph.nodes.items():
+        description, column = graph.info[node["class_type"]], graph.columns[key]
+        slots, shown = _slots(description, node["inputs"]), widgets(description, node["inputs"])
+        for index, slot in enumerate(slots):
+            source = node["inputs"].get(slot["name"])
+            if isinstance(source, list):
+                slot["link"] = len(links) + 1
+                links.append([slot["link"], int(source[0]), source[1], int(key), index, slot["type"]])
+                outgoing.setdefault((source[0], source[1]), []).append(slot["link"])
+        size = [WIDTHS[column], _height(description, slots, shown)]
+        nodes.append(
+            {
+                "id": int(key),
+                "type": node["class_type"],
+                "pos": [left[column], feet[column]],
+                "size": size,
+                "flags": {},
+                "order": int(key) - 1,
+                "mode": 0,
+                "inputs": slots,
+                "outputs": [],
+                "properties": {
+                    "Node name for S&R": node["class_type"],
+                    "cnr_id": "dancegrpo" if node["class_type"].startswith("DanceGRPO") else "comfy-core",
+                },
+                "widgets_values": _values(shown, node["inputs"]),
+                **({"title": node["_meta"]["title"]} if node["_meta"]["title"] != description["display_name"] else {}),
+            }
+        )
+        feet[column] += size[1] + TITLE + GAP
+    for node, (key, api) in zip(nodes, graph.nodes.items(), strict=True):
+        description = graph.info[api["class_type"]]
+        names = zip(description["output_name"], description["output"], strict=True)
+        node["outputs"] = [
+            {"name": name, "type": kind, "links": outgoing.get((key, slot)), "slot_index": slot}
+            for slot, (name, kind) in enumerate(names)
+        ]
+    # A link's type is that of where it comes from.
+    sources = {(node["id"], slot): output["type"] for node in nodes for slot, output in enumerate(node["outputs"])}
+    links = [[*link[:5], sources[link[1], link[2]]] for link in links]
+    nodes.append(_note(example, len(nodes) + 1, max(feet[:2])))
     return {
         "revision": 0,
         "last_node_id": len(nodes),
@@ -757,31 +694,92 @@ def interface(graph: Graph, info: dict) -> dict:
     }
 
 
-def _kind(info: dict, source: Ref) -> str:
-    node, slot = source
-    return info[node.class_type]["output"][slot]
+def _slots(description: dict, values: dict) -> list[dict]:
+    """Sockets, and widgets that a link fills, in the order of the description."""
+    found = []
+    for section in ("required", "optional"):
+        for name in description["input_order"].get(section, []):
+            kind, *rest = description["input"][section][name]
+            is_widget = (isinstance(kind, list) or kind in WIDGETS) and not (rest and rest[0].get("forceInput"))
+            if not is_widget:
+                found.append({"name": name, "type": kind, "link": None})
+            elif isinstance(values.get(name), list):
+                found.append({"name": name, "type": kind, "link": None, "widget": {"name": name}})
+    return found
+
+
+def _values(shown: list[tuple[str, object, dict]], inputs: dict) -> list:
+    values = []
+    for name, kind, options in shown:
+        value = inputs[name]
+        values.append(default(kind, options) if isinstance(value, list) else value)
+        if control := options.get("control_after_generate"):
+            values.append(control if isinstance(control, str) else "fixed")
+        if options.get("image_upload") or options.get("video_upload"):
+            values.append("image")
+    return values
+
+
+def _height(description: dict, slots: list[dict], shown: list[tuple[str, object, dict]]) -> int:
+    """Enough for sockets, widgets, boxes of text, and what the node shows when it has run."""
+    sockets = max(sum("widget" not in slot for slot in slots), len(description["output"]))
+    visible = [options for _, _, options in shown if not options.get("advanced")]
+    boxes = [name for name, _, options in shown if options.get("multiline") and not options.get("advanced")]
+    linked = [slot["name"] for slot in slots if slot["name"] in boxes]
+    controls = sum(bool(options.get("control_after_generate")) for options in visible)
+    result = {"DanceGRPO_TrainLoRA": 300, "DanceGRPO_ScoreImages": 300, "PreviewAny": 110, "LoadImage": 260}
+    result |= {"SaveImage": 300, "SaveVideo": 300}
+    extra = result.get(description["name"], 0)
+    texts = TEXT_BOX * (len(boxes) - len(linked)) + LINKED_BOX * len(linked)
+    return 50 + SLOT * sockets + WIDGET * (len(visible) - len(boxes) + controls) + texts + extra
+
+
+def _note(example: Example, number: int, top: int) -> dict:
+    text = f"""# {example.name.split(" ", 1)[1]}
+
+Core's loaders -> *GRPO Base Model* -> *GRPO Train LoRA* -> core's *Load LoRA Model* -> *SDE Sampler* -> score. Queue it: training runs in a process of its own, the LoRA is then used in this graph and is a file in `output/loras/dancegrpo`.
+
+**For a real model:** {example.says}
+
+**Rewards** go into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where they are from. **Prompts**: these are a beginning; write some hundreds of your own. **Settings** are the preset's with the lines below it; *height*, *width*, *frames* and the noise levels are on the left. Another number of steps has to be changed in the overrides (`rollout.steps=...`) and on the scheduler.
+
+The settings are starting points: they were checked against the nodes, and never run on the released weights. The picture in the template browser shows this graph, for want of weights."""
+    return {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [0, top],
+        "size": [sum(WIDTHS[:2]) + 70, 600],
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "title": "Read me",
+        "properties": {},
+        "widgets_values": [text],
+    }
 
 
 def files(info: dict) -> dict[str, str]:
-    """Path below this folder and content of every file."""
+    """Path below this folder and content of every file.
+
+    Args:
+        info: what ComfyUI's /object_info gives.
+    """
     written = {}
-    for model in MODELS:
-        graph = build(model)
-        for path, content in (
-            (f"{model.name}.json", interface(graph, info)),
-            (f"api/{model.name}.json", api(graph, info)),
-        ):
-            written[path] = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    for example in EXAMPLES:
+        graph = api_graph(example, info)
+        for folder, data in (("", interface_graph(example, graph)), ("api/", graph.nodes)):
+            written[f"{folder}{example.name}.json"] = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     return written
 
 
-def main() -> None:
-    with urllib.request.urlopen(f"{sys.argv[1].rstrip('/')}/object_info") as answer:
+def main(address: str) -> None:
+    with urllib.request.urlopen(f"{address}/object_info") as answer:
         info = json.load(answer)
-    for path, content in files(info).items():
-        (HERE / path).write_text(content, encoding="utf-8")
-        print(path)
+    for path, text in files(info).items():
+        (FOLDER / path).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

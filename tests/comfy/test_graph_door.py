@@ -1,11 +1,15 @@
 """A model of core's loaders, trained from a graph by the real server and a real trainer, and used in the same graph."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from comfy_host import ROOT, PromptFailed, Server
+from comfy_host import COMFYUI, ROOT, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = ROOT / "trainer" / "shapes" / "weights"
@@ -134,3 +138,49 @@ def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) 
     del prompt["train"]["inputs"]["clip"]
     with pytest.raises(PromptFailed, match="clip is not connected"):
         comfy.run(prompt)
+
+
+# ----------------------------------------------------------------- an example for a released model, on a tiny one
+
+
+@pytest.fixture(scope="module")
+def tiny_models(comfy: Server, files: None) -> None:
+    """A random FLUX.1 under the released files' names."""
+    environment = {**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("tiny_files.py")
+    subprocess.run([sys.executable, script, comfy.base / "models"], env=environment, check=True, timeout=200)
+    shutil.copy(comfy.base / "models" / "vae" / "shapes.safetensors", comfy.base / "models" / "vae" / "ae.safetensors")
+
+
+def shortened(name: str) -> dict:
+    """An example in API format: small and short, judged by rules, its text encoders the embedded model's."""
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    rules = iter(("colorfulness", "sharpness"))
+    small = {"width": 64, "height": 64, "steps": 4, "batch_size": 1}
+    encoders = next(key for key, n in prompt.items() if n["class_type"].endswith("CLIPLoader"))
+    prompt[encoders] = node("DanceGRPO_DemoModel")
+    for entry in prompt.values():
+        inputs = entry["inputs"]
+        inputs |= {field: [encoders, 1] for field, value in inputs.items() if value == [encoders, 0]}
+        inputs |= {field: value for field, value in small.items() if field in inputs}
+        if entry["class_type"] == "DanceGRPO_LoadReward":
+            entry["inputs"] = {"reward": next(rules)}
+        elif entry["class_type"] == "DanceGRPO_Preset":
+            inputs["overrides"] = OVERRIDES
+    return prompt
+
+
+def test_an_example_for_a_released_model_runs(comfy: Server, tiny_models: None) -> None:
+    prompt = shortened("10 Train FLUX.1")
+    keys = {n["class_type"]: key for key, n in prompt.items()}
+    outputs = comfy.run(prompt, patience=400)
+    run = comfy.base / "output" / "dancegrpo" / "runs" / "flux1_lora"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert len(events) == 2
+    assert events[0]["ratio"]["max_deviation_before_update"] < 1e-6
+    assert outputs[keys["DanceGRPO_ScoreImages"]]["text"][0].startswith("1: ")
+    pictures = [key for key, n in prompt.items() if n["class_type"] == "SaveImage"]
+    assert len(pictures) == 2
+    assert all(file.stat().st_size > 300 for key in pictures for file in comfy.images(outputs[key]))
+    assert all(key.startswith("diffusion_model.") for key in load_file(run / "lora.safetensors"))
+    assert "not loaded" not in comfy.output.lower()
