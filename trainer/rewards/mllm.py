@@ -42,6 +42,9 @@ class _Question(_Server):
             names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
         except ValueError as error:
             raise ValueError(f"instruction cannot be filled in: {error}") from error
+        names = {name for _, name, _, _ in fields}
+        if any(shape not in ("", "g") or turn for _, _, shape, turn in fields):
+            raise ValueError("instruction can hold :g and no other format")
         if names - set(cls.fills) or "prompt" not in names:
             known = ", ".join(f"{{{name}}}" for name in cls.fills)
             raise ValueError(f"instruction must hold {{prompt}} and can hold {known}, not {sorted(names)}")
