@@ -39,7 +39,7 @@ class _Question(_Server):
     @classmethod
     def _fillable(cls, text: str) -> str:
         try:
-            names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+            fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
         except ValueError as error:
             raise ValueError(f"instruction cannot be filled in: {error}") from error
         names = {name for _, name, _, _ in fields}
