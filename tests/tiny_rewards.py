@@ -150,7 +150,7 @@ def shrink(change: Callable[[object, str, object], object], module: Callable[[st
     change(rewards["pickscore"].PickScore, "network", "tiny-plain")
     change(rewards["aesthetic"].ClipLargeReward, "network", "tiny-quick")
     change(rewards["geneval_like"].GenEvalLike, "network", "tiny-quick")
-    change(rewards["geneval_like"], "SIDE", 32)
+    change(rewards["geneval_like"], "SIDE", 64)
     blip, sizes = rewards["image_reward"].ImageReward, imagereward_reference
     depth = {"num_hidden_layers": sizes.LAYERS, "num_attention_heads": 2}
     change(blip, "vision", {"hidden_size": sizes.WIDTH, "intermediate_size": 4 * sizes.WIDTH, **depth})
