@@ -1,4 +1,4 @@
-"""The reference of settings and of rewards, from their own fields: `python -m trainer.reference [rewards|load-reward]`."""
+"""The reference of settings and rewards, from their own fields: `python -m trainer.reference [rewards|load-reward]`."""
 
 import inspect
 import sys
