@@ -1,14 +1,12 @@
-"""The judges at their real size, with random weights in files of the original layout: do they load, and how fast.
+"""Rewards at real size: `python benchmarks/rewards_full_size.py hps-v2.1 --images 4`, one reward per process.
 
-    python benchmarks/rewards_full_size.py [NAME ...]
-
-For each: a file with every name, shape and type of the published one is written to a temporary folder, loaded by the
-reward itself, and images are scored, in a process of its own. Prints a Markdown table.
+Writes a file in the original layout (every key of the published file, random numbers), loads it through the reward's
+own loader, scores images, and prints a row of a table: seconds to load, seconds per image, peak memory.
 """
 
 import argparse
 import json
-import subprocess
+import resource
 import sys
 import tempfile
 import time
@@ -21,129 +19,146 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-IMAGES, SIZE = 4, 512
-HEAD = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-"""The aesthetic predictor's layers: outputs, inputs."""
+import imagereward_reference  # noqa: E402 - the layouts of the published files, as the tests know them
+import qwen_reference  # noqa: E402
+from clip_reference import open_clip_shapes, to_transformers  # noqa: E402
+
+from trainer.config import RewardConfig  # noqa: E402
+from trainer.rewards import load_reward, score  # noqa: E402
+from trainer.rewards.contrastive import architecture  # noqa: E402
+
+Shapes = dict[str, tuple[int, ...]]
+Options = dict[str, object]
 
 
-def random(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: (torch.randn(shape) * 0.02).to(dtype) for name, shape in shapes.items()}
+def random_file(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Small random weights; norms are the identity, so that numbers stay finite at any depth."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for key, shape in shapes.items():
+        if len(shape) < 2:
+            found[key] = torch.full(shape, float(key.endswith("weight")), dtype=dtype)
+        else:
+            found[key] = torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+    return found
 
 
-def clip_weights(architecture: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    import open_clip
-    from clip_reference import open_clip_shapes
-
-    config = open_clip.get_model_config(architecture)
-    config["vision_cfg"].setdefault("patch_size", 14)
-    return random(open_clip_shapes(config), dtype)
-
-
-def hps(folder: Path) -> dict[str, str]:
-    torch.save({"state_dict": clip_weights("ViT-H-14", torch.float16)}, folder / "HPS_v2.1_compressed.pt")
+def hps(folder: Path) -> Options:
+    shapes = open_clip_shapes(architecture("ViT-H-14"))
+    torch.save({"state_dict": random_file(shapes, torch.float16)}, folder / "HPS_v2.1_compressed.pt")
     return {"path": str(folder / "HPS_v2.1_compressed.pt")}
 
 
-def clip(folder: Path) -> dict[str, str]:
-    import open_clip
-
-    name = "ViT-H-14-378-quickgelu"
-    network = {**open_clip.get_model_config(name)}
-    preparation = {"resize_mode": "squash", "interpolation": "bicubic"}
-    description = json.dumps({"model_cfg": network, "preprocess_cfg": preparation})
-    (folder / "open_clip_config.json").write_text(description)
-    torch.save(clip_weights(name, torch.float32), folder / "open_clip_pytorch_model.bin")
+def clip(folder: Path) -> Options:
+    config = architecture("ViT-H-14-378-quickgelu")
+    written = {"model_cfg": config, "preprocess_cfg": {"resize_mode": "squash", "interpolation": "bicubic"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(written))
+    torch.save(random_file(open_clip_shapes(config), torch.float32), folder / "open_clip_pytorch_model.bin")
     return {"path": str(folder)}
 
 
-def pickscore(folder: Path) -> dict[str, str]:
-    from clip_reference import to_transformers
+def pickscore(folder: Path) -> Options:
+    return {"path": str(transformers_clip(folder, "ViT-H-14"))}
+
+
+def aesthetic(folder: Path) -> Options:
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    head = {f"layers.{place}.weight": size for place, size in sizes.items()}
+    head |= {f"layers.{place}.bias": size[:1] for place, size in sizes.items()}
+    torch.save(random_file(head, torch.float32), folder / "head.pth")
+    return {"path": str(folder / "head.pth"), "tower": str(transformers_clip(folder, "ViT-L-14"))}
+
+
+def transformers_clip(folder: Path, network: str) -> Path:
     from safetensors.torch import save_file
 
-    save_file(to_transformers(clip_weights("ViT-H-14", torch.float32)), folder / "model.safetensors")
-    return {"path": str(folder / "model.safetensors")}
+    save_file(
+        to_transformers(random_file(open_clip_shapes(architecture(network)), torch.float32)), folder / "m.safetensors"
+    )
+    return folder / "m.safetensors"
 
 
-def aesthetic(folder: Path) -> dict[str, str]:
-    from clip_reference import to_transformers
-    from safetensors.torch import save_file
-
-    save_file(to_transformers(clip_weights("ViT-L-14-quickgelu", torch.float32)), folder / "clip.safetensors")
-    layers = {f"layers.{place}.weight": shape for place, shape in HEAD.items()}
-    layers |= {f"layers.{place}.bias": shape[:1] for place, shape in HEAD.items()}
-    torch.save(random(layers, torch.float32), folder / "head.pth")
-    return {"path": str(folder / "head.pth"), "tower": str(folder / "clip.safetensors")}
-
-
-def image_reward(folder: Path) -> dict[str, str]:
-    from test_reward_imagereward import shapes
-
-    full = shapes(width=1024, text_width=768, blocks=24, layers=12, inner=3072, words=30524)
-    torch.save(random(full, torch.float32), folder / "ImageReward.pt")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{i}" for i in range(30517))]
+def imagereward(folder: Path) -> Options:
+    shapes = imagereward_reference.shapes(**imagereward_reference.PUBLISHED)
+    torch.save(random_file(shapes, torch.float32), folder / "ImageReward.pt")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "fox"]
+    words += [f"[unused{i}]" for i in range(30522 - len(words))]
     (folder / "vocab.txt").write_text("\n".join(words))
     return {"path": str(folder / "ImageReward.pt"), "vocabulary": str(folder / "vocab.txt")}
 
 
-JUDGES: dict[str, Callable[[Path], dict[str, str]]] = {
+def videoalign(folder: Path) -> Options:
+    from trainer.rewards.videoalign import VideoAlignNetwork
+
+    shapes = qwen_reference.with_lora(
+        qwen_reference.shapes(151660, qwen_reference.SIZES_2B) | {"rm_head.weight": (1, 1536)}
+    )
+    torch.save(random_file(shapes, torch.bfloat16), folder / "model.pth")
+    write_tokenizer(folder / "tokenizer.json")
+    # As long as the original's text, which is not this project's to hand on.
+    text = "Judge " * 800 + "{text_prompt} " + " ".join(VideoAlignNetwork.markers)
+    (folder / "template.txt").write_text(text)
+    import hashlib
+
+    VideoAlignNetwork.sums = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {"path": str(folder / "model.pth"), "tokenizer": str(folder / "tokenizer.json"),
+            "template": str(folder / "template.txt")}  # fmt: skip
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer with as many words as Qwen2-VL's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = ["[UNK]", "Judge", *(f"word{i}" for i in range(151657 - len(special) - 2))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(path))
+
+
+FILES: dict[str, Callable[[Path], Options]] = {
     "hps-v2.1": hps,
     "clip": clip,
     "pickscore": pickscore,
-    "imagereward": image_reward,
+    "imagereward": imagereward,
     "aesthetic": aesthetic,
+    "videoalign": videoalign,
 }
-
-
-def measure(name: str, options: dict[str, str]) -> dict[str, float]:
-    """Load and score in this process."""
-    from trainer.config import RewardConfig
-    from trainer.records import peak_memory
-    from trainer.rewards import load_reward, score
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = torch.rand(IMAGES, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).to(device)
-    prompts = ["a red fox asleep on a mossy log"] * IMAGES
-    begun = time.perf_counter()
-    judge = load_reward(RewardConfig(name=name, options=options))
-    judge.load()
-    loaded = time.perf_counter()
-    score(judge, images[:1], prompts[:1])  # the text, and whatever is slow once
-    ready = time.perf_counter()
-    scores = score(judge, images, prompts)
-    seconds = (time.perf_counter() - ready) / IMAGES
-    assert scores.isfinite().all() and len(scores) == IMAGES
-    parameters = sum(p.numel() for p in judge.module.parameters())
-    return {
-        "parameters": parameters,
-        "load": loaded - begun,
-        "seconds": seconds,
-        "memory": peak_memory(device),
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(JUDGES)}; all where none is given")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("reward", choices=FILES)
+    parser.add_argument("--images", type=int, default=4, help="images (or videos of 53 frames) that are timed")
+    parser.add_argument("--side", type=int, default=512, help="their height and width")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(JUDGES):
-        parser.error(f"{min(unknown)} is none of {', '.join(JUDGES)}")
-    if args.one:
-        print(json.dumps(measure(args.names[0], json.loads(args.one))))
-        return
-    print("| reward | parameters | file | load, s | s per image | peak memory |\n|---|---|---|---|---|---|")
-    for name in args.names or JUDGES:
-        with tempfile.TemporaryDirectory() as folder:
-            options = JUDGES[name](Path(folder))
-            size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e9
-            command = [sys.executable, __file__, name, "--one", json.dumps(options)]
-            answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = json.loads(answer.splitlines()[-1])
-        print(
-            f"| {name} | {found['parameters'] / 1e6:.0f} M | {size:.2f} GB | {found['load']:.1f} "
-            f"| {found['seconds']:.2f} | {found['memory'] / 1024:.1f} GiB |",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        reward = load_reward(RewardConfig(name=args.reward, options=FILES[args.reward](Path(folder))))
+        loading = clock(reward.load)
+        shape = (args.images, *((53,) if reward.media == "video" else ()), 3, args.side, args.side)
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(args.device)
+        prompts = ["a red fox"] * args.images
+        if args.device != "cpu":
+            score(reward, images[:1], prompts[:1])  # the first one sets the accelerator up
+        found = []
+        scoring = clock(lambda: found.append(score(reward, images, prompts)))
+    assert found[0].isfinite().all()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    gpu = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if args.device != "cpu" else ""
+    print("| reward | device, threads | load, s | s per item | peak memory, GiB | of the GPU |")
+    print(f"| `{args.reward}` | {args.device}, {torch.get_num_threads()} | {loading:.1f} | {scoring / args.images:.2f} "
+          f"| {memory:.1f} | {gpu} |")  # fmt: skip
+
+
+def clock(work: Callable[[], object]) -> float:
+    """Seconds that it takes."""
+    begun = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -19,6 +19,17 @@ def test_rewards_page_is_what_the_rewards_say() -> None:
     assert (ROOT / "docs" / "rewards.md").read_text() == reference.rewards_markdown()
 
 
+def test_help_page_of_load_reward_says_what_each_needs() -> None:
+    page = (ROOT / "web" / "docs" / "DanceGRPO_LoadReward.md").read_text()
+    assert page == reference.node_markdown()
+    for name, kind in REWARDS.items():
+        section = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert "typical scores" in section
+        assert kind.licence in section
+        for field in kind.Options.model_fields.values():
+            assert not file_rule(field) or f"models/rewards/{field.default}" in section
+
+
 def test_rewards_page_has_a_line_and_a_section_for_each_and_an_example_that_is_accepted() -> None:
     text = (ROOT / "docs" / "rewards.md").read_text()
     for name, kind in REWARDS.items():

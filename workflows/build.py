@@ -572,7 +572,8 @@ def _sigmas(graph: Graph, column: int, example: Example, model: list) -> list:
 
 def _reward(graph: Graph, is_video: bool) -> str:
     if is_video:
-        return graph.add(1, "DanceGRPO_LoadReward", reward="videoalign")
+        # Text alignment is left out, as in the paper.
+        return graph.add(1, "DanceGRPO_LoadReward", reward="videoalign", **{"reward.text": 0.0})
     preferred = graph.add(1, "DanceGRPO_LoadReward", reward="hps-v2.1")
     fitting = graph.add(1, "DanceGRPO_LoadReward", reward="clip")
     return graph.add(
