@@ -9,7 +9,7 @@ from ..trainer.errors import BadInput
 from ..trainer.models import FAMILIES, model_class
 from . import graph_model
 from .folders import diffusers_folders
-from .types import CATEGORY, ModelType
+from .types import CATEGORY, Model, ModelType
 
 NO_FOLDER = "(none in models/diffusers)"
 BY_SHIFT = "by shift"
@@ -110,14 +110,14 @@ class BaseModel(io.ComfyNode):
         used = {name: value for name, value in values.items() if name not in ("dtype", "vae_dtype")}
         config = cls._checked({**used, "family": "comfy", "graph": graph})
         graph_model.check_size(model, config)
-        return io.NodeOutput(config.model_dump(mode="json"))
+        return io.NodeOutput(Model(config.model_dump(mode="json")))
 
     @classmethod
     def _of_folder(cls, folder: str, values: dict) -> io.NodeOutput:
         known = diffusers_folders()
         if folder not in known:
             raise BadInput(f"folder {folder!r} is not in models/diffusers; there are {', '.join(known) or 'none'}")
-        return io.NodeOutput(cls._checked({**values, "path": str(known[folder])}).model_dump(mode="json"))
+        return io.NodeOutput(Model(cls._checked({**values, "path": str(known[folder])}).model_dump(mode="json")))
 
     @classmethod
     def _checked(cls, model: dict) -> ModelConfig:

@@ -83,13 +83,20 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
             "A LoRA that over-optimised texture is best used early (MixGRPO).",
             search_aliases=["lora schedule", "lora timestep", "lora range", "early lora", "hybrid inference"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model that samples; the LoRA must be made for it."),
                 io.Combo.Input(
                     "lora_name",
                     options=[FROM_SOCKET, *folder_paths.get_filename_list("loras")],
                     tooltip="A file of the loras folder, or the LORA_MODEL wired in below.",
                 ),
-                io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How strongly it acts where it is active: 1 as trained, 0 not at all.",
+                ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
@@ -108,7 +115,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
                 ),
                 io.LoraModel.Input("lora", optional=True, tooltip="A LoRA from the graph, such as one just trained."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model with the LoRA over that part of the sampling.")],
         )
 
     @classmethod
