@@ -1,15 +1,17 @@
 """A LoRA that is active over a part of the sampling only, by ComfyUI's own weight hooks."""
 
+from pathlib import Path
+
 import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
-import comfy.utils
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..trainer.rewards.files import read_weights
 from .types import CATEGORY
 
 FROM_SOCKET = "(from the lora socket)"
@@ -137,7 +139,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
         lora: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
         if lora_name != FROM_SOCKET:
-            lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", lora_name), safe_load=True)
+            lora = read_weights(Path(folder_paths.get_full_path_or_raise("loras", lora_name)))
         if lora is None:
             raise ValueError("lora: choose a file in lora_name, or wire a LORA_MODEL into lora")
         if strength == 0:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..trainer import rewards as judges
 from ..trainer.config import RewardConfig
+from ..trainer.errors import BadInput
 from .reward_files import option_values, option_widgets, with_files
 from .scoring import bar_plot, score_all, score_table, split_prompts
 from .types import CATEGORY, Judges, RewardType, connected
@@ -37,8 +38,21 @@ class LoadReward(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, **inputs: object) -> bool | str:
+        reward = inputs.get("reward")
+        if not isinstance(reward, dict) or None in reward.values():  # one arrives by wire, and is not known yet
+            return True
+        try:
+            cls.execute(reward)
+        except BadInput as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, reward: dict) -> io.NodeOutput:
         name = reward["reward"]
+        if name not in judges.REWARDS:
+            raise BadInput(f"reward {name!r} is unknown: choose one of {', '.join(judges.REWARDS)}")
         options = option_values(judges.REWARDS[name], {key: reward[key] for key in reward if key != "reward"})
         return io.NodeOutput(Judges((with_files(RewardConfig(name=name, options=options)),)))
 
