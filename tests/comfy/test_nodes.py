@@ -20,12 +20,11 @@ def info(comfy: Server) -> dict:
     return comfy.get("/object_info")
 
 
-def test_it_loads_fast_and_without_a_warning(comfy: Server) -> None:
-    seconds = re.search(rf"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*{PACK}", comfy.output)
-    assert seconds, comfy.output
+def test_it_loads_without_a_warning(comfy: Server) -> None:
+    # How fast: inside/check_import.py, which a busy machine does not slow down.
+    assert re.search(rf"[\d.]+ seconds: .*{PACK}", comfy.output), comfy.output
     assert "IMPORT FAILED" not in comfy.output
     assert "Error while calling comfy_entrypoint" not in comfy.output
-    assert float(seconds.group(1)) < 0.5
     start = comfy.output[: comfy.output.index("To see the GUI go to")]
     own = [line for line in start.splitlines() if re.search("WARNING|ERROR|Traceback", line)]
     assert [line for line in own if "User settings" not in line and "--multi-user" not in line] == []
@@ -191,7 +190,7 @@ def test_no_pickle_is_run(comfy: Server, tmp_path: Path) -> None:
         prompt["reward"]["inputs"] |= PICKSCORE | {"reward.path": name}
         assert f"{name} " in refusal(comfy, prompt)
     assert not marker.exists()
-    pickle.loads(pickle.dumps(Trap(marker)))
+    pickle.loads(pickle.dumps(Trap(marker)))  # noqa: S301 - what the trap is for
     assert marker.exists(), "the trap is none, so that this test would see nothing"
 
 
