@@ -21,7 +21,7 @@ def info(comfy: Server) -> dict:
 
 
 def test_it_loads_without_a_warning(comfy: Server) -> None:
-    # How fast: inside/check_import.py, which a busy machine does not slow down.
+    # How fast: inside/conftest.py, which a busy machine does not slow down.
     assert re.search(rf"[\d.]+ seconds: .*{PACK}", comfy.output), comfy.output
     assert "IMPORT FAILED" not in comfy.output
     assert "Error while calling comfy_entrypoint" not in comfy.output

@@ -13,6 +13,10 @@ import nodes as comfy_nodes
 CPU = torch.device("cpu")
 
 
+def test_the_nodes_are_imported_in_less_than_half_a_second(import_seconds: float) -> None:
+    assert 0 < import_seconds < 0.5
+
+
 @pytest.fixture
 def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output folder and LoRA folders of this test's own."""
