@@ -10,7 +10,7 @@ from ..trainer.models import FAMILIES, model_class
 from . import graph_model
 from .dry_run import Blueprint, Described
 from .folders import diffusers_folders
-from .types import CATEGORY, ModelType
+from .types import CATEGORY, Model, ModelType
 
 NO_FOLDER = "(none in models/diffusers)"
 BY_SHIFT = "by shift"
@@ -132,7 +132,7 @@ class BaseModel(io.ComfyNode):
         known = diffusers_folders()
         if folder not in known:
             raise BadInput(f"folder {folder!r} is not in models/diffusers; there are {', '.join(known) or 'none'}")
-        return io.NodeOutput(cls._checked({**values, "path": str(known[folder])}).model_dump(mode="json"))
+        return io.NodeOutput(Model(cls._checked({**values, "path": str(known[folder])}).model_dump(mode="json")))
 
     @classmethod
     def _checked(cls, model: dict) -> ModelConfig:

@@ -15,7 +15,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.shapes import WEIGHTS
-from .types import CATEGORY, ModelType
+from .types import CATEGORY, Model, ModelType
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 FULL_PRECISION = {"dtype": torch.float32}
@@ -182,9 +182,8 @@ class DemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         lora = load_torch_file(str(WEIGHTS / "lora.safetensors"))
-        return io.NodeOutput(
-            load_model(), load_clip(), load_vae(), {"family": "sd3", "path": "embedded", "vae_dtype": "auto"}, lora
-        )
+        grpo_model = Model(family="sd3", path="embedded", vae_dtype="auto")
+        return io.NodeOutput(load_model(), load_clip(), load_vae(), grpo_model, lora)
 
 
 NODES = [DemoModel]

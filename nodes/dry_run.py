@@ -21,6 +21,7 @@ from ..trainer.errors import BadInput
 from ..trainer.models import EntryConditions, check_kernel
 from ..trainer.models.comfy import ComfyModel
 from ..trainer.models.entries import Entry
+from .types import Model
 
 META = torch.device("meta")
 
@@ -44,7 +45,7 @@ class Blueprint:
         return cls(type(model.model), model.model.model_config, model.get_model_object("model_sampling"))
 
 
-class Described(dict):
+class Described(Model):
     """The `model` section of a run description, with what only this process can know of the model."""
 
     blueprint: Blueprint

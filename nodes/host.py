@@ -67,15 +67,21 @@ def parse_gpus(text: str, processes: int) -> list[int] | None:
     Raises:
         BadInput: no list of as many different numbers as there are processes.
     """
+    gpus = gpu_numbers(text)
+    if gpus and (len(set(gpus)) != len(gpus) or len(gpus) != processes):
+        raise BadInput(f"gpus is {text!r}: {processes} processes take {processes} different GPUs")
+    return gpus or None
+
+
+def gpu_numbers(text: str) -> list[int]:
+    """
+    Raises:
+        BadInput: something else than numbers with commas between them.
+    """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        return None
     if not all(word.isascii() and word.isdigit() and len(word) < 5 for word in words):
         raise BadInput(f"gpus is {text!r}: give numbers separated by commas, such as 0,1, or nothing")
-    gpus = [int(word) for word in words]
-    if len(set(gpus)) != len(gpus) or len(gpus) != processes:
-        raise BadInput(f"gpus is {text!r}: {processes} processes take {processes} different GPUs")
-    return gpus
+    return [int(word) for word in words]
 
 
 def require_gpus(gpus: list[int] | None, processes: int) -> None:

@@ -1,15 +1,17 @@
 """A LoRA that is active over a part of the sampling only, by ComfyUI's own weight hooks."""
 
+from pathlib import Path
+
 import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
-import comfy.utils
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..trainer.rewards.files import read_weights
 from .types import CATEGORY
 
 FROM_SOCKET = "(from the lora socket)"
@@ -83,13 +85,20 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
             "A LoRA that over-optimised texture is best used early (MixGRPO).",
             search_aliases=["lora schedule", "lora timestep", "lora range", "early lora", "hybrid inference"],
             inputs=[
-                io.Model.Input("model"),
+                io.Model.Input("model", tooltip="The model that samples; the LoRA must be made for it."),
                 io.Combo.Input(
                     "lora_name",
                     options=[FROM_SOCKET, *folder_paths.get_filename_list("loras")],
                     tooltip="A file of the loras folder, or the LORA_MODEL wired in below.",
                 ),
-                io.Float.Input("strength", default=1.0, min=-100.0, max=100.0, step=0.01),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How strongly it acts where it is active: 1 as trained, 0 not at all.",
+                ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
@@ -108,7 +117,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
                 ),
                 io.LoraModel.Input("lora", optional=True, tooltip="A LoRA from the graph, such as one just trained."),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model with the LoRA over that part of the sampling.")],
         )
 
     @classmethod
@@ -130,7 +139,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
         lora: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
         if lora_name != FROM_SOCKET:
-            lora = comfy.utils.load_torch_file(folder_paths.get_full_path_or_raise("loras", lora_name), safe_load=True)
+            lora = read_weights(Path(folder_paths.get_full_path_or_raise("loras", lora_name)))
         if lora is None:
             raise ValueError("lora: choose a file in lora_name, or wire a LORA_MODEL into lora")
         if strength == 0:

@@ -5,6 +5,8 @@ from comfy_api.latest import io
 from ..trainer.errors import BadInput
 from .types import CATEGORY
 
+EMPTY = "prompts is empty: write one prompt per line"
+
 
 class PromptLines(io.ComfyNode):
     @classmethod
@@ -27,10 +29,14 @@ class PromptLines(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompts: str | None = None) -> bool | str:
+        return True if prompts is None or prompts.strip() else EMPTY
+
+    @classmethod
     def execute(cls, prompts: str) -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
-            raise BadInput("prompts is empty: write one prompt per line")
+            raise BadInput(EMPTY)
         return io.NodeOutput(lines)
 
 

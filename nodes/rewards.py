@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ..trainer import rewards as judges
 from ..trainer.config import RewardConfig
+from ..trainer.errors import BadInput
 from .reward_files import option_values, option_widgets, with_files
 from .scoring import bar_plot, score_all, score_table, split_prompts
-from .types import CATEGORY, Judges, RewardType
+from .types import CATEGORY, Judges, RewardType, connected
 
 SOCKETS = 4
+FOR_SCORING = "For Score Images, GRPO Train LoRA, Threshold and Combine Rewards."
 
 
 class LoadReward(io.ComfyNode):
@@ -32,12 +34,25 @@ class LoadReward(io.ComfyNode):
                     "reward", options=choices, tooltip="Which judge. Model files belong into models/rewards."
                 )
             ],
-            outputs=[RewardType.Output(display_name="REWARD")],
+            outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )
+
+    @classmethod
+    def validate_inputs(cls, **inputs: object) -> bool | str:
+        reward = inputs.get("reward")
+        if not isinstance(reward, dict) or None in reward.values():  # one arrives by wire, and is not known yet
+            return True
+        try:
+            cls.execute(reward)
+        except BadInput as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, reward: dict) -> io.NodeOutput:
         name = reward["reward"]
+        if name not in judges.REWARDS:
+            raise BadInput(f"reward {name!r} is unknown: choose one of {', '.join(judges.REWARDS)}")
         options = option_values(judges.REWARDS[name], {key: reward[key] for key in reward if key != "reward"})
         return io.NodeOutput(Judges((with_files(RewardConfig(name=name, options=options)),)))
 
@@ -48,7 +63,9 @@ class CombineRewards(io.ComfyNode):
         inputs = []
         for number in range(1, SOCKETS + 1):
             inputs += [
-                RewardType.Input(f"reward_{number}", optional=number > 1),
+                RewardType.Input(
+                    f"reward_{number}", optional=number > 1, tooltip="From Load, Threshold or Combine Rewards."
+                ),
                 io.Float.Input(
                     f"weight_{number}",
                     default=1.0,
@@ -66,7 +83,7 @@ class CombineRewards(io.ComfyNode):
             "of a prompt before it adds them; scoring adds the raw scores.",
             search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight"],
             inputs=inputs,
-            outputs=[RewardType.Output(display_name="REWARD")],
+            outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )
 
     @classmethod
@@ -74,7 +91,10 @@ class CombineRewards(io.ComfyNode):
         combined: list[RewardConfig] = []
         for number in range(1, SOCKETS + 1):
             part = sockets.get(f"reward_{number}")
-            for config in part.rewards if part is not None else ():
+            if part is None:
+                continue
+            connected(part, Judges, f"reward_{number}")
+            for config in part.rewards:
                 weight = config.weight * sockets[f"weight_{number}"]
                 combined.append(RewardConfig(**(config.model_dump() | {"weight": weight})))
         names = [config.name for config in combined]
@@ -95,13 +115,22 @@ class ThresholdReward(io.ComfyNode):
             search_aliases=["binary reward", "pass fail", "reward cut"],
             inputs=[
                 RewardType.Input("reward", tooltip="One reward; combine after the threshold, not before."),
-                io.Float.Input("threshold", default=0.5, min=-10000.0, max=10000.0, step=0.01, round=False),
+                io.Float.Input(
+                    "threshold",
+                    default=0.5,
+                    min=-10000.0,
+                    max=10000.0,
+                    step=0.01,
+                    round=False,
+                    tooltip="In the reward's own units, before its weight; Score Images shows what it usually gives.",
+                ),
             ],
-            outputs=[RewardType.Output(display_name="REWARD")],
+            outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )
 
     @classmethod
     def execute(cls, reward: Judges, threshold: float) -> io.NodeOutput:
+        connected(reward, Judges, "reward")
         if len(reward.rewards) != 1:
             raise ValueError(f"reward holds {len(reward.rewards)} rewards: a threshold is for one, before combining")
         (config,) = reward.rewards
@@ -120,8 +149,8 @@ class ScoreImages(io.ComfyNode):
             description="What a reward gives each image, as numbers, as text and as a plot.",
             search_aliases=["rate images", "evaluate", "reward score", "score video", "benchmark"],
             inputs=[
-                RewardType.Input("reward"),
-                io.Image.Input("images"),
+                RewardType.Input("reward", tooltip="From Load, Threshold or Combine Rewards."),
+                io.Image.Input("images", tooltip="The images to score, or the frames of one video."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -137,7 +166,7 @@ class ScoreImages(io.ComfyNode):
             ],
             outputs=[
                 io.Float.Output(display_name="scores", is_output_list=True, tooltip="One per image, in their order."),
-                io.Image.Output(display_name="plot"),
+                io.Image.Output(display_name="plot", tooltip="A bar per image, the best in orange."),
                 io.String.Output(display_name="text", tooltip="Scores per image and reward, and their mean."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -150,6 +179,7 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def execute(cls, reward: Judges, images: Tensor, prompt: str, batch: str) -> io.NodeOutput:
+        connected(reward, Judges, "reward")
         pictures = images[..., :3].movedim(-1, 1).float().clamp(0, 1)
         items = pictures[None] if batch == "one video" else pictures
         prompts = split_prompts(prompt, len(items), "videos" if batch == "one video" else "images")
@@ -173,11 +203,14 @@ class PickBest(io.ComfyNode):
             description="The k images with the highest scores, best first: best-of-N sampling.",
             search_aliases=["best of n", "top k", "select images", "rank images", "filter images"],
             inputs=[
-                io.Image.Input("images"),
+                io.Image.Input("images", tooltip="The images to choose from, all of one size."),
                 io.Float.Input("scores", force_input=True, tooltip="From Score Images, one per image."),
                 io.Int.Input("k", default=1, min=1, max=4096, tooltip="How many."),
             ],
-            outputs=[io.Image.Output(), io.Float.Output(display_name="scores", is_output_list=True)],
+            outputs=[
+                io.Image.Output(tooltip="The k best images, the best first."),
+                io.Float.Output(display_name="scores", is_output_list=True, tooltip="Their scores, in that order."),
+            ],
             is_input_list=True,
         )
 

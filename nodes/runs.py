@@ -11,7 +11,7 @@ from comfy.model_management import InterruptProcessingException
 from ..trainer import launch
 from ..trainer.config import RunConfig, parse_config
 from ..trainer.errors import BadInput, RunFailed
-from ..trainer.models import model_class
+from ..trainer.models import check_kernel, model_class
 from ..trainer.progress import duration, number, table
 from ..trainer.run import RunDirectory
 from . import dry_run, host
@@ -39,6 +39,20 @@ def prompt_lines(text: str, field: str) -> list[str]:
     return lines
 
 
+def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
+    """Training prompts and held-out ones.
+
+    Raises:
+        BadInput: no prompts, one that is there twice, or one that is held out and trained on.
+    """
+    texts, tests = prompt_lines(prompts, "prompts"), prompt_lines(held_out, "held_out_prompts")
+    if not texts:
+        raise BadInput("prompts is empty: write one prompt per line")
+    if shared := set(texts) & set(tests):
+        raise BadInput(f"held_out_prompts holds {min(shared)!r}, which is also in prompts; hold out others")
+    return texts, tests
+
+
 def describe(
     model: dict,
     settings: dict | None,
@@ -53,11 +67,7 @@ def describe(
     Raises:
         BadInput: no prompts, or prompts that are held out and trained on.
     """
-    texts, tests = prompt_lines(prompts, "prompts"), prompt_lines(held_out, "held_out_prompts")
-    if not texts:
-        raise BadInput("prompts is empty: write one prompt per line")
-    if shared := set(texts) & set(tests):
-        raise BadInput(f"held_out_prompts holds {min(shared)!r}, which is also in prompts; hold out others")
+    texts, tests = check_texts(prompts, held_out)
     data = dict(settings or {})
     data["model"] = model
     data["prompts"] = {"texts": texts, "negative": negative.strip()}
@@ -149,6 +159,8 @@ def begin(
     _make_room(config, processes, gpus)
     run = RunDirectory.open(folder, config, ["ComfyUI", name])
     try:
+        if launch.is_started(run):  # another ComfyUI was faster
+            return run
         if conditions is not None:
             from ..trainer.conditions import save_conditions
 
@@ -163,16 +175,24 @@ def resume(run: RunDirectory) -> bool:
     """Start a run again that was stopped or died; whether there was anything to do.
 
     Raises:
-        BadInput: there is no room for it.
+        BadInput: there is no room for it, or something that it needs is gone.
     """
     if launch.is_running(run) or is_finished(run):
         return False
     status, config = run.status(), run.config()
     processes, gpus = status.get("processes") or 1, status.get("gpus") or None
-    model_class(config.model)
+    conditions = config.prompts.conditions
+    if conditions is not None and not Path(conditions).is_file():
+        raise BadInput(
+            f"run {run.path.name!r} lacks {Path(conditions).name}, which holds its encoded prompts: queue its GRPO "
+            "Train LoRA again, which writes them anew and goes on"
+        )
+    _check(config, processes, gpus)
     _make_room(config, processes, gpus)
     run.acquire()
     try:
+        if launch.is_started(run):
+            return False
         launch.start_run(run, processes, gpus)
     finally:
         run.release()
@@ -189,17 +209,17 @@ def _refuse_changes(name: str, run: RunDirectory, config: RunConfig) -> None:
 
 def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     """What the trainer would refuse, said on the node at once."""
+    from ..trainer.loop import check_groups, check_media, check_prompts
     from ..trainer.rewards import load_reward
 
-    model_class(config.model)
+    check_kernel(model_class(config.model), config.model.family, config.rollout)
     if config.model.graph is not None and config.prompts.conditions is None:
         raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
-    for reward in [*config.rewards, *config.evaluation.rewards]:
-        judge = load_reward(reward)
-        try:
-            judge.check_prompts([*config.prompts.texts, *config.evaluation.texts])
-        except ValueError as error:
-            raise BadInput(f"reward {reward.name!r}: {error}") from error
+    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
+    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
+    check_groups(rewards, processes)
+    check_media(judges, config.model.frames)
+    check_prompts(judges, [*config.prompts.texts, *config.evaluation.texts])
     if processes > config.rollout.prompts_per_iteration * config.rollout.group_size:
         raise BadInput(f"{processes} processes are more than the images of an iteration")
     host.require_gpus(gpus, processes)

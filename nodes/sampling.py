@@ -15,6 +15,8 @@ from ..trainer import sde, seeds
 from .types import CATEGORY
 
 DIFFUSION = "ddim"
+KERNELS = (*sde.KERNELS, DIFFUSION)
+LARGEST_ETA = 10.0
 LAST_STEP = 10_000
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -121,6 +123,17 @@ def check_kernel(kernel: str, eta: float, flow: bool) -> None:
         raise ValueError(f"kernel is 'ddim', and this is a flow model: choose one of {', '.join(sde.KERNELS)}")
     if not flow and kernel != DIFFUSION:
         raise ValueError(f"kernel is {kernel!r}, and this model predicts epsilon or v: choose ddim or ode")
+    check_eta(kernel, eta)
+
+
+def check_eta(kernel: str | None, eta: float | None) -> None:
+    """Raise ValueError for a kernel that does not exist or an eta that it does not take; None is not known yet."""
+    if kernel not in (*KERNELS, None):
+        raise ValueError(f"kernel is {kernel!r}: choose one of {', '.join(KERNELS)}")
+    if eta is None:
+        return
+    if not 0 <= eta <= LARGEST_ETA:
+        raise ValueError(f"eta is {eta}: it must lie in 0 to {LARGEST_ETA:g}")
     if kernel == DIFFUSION and eta > 1:
         raise ValueError(f"eta is {eta}: ddim takes 0 to 1")
     if kernel == "cps" and eta >= 2:
@@ -140,8 +153,8 @@ class SDESampler(io.ComfyNode):
             description="Samples with the transition kernels that GRPO trains with. For SamplerCustomAdvanced.",
             search_aliases=["sde", "grpo", "eta", "stochastic sampler", "flow sde", "flow-grpo", "cps", "ddim eta"],
             inputs=[
-                io.Combo.Input("kernel", options=[*sde.KERNELS, DIFFUSION], default="dance", tooltip=KERNEL_TIP),
-                io.Float.Input("eta", default=0.3, min=0.0, max=10.0, step=0.01, round=False, tooltip=ETA_TIP),
+                io.Combo.Input("kernel", options=list(KERNELS), default="dance", tooltip=KERNEL_TIP),
+                io.Float.Input("eta", default=0.3, min=0.0, max=LARGEST_ETA, step=0.01, round=False, tooltip=ETA_TIP),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -174,12 +187,23 @@ class SDESampler(io.ComfyNode):
                     tooltip="Number of the batch's first image. Image 3 of a batch is made alone with a 3 here.",
                 ),
             ],
-            outputs=[io.Sampler.Output()],
+            outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
 
     @classmethod
-    def validate_inputs(cls, start_step: int | None = None, end_step: int | None = None) -> bool | str:
-        start = 0 if start_step is None else start_step  # a value that arrives by wire is not known yet
+    def validate_inputs(
+        cls,
+        kernel: str | None = None,
+        eta: float | None = None,
+        start_step: int | None = None,
+        end_step: int | None = None,
+    ) -> bool | str:
+        # A value that arrives by wire is not known yet; a named one is no longer looked at by ComfyUI itself.
+        try:
+            check_eta(kernel, eta)
+        except ValueError as error:
+            return str(error)
+        start = 0 if start_step is None else start_step
         end = LAST_STEP if end_step is None else end_step
         if 0 <= start <= end:
             return True
@@ -226,7 +250,7 @@ class GroupNoise(io.ComfyNode):
                     tooltip="Seed of the initial noise: what RandomNoise gives the first image for this seed.",
                 )
             ],
-            outputs=[io.Noise.Output()],
+            outputs=[io.Noise.Output(tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod

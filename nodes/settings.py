@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from ..trainer.config import RunConfig, parse_config, preset, preset_names
 from ..trainer.errors import BadInput
 from ..trainer.reference import rules
+from . import types
 from .types import CATEGORY, SettingsType
 
 MAIN = (
@@ -162,7 +163,7 @@ class Settings(io.ComfyNode):
             section, name = setting.split(".")
             if input_name(setting) in values:
                 data.setdefault(section, {})[name] = values[input_name(setting)]
-        return io.NodeOutput(settings(data, overrides))
+        return io.NodeOutput(types.Settings(settings(data, overrides)))
 
 
 class Preset(io.ComfyNode):
@@ -193,7 +194,7 @@ class Preset(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
-        return io.NodeOutput(settings(preset_sections(preset), overrides))
+        return io.NodeOutput(types.Settings(settings(preset_sections(preset), overrides)))
 
 
 def preset_sections(name: str) -> dict:

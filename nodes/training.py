@@ -10,9 +10,9 @@ from comfy_execution.graph import ExecutionBlocker
 from ..trainer import launch
 from ..trainer.errors import BadInput
 from ..trainer.run import RunDirectory
-from . import host, runs
+from . import host, runs, types
 from .folders import check_name, publish_lora, run_folder
-from .types import CATEGORY, Judges, ModelType, RewardType, RunType, SettingsType
+from .types import CATEGORY, Judges, ModelType, RewardType, RunType, SettingsType, connected
 
 ALWAYS = float("nan")
 """A fingerprint that equals nothing, not even itself: the node runs every time."""
@@ -111,12 +111,21 @@ class TrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, name: str | None = None, prompts: str | None = None) -> bool | str:
+    def validate_inputs(
+        cls,
+        name: str | None = None,
+        prompts: str | None = None,
+        held_out_prompts: str | None = None,
+        gpus: str | None = None,
+    ) -> bool | str:
+        # A value that arrives by wire is None here; what is looked at then is the rest.
         try:
             if name is not None:
                 check_name(name)
-            if prompts is not None and not runs.prompt_lines(prompts, "prompts"):
-                return "prompts is empty: write one prompt per line"
+            if prompts is not None:
+                runs.check_texts(prompts, held_out_prompts or "")
+            if gpus is not None:
+                host.gpu_numbers(gpus)
         except BadInput as error:
             return str(error)
         return True
@@ -142,6 +151,12 @@ class TrainLoRA(io.ComfyNode):
         gpus: str = "",
         conditioning: list | None = None,
     ) -> io.NodeOutput:
+        connected(grpo_model, types.Model, "grpo_model")
+        connected(reward, Judges, "reward")
+        if settings is not None:
+            connected(settings, types.Settings, "settings")
+        if judges is not None:
+            connected(judges, Judges, "judges")
         data = runs.describe(grpo_model, settings, reward, judges, prompts, held_out_prompts, negative)
         source = "" if clip is None else cls._source_of("clip")
         if conditioning is not None:

@@ -51,6 +51,18 @@ def test_a_run_is_on_before_its_process_holds_the_lock(started) -> None:
     launch.stop(run)
 
 
+def test_what_a_folder_is_called_reaches_no_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "import pathlib, sys; pathlib.Path('said').write_text(sys.argv[2])"
+    monkeypatch.setattr(launch, "command", lambda arguments, processes: [sys.executable, "-c", code, *arguments])
+    run = RunDirectory.open(tmp_path / "$(touch owned); touch owned & `touch owned`", CONFIG, ["test"])
+    launch.start_run(run)
+    run.release()
+    until(lambda: not launch.is_running(run))
+    assert (tmp_path / "said").read_text() == str(run.path)
+    assert not list(tmp_path.rglob("owned"))
+
+
 def test_stop_ends_every_process_of_one_that_is_only_starting(started) -> None:
     run = started(FAMILY)
     until(lambda: len(processes_of(run)) == 2)

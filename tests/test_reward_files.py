@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainer.cli import main
 from trainer.config import RewardConfig, Section
 from trainer.errors import BadInput
-from trainer.loop import check_groups
+from trainer.loop import check_groups, check_media
 from trainer.models.sd3 import SD3Model
 from trainer.rewards import REWARDS, load_reward, score, score_or_nan, with_files_from
 from trainer.rewards.base import ModelReward, Reward, TextCache
@@ -260,3 +260,16 @@ def test_a_file_is_known_by_its_sha256(tmp_path: Path) -> None:
     check_sha256(tmp_path / "a.txt", "ba7816bf", "template")
     with pytest.raises(BadInput, match=r"template .*a.txt is not the original: its sha256 is ba7816bf.*, expected 00"):
         check_sha256(tmp_path / "a.txt", "00", "template")
+
+
+def test_a_judge_of_videos_does_not_go_with_a_model_of_images() -> None:
+    class Film(Reward):
+        name, typical_range, media = "film", (0.0, 1.0), "video"
+
+        def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+            raise NotImplementedError
+
+    check_media({"film": Film(), "brightness": REWARDS["brightness"]()}, 5)
+    check_media({"brightness": REWARDS["brightness"]()}, 1)
+    with pytest.raises(BadInput, match="reward 'film' judges videos, and model.frames is 1"):
+        check_media({"film": Film()}, 1)

@@ -104,9 +104,14 @@ def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = No
 
 def is_running(run: RunDirectory) -> bool:
     """Whether a process works on the run, from the moment it was started."""
+    return run.is_live() or is_started(run)
+
+
+def is_started(run: RunDirectory) -> bool:
+    """Whether the process that was started last for the run is at work, though it may not hold its lock yet."""
     status = run.status()
     # A process may live on after its run has ended, and do other work.
-    return run.is_live() or (status.get("state") not in ENDED and _lives(status.get("launcher")))
+    return status.get("state") not in ENDED and _lives(status.get("launcher"))
 
 
 def _lives(process: dict[str, object] | None) -> bool:

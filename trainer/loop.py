@@ -65,6 +65,7 @@ class Trainer:
         self.rewards = {r.name: judges.load_reward(r) for r in config.rewards}
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
         check_groups(self.rewards, processes.count)
+        check_media(self.judges, config.model.frames)
         check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
         if config.model.sharded and processes.count == 1:
             raise BadInput("model.sharded is true: it takes several processes, and this run has one (--processes)")
@@ -405,6 +406,13 @@ def check_groups(rewards: dict[str, judges.Reward], processes: int) -> None:
     for name, reward in rewards.items():
         if reward.groupwise and processes > 1:
             raise BadInput(f"reward {name!r} compares all images of a group: it works in one process, not {processes}")
+
+
+def check_media(rewards: dict[str, judges.Reward], frames: int) -> None:
+    """Raise BadInput where a reward judges videos, and the model makes images."""
+    for name, reward in rewards.items():
+        if reward.media == "video" and frames < 2:
+            raise BadInput(f"reward {name!r} judges videos, and model.frames is {frames}: give it a model of videos")
 
 
 def check_prompts(rewards: dict[str, judges.Reward], texts: list[str]) -> None:

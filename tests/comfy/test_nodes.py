@@ -1,6 +1,7 @@
 """The pack in a real ComfyUI: how it loads, what it shows, and what it says to bad input."""
 
 import ast
+import pickle
 import re
 import time
 import urllib.parse
@@ -19,12 +20,11 @@ def info(comfy: Server) -> dict:
     return comfy.get("/object_info")
 
 
-def test_it_loads_fast_and_without_a_warning(comfy: Server) -> None:
-    seconds = re.search(rf"([\d.]+) seconds(?: \(IMPORT FAILED\))?: .*{PACK}", comfy.output)
-    assert seconds, comfy.output
+def test_it_loads_without_a_warning(comfy: Server) -> None:
+    # How fast: inside/conftest.py, which a busy machine does not slow down.
+    assert re.search(rf"[\d.]+ seconds: .*{PACK}", comfy.output), comfy.output
     assert "IMPORT FAILED" not in comfy.output
     assert "Error while calling comfy_entrypoint" not in comfy.output
-    assert float(seconds.group(1)) < 0.5
     start = comfy.output[: comfy.output.index("To see the GUI go to")]
     own = [line for line in start.splitlines() if re.search("WARNING|ERROR|Traceback", line)]
     assert [line for line in own if "User settings" not in line and "--multi-user" not in line] == []
@@ -37,11 +37,13 @@ def test_every_node_is_there_with_words_for_everything(info: dict) -> None:
         assert node["category"].startswith("DanceGRPO")
         assert node["description"]
         assert node["search_aliases"]
-        for section in node["input"].values():
-            for key, entry in section.items():
-                widget = isinstance(entry[0], str) and entry[0] in ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
-                obvious = key.split("_")[0] in ("strength", "k", "threshold", "weight")
-                assert not widget or obvious or entry[1].get("tooltip"), f"{name}.{key} has no tooltip"
+        for section in ("required", "optional"):
+            for key, entry in node["input"].get(section, {}).items():
+                assert entry[1].get("tooltip"), f"{name}.{key} has no tooltip"
+                for choice in entry[1].get("options", []) if entry[0] == "COMFY_DYNAMICCOMBO_V3" else []:
+                    found = [(k, e) for part in choice["inputs"].values() for k, e in part.items()]
+                    assert [k for k, e in found if not e[1].get("tooltip")] == [], f"{name}.{choice['key']}"
+        assert all(node["output_tooltips"]), f"{name}: an output has no tooltip"
 
 
 @pytest.mark.parametrize("name", NODE_IDS)
@@ -122,6 +124,84 @@ def test_an_unknown_reward_is_refused(comfy: Server) -> None:
     assert "reward" in refusal(comfy, scoring(reward__reward="../../secret"))
 
 
+PICKSCORE = {"reward.path": "pickscore/model.safetensors", "reward.scale": "cosine", "reward.dtype": "float32"}
+BAD_NAMES = ["../../x", "/etc/passwd", "C:\\x", "D:x", "\\\\host\\x", "nul", "a\x00b", "a\nb", "a\u202eb"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+def test_every_node_that_takes_a_name_refuses_one_that_leads_elsewhere(comfy: Server, name: str) -> None:
+    size = {"width": 64, "height": 64, "dtype": "float32", "vae_dtype": "auto", "gradient_checkpointing": False}
+    lora = {"model": ["demo", 0], "lora_name": name, "strength": 1.0, "start_percent": 0.0, "end_percent": 0.5}
+    train = {"grpo_model": ["demo", 3], "reward": ["good", 0], "wait": True, "processes": 1, "prompts": "a"}
+    reward = {"reward": "pickscore", **PICKSCORE, "reward.path": name}
+    nodes = {
+        "demo": ("DemoModel", {}),
+        "good": ("LoadReward", {"reward": "brightness"}),
+        "name": ("TrainLoRA", train | {"name": name}),
+        "run": ("Run", {"name": name, "action": "look"}),
+        "folder": ("BaseModel", size | {"folder": name, "family": "sd3"}),
+        "preset": ("Preset", {"preset": name}),
+        "reward": ("LoadReward", reward),
+        "lora_name": ("ApplyLoRAOverSigmas", lora),
+    }
+    prompt = {key: {"class_type": f"DanceGRPO_{kind}", "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+    for key in ("folder", "preset", "reward", "lora_name"):
+        prompt[f"{key} shown"] = {"class_type": "PreviewAny", "inputs": {"source": [key, 0]}}
+    before = sorted(comfy.base.rglob("*"))
+    with pytest.raises(PromptFailed) as failed:
+        comfy.run(prompt)
+    at_fault = {key for key, node in failed.value.details["node_errors"].items() if "DanceGRPO" in node["class_type"]}
+    assert at_fault == {"name", "run", "folder", "preset", "reward", "lora_name"}
+    assert sorted(comfy.base.rglob("*")) == before
+
+
+def test_a_file_that_is_missing_is_said_before_anything_runs(comfy: Server) -> None:
+    prompt = scoring(reward__reward="pickscore")
+    prompt["reward"]["inputs"] |= PICKSCORE
+    with pytest.raises(PromptFailed, match="reward 'pickscore': path .* is not in") as failed:
+        comfy.run(prompt)
+    assert list(failed.value.details["node_errors"]) == ["reward"]
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def test_no_pickle_is_run(comfy: Server, tmp_path: Path) -> None:
+    marker = tmp_path / "it ran"
+    for folder, name in (("loras", "trap.pt"), ("rewards", "trap.pth"), ("rewards", "trap.safetensors")):
+        (comfy.base / "models" / folder).mkdir(parents=True, exist_ok=True)
+        (comfy.base / "models" / folder / name).write_bytes(pickle.dumps({"weight": Trap(marker)}))
+    lora = {"model": ["demo", 0], "lora_name": "trap.pt", "strength": 1.0, "start_percent": 0.0, "end_percent": 0.5}
+    prompt = {
+        "demo": {"class_type": "DanceGRPO_DemoModel", "inputs": {}},
+        "lora": {"class_type": "DanceGRPO_ApplyLoRAOverSigmas", "inputs": lora},
+        "shown": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}},
+    }
+    assert "trap.pt is damaged or holds more than plain weights" in refusal(comfy, prompt)
+    for name in ("trap.pth", "trap.safetensors"):
+        prompt = scoring(reward__reward="pickscore")
+        prompt["reward"]["inputs"] |= PICKSCORE | {"reward.path": name}
+        assert f"{name} " in refusal(comfy, prompt)
+    assert not marker.exists()
+    pickle.loads(pickle.dumps(Trap(marker)))  # noqa: S301 - what the trap is for
+    assert marker.exists(), "the trap is none, so that this test would see nothing"
+
+
+def test_empty_lines_are_refused_before_anything_runs(comfy: Server) -> None:
+    lines = {"class_type": "DanceGRPO_PromptLines", "inputs": {"prompts": " \n\n"}}
+    prompt = {"a": lines, "b": {"class_type": "PreviewAny", "inputs": {"source": ["a", 0]}}}
+    with pytest.raises(PromptFailed, match="prompts is empty") as failed:
+        comfy.run(prompt)
+    assert list(failed.value.details["node_errors"]) == ["a"]
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "C:\\x.safetensors", "a\x00b"])
 def test_a_lora_name_leads_nowhere_else(comfy: Server, name: str) -> None:
     prompt = {
@@ -143,11 +223,24 @@ def test_a_lora_name_leads_nowhere_else(comfy: Server, name: str) -> None:
     assert "the start below the end" in refusal(comfy, prompt)
 
 
-def test_a_window_the_wrong_way_round_is_refused(comfy: Server) -> None:
-    inputs = {"kernel": "dance", "eta": 0.3, "seed": 0, "start_step": 5, "end_step": 2, "noise_device": "cpu"}
-    sampler = {"class_type": "DanceGRPO_SDESampler", "inputs": inputs | {"first_image": 0}}
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step 2"),
+        ({"kernel": "cps", "eta": 2.5}, "eta is 2.5: cps takes 0 to below 2"),
+        ({"kernel": "ddim", "eta": 1.5}, "eta is 1.5: ddim takes 0 to 1"),
+        ({"eta": -0.1}, "eta is -0.1: it must lie in 0 to 10"),
+        ({"eta": float("nan")}, "eta is nan"),
+        ({"kernel": "heun"}, "kernel is 'heun': choose one of dance"),
+    ],
+)
+def test_what_the_sampler_cannot_do_is_refused_before_anything_runs(comfy: Server, changes: dict, says: str) -> None:
+    inputs = {"kernel": "dance", "eta": 0.3, "seed": 0, "start_step": 0, "end_step": 2, "noise_device": "cpu"}
+    sampler = {"class_type": "DanceGRPO_SDESampler", "inputs": inputs | {"first_image": 0} | changes}
     prompt = {"a": sampler, "b": {"class_type": "PreviewAny", "inputs": {"source": ["a", 0]}}}
-    assert "start_step is 5 and end_step 2" in refusal(comfy, prompt)
+    with pytest.raises(PromptFailed, match=says) as failed:
+        comfy.run(prompt)
+    assert list(failed.value.details["node_errors"]) == ["a"]
 
 
 # --------------------------------------------------------------------------------------------- sampling in the server

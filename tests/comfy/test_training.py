@@ -255,6 +255,11 @@ def test_in_the_background_other_prompts_run_and_the_run_is_watched_stopped_resu
     assert "stopped" in comfy.run(look("two", "stop"))["run"]["text"][0]
     assert processes_of(comfy, "two") == []
     done = iterations(comfy, "two")
+    (conditions,) = folder(comfy, "two").glob("conditions-*.safetensors")
+    hidden = conditions.rename(conditions.with_suffix(".hidden"))
+    assert f"lacks {conditions.name}" in error_of(comfy, look("two", "resume"))
+    assert processes_of(comfy, "two") == []
+    hidden.rename(conditions)
     comfy.run(look("two", "resume"))
     until(lambda: len(iterations(comfy, "two")) > len(done))
     numbers = iterations(comfy, "two")
@@ -353,6 +358,11 @@ def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) ->
         ({"held_out_prompts": "a red circle"}, "which is also in prompts"),
         ({"processes": 64}, "64 processes are more than the images of an iteration"),
         ({"gpus": "0;rm"}, "give numbers separated by commas"),
+        # A workflow may hold anything in place of a link: none of it becomes a part of the run.
+        ({"grpo_model": {"family": "sd3", "path": str(ROOT)}}, "grpo_model must be connected to a node of this pack"),
+        ({"settings": {"evaluation": {"file": str(ROOT / "README.md")}}}, "settings must be connected"),
+        ({"reward": {"rewards": [{"name": "shapes"}]}}, "reward must be connected"),
+        ({"judges": {"rewards": [{"name": "shapes"}]}}, "judges must be connected"),
     ],
 )
 def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, inputs: dict, says: str) -> None:

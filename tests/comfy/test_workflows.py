@@ -2,12 +2,13 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_host import ROOT, PromptFailed, Server
+from comfy_host import PACK, ROOT, PromptFailed, Server
 from PIL import Image
 
 GRAPHS = sorted((ROOT / "workflows").glob("*.json"))
@@ -189,3 +190,9 @@ def test_a_lora_early_or_late(comfy: Server) -> None:
         if prompt[key]["class_type"] == "DanceGRPO_ScoreImages"
     }
     assert means["Score: LoRA all the way"] > means["Score: Base model"]
+
+
+def test_nothing_of_the_pack_has_warned(comfy: Server) -> None:
+    """The last test of the folder: all that the server has printed by now."""
+    assert re.findall(rf"{PACK}/\S+:\d+: \w*Warning.*", comfy.output) == []
+    assert "lora key not loaded" not in comfy.output

@@ -178,10 +178,11 @@ def diffusion(request: pytest.FixtureRequest) -> object:
     sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), "normal", 6)
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
 
-    def run(sampler: object) -> torch.Tensor:
+    def run(sampler: object, images: slice = slice(None)) -> torch.Tensor:
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(cond, cond)
-        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+        start = noise[images]
+        return guider.sample(start, torch.zeros_like(start), sampler, sigmas, disable_pbar=True, seed=1)
 
     return SimpleNamespace(run=run)
 
@@ -209,6 +210,16 @@ def test_ddims_eta_is_the_ancestral_step_of_k_diffusion(pack, sampler, diffusion
 
     expected = diffusion.run(comfy.samplers.KSAMPLER(ancestral))
     assert largest(diffusion.run(sampler(kernel="ddim", eta=eta)), expected) < 1e-5 * expected.abs().max().item()
+
+
+def test_an_image_of_a_diffusion_model_does_not_depend_on_its_batch(sampler, diffusion) -> None:
+    whole = diffusion.run(sampler(kernel="ddim", eta=1.0))
+    assert torch.equal(whole, diffusion.run(sampler(kernel="ddim", eta=1.0)))
+    size = whole.abs().max().item()
+    for image in range(len(whole)):
+        alone = diffusion.run(sampler(kernel="ddim", eta=1.0, first_image=image), slice(image, image + 1))
+        assert largest(alone[0], whole[image]) < 5e-5 * size
+    assert largest(diffusion.run(sampler(kernel="ddim", eta=1.0, seed=4)), whole) > 1e-2 * size
 
 
 # ------------------------------------------------------------------------------------------------------ any latent

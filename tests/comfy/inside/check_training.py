@@ -1,5 +1,6 @@
 """Training's own pieces inside ComfyUI: LoRA files, conditions, names, settings, identity."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,10 @@ import torch
 import nodes as comfy_nodes
 
 CPU = torch.device("cpu")
+
+
+def test_the_nodes_are_imported_in_less_than_half_a_second(import_seconds: float) -> None:
+    assert 0 < import_seconds < 0.5
 
 
 @pytest.fixture
@@ -247,6 +252,57 @@ def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -
 def test_gpus_are_read(pack) -> None:
     assert pack("nodes.host").parse_gpus(" 3, 1 ", 2) == [3, 1]
     assert pack("nodes.host").parse_gpus("", 2) is None
+
+
+# ------------------------------------------------------------------------------------------------------ the start
+
+
+@pytest.fixture
+def described(pack) -> dict:
+    return {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "shapes"}], "runtime": {"device": "cpu"}}
+
+
+def test_one_that_another_comfyui_has_started_meanwhile_is_not_started_again(
+    pack, output: Path, monkeypatch: pytest.MonkeyPatch, described: dict
+) -> None:
+    runs, launch, started = pack("nodes.runs"), pack("trainer.launch"), []
+
+    def start_elsewhere(run: object, processes: int, gpus: object) -> None:
+        run.write_status("starting", launcher=launch.identity(os.getpid()), processes=1, gpus=[])
+        started.append(run.path.name)
+
+    monkeypatch.setattr(launch, "start_run", start_elsewhere)
+    monkeypatch.setattr(launch, "is_running", lambda run: False)  # as it was before the other one's start
+    run = runs.begin("both", described, None, "", 1, None)
+    assert runs.begin("both", described, None, "", 1, None).path == run.path
+    assert not runs.resume(run)
+    assert started == ["both"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rewards": [{"name": "film"}]}, "reward 'film' judges videos, and model.frames is 1"),
+        ({"evaluation": {"texts": ["a"], "rewards": [{"name": "film"}]}}, "reward 'film' judges videos"),
+        ({"rollout": {"kernel": "ddim"}}, "rollout.kernel is 'ddim': models of family sd3 take dance"),
+        ({"rewards": [{"name": "pickscore"}]}, "reward 'pickscore': path .* does not exist"),
+    ],
+)
+def test_what_the_trainer_would_refuse_is_said_before_it_starts(
+    pack, output: Path, monkeypatch: pytest.MonkeyPatch, described: dict, changes: dict, says: str
+) -> None:
+    rewards = pack("trainer.rewards")
+
+    class Film(rewards.Reward):
+        name, typical_range, media = "film", (0.0, 1.0), "video"
+
+        def score(self, images: object, prompts: list[str]) -> torch.Tensor:
+            return torch.zeros(len(prompts))
+
+    monkeypatch.setitem(rewards.REWARDS, "film", Film)
+    with pytest.raises(pack("trainer.errors").BadInput, match=says):
+        pack("nodes.runs").begin("refused", described | changes, None, "", 1, None)
+    assert list(output.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------------- memory

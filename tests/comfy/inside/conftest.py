@@ -1,8 +1,10 @@
 """ComfyUI in this process, on the CPU, and the pack loaded by file location, as ComfyUI does it."""
 
+import asyncio
 import importlib
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -24,7 +26,24 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
+def seconds_to_import() -> float:
+    """What the nodes add to ComfyUI's start, in seconds of the processor: a busy machine does not change them."""
+    import server  # noqa: F401 - all this is there before ComfyUI loads a pack
+
+    begun = time.process_time()
+    extension = asyncio.run(sys.modules[NAME].comfy_entrypoint())
+    for node in asyncio.run(extension.get_node_list()):
+        node.GET_SCHEMA()
+    return time.process_time() - begun
+
+
 load_pack()
+IMPORT_SECONDS = seconds_to_import()
+
+
+@pytest.fixture(scope="session")
+def import_seconds() -> float:
+    return IMPORT_SECONDS
 
 
 @pytest.fixture(scope="session")
