@@ -13,11 +13,27 @@ SIZES = {
     "sections": [4, 6, 6],
     "vision": {"depth": 2, "embed_dim": 32, "num_heads": 2},
 }
+# As in the config.json of Qwen2-VL-2B-Instruct and 7B-Instruct.
+SIZES_2B = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vision": {"depth": 32, "embed_dim": 1280},
+}
+SIZES_7B = SIZES_2B | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 
 
-def shapes(words: int) -> dict[str, tuple[int, ...]]:
+def shapes(words: int, sizes: dict = SIZES) -> dict[str, tuple[int, ...]]:
     """Names and shapes as transformers 4.45 wrote them."""
-    hidden, inner, eye = 64, 96, 32
+    hidden, inner, eye = sizes["hidden_size"], sizes["intermediate_size"], sizes["vision"]["embed_dim"]
+    narrow = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (words, hidden),
         "model.norm.weight": (hidden,),
@@ -30,8 +46,8 @@ def shapes(words: int) -> dict[str, tuple[int, ...]]:
         "visual.merger.mlp.2.weight": (hidden, 4 * eye),
         "visual.merger.mlp.2.bias": (hidden,),
     }
-    for i in range(2):
-        block, layer = f"visual.blocks.{i}.", f"model.layers.{i}."
+    for i in range(sizes["vision"]["depth"]):
+        block = f"visual.blocks.{i}."
         for name, size in (
             ("norm1", (eye,)),
             ("norm2", (eye,)),
@@ -41,7 +57,9 @@ def shapes(words: int) -> dict[str, tuple[int, ...]]:
             ("mlp.fc2", (eye, 4 * eye)),
         ):
             found |= {f"{block}{name}.weight": size, f"{block}{name}.bias": size[:1]}
-        for name, rows in (("q_proj", hidden), ("k_proj", 32), ("v_proj", 32)):
+    for i in range(sizes["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        for name, rows in (("q_proj", hidden), ("k_proj", narrow), ("v_proj", narrow)):
             found |= {f"{layer}self_attn.{name}.weight": (rows, hidden), f"{layer}self_attn.{name}.bias": (rows,)}
         found |= {
             f"{layer}self_attn.o_proj.weight": (hidden, hidden),
@@ -51,6 +69,19 @@ def shapes(words: int) -> dict[str, tuple[int, ...]]:
             f"{layer}input_layernorm.weight": (hidden,),
             f"{layer}post_attention_layernorm.weight": (hidden,),
         }
+    return found
+
+
+def with_lora(plain: dict[str, tuple[int, ...]], rank: int = 64) -> dict[str, tuple[int, ...]]:
+    """The same as PEFT writes it: every linear layer of the language model has a LoRA."""
+    found: dict[str, tuple[int, ...]] = {}
+    for key, size in plain.items():
+        module, kind = key.rsplit(".", 1)
+        adapted = module.startswith("model.layers.") and module.endswith("_proj")
+        found["base_model.model." + (f"{module}.base_layer.{kind}" if adapted else key)] = size
+        if adapted and kind == "weight":
+            found[f"base_model.model.{module}.lora_A.default.weight"] = (rank, size[1])
+            found[f"base_model.model.{module}.lora_B.default.weight"] = (size[0], rank)
     return found
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from trainer.config import RewardConfig
 from trainer.errors import BadInput
 from trainer.rewards import Reward, hpsv3, load_reward, qwen, score, videoalign
+from trainer.rewards.files import build
 from trainer.rewards.hpsv3 import HPSv3
 from trainer.rewards.qwen import merge_lora, patchify, plain, smart_size
 from trainer.rewards.videoalign import VideoAlign, VideoAlignNetwork, frame_indices, sampled_frames
@@ -253,6 +255,34 @@ def test_incomplete_lora_is_refused(tmp_path: Path) -> None:
     assert merge_lora(PLAIN, tmp_path) is PLAIN
 
 
+# ------------------------------------------------------------------------------------------------------ at real size
+
+HEAD_7B = {"0": (1024, 3584), "3": (16, 1024), "5": (2, 16)}
+
+
+@pytest.mark.parametrize(("kind", "count"), [("hpsv3", 736), ("videoalign", 1123)])
+def test_every_key_of_the_published_file_has_its_place_at_full_size(
+    kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    if kind == "hpsv3":
+        judge, sizes, words = HPSv3, reference.SIZES_7B, 151658
+        head = {f"rm_head.{place}.weight": size for place, size in HEAD_7B.items()}
+        head |= {f"rm_head.{place}.bias": size[:1] for place, size in HEAD_7B.items()}
+        file = original = reference.shapes(words, sizes) | head
+    else:
+        judge, sizes, words = VideoAlignNetwork, reference.SIZES_2B, 151660
+        original = reference.shapes(words, sizes) | {"rm_head.weight": (1, 1536)}
+        file = reference.with_lora(original)
+    assert len(file) == count
+    network = build(lambda: qwen.QwenNetwork(judge.sizes, words, judge.make_head(judge)))
+    expected = {qwen.new_name(key, "rm_head"): shape for key, shape in original.items()}
+    assert expected.pop("") == original["lm_head.weight"]
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == expected
+    meta = {key: torch.empty(shape, device="meta") for key, shape in file.items()}
+    assert {key: tuple(value.shape) for key, value in merge_lora(meta, Path("x")).items()} == original
+
+
 # -------------------------------------------------------------------------------------------------- frames and pixels
 
 
@@ -264,7 +294,16 @@ def test_number_of_frames(total: int, fps: float, count: int) -> None:
     found = frame_indices(total, fps)
     assert len(found) == count
     assert (found[0], found[-1]) == (0, total - 1)
+    exact = [round(Fraction(i * (total - 1), count - 1)) for i in range(count)]
+    assert found.tolist() == exact
     assert frame_indices(5000, 1).shape == (768,)
+
+
+def test_frames_of_the_papers_recipe() -> None:
+    assert frame_indices(53, 8).tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52]
+    assert frame_indices(16, 8).tolist() == [0, 5, 10, 15]
+    with pytest.raises(ValueError, match="a video of 1 frames is too short"):
+        frame_indices(1, 8)
 
 
 def test_sizes_are_those_of_transformers() -> None:

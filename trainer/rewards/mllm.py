@@ -39,9 +39,12 @@ class _Question(_Server):
     @classmethod
     def _fillable(cls, text: str) -> str:
         try:
-            names = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+            fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
         except ValueError as error:
             raise ValueError(f"instruction cannot be filled in: {error}") from error
+        names = {name for _, name, _, _ in fields}
+        if any(shape not in ("", "g") or turn for _, _, shape, turn in fields):
+            raise ValueError("instruction can hold :g and no other format")
         if names - set(cls.fills) or "prompt" not in names:
             known = ", ".join(f"{{{name}}}" for name in cls.fills)
             raise ValueError(f"instruction must hold {{prompt}} and can hold {known}, not {sorted(names)}")

@@ -198,19 +198,21 @@ def read_named(path: Path, what: str, head: str) -> dict[str, Tensor]:
         BadInput: a tensor does not belong there.
     """
 
-    def new_name(key: str) -> str | None:
-        if key.endswith("lm_head.weight"):
-            return ""
-        for pattern, replacement in (
-            (r"(model\.)?visual\.(.+)", r"visual.\2"),
-            (r"model\.(language_model\.)?((embed_tokens|layers|norm)\..+)", r"language.\2"),
-            (rf"{head}\.(.+)", r"head.\1"),
-        ):
-            if match := re.fullmatch(pattern, key):
-                return match.expand(replacement)
-        return None
+    return rename(merge_lora(read_weights(path), path), lambda key: new_name(key, head), path, what)
 
-    return rename(merge_lora(read_weights(path), path), new_name, path, what)
+
+def new_name(key: str, head: str) -> str | None:
+    """Where a tensor goes in `QwenNetwork`: empty for the table of output words, None where it does not belong."""
+    if key.endswith("lm_head.weight"):
+        return ""
+    for pattern, replacement in (
+        (r"(model\.)?visual\.(.+)", r"visual.\2"),
+        (r"model\.(language_model\.)?((embed_tokens|layers|norm)\..+)", r"language.\2"),
+        (rf"{head}\.(.+)", r"head.\1"),
+    ):
+        if match := re.fullmatch(pattern, key):
+            return match.expand(replacement)
+    return None
 
 
 def merge_lora(weights: dict[str, Tensor], path: Path, scale: float = 2.0) -> dict[str, Tensor]:

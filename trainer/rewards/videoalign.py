@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Section
 from .base import Dtype, dtype_option
-from .files import check_sha256, file_option
+from .files import check_files, check_sha256, file_option
 from .preprocess import to_bytes
 from .qwen import SIZES_2B, QwenReward, plain, read_named, smart_size
 
@@ -134,6 +134,7 @@ class VideoAlign(VideoAlignNetwork):
 
     def __init__(self, options: Section | None = None) -> None:
         self.options = self.Options() if options is None else options
+        check_files(self.options, self.name)
         self.shared = shared_network(self.options)
 
     def load(self) -> None:
