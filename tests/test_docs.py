@@ -31,6 +31,18 @@ def test_rewards_page_has_a_line_and_a_section_for_each_and_an_example_that_is_a
         reward_options(RewardConfig(**entry))
 
 
+def test_help_page_of_the_reward_node_says_range_files_and_licence_of_each() -> None:
+    lines = (ROOT / "web" / "docs" / "DanceGRPO_LoadReward.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    assert list(rows) == list(REWARDS)
+    for name, kind in REWARDS.items():
+        files = [field.default for field in kind.Options.model_fields.values() if file_rule(field)]
+        low, high = kind.typical_range
+        for words in (f"| {low:g} to {high:g} |", *(f"`{file}`" for file in files), *kind.packages):
+            assert words in rows[name]
+        assert rows[name].endswith(f"| {kind.licence} |")
+
+
 def test_requirements_and_pyproject_name_the_same_packages() -> None:
     listed = (ROOT / "requirements.txt").read_text().split()
     declared = re.search(r"^dependencies = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE)

@@ -65,8 +65,8 @@ def rewards_markdown() -> str:
 def _reward_section(reward: type) -> str:
     parts = [f"## {reward.name}", "", inspect.getdoc(reward), ""]
     if reward.packages:
-        names = " and ".join(f"`{package}`" for package in reward.packages)
-        parts += [f"Needs the package {names}, which is not among this pack's requirements.", ""]
+        names = " ".join(reward.packages)
+        parts += [f"Needs more than this pack's requirements: `pip install {names}` in ComfyUI's environment.", ""]
     if not reward.Options.model_fields:
         return "\n".join(parts)
     rows = [
