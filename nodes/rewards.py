@@ -55,7 +55,8 @@ class CombineRewards(io.ComfyNode):
                     min=-1000.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="Negative asks for less of it. The paper advises hps-v2.1 0.7 with clip 1.4.",
+                    tooltip="Negative asks for less of it. The paper's authors advise 0.7 for hps-v2.1 with 1.4 for "
+                    "clip.",
                 ),
             ]
         return io.Schema(
