@@ -55,8 +55,7 @@ class CombineRewards(io.ComfyNode):
                     min=-1000.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="Negative asks for less of it. The paper's authors advise 0.7 for hps-v2.1 with 1.4 for "
-                    "clip.",
+                    tooltip="Negative asks for less of it. HPS-v2.1 and CLIP: 0.7 and 1.4, the authors advise.",
                 ),
             ]
         return io.Schema(

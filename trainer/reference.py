@@ -1,4 +1,4 @@
-"""The reference of settings and of rewards, written from their own fields: `python -m trainer.reference [rewards]`."""
+"""The reference of settings and rewards, from their own fields: `python -m trainer.reference [rewards|load-reward]`."""
 
 import inspect
 import sys
@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from .config import RunConfig
+from .rewards.files import file_rule
 
 HEAD = """# Settings of a run
 
@@ -47,6 +48,20 @@ rounded to the 256 values of an image file first, as the models were taught on f
 environments of their own: see [external scorers](external-scorers.md).
 """
 
+NODE_HEAD = """# Load Reward
+
+A judge of images or videos, for *Score Images* and for *GRPO Train LoRA*. Both use the very same object. What flows
+along the wire is its description; weights are read when it is used.
+
+Model rewards show the files they need as further widgets. Put the files yourself where this page says, below
+`models/rewards` or a folder that `extra_model_paths.yaml` names `rewards`; nothing is ever downloaded. A missing file
+is an error that names it, and a file of another model an error that says what differs. Judges behind an address
+(`external`, `mllm-...`) send images and prompts to the address in their widget and nowhere else.
+
+Compare scores of one reward only, and only for images of one prompt. `docs/rewards.md` of this pack says more about
+each and its options.
+"""
+
 
 def rewards_markdown() -> str:
     """The page docs/rewards.md."""
@@ -65,8 +80,11 @@ def rewards_markdown() -> str:
 def _reward_section(reward: type) -> str:
     parts = [f"## {reward.name}", "", inspect.getdoc(reward), ""]
     if reward.packages:
-        names = " ".join(reward.packages)
-        parts += [f"Needs more than this pack's requirements: `pip install {names}` in ComfyUI's environment.", ""]
+        names = " and ".join(f"`{package}`" for package in reward.packages)
+        several = len(reward.packages) > 1
+        word, is_ = ("packages", "are") if several else ("package", "is")
+        parts += [f"Needs the {word} {names}, which {is_} not among this pack's requirements.", ""]
+    parts += [*_facts(reward), ""]
     if not reward.Options.model_fields:
         return "\n".join(parts)
     rows = [
@@ -74,6 +92,29 @@ def _reward_section(reward: type) -> str:
         for name, field in reward.Options.model_fields.items()
     ]
     return "\n".join([*parts, "| option | default | accepted | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _facts(reward: type) -> list[str]:
+    """What it needs, its licence and its range, a line each."""
+    low, high = reward.typical_range
+    files = {name: field for name, field in reward.Options.model_fields.items() if file_rule(field) is not None}
+    lines = [f"- Judges {reward.media}s; typical scores {low:g} to {high:g}."]
+    if reward.licence:
+        lines.append(f"- Licence of the weights: {reward.licence}.")
+    lines += [f"- `{name}`: `models/rewards/{field.default}`. {field.description}" for name, field in files.items()]
+    return lines
+
+
+def node_markdown() -> str:
+    """The help page of Load Reward, web/docs/DanceGRPO_LoadReward.md."""
+    from .rewards import REWARDS
+
+    parts = [NODE_HEAD]
+    for reward in REWARDS.values():
+        first = inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
+        needs = [f"- Python packages: {', '.join(reward.packages)}."] if reward.packages else []
+        parts += [f"## {reward.name}", "", first, "", *_facts(reward), *needs, ""]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def _anchor(name: str) -> str:
@@ -181,4 +222,5 @@ def _section(annotation: object) -> tuple[type[BaseModel] | None, bool]:
 
 
 if __name__ == "__main__":
-    print(rewards_markdown() if sys.argv[1:] == ["rewards"] else markdown(), end="")
+    pages = {"rewards": rewards_markdown, "load-reward": node_markdown}
+    print(pages.get(sys.argv[1] if len(sys.argv) > 1 else "", markdown)(), end="")

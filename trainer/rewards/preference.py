@@ -26,7 +26,18 @@ class Preference(ClipLargeReward):
     fitted to them when the reward is first used: by logistic regression of pairs (Bradley-Terry), or by ridge
     regression of scores. It then says how often a fit agrees with votes left out of it; near 50% it has learned
     nothing, and more votes are needed. Some dozens are a beginning. The prompt is not looked at, so add a judge that
-    looks at it.
+    looks at it. Nothing is written, and the same votes give the same scores.
+
+    A file `models/rewards/preference/votes.csv`, with the images beside it:
+
+    ```
+    better,worse
+    fox_3.png,fox_1.png
+    fox_2.png,fox_1.png
+    ```
+
+    `python -m trainer score preference new.png --prompt "a red fox" --files ComfyUI/models/rewards` fits it and says
+    how far the votes agree.
     """
 
     name = "preference"

@@ -197,7 +197,6 @@ def read_named(path: Path, what: str, head: str) -> dict[str, Tensor]:
     Raises:
         BadInput: a tensor does not belong there.
     """
-
     return rename(merge_lora(read_weights(path), path), lambda key: new_name(key, head), path, what)
 
 
