@@ -137,6 +137,11 @@ class VideoAlign(VideoAlignNetwork):
         check_files(self.options, self.name)
         self.shared = shared_network(self.options)
 
+    @property
+    def module(self) -> nn.Module | None:
+        """The network that is shared, so that who asks for one finds it here as in other judges."""
+        return self.shared.module
+
     def load(self) -> None:
         self.shared.load()
 

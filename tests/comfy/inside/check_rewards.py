@@ -4,6 +4,7 @@ from typing import ClassVar, Literal
 
 import folder_paths
 import pytest
+import tiny_rewards
 import torch
 
 GREY = torch.tensor([0.2, 0.9, 0.6])[:, None, None, None].expand(3, 16, 16, 3)  # brightness is the value itself
@@ -192,3 +193,43 @@ def test_a_judge_of_videos_scores_frames(pack, film) -> None:
     frames = GREY.movedim(-1, 1)[None]
     scores = pack("nodes.scoring").score_all(reward, frames, ["a"], torch.device("cpu"), lambda size: None)
     assert scores["film"].tolist() == pytest.approx([GREY.mean().item()])
+
+
+# -------------------------------------------------------------------- every judge that works on the CPU, in small
+
+
+@pytest.fixture(scope="module")
+def files(pack, tmp_path_factory):
+    """models/rewards with tiny weights in the original layouts; gives each reward's options by the files' names."""
+    folder = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_rewards.shrink(patch.setattr, pack)
+        written = tiny_rewards.write(folder)
+        patch.syspath_prepend(folder / "ocr")
+        patch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(folder)], set()))
+        folder_paths.filename_list_cache.pop("rewards", None)
+        yield {
+            name: {key: str(value).removeprefix(f"{folder}/") for key, value in options.items()}
+            for name, options in written.items()
+        }
+    folder_paths.filename_list_cache.pop("rewards", None)
+
+
+@pytest.mark.parametrize("name", tiny_rewards.LOCAL)
+def test_each_is_loaded_combined_scored_and_the_best_picked(pack, nodes, files, name) -> None:
+    video, prompt = name in tiny_rewards.VIDEO, tiny_rewards.prompt(name)
+    judge = nodes.LoadReward.execute({"reward": name, **files[name]}).result[0]
+    other = "sharpness" if name == "brightness" else "brightness"
+    both = weighed(nodes, (judge, 0.7), (nodes.LoadReward.execute({"reward": other}).result[0], 1.4))
+    images = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
+    items = images.movedim(-1, 1)[None] if video else images.movedim(-1, 1)
+    room = []
+    parts = pack("nodes.scoring").score_all(both, items, [prompt] * len(items), torch.device("cpu"), room.append)
+    assert list(parts) == [name, other]
+    assert parts[name].isfinite().all()
+    assert bool(room) == (name in tiny_rewards.NETWORKS), "room is made for networks, and for them alone"
+    total = 0.7 * parts[name] + 1.4 * parts[other]
+    if not video:
+        picked, scores = nodes.PickBest.execute([images], total.tolist(), [1]).result
+        assert scores == [total.max().item()]
+        assert torch.equal(picked, images[[int(total.argmax())]])

@@ -16,6 +16,7 @@ comfy.cli_args.args.cpu = True
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[3]
+sys.path.append(str(ROOT / "tests"))
 NAME = "dancegrpo_x_pack"
 
 
