@@ -154,7 +154,7 @@ def begin(
         from .encoding import encode
 
         conditions = encode(clip, config, conditioning)
-    if isinstance(data["model"], dry_run.Described):
+    if isinstance(data.get("model"), dry_run.Described):
         dry_run.refuse(data["model"].blueprint, config, conditions and conditions[1])
     _make_room(config, processes, gpus)
     run = RunDirectory.open(folder, config, ["ComfyUI", name])
