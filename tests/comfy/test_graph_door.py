@@ -16,6 +16,7 @@ WEIGHTS = ROOT / "trainer" / "shapes" / "weights"
 OVERRIDES = "\n".join(
     [
         "rollout.steps=4",
+        "lora.targets=null",  # the preset names layers as diffusers does
         "rollout.group_size=2",
         "rollout.prompts_per_iteration=2",
         "evaluation.images_per_prompt=1",

@@ -18,7 +18,7 @@ from comfy_host import ROOT, PromptFailed, Server
 CANCELS = int(os.environ.get("DANCEGRPO_CANCELS", "1"))
 LONG = 5000
 """Iterations of a run that is never meant to end by itself."""
-SHORT = ["rollout.steps=3", "rollout.group_size=2", "rollout.prompts_per_iteration=2", "evaluation.images_per_prompt=1"]
+SHORT = ["rollout.steps=4", "rollout.group_size=2", "rollout.prompts_per_iteration=2", "evaluation.images_per_prompt=1"]
 TRAIN = "DanceGRPO_TrainLoRA"
 
 
@@ -163,7 +163,7 @@ def workflow(name: str) -> dict:
         if entry["class_type"] == "DanceGRPO_Settings":
             inputs |= {
                 "runtime_iterations": 2,
-                "rollout_steps": 3,
+                "rollout_steps": 4,
                 "rollout_group_size": 2,
                 "evaluation_images_per_prompt": 1,
             }
