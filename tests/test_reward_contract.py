@@ -35,7 +35,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict
     with pytest.MonkeyPatch.context() as patch:
         tiny_rewards.shrink(patch.setattr, importlib.import_module)
         found = tiny_rewards.write(folder)
-        patch.syspath_prepend(folder / "ocr")
+        tiny_rewards.import_anew(patch, folder / "ocr")
         for name in ("socket", "create_connection", "getaddrinfo"):
             patch.setattr(socket, name, refuse)
         yield found

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_rewards import import_anew
 
 from trainer.config import RewardConfig
 from trainer.errors import BadInput
@@ -50,7 +51,7 @@ def test_target_is_the_first_text_in_quotes() -> None:
 def test_what_the_reader_finds_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rapidocr.py").write_text(STAND_IN)
     (tmp_path / "onnxruntime.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
+    import_anew(monkeypatch, tmp_path)
     judge = load_reward(RewardConfig(name="ocr"))
     images = torch.tensor([1.0, 128 / 255, 0.0])[:, None, None, None].expand(3, 3, 8, 8)
     found = score(judge, images, ['a "hello world" sign'] * 3)

@@ -6,11 +6,13 @@ the checks inside ComfyUI use the same.
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import imagereward_reference
+import pytest
 import qwen_reference
 import torch
 from clip_reference import TINY, open_clip_shapes, random_weights, to_transformers
@@ -169,3 +171,11 @@ def shrink(change: Callable[[object, str, object], object], module: Callable[[st
 
 def _sha(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def import_anew(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Find the stand-in of OCR's package in the folder, whatever was imported before; until the patch is undone."""
+    patch.syspath_prepend(folder)
+    for name in ("rapidocr", "onnxruntime"):
+        patch.setitem(sys.modules, name, None)  # undoing brings back what is there now, or nothing
+        del sys.modules[name]

@@ -205,7 +205,7 @@ def files(pack, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         tiny_rewards.shrink(patch.setattr, pack)
         written = tiny_rewards.write(folder)
-        patch.syspath_prepend(folder / "ocr")
+        tiny_rewards.import_anew(patch, folder / "ocr")
         patch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(folder)], set()))
         folder_paths.filename_list_cache.pop("rewards", None)
         yield {
