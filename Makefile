@@ -37,9 +37,9 @@ test: lint  ## Lint, then every test
 	$(BIN)/python -m pytest
 
 docs: $(VENV)/dev  ## Write docs/configuration.md and the pages of rewards from the settings themselves
-	$(BIN)/python -m trainer.reference > docs/configuration.md
-	$(BIN)/python -m trainer.reference rewards > docs/rewards.md
-	$(BIN)/python -m trainer.reference load-reward > web/docs/DanceGRPO_LoadReward.md
+	$(BIN)/python -m tools.reference > docs/configuration.md
+	$(BIN)/python -m tools.reference rewards > docs/rewards.md
+	$(BIN)/python -m tools.reference load-reward > web/docs/DanceGRPO_LoadReward.md
 
 clean:
 	rm -rf $(VENV) runs

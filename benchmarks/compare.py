@@ -25,8 +25,8 @@ sys.path.insert(0, str(ROOT))
 def train_one(base: str, overrides: list[str], seconds: float) -> dict:
     """Train in this process until the time is up; returns what the table needs."""
     from trainer.config import parse_config, preset
-    from trainer.distributed import Processes
     from trainer.loop import Trainer
+    from trainer.utils.distributed import Processes
 
     config = parse_config(preset(base), [*overrides, "runtime.iterations=1000000"])
     trainer = Trainer(config, None, Processes("cpu"))

@@ -247,9 +247,9 @@ def build(network: Network, size: int, weights: torch.dtype, rank: int, device: 
     import comfy.model_patcher
     import comfy.supported_models
 
-    from trainer import lora
+    from trainer.adapters import lora
     from trainer.config import LoraConfig, ModelConfig
-    from trainer.models.comfy import ComfyModel
+    from trainer.models.comfy.model import ComfyModel
 
     class Placed(ComfyModel):
         def _make_resident(self) -> None:
@@ -304,7 +304,7 @@ def update(model: Any, network: Network, batch: int) -> None:
 
 def counted(network: Network, size: int, weights: torch.dtype, rank: int, batch: int) -> tuple[int, int, int, int]:
     """Parameters, bytes of weights, LoRA parameters, and bytes of activations at their largest."""
-    from trainer import lora
+    from trainer.adapters import lora
 
     model = build(network, size, weights, rank, META)
     adapter = list(lora.parameters(model.module).values())
@@ -383,7 +383,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="objective.batch_size")
     parser.add_argument("--check", action="store_true", help="compare the counting with memory that is allocated")
     args = parser.parse_args()
-    from trainer.models.comfy import _import
+    from trainer.models.comfy.model import _import
 
     _import(str(args.comfyui.expanduser().resolve()), torch.device("cpu"))
     if args.check:

@@ -25,7 +25,7 @@ from clip_reference import open_clip_shapes, to_transformers  # noqa: E402
 
 from trainer.config import RewardConfig  # noqa: E402
 from trainer.rewards import load_reward, score  # noqa: E402
-from trainer.rewards.contrastive import architecture  # noqa: E402
+from trainer.rewards.clip.contrastive import architecture  # noqa: E402
 
 Shapes = dict[str, tuple[int, ...]]
 Options = dict[str, object]
@@ -88,7 +88,7 @@ def imagereward(folder: Path) -> Options:
 
 
 def videoalign(folder: Path) -> Options:
-    from trainer.rewards.videoalign import VideoAlignNetwork
+    from trainer.rewards.qwen.videoalign import VideoAlignNetwork
 
     shapes = qwen_reference.with_lora(
         qwen_reference.shapes(151660, qwen_reference.SIZES_2B) | {"rm_head.weight": (1, 1536)}

@@ -5,11 +5,11 @@ from comfy.samplers import SCHEDULER_NAMES
 from comfy_api.latest import io
 
 from ..trainer.config import GraphModel, ModelConfig, parse_config
-from ..trainer.errors import BadInput
 from ..trainer.models import FAMILIES, model_class
-from . import graph_model
-from .dry_run import Blueprint, Described
-from .folders import diffusers_folders
+from ..trainer.models.comfy import describe
+from ..trainer.utils.errors import BadInput
+from .host.dry_run import Blueprint, Described
+from .host.folders import diffusers_folders
 from .types import CATEGORY, Model, ModelType
 
 NO_FOLDER = "(none in models/diffusers)"
@@ -111,18 +111,18 @@ class BaseModel(io.ComfyNode):
             return cls._of_folder(folder, {**values, "family": family})
         get_node = cls.hidden.dynprompt.get_node
         inputs = get_node(cls.hidden.unique_id)["inputs"]
-        graph = graph_model.describe(
+        graph = describe.describe(
             model,
             vae,
             None if scheduler == BY_SHIFT else scheduler,
             sigmas,
-            next(graph_model.nodes_above(get_node, inputs.get("vae")), None),
-            graph_model.nodes_above(get_node, inputs.get("model")),
+            next(describe.nodes_above(get_node, inputs.get("vae")), None),
+            describe.nodes_above(get_node, inputs.get("model")),
         )
         graph["reserve_gb"] = reserve_gb
         used = {name: value for name, value in values.items() if name not in ("dtype", "vae_dtype")}
         config = cls._checked({**used, "family": "comfy", "graph": graph})
-        graph_model.check_size(model, config)
+        describe.check_size(model, config)
         described = Described(config.model_dump(mode="json"))
         described.blueprint = Blueprint.of(model)
         return io.NodeOutput(described)

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..trainer.errors import BadInput
+from ..trainer.utils.errors import BadInput
 from .types import CATEGORY
 
 EMPTY = "prompts is empty: write one prompt per line"

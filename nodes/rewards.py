@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..trainer import rewards as judges
 from ..trainer.config import RewardConfig
-from ..trainer.errors import BadInput
-from .reward_files import option_values, option_widgets, with_files
-from .scoring import bar_plot, score_all, score_table, split_prompts
+from ..trainer.utils.errors import BadInput
+from .host.reward_files import option_values, option_widgets, with_files
+from .host.scoring import bar_plot, score_all, score_table, split_prompts
 from .types import CATEGORY, Judges, RewardType, connected
 
 SOCKETS = 4

@@ -11,11 +11,12 @@ from comfy.utils import model_trange
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..trainer import sde, seeds
+from ..trainer.diffusion import kernels
+from ..trainer.utils import seeds
 from .types import CATEGORY
 
 DIFFUSION = "ddim"
-KERNELS = (*sde.KERNELS, DIFFUSION)
+KERNELS = (*kernels.KERNELS, DIFFUSION)
 LARGEST_ETA = 10.0
 LAST_STEP = 10_000
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -41,17 +42,17 @@ Euler ancestral's eta runs from 0 (Euler) to 1 (renoised fully); DPM++ SDE's sca
 def flow_step(
     kernel: str, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor | None
 ) -> Tensor:
-    """`sde.step` from the image estimate: velocity is (x - x0) / sigma."""
-    return sde.step(kernel, x, (x - denoised) / sigma, sigma, sigma_next, eta, noise=noise).next_sample
+    """`kernels.step` from the image estimate: velocity is (x - x0) / sigma."""
+    return kernels.step(kernel, x, (x - denoised) / sigma, sigma, sigma_next, eta, noise=noise).next_sample
 
 
 def diffusion_step(
     x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor | None
 ) -> Tensor:
-    """`sde.ddim_step` in ComfyUI's sigma space, where x = x0 + sigma epsilon and abar = 1 / (1 + sigma^2)."""
+    """`kernels.ddim_step` in ComfyUI's sigma space, where x = x0 + sigma epsilon and abar = 1 / (1 + sigma^2)."""
     signal, signal_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
     epsilon = (x - denoised) / sigma
-    step = sde.ddim_step(x * signal**0.5, epsilon, signal, signal_next, eta, noise=noise)
+    step = kernels.ddim_step(x * signal**0.5, epsilon, signal, signal_next, eta, noise=noise)
     return step.next_sample / signal_next**0.5
 
 
@@ -120,7 +121,7 @@ def check_kernel(kernel: str, eta: float, flow: bool) -> None:
     if kernel == "ode":
         return
     if flow and kernel == DIFFUSION:
-        raise ValueError(f"kernel is 'ddim', and this is a flow model: choose one of {', '.join(sde.KERNELS)}")
+        raise ValueError(f"kernel is 'ddim', and this is a flow model: choose one of {', '.join(kernels.KERNELS)}")
     if not flow and kernel != DIFFUSION:
         raise ValueError(f"kernel is {kernel!r}, and this model predicts epsilon or v: choose ddim or ode")
     check_eta(kernel, eta)

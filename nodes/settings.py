@@ -8,8 +8,8 @@ from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_config, preset, preset_names
-from ..trainer.errors import BadInput
-from ..trainer.reference import rules
+from ..trainer.utils.errors import BadInput
+from ..trainer.utils.fields import rules
 from . import types
 from .types import CATEGORY, SettingsType
 

@@ -7,11 +7,12 @@ import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
-from ..trainer import launch
-from ..trainer.errors import BadInput
-from ..trainer.run import RunDirectory
-from . import host, runs, types
-from .folders import check_name, publish_lora, run_folder
+from ..trainer.runs import launch
+from ..trainer.runs.directory import RunDirectory
+from ..trainer.utils.errors import BadInput
+from . import types
+from .host import runs, session
+from .host.folders import check_name, publish_lora, run_folder
 from .types import CATEGORY, Judges, ModelType, RewardType, RunType, SettingsType, connected
 
 ALWAYS = float("nan")
@@ -125,7 +126,7 @@ class TrainLoRA(io.ComfyNode):
             if prompts is not None:
                 runs.check_texts(prompts, held_out_prompts or "")
             if gpus is not None:
-                host.gpu_numbers(gpus)
+                session.gpu_numbers(gpus)
         except BadInput as error:
             return str(error)
         return True
@@ -161,9 +162,9 @@ class TrainLoRA(io.ComfyNode):
         source = "" if clip is None else cls._source_of("clip")
         if conditioning is not None:
             source += f"-{cls._source_of('conditioning')}"
-        run = runs.begin(name, data, clip, source, processes, host.parse_gpus(gpus, processes), conditioning)
+        run = runs.begin(name, data, clip, source, processes, session.parse_gpus(gpus, processes), conditioning)
         if wait:
-            screen = host.Screen(cls.hidden.unique_id, run.config().runtime.iterations)
+            screen = session.Screen(cls.hidden.unique_id, run.config().runtime.iterations)
             runs.wait_or_cancel(run, name, screen)
         return _result(run, cls, run_last=False)
 
@@ -223,7 +224,7 @@ class Run(io.ComfyNode):
         elif action == "resume":
             runs.resume(directory)
         elif action == "watch":
-            runs.wait(directory, host.Screen(cls.hidden.unique_id, directory.config().runtime.iterations))
+            runs.wait(directory, session.Screen(cls.hidden.unique_id, directory.config().runtime.iterations))
         return _result(directory, cls, run_last=True)
 
 
@@ -272,7 +273,7 @@ def _result(run: RunDirectory, cls: type[io.ComfyNode], run_last: bool) -> io.No
     shown = {"text": (text,)}
     if samples is not None:
         shown |= ui.PreviewImage(samples, cls=cls).as_dict()
-    host.say(text, cls.hidden.unique_id)
+    session.say(text, cls.hidden.unique_id)
     return io.NodeOutput(*outputs, ui=shown)
 
 
@@ -287,7 +288,7 @@ def _lora(run: RunDirectory) -> dict[str, torch.Tensor] | None:
 
 
 def _curve(run: RunDirectory) -> torch.Tensor | None:
-    from ..trainer.report import draw_reward_curve
+    from ..trainer.runs.report import draw_reward_curve
 
     picture = draw_reward_curve(run.events(), (run.summary() or {}).get("evaluations", []))
     return None if picture is None else _image(memory_file.BytesIO(picture))

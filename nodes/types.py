@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 
 from ..trainer.config import RewardConfig
-from ..trainer.errors import BadInput
+from ..trainer.utils.errors import BadInput
 
 CATEGORY = "DanceGRPO"
 

@@ -17,17 +17,17 @@ torch.set_num_threads(1)
 
 def build_tiny_sd3(folder: Path) -> Path:
     """A random StableDiffusion3Pipeline folder: one block, 16 x 16 images, the classes and files of the real one."""
-    from trainer.shapes import pretrain
+    from tools import pretrain_shapes
 
     torch.manual_seed(0)
     for name in ("tokenizer", "tokenizer_2"):
-        pretrain.build_tokenizer(folder / name)
+        pretrain_shapes.build_tokenizer(folder / name)
     from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     for name in ("text_encoder", "text_encoder_2"):
-        pretrain.build_text_encoder(tokenizer).save_pretrained(folder / name)
+        pretrain_shapes.build_text_encoder(tokenizer).save_pretrained(folder / name)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -54,9 +54,9 @@ def build_tiny_sd3(folder: Path) -> Path:
         shift_factor=0.0609,
     )
     vae.save_pretrained(folder / "vae")
-    pretrain.drop_written_keys(folder / "vae")
+    pretrain_shapes.drop_written_keys(folder / "vae")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(pretrain.MODEL_INDEX))
+    (folder / "model_index.json").write_text(json.dumps(pretrain_shapes.MODEL_INDEX))
     return folder
 
 

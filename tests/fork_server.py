@@ -58,7 +58,7 @@ def arm(place: str, count: int) -> None:
     """Let this process kill itself at the `count`-th call of a function, just before it does its work."""
     import torch
 
-    from trainer.models.sd3 import SD3Model
+    from trainer.models.diffusers.sd3 import SD3Model
 
     owner, name = {
         "predict": (SD3Model, "predict"),

@@ -20,9 +20,9 @@ from conftest import (
 from trainer import rewards
 from trainer.cli import main
 from trainer.config import GuardConfig
-from trainer.guard import Guard
 from trainer.rewards import Reward
-from trainer.run import RunDirectory
+from trainer.runs.directory import RunDirectory
+from trainer.runs.watchdog import Guard
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_status_and_stop_of_a_run_that_is_not_running(
 def test_encoded_prompts_train_as_the_text_encoder_does(
     tiny_description: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from trainer.models.sd3 import SD3Model
+    from trainer.models.diffusers.sd3 import SD3Model
 
     file, conditions = str(write_description(tmp_path / "run.json", tiny_description)), tmp_path / "c.safetensors"
     assert main(["train", file, "--output", str(tmp_path / "a")]) == 0

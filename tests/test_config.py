@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from trainer.config import RunConfig, Section, parse_config, preset, preset_names, read_config
-from trainer.errors import BadInput
+from trainer.utils.errors import BadInput
 
 MINIMAL = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "brightness"}]}
 

@@ -5,7 +5,7 @@ import re
 import yaml
 from conftest import ROOT
 
-from trainer import reference
+from tools import reference
 from trainer.config import RewardConfig, preset_names
 from trainer.rewards import REWARDS, reward_options
 from trainer.rewards.files import file_rule

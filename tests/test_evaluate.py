@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from trainer.config import parse_config
-from trainer.distributed import Processes
 from trainer.evaluate import Mixture
 from trainer.loop import Trainer
+from trainer.utils.distributed import Processes
 
 
 def mixed(record: dict, weights: dict[str, float], units: dict[str, float]) -> float:

@@ -3,8 +3,8 @@
 import pytest
 
 from trainer.config import parse_config
-from trainer.distributed import Processes
 from trainer.loop import Trainer
+from trainer.utils.distributed import Processes
 
 
 def rates(description: dict, **optimizer: object) -> list[float]:

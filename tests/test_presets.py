@@ -3,10 +3,10 @@
 import pytest
 
 from trainer.config import RunConfig, parse_config, preset, preset_names
+from trainer.diffusion.schedules import stochastic_steps, trained_steps
 from trainer.models import FAMILIES, check_kernel
 from trainer.rewards import REWARDS
-from trainer.schedule import stochastic_steps, trained_steps
-from trainer.seeds import generator
+from trainer.utils.seeds import generator
 
 # The reference's scripts: size, steps, eta, shift, group, prompts over all GPUs, trained steps, updates, learning
 # rate, guidance (embedded, true), iterations, reward.

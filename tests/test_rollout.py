@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer import lora
+from trainer.adapters import lora
 from trainer.config import LoraConfig, ModelConfig, ObjectiveConfig
 from trainer.models import DiffusionModel
-from trainer.models.sd3 import SD3Model
+from trainer.models.diffusers.sd3 import SD3Model
+from trainer.objectives.engine import Actions, Statistics, train
 from trainer.rollout import Plan, Prompting, Trajectories, decode, sample
-from trainer.update import Actions, Statistics, train
 
 CPU = torch.device("cpu")
 SHIFT, STEPS = 3.0, 5

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, Forks, lora_of, results_of, write_description
 
-from trainer.launch import kill_tree
+from trainer.runs.launch import kill_tree
 
 pytestmark = pytest.mark.slow
 

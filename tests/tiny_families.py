@@ -24,9 +24,9 @@ def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    from trainer.shapes import pretrain
+    from tools import pretrain_shapes
 
-    pretrain.build_tokenizer(folder)
+    pretrain_shapes.build_tokenizer(folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -144,7 +144,7 @@ def shrink(change: Callable[[object, str, object], object], module: Callable[[st
 
     Args:
         change: pytest's `monkeypatch.setattr`.
-        module: gives the pack's module of a name such as `trainer.rewards.hps`.
+        module: gives the pack's module of a name such as `trainer.rewards.clip.hps`.
     """
     names = ("hps", "pickscore", "aesthetic", "geneval_like", "image_reward", "qwen", "hpsv3", "videoalign")
     rewards = {name: module(f"trainer.rewards.{name}") for name in names}

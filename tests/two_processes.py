@@ -20,10 +20,10 @@ import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from trainer.config import read_config  # noqa: E402
-from trainer.distributed import Processes  # noqa: E402
 from trainer.loop import Trainer  # noqa: E402
-from trainer.models.sharding import local_bytes  # noqa: E402
-from trainer.run import RunDirectory  # noqa: E402
+from trainer.models.diffusers.sharding import local_bytes  # noqa: E402
+from trainer.runs.directory import RunDirectory  # noqa: E402
+from trainer.utils.distributed import Processes  # noqa: E402
 
 
 class SharedEncoding(Trainer):

@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from . import launch
 from .config import RewardConfig, parse_config, preset, preset_names, read_config, settings
-from .errors import BadInput, RunFailed
-from .run import RunDirectory
-from .running import BAD_INPUT, FAILED, FINISHED, run_description
+from .runs import launch
+from .runs.directory import RunDirectory
+from .train import BAD_INPUT, FAILED, FINISHED, run_description
+from .utils.errors import BadInput, RunFailed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,10 +141,10 @@ def _stop(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> int:
-    from .conditions import all_pictures, all_texts, save_conditions
-    from .distributed import Processes
     from .models import model_class
-    from .prompting import evaluation_prompts, training_prompts
+    from .prompts.conditions import all_pictures, all_texts, save_conditions
+    from .prompts.sets import evaluation_prompts, training_prompts
+    from .utils.distributed import Processes
 
     config = read_config(args.description, args.overrides)
     family = model_class(config.model)
@@ -157,8 +157,8 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .pictures import read_images
     from .rewards import load_reward, score
+    from .utils.images import read_images
 
     if len(args.prompt) not in (1, len(args.images)):
         raise BadInput(f"{len(args.prompt)} prompts for {len(args.images)} images: give one for all, or one for each")
@@ -175,9 +175,9 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _reward_server(args: argparse.Namespace) -> int:
-    from .distributed import Processes
-    from .reward_server import serve
     from .rewards import load_reward
+    from .rewards.remote.server import serve
+    from .utils.distributed import Processes
 
     reward = load_reward(_reward_config(args))
     reward.load()

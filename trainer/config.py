@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import BadInput
+from .utils.errors import BadInput
 
 PRESETS = Path(__file__).parent / "presets"
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from . import rewards as judges
-from .distributed import Processes
 from .models import DiffusionModel
-from .prompting import PromptSet
+from .prompts.sets import PromptSet
 from .rollout import Calls, Plan, Prompting, decode, own, sample
-from .seeds import noise
+from .utils.distributed import Processes
+from .utils.seeds import noise
 
 SHOWN, SHOWN_VIDEOS = 24, 6  # kept for the pictures
 MIX = "mix"

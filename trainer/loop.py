@@ -9,25 +9,25 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from . import opening
+from . import preflight
 from . import rewards as judges
-from .advantage import Advantages, best_of_n, group_advantages
-from .conditions import all_pictures, all_texts, conditions_for
 from .config import RunConfig
-from .distributed import Processes
-from .errors import BadInput, RunFailed, StopRequested
+from .diffusion.schedules import Window, stochastic_steps, trained_steps
 from .evaluate import Mixture, evaluate
-from .guard import Guard
-from .keeper import Keeper
 from .models import check_kernel, model_class
+from .objectives.advantage import Advantages, best_of_n, group_advantages
+from .objectives.engine import Actions, Statistics, split, train
 from .policy import Policy
-from .prompting import evaluation_prompts, training_prompts
-from .records import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
+from .prompts.conditions import all_pictures, all_texts, conditions_for
+from .prompts.sets import evaluation_prompts, training_prompts
 from .rollout import Plan, Prompting, Trajectories, decode, own, sample
-from .run import Checkpoint, RunDirectory
-from .schedule import Window, stochastic_steps, trained_steps
-from .seeds import generator, noise, prompt_indices
-from .update import Actions, Statistics, split, train
+from .runs.directory import Checkpoint, RunDirectory
+from .runs.metrics import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
+from .runs.recorder import Keeper
+from .runs.watchdog import Guard
+from .utils.distributed import Processes
+from .utils.errors import BadInput, RunFailed, StopRequested
+from .utils.seeds import generator, noise, prompt_indices
 
 Member = tuple[int, int]
 """An image of an iteration: (prompt slot, place in the group)."""
@@ -107,7 +107,7 @@ class Trainer:
         self.keeper.status("running", self.iteration)
         try:
             if self.model.needs_opening_check:
-                opening.check(self.model, self._plan(), self.prompting, self.config.objective.clip_range)
+                preflight.check(self.model, self._plan(), self.prompting, self.config.objective.clip_range)
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()
                 if self._evaluation_is_due():

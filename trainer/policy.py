@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import lora
+from .adapters import lora
+from .adapters.average import MovingAverage
 from .config import RunConfig
-from .distributed import Processes
-from .ema import MovingAverage
 from .models import DiffusionModel
-from .seeds import derive
+from .utils.distributed import Processes
+from .utils.seeds import derive
 
 
 class Policy:

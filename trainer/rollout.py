@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import sde
+from .diffusion import kernels
 from .models import Conditions, DiffusionModel
 
 
@@ -132,9 +132,9 @@ def sample(
         if i == plan.shared_step:
             latents, velocity, index = latents[prompt_of], velocity[prompt_of], prompt_of
         if not plan.stochastic[i]:
-            latents = sde.step(model.still_kernel, latents, velocity, sigma, sigma_next, 0.0).next_sample
+            latents = kernels.step(model.still_kernel, latents, velocity, sigma, sigma_next, 0.0).next_sample
             continue
-        step = sde.step(plan.kernel, latents, velocity, sigma, sigma_next, plan.eta, noise=step_noise(i))
+        step = kernels.step(plan.kernel, latents, velocity, sigma, sigma_next, plan.eta, noise=step_noise(i))
         starts.append(latents)
         ends.append(step.next_sample)
         log_probs.append(step.log_prob)

@@ -127,7 +127,9 @@ def test_graphs_for_released_models_are_what_the_script_writes(comfy: Server) ->
     written = script.files(comfy.get("/object_info"))
     assert len(written) == 2 * len(MODELS) == 24
     for path, content in written.items():
-        assert (ROOT / "workflows" / path).read_text(encoding="utf-8") == content, f"{path}: run workflows/build.py"
+        assert (ROOT / "workflows" / path).read_text(encoding="utf-8") == content, (
+            f"{path}: run tools/build_workflows.py"
+        )
 
 
 def saved(comfy: Server, prompt: dict, outputs: dict) -> Path:

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 from ..config import ModelConfig, RolloutConfig
-from ..errors import BadInput
 from ..shapes import WEIGHTS
+from ..utils.errors import BadInput
 from .base import Conditions, DiffusionModel
-from .comfy import ComfyModel
-from .entries import EntryConditions
-from .flux import FluxModel
-from .hunyuan_video import HunyuanVideoModel, SkyReelsModel
-from .qwen_image import QwenImageEditModel, QwenImageModel
-from .sd3 import SD3Model
-from .size import BYTES, parameter_count
-from .stable_diffusion import SDXLModel, StableDiffusionModel
-from .wan import WanModel
+from .comfy.conditions import EntryConditions
+from .comfy.model import ComfyModel
+from .diffusers.flux import FluxModel
+from .diffusers.hunyuan_video import HunyuanVideoModel, SkyReelsModel
+from .diffusers.qwen_image import QwenImageEditModel, QwenImageModel
+from .diffusers.sd3 import SD3Model
+from .diffusers.size import BYTES, parameter_count
+from .diffusers.stable_diffusion import SDXLModel, StableDiffusionModel
+from .diffusers.wan import WanModel
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
     family.family: family

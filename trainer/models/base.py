@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..errors import BadInput
-from ..schedule import sigma_schedule
-from ..sde import KERNELS
+from ..diffusion.kernels import KERNELS
+from ..diffusion.schedules import sigma_schedule
+from ..utils.errors import BadInput
 
 PICTURE = "picture_"
 """Start of the names of conditions that come from a prompt's picture and hold for both branches of guidance."""
@@ -50,7 +50,7 @@ class DiffusionModel(ABC):
         default_targets: endings of the names of the modules a LoRA goes to.
         kernels: names of the transition kernels that fit what it predicts.
         still_kernel: the kernel of its deterministic steps, taken with eta 0.
-        needs_opening_check: whether a run first looks if the model can be trained (`trainer.opening`).
+        needs_opening_check: whether a run first looks if the model can be trained (`trainer.preflight`).
     """
 
     module: nn.Module

@@ -8,23 +8,23 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..config import RewardConfig, Section, describe
-from ..errors import BadInput
-from .aesthetic import Aesthetic
+from ..utils.errors import BadInput
 from .base import Reward, Threshold
-from .clip import ClipScore
-from .external import External
+from .clip.aesthetic import Aesthetic
+from .clip.clip_score import ClipScore
+from .clip.hps import HPSv21
+from .clip.pickscore import PickScore
 from .files import located
 from .geneval_like import GenEvalLike
-from .hps import HPSv21
-from .hpsv3 import HPSv3
 from .image_reward import ImageReward
-from .mllm import MllmPairwise, MllmRubric, MllmYes
 from .ocr import TextRendering
-from .pickscore import PickScore
 from .preference import Preference
+from .qwen.hpsv3 import HPSv3
+from .qwen.videoalign import VideoAlign, VideoAlignMQ, VideoAlignTA, VideoAlignVQ
+from .remote.external import External
+from .remote.mllm import MllmPairwise, MllmRubric, MllmYes
 from .rules import Brightness, Colorfulness, JpegSize, Sharpness
 from .shapes import ShapesReward, ShapesStrictReward
-from .videoalign import VideoAlign, VideoAlignMQ, VideoAlignTA, VideoAlignVQ
 
 REWARDS: dict[str, type[Reward]] = {
     reward.name: reward

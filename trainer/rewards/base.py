@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config import Section
-from ..errors import BadInput
+from ..utils.errors import BadInput
 from .files import check_files
 
 

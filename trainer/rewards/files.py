@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 
 from ..config import Section
-from ..errors import BadInput
+from ..utils.errors import BadInput
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 _UNPICKLING = torch.serialization.pickle.UnpicklingError

@@ -12,10 +12,10 @@ from torch.nn.functional import interpolate
 from torch.nn.functional import normalize as unit
 
 from ..config import Section
-from ..errors import BadInput
+from ..utils.errors import BadInput
 from .base import ModelReward
-from .clip_layout import from_transformers
-from .contrastive import architecture, open_clip_network, tokenizer
+from .clip.contrastive import architecture, open_clip_network, tokenizer
+from .clip.layout import from_transformers
 from .files import build, file_option, fill, read_weights
 from .preprocess import normalize, shortest_and_crop, to_pil
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Section
-from ..errors import BadInput
-from .aesthetic import LinearHead
+from ..utils.errors import BadInput
 from .base import Dtype, ModelReward, dtype_option
+from .clip.aesthetic import LinearHead
 from .files import build, file_option, fill, read_weights, rename
 from .preprocess import normalize, shortest_and_crop
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import BadInput
-from ..pictures import read_images
-from .aesthetic import ClipLargeReward
+from ..utils.errors import BadInput
+from ..utils.images import read_images
+from .clip.aesthetic import ClipLargeReward
 from .files import file_option
 
 FOLDS = 5

@@ -11,13 +11,13 @@ PROMPTS = ["a red circle", "two blue squares and a green triangle", ""]
 @pytest.fixture(scope="module")
 def trained(pack: object) -> object:
     config = pack("trainer.config").ModelConfig()
-    return pack("trainer.models.sd3").SD3Model.load(config, torch.device("cpu"))
+    return pack("trainer.models.diffusers.sd3").SD3Model.load(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def conditions(pack: object) -> object:
     config = pack("trainer.config").ModelConfig()
-    return pack("trainer.models.sd3").SD3Model.encode(config, PROMPTS, torch.device("cpu"))
+    return pack("trainer.models.diffusers.sd3").SD3Model.encode(config, PROMPTS, torch.device("cpu"))
 
 
 def largest(first: torch.Tensor, second: torch.Tensor) -> float:

@@ -549,7 +549,7 @@ def family_model(pack: Callable, case: Case, network: Any) -> Any:
 
 def exported(pack: Callable, model: Any, targets: list[str] | None = None) -> Tensors:
     """A LoRA on the network that does something, under the names that the pack writes."""
-    lora = pack("trainer.lora")
+    lora = pack("trainer.adapters.lora")
     config = pack("trainer.config").LoraConfig(rank=2, alpha=6, targets=targets)
     lora.inject(model.module, config, model.default_targets, seed=0)
     parameters = lora.parameters(model.module)

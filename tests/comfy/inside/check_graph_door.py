@@ -79,7 +79,7 @@ def description(pack: object, model: dict, conditions: Path | None, **sections: 
 def with_conditions(pack: object, demo: SimpleNamespace, files: SimpleNamespace, config: Any) -> Any:
     """The same description with its prompts encoded beside it."""
     file = files.folder / "conditions.safetensors"
-    pack("trainer.conditions").save_conditions(file, *pack("nodes.encoding").encode(demo.clip, config))
+    pack("trainer.prompts.conditions").save_conditions(file, *pack("nodes.host.encoding").encode(demo.clip, config))
     data = config.model_dump(mode="json")
     data["prompts"]["conditions"] = str(file)
     return pack("trainer.config").parse_config(data)
@@ -88,10 +88,10 @@ def with_conditions(pack: object, demo: SimpleNamespace, files: SimpleNamespace,
 def train(pack: object, config: Any, start: dict[str, Tensor] | None) -> tuple[Any, dict, list[dict]]:
     """A whole run in this process; the trainer, its first LoRA and its events."""
     events: list[dict] = []
-    processes = pack("trainer.distributed").Processes("cpu")
+    processes = pack("trainer.utils.distributed").Processes("cpu")
     trainer = pack("trainer.loop").Trainer(config, None, processes, events.append)
     if start is not None:
-        pack("trainer.lora").load(trainer.model.module, start)
+        pack("trainer.adapters.lora").load(trainer.model.module, start)
     first = {name: p.detach().clone() for name, p in trainer.policy.parameters.items()}
     trainer.train()
     return trainer, first, [event for event in events if "loss" in event]
@@ -111,7 +111,7 @@ def patched(model: Any, lora: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleNamespace, caplog) -> None:
-    encode, save = pack("nodes.encoding").encode, pack("trainer.conditions").save_conditions
+    encode, save = pack("nodes.host.encoding").encode, pack("trainer.prompts.conditions").save_conditions
     configs = {}
     for door, model in (("diffusers", {"family": "sd3"}), ("graph", graph_section(files))):
         file = files.folder / f"{door}.safetensors"
@@ -128,7 +128,7 @@ def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleName
         assert b["ratio"]["max_deviation_before_update"] < 1e-6
     print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(events, again, strict=True)])
     assert any(abs(event["loss"]) > 1e-4 for event in events), "losses of zero would equal each other"
-    lora = pack("trainer.lora")
+    lora = pack("trainer.adapters.lora")
     both = [patched(demo.model, lora.comfy_weights(t.policy.result(), 8, t.model.lora_key)) for t in (one, other)]
     assert "not loaded" not in caplog.text.lower()
     assert both[0].keys() == both[1].keys()
@@ -239,7 +239,7 @@ def test_a_checkpoint_brings_network_and_vae(pack, demo, files, base_model, nois
 
 
 def refused(pack: object, says: str) -> Any:
-    return pytest.raises(pack("trainer.errors").BadInput, match=says)
+    return pytest.raises(pack("trainer.utils.errors").BadInput, match=says)
 
 
 def test_what_cannot_be_repeated_is_refused(pack, demo, files, loaded, base_model) -> None:
@@ -312,7 +312,7 @@ def test_an_old_comfyui_is_refused(pack, loaded, base_model, monkeypatch, tmp_pa
         with refused(pack, f"is {version}, and a connected model") if is_old else nullcontext():
             base_model(model=loaded[0], vae=loaded[1])
     floor = re.search(r'requires-comfyui = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
-    assert floor == ".".join(map(str, pack("trainer.models.graph").OLDEST))
+    assert floor == ".".join(map(str, pack("trainer.models.comfy.load").OLDEST))
 
 
 class Clip:
@@ -329,8 +329,8 @@ class Clip:
 
 
 def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model, monkeypatch) -> None:
-    runs, reached = pack("nodes.runs"), []
-    monkeypatch.setattr(pack("nodes.host"), "free_memory", lambda: reached.append(1))
+    runs, reached = pack("nodes.host.runs"), []
+    monkeypatch.setattr(pack("nodes.host.session"), "free_memory", lambda: reached.append(1))
     monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
     given = base_model(model=loaded[0], vae=loaded[1])
     data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}
@@ -352,7 +352,7 @@ def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model
 
 
 def test_conditions_come_back_from_their_file(pack, tmp_path: Path) -> None:
-    entries, conditions = pack("trainer.models").EntryConditions, pack("trainer.conditions")
+    entries, conditions = pack("trainer.models").EntryConditions, pack("trainer.prompts.conditions")
     shared = torch.randn(1, 16, 4, 4)
     rows = [
         {
@@ -378,7 +378,7 @@ def test_conditions_come_back_from_their_file(pack, tmp_path: Path) -> None:
 
 
 def test_conditioning_that_is_no_data_is_refused(pack) -> None:
-    carried = pack("nodes.encoding")._carried
+    carried = pack("nodes.host.encoding")._carried
     assert carried([[torch.zeros(1), {"pooled_output": torch.zeros(1), "guidance": 2.0}]]) == {"guidance": 2.0}
     with refused(pack, "conditioning carries 'control'"):
         carried([[torch.zeros(1), {"control": object()}]])
@@ -398,11 +398,11 @@ def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
     trainer, _, alone = train(pack, config, None)
     written, output = files.folder / "run.yaml", files.folder / "out"
     written.write_text(config.to_yaml())
-    command = [sys.executable, str(pack("trainer.launch").START_FILE), "train", str(written)]
+    command = [sys.executable, str(pack("trainer.runs.launch").START_FILE), "train", str(written)]
     command += ["--output", str(output), "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=files.folder, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    shared = [event for event in pack("trainer.run").RunDirectory(output).events() if "loss" in event]
+    shared = [event for event in pack("trainer.runs.directory").RunDirectory(output).events() if "loss" in event]
     assert len(alone) == len(shared) == 3
     for one, two in zip(alone, shared, strict=True):
         assert one["actions"] == two["actions"] > 0
@@ -411,7 +411,9 @@ def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
         assert one["rewards"]["colorfulness"] == pytest.approx(two["rewards"]["colorfulness"], abs=1e-5)
     lora = load_file(output / "lora.safetensors")
-    ours = pack("trainer.lora").comfy_weights(trainer.policy.result(), config.lora.alpha, trainer.model.lora_key)
+    ours = pack("trainer.adapters.lora").comfy_weights(
+        trainer.policy.result(), config.lora.alpha, trainer.model.lora_key
+    )
     assert lora.keys() == ours.keys()
     assert max(value.abs().max() for name, value in lora.items() if "lora_B" in name) > 1e-3, "nothing was learned"
     for name, value in ours.items():

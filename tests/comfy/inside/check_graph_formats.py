@@ -79,10 +79,10 @@ def unpacked(network: nn.Module) -> dict[str, Tensor]:
 
 def with_lora(pack: Any, patcher: Any, vae: Any = None, reserve_gb: float = 0.0, **settings: object) -> Any:
     """The trainer's model with a LoRA that does something."""
-    config_module, lora = pack("trainer.config"), pack("trainer.lora")
+    config_module, lora = pack("trainer.config"), pack("trainer.adapters.lora")
     graph = {"folder": "x", "file": "x", "vae_file": "x", "reserve_gb": reserve_gb}
     config = config_module.ModelConfig(family="comfy", graph=graph, height=64, width=64, **settings)
-    model = pack("trainer.models.comfy").ComfyModel(patcher, vae, config)
+    model = pack("trainer.models.comfy.model").ComfyModel(patcher, vae, config)
     lora.inject(model.module, config_module.LoraConfig(rank=2, alpha=6), model.default_targets, 0, model.device)
     for i, parameter in enumerate(lora.parameters(model.module).values()):
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
@@ -97,7 +97,7 @@ def probe(pack: Any, demo: Any) -> Any:
     draw = lambda seed: torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(seed))  # noqa: E731
 
     def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        parameters = pack("trainer.lora").parameters(model.module)
+        parameters = pack("trainer.adapters.lora").parameters(model.module)
         output = model.velocity(draw(1), torch.tensor([0.9, 0.4]), conditions)
         gradients = torch.autograd.grad((output * draw(2)).sum(), list(parameters.values()), allow_unused=True)
         found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
@@ -130,7 +130,7 @@ def test_packed_weights_are_trained_as_what_they_stand_for(
     kept = [name for name, value in layers if isinstance(value, comfy.quant_ops.QuantizedTensor)]
     assert len(kept) == 5 if form in IN_GROUPS else len(kept) > 20, "the base stays packed"
     # The file of the LoRA goes into the packed weights as into plain ones.
-    lora = pack("trainer.lora")
+    lora = pack("trainer.adapters.lora")
     written = lora.comfy_weights(lora.parameters(model.module), 6, model.lora_key)
     again = comfy.sd.load_diffusion_model(str(file))
     names = comfy.lora.model_lora_keys_unet(again.model, {})
@@ -143,7 +143,7 @@ def test_a_lora_of_the_graph_goes_into_packed_weights_as_core_puts_it_there(pack
     save_file(scaled_fp8(weights), file)
     loras = [{"file": str(lora), "strength": 0.7}]
     graph = pack("trainer.config").GraphModel(folder="x", file=str(file), vae_file="x", loras=loras)
-    ours = pack("trainer.models.graph").load_network(graph, pack("trainer.models.comfy")._modules())
+    ours = pack("trainer.models.comfy.load").load_network(graph, pack("trainer.models.comfy.model")._modules())
     core, _ = comfy.sd.load_lora_for_models(comfy.sd.load_diffusion_model(str(file)), None, load_file(lora), 0.7, 0)
     comfy.model_management.load_models_gpu([core])
     merged, plain = (unpacked(model.model.diffusion_model) for model in (ours, core))
@@ -162,7 +162,7 @@ def test_a_scaled_file_goes_from_the_graph_into_training(
     folder_paths.filename_list_cache.clear()
     model = comfy_nodes.UNETLoader().load_unet("shapes.safetensors", "default")[0]
     vae = comfy_nodes.VAELoader().load_vae("shapes.safetensors")[0]
-    graph = pack("nodes.graph_model").describe(model, vae, "simple", None, None, iter(()))
+    graph = pack("trainer.models.comfy.describe").describe(model, vae, "simple", None, None, iter(()))
     assert graph["weights"] is None, "ComfyUI decides by the file"
     data = {
         "model": {"family": "comfy", "graph": graph},
@@ -173,10 +173,12 @@ def test_a_scaled_file_goes_from_the_graph_into_training(
         "optimizer": {"learning_rate": 1e-2},
     }
     config, events = pack("trainer.config").parse_config(data), []
-    pack("trainer.conditions").save_conditions(
-        Path(config.prompts.conditions), *pack("nodes.encoding").encode(demo.clip, config)
+    pack("trainer.prompts.conditions").save_conditions(
+        Path(config.prompts.conditions), *pack("nodes.host.encoding").encode(demo.clip, config)
     )
-    trainer = pack("trainer.loop").Trainer(config, None, pack("trainer.distributed").Processes("cpu"), events.append)
+    trainer = pack("trainer.loop").Trainer(
+        config, None, pack("trainer.utils.distributed").Processes("cpu"), events.append
+    )
     trainer.train()
     event = next(event for event in events if "loss" in event)
     assert event["bad_updates"] == 0
@@ -193,7 +195,7 @@ def test_a_base_that_is_partly_elsewhere_gives_the_same_gradients(pack, weights,
     expected = probe(whole)
     patcher = comfy.sd.load_diffusion_model(str(file), model_options=dict(LOADED))
     model = with_lora(pack, patcher, gradient_checkpointing=True)
-    before = pack("trainer.lora").parameters(model.module)
+    before = pack("trainer.adapters.lora").parameters(model.module)
     # What `load_models_gpu` does for decoding and after it: all out, and as much back as there is room for.
     patcher.detach()
     patcher.partially_load(CPU, patcher.model_size() / 2)
@@ -201,7 +203,7 @@ def test_a_base_that_is_partly_elsewhere_gives_the_same_gradients(pack, weights,
     assert patcher.model.model_lowvram
     assert 0 < patcher.loaded_size() < 0.6 * patcher.model_size()
     assert any("attn" in name for name in cast)
-    after = pack("trainer.lora").parameters(model.module)
+    after = pack("trainer.adapters.lora").parameters(model.module)
     assert all(after[name] is before[name] for name in before), "the optimizer must still have them"
     equal(probe(model), expected, 1e-5)
 
@@ -241,7 +243,7 @@ def test_the_lora_is_on_the_device_also_where_the_base_is_not(pack, weights, mon
     with monkeypatch.context() as changed:
         changed.setattr(Tensor, "to", lambda value, device: (moved.append((value.shape, device)), value)[1])
         model._make_resident()
-    adapter = pack("trainer.lora").parameters(model.module)
+    adapter = pack("trainer.adapters.lora").parameters(model.module)
     assert moved == [(value.shape, torch.device("cuda", 3)) for value in adapter.values()]
 
 
@@ -259,7 +261,7 @@ def test_memory_is_computed_as_an_allocator_counts_it() -> None:
 
 
 def test_weights_in_ram_need_checkpointing(pack) -> None:
-    check, bad = pack("trainer.models.graph").check_offload, pack("trainer.errors").BadInput
+    check, bad = pack("trainer.models.comfy.load").check_offload, pack("trainer.utils.errors").BadInput
     config = pack("trainer.config").ModelConfig
     with pytest.raises(bad, match="model.gradient_checkpointing is off, and 2.0 GB of the weights stay in RAM"):
         check(2 * 2**30, config())

@@ -357,14 +357,14 @@ class Trained:
 
 def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) -> Trained:
     config_module, models = pack("trainer.config"), pack("trainer.models")
-    rollout, schedule = pack("trainer.rollout"), pack("trainer.models.comfy")
+    rollout, schedule = pack("trainer.rollout"), pack("trainer.models.comfy.model")
     height, width, frames = case.size
     graph = {"folder": "x", "file": "x", "vae_file": "x"}
     config = config_module.ModelConfig(
         family="comfy", graph=graph, height=height, width=width, frames=frames, **settings
     )
     model = schedule.ComfyModel(patcher, None, config)
-    lora = pack("trainer.lora")
+    lora = pack("trainer.adapters.lora")
     lora_config = config_module.LoraConfig(rank=2, alpha=6)
     lora.inject(model.module, lora_config, model.default_targets, seed=0)
     kernel = "dance" if model.predicts_flow else "ddim"
@@ -435,7 +435,7 @@ def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.
 
 def ratio_deviation(pack: Callable, trained: Trained) -> float:
     """How far the ratio of any action is off 1 before an update, and the forward pass that training makes."""
-    update, rollout, config = pack("trainer.update"), pack("trainer.rollout"), pack("trainer.config")
+    update, rollout, config = pack("trainer.objectives.engine"), pack("trainer.rollout"), pack("trainer.config")
     prompt_of = torch.arange(2)
     kept = rollout.sample(
         trained.model,
@@ -469,11 +469,11 @@ def test_a_single_file_is_loaded_again_as_the_graph_loaded_it(
     folder_paths.filename_list_cache.clear()
     loaded = comfy_nodes.UNETLoader().load_unet("tiny.safetensors", "default")[0]
     assert type(loaded.model) is type(original.model)
-    description = pack("nodes.graph_model")
+    description = pack("trainer.models.comfy.describe")
     loader, file, options = description._network(loaded)
     graph = {"loader": loader, "file": file, "weights": description._weights(loaded, options), "vae_file": "x"}
     graph = pack("trainer.config").GraphModel(folder="x", **graph)
-    again = pack("trainer.models.graph").load_network(graph, pack("trainer.models.comfy")._modules())
+    again = pack("trainer.models.comfy.load").load_network(graph, pack("trainer.models.comfy.model")._modules())
     sampled = [core_samples(graph_model(pack, case, patcher), patcher) for patcher in (original, again)]
     assert relative(*sampled) < 1e-5
 
@@ -501,7 +501,7 @@ ADVANTAGES = torch.tensor([1.0, -0.6], dtype=torch.float64)
 
 def rolled_out(pack: Callable, trained: Trained) -> Any:
     """Two steps of two prompts, scored while the LoRA does nothing."""
-    rollout, update, plan = pack("trainer.rollout"), pack("trainer.update"), trained.plan
+    rollout, update, plan = pack("trainer.rollout"), pack("trainer.objectives.engine"), trained.plan
     short = rollout.Plan(plan.kernel, plan.eta, plan.sigmas[:3], [True, True], False, plan.guidance_scale)
     kept = rollout.sample(
         trained.model,
@@ -517,7 +517,10 @@ def rolled_out(pack: Callable, trained: Trained) -> Any:
 
 def gradient_of(pack: Callable, trained: Trained, actions: Any) -> list[Tensor]:
     """The gradient of an update's objective."""
-    update, objective = pack("trainer.update"), pack("trainer.config").ObjectiveConfig(batch_size=4, clip_range=0.99)
+    update, objective = (
+        pack("trainer.objectives.engine"),
+        pack("trainer.config").ObjectiveConfig(batch_size=4, clip_range=0.99),
+    )
     statistics = update.Statistics.zeros(CPU)
     update.train(trained.model, actions, ADVANTAGES, PAIRS, len(PAIRS), objective, statistics, lambda: None)
     parameters = trained.lora.parameters(trained.model.module).values()
@@ -527,7 +530,7 @@ def gradient_of(pack: Callable, trained: Trained, actions: Any) -> list[Tensor]:
 @torch.no_grad()
 def objective_of(pack: Callable, trained: Trained, actions: Any) -> float:
     """Minus the mean of ratio times advantage: the objective where nothing is clipped, written out again."""
-    step, kept, plan, losses = pack("trainer.sde").step, actions.trajectories, actions.plan, []
+    step, kept, plan, losses = pack("trainer.diffusion.kernels").step, actions.trajectories, actions.plan, []
     for (i, place), advantage in zip(PAIRS, ADVANTAGES, strict=True):
         latents, level = kept.samples[place, i : i + 1], torch.tensor([plan.sigmas[place]])
         conditions = trained.prompting.conditions.rows(torch.tensor([i]))
@@ -582,12 +585,14 @@ def test_guidance_of_the_description_replaces_that_of_the_conditions_and_is_refu
     given = predicted(flux)
     assert relative(predicted(replace(flux, extra=dict), embedded_guidance=6.0), given) == 0
     assert relative(predicted(flux, embedded_guidance=1.0), given) > 1e-3
-    with pytest.raises(pack("trainer.errors").BadInput, match="model.embedded_guidance is 2.0: this model takes none"):
+    with pytest.raises(
+        pack("trainer.utils.errors").BadInput, match="model.embedded_guidance is 2.0: this model takes none"
+    ):
         predicted(sd3, embedded_guidance=2.0)
 
 
 def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable, monkeypatch) -> None:
-    check, failed = pack("trainer.opening").check, pack("trainer.errors").RunFailed
+    check, failed = pack("trainer.preflight").check, pack("trainer.utils.errors").RunFailed
     case = next(case for case in CASES if case.core == "Flux")
     trained = graph_model(pack, case, new_patcher(case))
     model, plan, prompting = trained.model, trained.plan, trained.prompting
@@ -609,18 +614,20 @@ def described(
     """What *GRPO Base Model* and *GRPO Train LoRA* know of a model before its run."""
     height, width, frames = case.size
     graph = {"folder": "x", "file": "x", "vae_file": "x", "scheduler": "simple", "sigmas": sigmas}
-    kernel = "dance" if pack("trainer.models.graph").predicts_flow(patcher.model.model_sampling, SAMPLING) else "ddim"
+    kernel = (
+        "dance" if pack("trainer.models.comfy.load").predicts_flow(patcher.model.model_sampling, SAMPLING) else "ddim"
+    )
     data = {
         "model": {"family": "comfy", "graph": graph, "height": height, "width": width, "frames": frames},
         "prompts": {"texts": ["any"]},
         "rewards": [{"name": "colorfulness"}],
         "rollout": {"kernel": kernel},
     }
-    return pack("nodes.dry_run").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
+    return pack("nodes.host.dry_run").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
 
 
 def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable, case: Case, monkeypatch) -> None:
-    dry_run, entries = pack("nodes.dry_run"), pack("trainer.models").EntryConditions
+    dry_run, entries = pack("nodes.host.dry_run"), pack("trainer.models").EntryConditions
     blueprint, config = described(pack, case, new_patcher(case))
     reached = []
     whole = dry_run.Shell.take
@@ -632,16 +639,24 @@ def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable,
     assert reached, "the network was not run to its end, so that it could have refused nothing"
     assert not comfy.model_management.in_training, "the user's own sampling goes on as it was"
     wrong = entry(case, 1) | {"cross_attn": draw(1, 6, case.text[0] + 8)}
-    with pytest.raises(pack("trainer.errors").BadInput, match=f"{case.text[0]} numbers .* given {case.text[0] + 8}"):
+    with pytest.raises(
+        pack("trainer.utils.errors").BadInput, match=f"{case.text[0]} numbers .* given {case.text[0] + 8}"
+    ):
         dry_run.refuse(blueprint, config, entries.of([wrong]))
     if case.text[1] is not None:
         wrong = entry(case, 1) | {"pooled_output": draw(1, case.text[1] - 8)}  # some cut off what is more
-        with pytest.raises(pack("trainer.errors").BadInput, match="does not take what clip and conditioning give"):
+        with pytest.raises(
+            pack("trainer.utils.errors").BadInput, match="does not take what clip and conditioning give"
+        ):
             dry_run.refuse(blueprint, config, entries.of([wrong]))
 
 
 def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: Callable) -> None:
-    refuse, bad, entries = pack("nodes.dry_run").refuse, pack("trainer.errors").BadInput, pack("trainer.models")
+    refuse, bad, entries = (
+        pack("nodes.host.dry_run").refuse,
+        pack("trainer.utils.errors").BadInput,
+        pack("trainer.models"),
+    )
     flux, sdxl = (next(case for case in CASES if case.core == core) for core in ("Flux", "SDXL"))
     patcher = new_patcher(flux)
     refuse(*described(pack, flux, patcher), None)

@@ -28,7 +28,7 @@ def weighed(nodes, *parts: tuple[object, float]):
 
 
 def score(pack, reward, images=GREY, prompts=("a red circle",) * 3):
-    scoring = pack("nodes.scoring")
+    scoring = pack("nodes.host.scoring")
     items = images.movedim(-1, 1)
     return scoring.score_all(reward, items, list(prompts), torch.device("cpu"), lambda size: None)
 
@@ -62,7 +62,7 @@ def test_scores_are_the_trainers(pack, nodes, load) -> None:
 
 
 def test_the_table_and_the_plot(pack, load) -> None:
-    scoring, parts = pack("nodes.scoring"), score(pack, load("brightness"))
+    scoring, parts = pack("nodes.host.scoring"), score(pack, load("brightness"))
     text = scoring.score_table(parts, parts["brightness"], ["a", "b", "c"])
     assert text.splitlines()[0] == "1: 0.2  a"
     assert text.splitlines()[-1] == "mean 0.5667, spread 0.3512, best is image 2"
@@ -74,7 +74,7 @@ def test_the_table_and_the_plot(pack, load) -> None:
 
 
 def test_an_image_without_a_score_is_left_out(pack) -> None:
-    scoring, scores = pack("nodes.scoring"), torch.tensor([0.5, torch.nan, 0.7])
+    scoring, scores = pack("nodes.host.scoring"), torch.tensor([0.5, torch.nan, 0.7])
     last = scoring.score_table({"a": scores}, scores, ["x"] * 3).splitlines()[-1]
     assert last == "mean 0.6, spread 0.1414, 1 without a score, best is image 3"
     assert scoring.score_table({"a": scores[1:2]}, scores[1:2], ["x"]).splitlines()[-1] == "no image has a score"
@@ -82,7 +82,7 @@ def test_an_image_without_a_score_is_left_out(pack) -> None:
 
 
 def test_prompts_one_for_all_or_one_each(pack) -> None:
-    split = pack("nodes.scoring").split_prompts
+    split = pack("nodes.host.scoring").split_prompts
     assert split("a cat\n", 3, "images") == ["a cat"] * 3
     assert split("a cat\n\n a dog ", 2, "images") == ["a cat", "a dog"]
     with pytest.raises(ValueError, match="prompt has 2 lines for 3 images"):
@@ -168,12 +168,12 @@ def test_options_become_widgets(pack, settable, tmp_path, monkeypatch) -> None:
         (tmp_path / name).write_text("x")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(tmp_path)], set()))
     folder_paths.filename_list_cache.pop("rewards", None)
-    widgets = {w.id: w for w in pack("nodes.reward_files").option_widgets(settable)}
+    widgets = {w.id: w for w in pack("nodes.host.reward_files").option_widgets(settable)}
     kinds = {name: widget.get_io_type() for name, widget in widgets.items()}
     expected = {"weights": "COMBO", "dtype": "COMBO", "frames": "INT", "aspects": "STRING", "exact": "BOOLEAN"}
     assert kinds == expected
     assert (widgets["frames"].min, widgets["frames"].max) == (1, 64)
-    values = pack("nodes.reward_files").option_values(settable, {"aspects": "light\n motion \n", "frames": 4})
+    values = pack("nodes.host.reward_files").option_values(settable, {"aspects": "light\n motion \n", "frames": 4})
     assert values == {"aspects": ["light", "motion"], "frames": 4}
     assert widgets["weights"].options == ["film/film.safetensors", "film/other.safetensors"]
     assert widgets["dtype"].options == ["float32", "float16"]
@@ -185,13 +185,13 @@ def test_a_judge_of_videos_is_not_given_images(pack, film) -> None:
         score(pack, reward)
     with pytest.raises(ValueError, match="'film' judges videos"):
         single = torch.zeros(1, 1, 3, 16, 16)
-        pack("nodes.scoring").score_all(reward, single, ["a"], torch.device("cpu"), lambda size: None)
+        pack("nodes.host.scoring").score_all(reward, single, ["a"], torch.device("cpu"), lambda size: None)
 
 
 def test_a_judge_of_videos_scores_frames(pack, film) -> None:
     reward = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="film"),))
     frames = GREY.movedim(-1, 1)[None]
-    scores = pack("nodes.scoring").score_all(reward, frames, ["a"], torch.device("cpu"), lambda size: None)
+    scores = pack("nodes.host.scoring").score_all(reward, frames, ["a"], torch.device("cpu"), lambda size: None)
     assert scores["film"].tolist() == pytest.approx([GREY.mean().item()])
 
 
@@ -224,7 +224,7 @@ def test_each_is_loaded_combined_scored_and_the_best_picked(pack, nodes, files, 
     images = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
     items = images.movedim(-1, 1)[None] if video else images.movedim(-1, 1)
     room = []
-    parts = pack("nodes.scoring").score_all(both, items, [prompt] * len(items), torch.device("cpu"), room.append)
+    parts = pack("nodes.host.scoring").score_all(both, items, [prompt] * len(items), torch.device("cpu"), room.append)
     assert list(parts) == [name, other]
     assert parts[name].isfinite().all()
     assert bool(room) == (name in tiny_rewards.NETWORKS), "room is made for networks, and for them alone"

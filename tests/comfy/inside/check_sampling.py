@@ -68,7 +68,7 @@ def test_images_of_a_batch_get_different_noise(sampler, sample, noise) -> None:
 @pytest.mark.parametrize(("kernel", "guidance"), [(kernel, 1.0) for kernel in FLOW] + [("cps", 3.0)])
 def test_the_trajectory_is_the_trainers(pack, demo, sampler, sample, noise, kernel, guidance) -> None:
     rollout, sampling = pack("trainer.rollout"), pack("nodes.sampling")
-    sd3 = pack("trainer.models.sd3").SD3Model
+    sd3 = pack("trainer.models.diffusers.sd3").SD3Model
     config = pack("trainer.config").ModelConfig()
     prompts = ["a red circle above a blue square", ""]
     conditions = sd3.encode(config, prompts, torch.device("cpu"))

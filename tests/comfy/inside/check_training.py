@@ -34,11 +34,11 @@ def trained(pack: object, output: Path) -> SimpleNamespace:
     model = pack("trainer.models").FAMILIES["sd3"].load(config.model, CPU)
     policy = pack("trainer.policy").Policy(model, config)
     generator = torch.Generator().manual_seed(3)
-    for parameter in pack("trainer.lora").parameters(model.module).values():
+    for parameter in pack("trainer.adapters.lora").parameters(model.module).values():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     file = output / "lora.safetensors"
     policy.save_lora(file, policy.result(), {"dancegrpo": '{"iteration": 7}'})
-    return SimpleNamespace(model=model, file=file, lora=pack("trainer.lora"))
+    return SimpleNamespace(model=model, file=file, lora=pack("trainer.adapters.lora"))
 
 
 def velocity(model: object, x: torch.Tensor, sigma: torch.Tensor, cond: list) -> torch.Tensor:
@@ -55,7 +55,7 @@ def velocity(model: object, x: torch.Tensor, sigma: torch.Tensor, cond: list) ->
 
 @torch.no_grad()
 def test_lora_file_gives_the_same_output_in_comfyui_and_the_trainer(pack, demo, trained, noise, caplog) -> None:
-    name = pack("nodes.folders").publish_lora(trained.file, "equal")
+    name = pack("nodes.host.folders").publish_lora(trained.file, "equal")
     patched = comfy_nodes.LoraLoaderModelOnly().load_lora_model_only(demo.model, name, 1.0)[0]
     assert "not loaded" not in caplog.text.lower()
     assert len(patched.patches) > 0
@@ -77,7 +77,7 @@ def test_prompts_of_the_graphs_clip_equal_the_trainers_own(pack, demo) -> None:
         "evaluation": {"texts": ["a green triangle"]},
     }
     config = pack("trainer.config").parse_config(data)
-    texts, conditions = pack("nodes.encoding").encode(demo.clip, config)
+    texts, conditions = pack("nodes.host.encoding").encode(demo.clip, config)
     assert texts == ["a red circle", "two blue squares", "a green triangle", "grey"]
     own = pack("trainer.models").FAMILIES["sd3"].encode(config.model, texts, CPU)
     assert conditions.tensors.keys() == own.tensors.keys()
@@ -94,8 +94,8 @@ def test_a_clip_of_another_model_is_refused(pack, demo) -> None:
             lambda tokens: [[torch.zeros(1, 77, 768), {"pooled_output": torch.zeros(1, 768)}]]
         )
 
-    with pytest.raises(pack("trainer.errors").BadInput, match="768 and 768 wide.*takes 128 and 128"):
-        pack("nodes.encoding").encode(Other, config)
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match="768 and 768 wide.*takes 128 and 128"):
+        pack("nodes.host.encoding").encode(Other, config)
 
 
 # ---------------------------------------------------------------------------------------------------------- names
@@ -109,22 +109,22 @@ BAD_NAMES = [
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
 def test_bad_names_are_refused_and_no_file_is_touched(pack, output: Path, name: object) -> None:
-    with pytest.raises(pack("trainer.errors").BadInput, match="^name ") as error:
-        pack("nodes.folders").run_folder(name)
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match="^name ") as error:
+        pack("nodes.host.folders").run_folder(name)
     assert "\n" not in str(error.value)
     assert list(output.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["a", "my_lora", "v1.2", "Red circles - 3", "形状", "console", "x" * 64])
 def test_good_names_are_one_folder_inside(pack, output: Path, name: str) -> None:
-    assert pack("nodes.folders").run_folder(name).parent == output.resolve() / "dancegrpo" / "runs"
+    assert pack("nodes.host.folders").run_folder(name).parent == output.resolve() / "dancegrpo" / "runs"
 
 
 # ----------------------------------------------------------------------------------------------------- LoRA files
 
 
 def test_a_lora_is_never_written_over_another(pack, trained, output: Path) -> None:
-    publish = pack("nodes.folders").publish_lora
+    publish = pack("nodes.host.folders").publish_lora
     first = trained.file.read_bytes()
     assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7.safetensors")
     assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7.safetensors")
@@ -141,7 +141,7 @@ def test_a_lora_is_never_written_over_another(pack, trained, output: Path) -> No
 
 def test_the_lora_folder_is_listed_once(pack, output: Path) -> None:
     for _ in range(3):
-        pack("nodes.folders").register_loras()
+        pack("nodes.host.folders").register_loras()
     assert folder_paths.get_folder_paths("loras").count(str(output / "loras")) == 1
 
 
@@ -158,7 +158,7 @@ def test_the_settings_node_at_its_defaults_is_the_run_descriptions_defaults(pack
 
 
 def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
-    module, errors = pack("nodes.settings"), pack("trainer.errors")
+    module, errors = pack("nodes.settings"), pack("trainer.utils.errors")
     checked = 0
     for setting in (*module.MAIN, *module.ADVANCED):
         widget = module.widget(setting, False)
@@ -192,7 +192,7 @@ def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
     ],
 )
 def test_bad_overrides_are_one_sentence(pack, overrides: str, says: str) -> None:
-    with pytest.raises(pack("trainer.errors").BadInput, match=says):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
         pack("nodes.settings").settings({}, overrides)
 
 
@@ -210,7 +210,7 @@ def test_presets_are_settings_without_what_other_nodes_give(pack) -> None:
 
 
 def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
-    digest = pack("nodes.runs").upstream_digest
+    digest = pack("nodes.host.runs").upstream_digest
 
     def graph(numbers: str, file: str) -> dict:
         a, b = numbers
@@ -236,8 +236,8 @@ def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
 )
 def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: str) -> None:
     judges = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="shapes"),))
-    with pytest.raises(pack("trainer.errors").BadInput, match=says):
-        pack("nodes.runs").describe({"family": "sd3"}, None, judges, None, prompts, held_out, "")
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
+        pack("nodes.host.runs").describe({"family": "sd3"}, None, judges, None, prompts, held_out, "")
 
 
 @pytest.mark.parametrize(
@@ -245,13 +245,13 @@ def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: s
     [("0,0", 2, "different"), ("0", 2, "2 processes"), ("a", 1, "numbers"), ("-1", 1, "numbers")],
 )
 def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -> None:
-    with pytest.raises(pack("trainer.errors").BadInput, match=says):
-        pack("nodes.host").parse_gpus(text, processes)
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
+        pack("nodes.host.session").parse_gpus(text, processes)
 
 
 def test_gpus_are_read(pack) -> None:
-    assert pack("nodes.host").parse_gpus(" 3, 1 ", 2) == [3, 1]
-    assert pack("nodes.host").parse_gpus("", 2) is None
+    assert pack("nodes.host.session").parse_gpus(" 3, 1 ", 2) == [3, 1]
+    assert pack("nodes.host.session").parse_gpus("", 2) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -265,7 +265,7 @@ def described(pack) -> dict:
 def test_one_that_another_comfyui_has_started_meanwhile_is_not_started_again(
     pack, output: Path, monkeypatch: pytest.MonkeyPatch, described: dict
 ) -> None:
-    runs, launch, started = pack("nodes.runs"), pack("trainer.launch"), []
+    runs, launch, started = pack("nodes.host.runs"), pack("trainer.runs.launch"), []
 
     def start_elsewhere(run: object, processes: int, gpus: object) -> None:
         run.write_status("starting", launcher=launch.identity(os.getpid()), processes=1, gpus=[])
@@ -300,8 +300,8 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
             return torch.zeros(len(prompts))
 
     monkeypatch.setitem(rewards.REWARDS, "film", Film)
-    with pytest.raises(pack("trainer.errors").BadInput, match=says):
-        pack("nodes.runs").begin("refused", described | changes, None, "", 1, None)
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
+        pack("nodes.host.runs").begin("refused", described | changes, None, "", 1, None)
     assert list(output.iterdir()) == []
 
 
@@ -309,18 +309,21 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
 
 
 def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    host, model = pack("nodes.host"), pack("trainer.config").ModelConfig()
+    host, model = pack("nodes.host.session"), pack("trainer.config").ModelConfig()
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
-    with pytest.raises(pack("trainer.errors").BadInput, match=r"has 0\.3 GiB .* takes 0\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* takes 0\.5 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 8 * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
-    with pytest.raises(pack("trainer.errors").BadInput, match=r"has 8\.0 GiB .* takes 10\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* takes 10\.5 GiB"):
         host.require_memory(model, None, 20, on_cpu=False)
 
 
 def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    host, graph = pack("nodes.host"), {"folder": "x", "file": str(tmp_path / "a"), "vae_file": str(tmp_path / "a")}
+    host, graph = (
+        pack("nodes.host.session"),
+        {"folder": "x", "file": str(tmp_path / "a"), "vae_file": str(tmp_path / "a")},
+    )
     with (tmp_path / "a").open("wb") as file:
         file.truncate(12 * 2**30)  # a hole takes no space
     model = pack("trainer.config").ModelConfig(family="comfy", graph=graph)
@@ -329,7 +332,7 @@ def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: (8 if device == gpu else 6) * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 6 * 2**30)
-    with pytest.raises(pack("trainer.errors").BadInput, match=r"RAM has 12\.0 GiB .* takes 12\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* takes 12\.5 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
 
 
@@ -349,7 +352,7 @@ def test_a_folder_of_another_family_is_refused(pack, tmp_path: Path, monkeypatch
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusers", ([str(tmp_path)], ["folder"]))
-    node, error = pack("nodes.base_model").BaseModel, pack("trainer.errors").BadInput
+    node, error = pack("nodes.base_model").BaseModel, pack("trainer.utils.errors").BadInput
     assert node.define_schema().inputs[0].options == ["thing"]
     values = {"family": "sd3", "width": 512, "height": 512, "dtype": "bfloat16"}
     with pytest.raises(error, match="sd3 folder: transformer/config.json is missing"):

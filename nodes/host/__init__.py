@@ -1,0 +1,1 @@
+"""ComfyUI's side of the nodes: folders, runs, memory, encoding."""

@@ -1,0 +1,172 @@
+"""A connected model without its weights: what its run would refuse, found out before anything makes room for it."""
+
+import copy
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor, nn
+
+from ...trainer.adapters import lora
+from ...trainer.config import RunConfig
+from ...trainer.models import EntryConditions, check_kernel
+from ...trainer.models.comfy.conditions import Entry
+from ...trainer.models.comfy.model import ComfyModel
+from ...trainer.utils.errors import BadInput
+from ..types import Model
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What is needed to build a MODEL again, but for its weights.
+
+    Attributes:
+        kind: its class, a `BaseModel` of ComfyUI's.
+        config: ComfyUI's configuration of it.
+        sampling: its `model_sampling`, as nodes have changed it.
+    """
+
+    kind: type
+    config: Any
+    sampling: Any
+
+    @classmethod
+    def of(cls, model: Any) -> "Blueprint":
+        return cls(type(model.model), model.model.model_config, model.get_model_object("model_sampling"))
+
+
+class Described(Model):
+    """The `model` section of a run description, with what only this process can know of the model."""
+
+    blueprint: Blueprint
+
+    def __deepcopy__(self, memo: dict) -> dict:
+        """A copy is plain data, as what is written down has to be."""
+        return copy.deepcopy(dict(self), memo)
+
+
+class Shell(ComfyModel):
+    """The trainer's model on no device: it computes shapes alone."""
+
+    def _make_resident(self) -> None:
+        """There is nothing to move."""
+
+    def take(self, entry: Entry) -> None:
+        """Run the network on a prompt's conditions.
+
+        Raises:
+            BadInput: the model does not take them.
+        """
+        latents = torch.zeros(1, *self.latent_shape)
+        try:
+            (condition,) = self._conditions_of(latents, entry, "positive")
+        except (AttributeError, KeyError, TypeError) as error:
+            raise _lacking(error) from error
+        given = {name: part.process_cond(batch_size=1, area=None) for name, part in condition["model_conds"].items()}
+        levels = torch.full((1,), 0.5, device=META)
+        options = {"cond_or_uncond": [0], "uuids": [condition["uuid"]], "sigmas": levels}
+        options["optimized_attention_override"] = _attention  # others ask how much memory is free
+        given = self.comfy.samplers.cond_cat([given])
+        try:
+            self.base.apply_model(latents.to(META), levels, **given, transformer_options=options)
+        except TypeError as error:
+            if "required positional argument" in str(error):
+                raise _lacking(error) from error
+            raise
+
+
+def _lacking(error: Exception) -> BadInput:
+    return BadInput(f"the model needs something that clip does not give ({error}): {WANTED}")
+
+
+def _attention(_: Any, *arguments: Any, **keywords: Any) -> Tensor:
+    return attention_pytorch(*arguments, **keywords)
+
+
+WANTED = "connect the clip that belongs to it, and in conditioning what it asks for"
+
+
+def refuse(blueprint: Blueprint, config: RunConfig, conditions: EntryConditions | None) -> None:
+    """
+    Args:
+        conditions: of the run's prompts; None where they have been encoded before.
+
+    Raises:
+        BadInput: what the trainer would say of the model once it has loaded it.
+    """
+    training = comfy.model_management.in_training
+    try:
+        shell = _shell(blueprint, config)
+        if shell is None:
+            return
+        check_kernel(shell, config.model.family, config.rollout)
+        shell.sigmas(config.rollout.steps, config.rollout.shift)
+        if conditions is not None:
+            _refuse_conditions(shell, conditions)
+        with META:
+            for name in lora.inject(shell.module, config.lora, shell.default_targets, seed=0):
+                shell.lora_key(name)
+    finally:
+        comfy.model_management.in_training = training
+
+
+def _shell(blueprint: Blueprint, config: RunConfig) -> Shell | None:
+    """None where the model cannot be built from its description alone."""
+    description = object.__new__(type(blueprint.config))  # its own attribute look-up is in the way of copy.copy
+    vars(description).update(vars(blueprint.config), unet_config=dict(blueprint.config.unet_config), quant_config=None)
+    with _with_shapes():
+        base = description.get_model({}, "", device=META)
+    if type(base) is not blueprint.kind:
+        return None
+    base.model_sampling = blueprint.sampling
+    return Shell(comfy.model_patcher.ModelPatcher(base, META, META), None, config.model)
+
+
+@contextmanager
+def _with_shapes() -> Iterator[None]:
+    """Where ComfyUI's dynamic memory is on, layers would have no weights at all before a file is loaded."""
+    settings = sys.modules.get("comfy.memory_management", SimpleNamespace())  # older ones have none
+    dynamic = getattr(settings, "aimdo_enabled", False)
+    settings.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        settings.aimdo_enabled = dynamic
+
+
+def _refuse_conditions(shell: Shell, conditions: EntryConditions) -> None:
+    wrong: list[str] = []
+
+    def look(name: str, width: int) -> Any:
+        def hook(layer: nn.Module, arguments: tuple) -> None:
+            if arguments and isinstance(arguments[0], Tensor) and arguments[0].shape[-1] != width:
+                wrong.append(f"{name} takes {width} numbers for a token and is given {arguments[0].shape[-1]}")
+
+        return hook
+
+    for name, layer in shell.module.named_modules():
+        width = getattr(layer, "in_features", None) or (getattr(layer, "normalized_shape", None) or (None,))[-1]
+        if isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm) and width is not None:
+            layer.register_forward_pre_hook(look(name, width))
+    sampling = shell.base.model_sampling
+    shell.base.model_sampling = copy.deepcopy(sampling).to(META)
+    try:
+        shell.take(conditions.entries[0])
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001 - what some network cannot compute without values, the trainer can
+        logging.debug("what the model takes was looked at in part: %s", error)
+    finally:
+        shell.base.model_sampling = sampling
+    if wrong:
+        raise BadInput(f"the model does not take what clip and conditioning give ({wrong[0]}): {WANTED}")

@@ -1,0 +1,271 @@
+"""The objective: its parts against brute force, and its gradient against finite differences in float64."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.adapters import lora
+from trainer.config import LoraConfig, ObjectiveConfig
+from trainer.models import Conditions, DiffusionModel
+from trainer.objectives.engine import Actions, Statistics, split, train
+from trainer.objectives.grpo import clipped_objective, guarded_ratio, probability_ratio, velocity_kl
+from trainer.rollout import Plan, Prompting, Trajectories, sample
+
+WIDTH, PROMPTS, GROUP, ETA = 4, 2, 3, 0.6
+SIGMAS = [1.0, 0.8, 0.55, 0.25, 0.0]
+
+
+def brute_force(ratio: float, advantage: float, eps: float) -> float:
+    """PPO's case table: no reward for leaving the range on the side the advantage pushes to."""
+    if advantage >= 0:
+        return -advantage * min(ratio, 1 + eps)
+    return -advantage * max(ratio, 1 - eps)
+
+
+def test_clipped_objective_is_its_case_table() -> None:
+    cases = [(r, a, eps) for r in (0.5, 0.95, 1.0, 1.05, 2.0) for a in (-3.0, -0.1, 0.0, 2.0) for eps in (0.1, 0.01)]
+    for ratio, advantage, eps in cases:
+        value = clipped_objective(torch.tensor([ratio]), torch.tensor([advantage]), eps).item()
+        assert value == pytest.approx(brute_force(ratio, advantage, eps), rel=1e-6), (ratio, advantage, eps)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gradient"),
+    [(1.2, 2.0, 0), (0.8, 2.0, -2), (1.2, -2.0, 2), (0.8, -2.0, 0), (1.05, 2.0, -2), (0.95, -2.0, 2)],
+)
+def test_gradient_stops_only_where_the_advantage_has_been_followed_too_far(
+    ratio: float, advantage: float, gradient: float
+) -> None:
+    rho = torch.tensor([ratio], requires_grad=True)
+    clipped_objective(rho, torch.tensor([advantage]), 0.1).sum().backward()
+    assert rho.grad.item() == pytest.approx(gradient)
+
+
+def test_ratio_is_that_of_the_densities() -> None:
+    new, old = torch.tensor([-1.0, 0.5, 2.0]), torch.tensor([-1.0, 0.25, 2.5])
+    assert probability_ratio(new, old).tolist() == pytest.approx([1.0, math.exp(0.25), math.exp(-0.5)])
+
+
+def test_guarded_ratio_is_its_transcription() -> None:
+    rng = np.random.default_rng(0)
+    dt, std_t = np.array([-0.1, -0.2]), np.array([0.9, 0.5])
+    means = rng.normal(size=(2, 2, 3, 4, 4))
+    new, old = rng.normal(size=(2, 2)) * 0.01
+    bias = ((means[0] - means[1]) ** 2).mean((1, 2, 3)) / (2 * (np.sqrt(-dt) * std_t) ** 2)
+    expected = np.exp((new - old + bias) * np.sqrt(-dt) * std_t)
+    tensors = [torch.tensor(value) for value in (new, old, means[0], means[1], np.sqrt(-dt) * std_t)]
+    np.testing.assert_allclose(guarded_ratio(*tensors).numpy(), expected, rtol=1e-6)
+
+
+def test_guarded_ratio_is_exactly_one_where_nothing_moved() -> None:
+    mean, log_prob, std = torch.randn(3, 4, 5), torch.randn(3), torch.rand(3) + 0.1
+    assert guarded_ratio(log_prob, log_prob, mean, mean, std).tolist() == [1, 1, 1]
+
+
+def test_guarded_log_ratio_has_no_drift() -> None:
+    generator = torch.Generator().manual_seed(0)
+    old, new = torch.zeros(2000, 50), torch.full((2000, 50), 0.02)
+    std = torch.full((2000,), 0.1)
+    samples = 0.1 * torch.randn(2000, 50, generator=generator)
+    densities = [-((samples - mean) ** 2).mean(1) / (2 * 0.1**2) for mean in (new, old)]
+    plain = probability_ratio(*densities).log().mean()
+    guarded = guarded_ratio(*densities, new, old, std).log().mean()
+    assert plain.item() == pytest.approx(-0.02, abs=0.004)
+    assert abs(guarded.item()) < 0.0004
+
+
+def test_velocity_kl_is_the_mean_square_of_each_row() -> None:
+    a, b = torch.zeros(2, 1, 2, 2), torch.tensor([[1.0, 2.0, 2.0, 1.0], [0.0, 0.0, 0.0, 4.0]]).reshape(2, 1, 2, 2)
+    assert velocity_kl(a, b).tolist() == [2.5, 4.0]
+
+
+# --------------------------------------------------------------------------------------------------- whole gradient
+
+
+class LinearModel(DiffusionModel):
+    """velocity = W x + sigma c, with a LoRA on W."""
+
+    default_targets = ("proj",)
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = nn.ModuleDict({"proj": nn.Linear(WIDTH, WIDTH, bias=False)}).requires_grad_(False)
+        lora.inject(self.module, LoraConfig(rank=2, alpha=4), self.default_targets, seed=1)
+        for parameter in lora.parameters(self.module).values():
+            parameter.data = 0.3 * torch.randn_like(parameter)
+
+    check = load = encode = classmethod(lambda cls, *_: None)
+    latent_shape = (WIDTH,)
+    decode = lora_key = None
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        return self.module["proj"](latents) + sigma[:, None] * conditions.tensors["c"]
+
+
+@dataclass
+class Scene:
+    model: LinearModel
+    actions: Actions
+    advantages: Tensor
+    pairs: list[tuple[int, int]]
+
+
+def scene(kernel: str, shared_noise: bool = True) -> Scene:
+    """A rollout, after which the LoRA has moved on a little."""
+    model, generator = LinearModel(), torch.Generator().manual_seed(3)
+    plan = Plan(kernel, ETA, SIGMAS, [True, True, True, False], shared_noise)
+    prompting = Prompting(Conditions({"c": torch.randn(PROMPTS, WIDTH, generator=generator)}))
+    prompt_of = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    initial = torch.randn(PROMPTS if shared_noise else PROMPTS * GROUP, WIDTH, generator=generator)
+    kept = sample(
+        model,
+        plan,
+        prompting,
+        prompt_of,
+        initial,
+        lambda _: torch.randn(PROMPTS * GROUP, WIDTH, generator=generator),
+        batch=4,
+        keep_means=True,
+    )
+    for parameter in lora.parameters(model.module).values():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    advantages = torch.tensor([1.5, -0.5, -1.0, 0.7, 0.9, -1.6])
+    actions = Actions(plan, prompting, kept, prompt_of)
+    pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in range(3) if (t + s) % 4]
+    return Scene(model, actions, advantages, pairs)
+
+
+def weights(model: LinearModel) -> dict[str, np.ndarray]:
+    return {name: p.detach().double().numpy() for name, p in lora.parameters(model.module).items()}
+
+
+def reference_loss(
+    stage: Scene, moved: dict[str, np.ndarray], kernel: str, config: ObjectiveConfig
+) -> tuple[float, list[float]]:
+    """The loss of the stored actions under other weights, in plain float64 sums; also every ratio."""
+    kept: Trajectories = stage.actions.trajectories
+    base = stage.model.module["proj"].base_layer.weight.double().numpy()
+    down, up = (next(v for k, v in moved.items() if part in k) for part in ("lora_A", "lora_B"))
+    current = base + 4 / 2 * up @ down
+    total, ratios = 0.0, []
+    for t, s in stage.pairs:
+        sigma, after = SIGMAS[s], SIGMAS[s + 1]
+        dt = after - sigma
+        x, stored = kept.samples[s, t].double().numpy(), kept.next_samples[s, t].double().numpy()
+        shift = sigma * stage.actions.prompting.conditions.tensors["c"][t // GROUP].double().numpy()
+        v, v_base = current @ x + shift, base @ x + shift
+        x0, x1 = x - sigma * v, x + (1 - sigma) * v
+        if kernel == "dance":
+            mean, std = x + v * dt + ETA**2 / 2 * x1 / sigma * dt, ETA * math.sqrt(-dt)
+        else:
+            std = after * math.sin(ETA * math.pi / 2)
+            mean = (1 - after) * x0 + math.sqrt(after**2 - std**2) * x1
+        log_prob = np.mean(-((stored - mean) ** 2) / (2 * std**2)) - math.log(std) - math.log(2 * math.pi) / 2
+        difference = log_prob - kept.log_probs[s, t].double().item()
+        scale = 1.0
+        if config.ratio == "guard":
+            drift = np.mean((mean - kept.means[s, t].double().numpy()) ** 2) / (2 * std**2)
+            difference, scale = (difference + drift) * std, 1 / -dt
+        ratio = math.exp(difference)
+        ratios.append(ratio)
+        total += brute_force(ratio, stage.advantages[t].item(), config.clip_range) * scale
+        total += config.kl_weight * np.mean((v - v_base) ** 2)
+    return total / len(stage.pairs), ratios
+
+
+def gradients(model: DiffusionModel) -> dict[str, np.ndarray]:
+    return {name: p.grad.double().numpy().copy() for name, p in lora.parameters(model.module).items()}
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "settings"),
+    [
+        ("dance", {}),
+        ("cps", {}),
+        ("dance", {"clip_range": 0.01}),
+        ("dance", {"ratio": "guard"}),
+        ("cps", {"ratio": "guard", "kl_weight": 0.5}),
+        ("dance", {"kl_weight": 0.5}),
+    ],
+)
+def test_gradient_of_the_update_equals_finite_differences(kernel: str, settings: dict, shared_noise: bool) -> None:
+    stage = scene(kernel, shared_noise)
+    config = ObjectiveConfig(**{"clip_range": 0.5, **settings, "batch_size": 3})
+    start = weights(stage.model)
+    loss, ratios = reference_loss(stage, start, kernel, config)
+    deviations = np.abs(np.array(ratios) - 1)
+    assert deviations.max() > 1e-3
+    bound = int((deviations > config.clip_range).sum())
+    assert bound == 0 if config.clip_range == 0.5 else 0 < bound < len(ratios)
+
+    statistics = Statistics.zeros(torch.device("cpu"))
+    train(stage.model, stage.actions, stage.advantages, stage.pairs, len(stage.pairs), config, statistics, lambda: None)
+    for name, found in gradients(stage.model).items():
+        expected = np.zeros_like(found)
+        for place in np.ndindex(*found.shape):
+            sides = []
+            for sign in (1, -1):
+                moved = {key: value.copy() for key, value in start.items()}
+                moved[name][place] += sign * 1e-6
+                sides.append(reference_loss(stage, moved, kernel, config)[0])
+            expected[place] = (sides[0] - sides[1]) / 2e-6
+        np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+    assert statistics.loss.item() / len(stage.pairs) == pytest.approx(loss, rel=1e-4, abs=1e-5)
+    assert statistics.actions == len(ratios)
+    assert statistics.clipped.item() == bound
+    assert statistics.largest.item() == pytest.approx(deviations.max(), rel=1e-3)
+    assert statistics.ratio_sum.item() == pytest.approx(sum(ratios), rel=1e-5)
+
+
+def test_update_does_not_depend_on_how_it_is_divided() -> None:
+    def run(parts: list[slice], batch_size: int) -> dict[str, np.ndarray]:
+        stage = scene("dance")
+        config = ObjectiveConfig(clip_range=0.5, batch_size=batch_size)
+        statistics = Statistics.zeros(torch.device("cpu"))
+        for part in parts:
+            train(
+                stage.model,
+                stage.actions,
+                stage.advantages,
+                stage.pairs[part],
+                len(stage.pairs),
+                config,
+                statistics,
+                lambda: None,
+            )
+        return gradients(stage.model)
+
+    whole = run([slice(None)], 96)
+    for other in (run([slice(None)], 1), run([slice(0, 5), slice(5, None)], 4)):
+        for name, value in whole.items():
+            np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_to_the_objective_raise_it() -> None:
+    stage, config = scene("dance"), ObjectiveConfig(clip_range=0.5)
+    before = weights(stage.model)
+    train(
+        stage.model,
+        stage.actions,
+        stage.advantages,
+        stage.pairs,
+        len(stage.pairs),
+        config,
+        Statistics.zeros("cpu"),
+        lambda: None,
+    )
+    after = {name: before[name] - 1e-3 * value for name, value in gradients(stage.model).items()}
+    assert reference_loss(stage, after, "dance", config)[0] < reference_loss(stage, before, "dance", config)[0]
+
+
+def test_updates_share_out_every_trajectory_once() -> None:
+    groups = [[(p, g) for g in range(4)] for p in range(4)]
+    assert split(groups, 2) == [groups[0] + groups[1], groups[2] + groups[3]]
+    halves = split(groups[:3], 2)
+    assert halves == [[(p, g) for p in range(3) for g in part] for part in ((0, 1), (2, 3))]
+    assert split([[], groups[1], groups[2][:2], []], 1) == [groups[1] + groups[2][:2]]

@@ -1,0 +1,113 @@
+"""Several processes give the run of one."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, Forks, lora_of, results_of, run_program, write_description
+
+from trainer.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.slow
+
+VARIANTS = {
+    # 12 images over 2 processes: the second group is split between them. Plainer runs: test_families.py.
+    "updates, best of n, KL": {
+        "rollout": {"window": {"size": 2, "position": "random"}},
+        "objective": {"updates": 2, "best_of_n": 2, "kl_weight": 0.5},
+        "lora": {"ema_decay": 0.5},
+    },
+}
+
+
+def description(tiny_description: dict, variant: str) -> dict:
+    tiny_description["rollout"] |= {"prompts_per_iteration": 3, "group_size": 4}
+    tiny_description["objective"] = {"train_steps": "all", "clip_range": 0.1}
+    del tiny_description["lora"]["ema_decay"]
+    for section, settings in VARIANTS[variant].items():
+        tiny_description[section] |= settings
+    tiny_description["runtime"] |= {"iterations": 5}
+    return tiny_description
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_give_the_run_of_one(
+    tiny_description: dict, program: Forks, tmp_path: Path, variant: str
+) -> None:
+    file = write_description(tmp_path / "run.json", description(tiny_description, variant))
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, output = program.run("train", file, "--output", one)
+    assert code == 0, output
+    done = run_program("train", file, "--output", two, "--processes", 2, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished: 5 iterations") == 1, "only the first process speaks"
+    alone, shared = results_of(one), results_of(two)
+    assert len(alone) == len(shared) == 5
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert ours["actions"] == theirs["actions"] > 0
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        for name, value in ours["rewards"].items():
+            assert value == pytest.approx(theirs["rewards"][name], abs=1e-5)
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
+    first, second = lora_of(one), lora_of(two)
+    assert first.keys() == second.keys()
+    start = torch.cat([value.flatten() for name, value in first.items() if "lora_B" in name])
+    assert start.abs().max() > 1e-3, "something was learned, so that agreement says something"
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=1e-5)
+    assert RunDirectory(two).summary()["eval"]["after"]["rewards"] == pytest.approx(
+        RunDirectory(one).summary()["eval"]["after"]["rewards"], abs=1e-5
+    )
+
+
+def test_stop_ends_every_process_and_one_process_can_go_on(
+    tiny_description: dict, program: Forks, tmp_path: Path
+) -> None:
+    tiny_description["runtime"] |= {"iterations": 2000, "samples_every": 0, "checkpoint_every": 5}
+    tiny_description["evaluation"]["every"] = 0
+    file, run = write_description(tmp_path / "run.json", tiny_description), tmp_path / "run"
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "train", file, "--output", run, "--processes", "2"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while RunDirectory(run).status().get("iteration", 0) < 5:
+            assert parent.poll() is None, parent.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = psutil.Process(parent.pid).children(recursive=True)
+        assert len(family) >= 3, "the launcher and its two processes"
+        started = time.monotonic()
+        code, output = program.run("stop", run)
+        assert code == 0, output
+        assert output.startswith("stopped: ")
+        assert parent.wait(10) == 0, parent.stdout.read()
+        gone, alive = psutil.wait_procs(family, timeout=max(0.1, started + 10 - time.monotonic()))
+        assert not alive
+    finally:
+        for process in psutil.Process(parent.pid).children(recursive=True) if parent.poll() is None else []:
+            process.kill()
+        parent.kill()
+        parent.stdout.close()
+    status = RunDirectory(run).status()
+    assert status["state"] == "stopped"
+    done = status["iteration"]
+    child = program.start("resume", run)
+    deadline = time.monotonic() + 60
+    while RunDirectory(run).status().get("iteration", 0) < done + 10:
+        assert time.monotonic() < deadline, child.output
+        time.sleep(0.05)
+    (run / "stop").touch()
+    assert child.wait(10) == 0
+    assert [event["iteration"] for event in results_of(run)] == list(range(1, len(results_of(run)) + 1))

@@ -1,0 +1,1 @@
+"""Programs run by hand: reference pages, example graphs, pretraining of the embedded model."""

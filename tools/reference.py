@@ -1,0 +1,213 @@
+"""The reference of settings and rewards, from their own fields: `python -m tools.reference [rewards|load-reward]`."""
+
+import inspect
+import sys
+import types
+import typing
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from trainer.config import RunConfig
+from trainer.rewards.files import file_rule
+from trainer.utils.fields import rules
+
+HEAD = """# Settings of a run
+
+Every setting of a run description (YAML or JSON), with its default. Unknown keys are errors. Any setting can be given
+on the command line: `python -m trainer train run.yaml --set rollout.eta=0.5`. This page is made by `make docs`.
+"""
+_SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
+
+
+REWARDS_HEAD = """# Rewards
+
+Every judge, what it needs and what it gives. Nothing is downloaded: put the files yourself where this page says. In
+ComfyUI they belong in `models/rewards/`; on the command line `--files FOLDER` names such a folder, and in a run
+description the paths stand in the reward's options. Weights in `.pt`, `.pth` and `.bin` files are read without running
+anything they hold; a file of another model is an error that says what differs. This page is made by `make docs`.
+
+```
+python -m trainer score hps-v2.1 image.png --prompt "a red fox" --files ComfyUI/models/rewards
+python -m trainer score clip image.png --prompt "a red fox" --set path=weights.bin --set architecture=ViT-L-14
+```
+
+Scores of one reward are compared within the images of one prompt, so scale and offset do not matter there. Several
+rewards are mixed by their normalised advantages unless `objective.combine` says otherwise. The paper's authors advise
+HPS-v2.1 and CLIP as 0.7 : 1.4, because HPS-v2.1 alone ends in glossy, over-saturated pictures:
+
+```yaml
+rewards:
+  - {name: hps-v2.1, weight: 0.7, options: {path: models/rewards/hpsv2/HPS_v2.1_compressed.pt}}
+  - {name: clip, weight: 1.4, options: {path: models/rewards/clip/DFN5B-CLIP-ViT-H-14-378}}
+```
+
+`threshold` turns any reward into 0 or 1, the paper's binary reward (HPS-v2.1 above 0.28). A group that is all 0 or
+all 1 teaches nothing and is skipped. A judge of images gives a video the mean of 8 evenly spaced frames. Pixels are
+rounded to the 256 values of an image file first, as the models were taught on files. GenEval and VisionReward run in
+environments of their own: see [external scorers](external-scorers.md).
+"""
+
+NODE_HEAD = """# Load Reward
+
+A judge of images or videos, for *Score Images* and for *GRPO Train LoRA*. Both use the very same object. What flows
+along the wire is its description; weights are read when it is used.
+
+Model rewards show the files they need as further widgets. Put the files yourself where this page says, below
+`models/rewards` or a folder that `extra_model_paths.yaml` names `rewards`; nothing is ever downloaded. A missing file
+is an error that names it, and a file of another model an error that says what differs. Judges behind an address
+(`external`, `mllm-...`) send images and prompts to the address in their widget and nowhere else.
+
+Compare scores of one reward only, and only for images of one prompt. `docs/rewards.md` of this pack says more about
+each and its options.
+"""
+
+
+def rewards_markdown() -> str:
+    """The page docs/rewards.md."""
+    from trainer.rewards import REWARDS
+
+    rows = ["| reward | judges | typical scores | licence of the weights | what it is |", "|---|---|---|---|---|"]
+    for name, reward in REWARDS.items():
+        low, high = reward.typical_range
+        first = inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
+        rows.append(
+            f"| [`{name}`](#{_anchor(name)}) | {reward.media}s | {low:g} to {high:g} | {reward.licence} | {first} |"
+        )
+    return "\n".join([REWARDS_HEAD, *rows, "", *map(_reward_section, REWARDS.values())])
+
+
+def _reward_section(reward: type) -> str:
+    parts = [f"## {reward.name}", "", inspect.getdoc(reward), ""]
+    if reward.packages:
+        names = " and ".join(f"`{package}`" for package in reward.packages)
+        several = len(reward.packages) > 1
+        word, is_ = ("packages", "are") if several else ("package", "is")
+        parts += [f"Needs the {word} {names}, which {is_} not among this pack's requirements.", ""]
+    parts += [*_facts(reward), ""]
+    if not reward.Options.model_fields:
+        return "\n".join(parts)
+    rows = [
+        f"| `{name}` | {_default(field)} | {_accepted(field)} | {field.description} |"
+        for name, field in reward.Options.model_fields.items()
+    ]
+    return "\n".join([*parts, "| option | default | accepted | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _facts(reward: type) -> list[str]:
+    """What it needs, its licence and its range, a line each."""
+    low, high = reward.typical_range
+    files = {name: field for name, field in reward.Options.model_fields.items() if file_rule(field) is not None}
+    lines = [f"- Judges {reward.media}s; typical scores {low:g} to {high:g}."]
+    if reward.licence:
+        lines.append(f"- Licence of the weights: {reward.licence}.")
+    lines += [f"- `{name}`: `models/rewards/{field.default}`. {field.description}" for name, field in files.items()]
+    return lines
+
+
+def node_markdown() -> str:
+    """The help page of Load Reward, web/docs/DanceGRPO_LoadReward.md."""
+    from trainer.rewards import REWARDS
+
+    parts = [NODE_HEAD]
+    for reward in REWARDS.values():
+        first = inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
+        needs = [f"- Python packages: {', '.join(reward.packages)}."] if reward.packages else []
+        parts += [f"## {reward.name}", "", first, "", *_facts(reward), *needs, ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _anchor(name: str) -> str:
+    return name.replace(".", "")
+
+
+def markdown() -> str:
+    """The page docs/configuration.md."""
+    parts = [HEAD]
+    for name, field in RunConfig.model_fields.items():
+        section, many = _section(field.annotation)
+        parts.append(_table(f"{name}{'[]' if many else ''}", section))
+    return "\n".join(parts)
+
+
+def _table(title: str, section: type[BaseModel]) -> str:
+    rows = [
+        f"## {title}",
+        "",
+        (section.__doc__ or "").strip(),
+        "",
+        "| setting | default | accepted | meaning |",
+        "|---|---|---|---|",
+    ]
+    nested = []
+    for name, field in section.model_fields.items():
+        inner, many = _section(field.annotation)
+        if inner:
+            nested.append(_table(f"{title}.{name}{'[]' if many else ''}", inner))
+        rows.append(
+            f"| `{name}` | {_default(field)} | {_accepted(field)} | {field.description or _link(title, name)} |"
+        )
+    return "\n".join([*rows, "", *nested])
+
+
+def _link(title: str, name: str) -> str:
+    return f"see `{title}.{name}` below"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if isinstance(value, BaseModel):
+        return ""
+    text = "null" if value is None else list(value) if isinstance(value, tuple) else value
+    return "`" + str(text).replace("|", "\\|").replace("\n", "\\n") + "`"
+
+
+def _accepted(field: FieldInfo) -> str:
+    words = [_type(field.annotation)]
+    for rule in rules(field):
+        for kind, (word, attribute) in _SIGNS.items():
+            if isinstance(rule, kind):
+                words.append(f"{word} {getattr(rule, attribute):g}")
+        if isinstance(rule, MultipleOf):
+            words.append(f"multiple of {rule.multiple_of}")
+        if isinstance(rule, MinLen):
+            words.append("not empty")
+    return ", ".join(words)
+
+
+def _type(annotation: object) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _type(a) for a in arguments)
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} numbers"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    return {int: "whole number", float: "number", str: "text", bool: "true, false"}.get(annotation, str(annotation))
+
+
+def _section(annotation: object) -> tuple[type[BaseModel] | None, bool]:
+    """The section an annotation holds, if any, and whether in a list."""
+    for option in (annotation, *typing.get_args(annotation)):
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option, typing.get_origin(annotation) is list
+        for inner in typing.get_args(option):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                return inner, typing.get_origin(option) is list
+    return None, False
+
+
+if __name__ == "__main__":
+    pages = {"rewards": rewards_markdown, "load-reward": node_markdown}
+    print(pages.get(sys.argv[1] if len(sys.argv) > 1 else "", markdown)(), end="")

@@ -1,0 +1,131 @@
+"""The adapter that learns: inject it, read and write its weights, save it under the names ComfyUI loads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LoraConfig
+from ..models.base import Rows, matching
+from ..utils.files import write_atomically
+
+ADAPTER = "default"
+
+
+def inject(
+    module: nn.Module,
+    config: LoraConfig,
+    targets: tuple[str, ...],
+    seed: int,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Add a LoRA with float32 weights to every target of a frozen network; it starts as the identity.
+
+    Args:
+        targets: endings of module names, used where the configuration names none.
+        device: where the LoRA's weights go; None leaves them beside those they go with.
+
+    Returns:
+        names of the modules that carry it.
+
+    Raises:
+        BadInput: a target matches nothing.
+    """
+    import peft
+
+    wanted = config.targets or list(targets)
+    matching(module, wanted)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(
+            peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=wanted, lora_dropout=0.0), module
+        )
+    for parameter in parameters(module).values():
+        parameter.data = parameter.data.to(device or parameter.device, torch.float32)
+        parameter.requires_grad_(True)
+    return sorted({name.rsplit(".lora_", 1)[0] for name in parameters(module)})
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA's parameters by name, in a fixed order."""
+    return {name: p for name, p in module.named_parameters() if f".{ADAPTER}." in name and ".lora_" in name}
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """Inside, the network is the base model."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [child for child in module.modules() if isinstance(child, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+@contextmanager
+def swapped(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the LoRA has other weights, such as their moving average."""
+    live = parameters(module)
+    kept = {name: p.detach().clone() for name, p in live.items()}
+    load(module, weights)
+    try:
+        yield
+    finally:
+        load(module, kept)
+
+
+@torch.no_grad()
+def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the LoRA's weights, by parameter name."""
+    for name, parameter in parameters(module).items():
+        parameter.copy_(weights[name])
+
+
+def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str | Rows]) -> dict[str, Tensor]:
+    """Weights under the names ComfyUI loads, with the `.alpha` without which it would apply scale 1.
+
+    Args:
+        weights: by parameter name, `<module>.lora_A.default.weight`.
+        key: maps a module's name to ComfyUI's, or to its part of a layer that ComfyUI keeps in one piece.
+    """
+    plain: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        module, _, rest = name.partition(".lora_")
+        plain.setdefault(module, {})[rest[0]] = value.detach().float().cpu().contiguous()
+    parts: dict[str, list[tuple[Rows, dict[str, Tensor]]]] = {}
+    result: dict[str, Tensor] = {}
+    for module, pair in plain.items():
+        place = key(module)
+        if isinstance(place, str):
+            result |= _entries(place, pair["A"], pair["B"], alpha)
+        else:
+            parts.setdefault(place.key, []).append((place, pair))
+    for name, fused in parts.items():
+        result |= _entries(name, *_fuse(fused), alpha * len(fused))
+    return result
+
+
+def _entries(key: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tensor]:
+    return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(float(alpha))}
+
+
+def _fuse(parts: list[tuple[Rows, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
+    """One LoRA for a layer made of several: the ranks add up, and each part reaches its own output rows alone."""
+    rank = parts[0][1]["A"].shape[0]
+    up = torch.zeros(parts[0][0].total, rank * len(parts))
+    for i, (rows, pair) in enumerate(parts):
+        up[rows.first : rows.first + len(pair["B"]), i * rank : (i + 1) * rank] = pair["B"]
+    return torch.cat([pair["A"] for _, pair in parts]), up
+
+
+def save(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a LoRA file in one piece."""
+    from safetensors.torch import save as serialize
+
+    write_atomically(path, serialize(weights, metadata))

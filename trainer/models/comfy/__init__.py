@@ -1,0 +1,1 @@
+"""Models that a ComfyUI graph loaded: described, loaded again, run."""

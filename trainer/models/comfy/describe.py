@@ -1,0 +1,207 @@
+"""MODEL and VAE of core's loaders, described so that the trainer's process can load them again."""
+
+import typing
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.model_sampling
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ...config import GraphModel, ModelConfig
+from ...shapes import WEIGHTS
+from ...utils.errors import BadInput
+from .load import attention_layers, check_vae, describe_sampling, latent_shape, predicts_flow, require_version
+
+LORA_LOADERS = ("LoraLoader", "LoraLoaderModelOnly")
+REPEATABLE = "connect core's Load Diffusion Model or Load Checkpoint (and Load VAE), or choose a diffusers folder"
+_MODEL_LOADERS = {"load_diffusion_model": "diffusion_model", "load_checkpoint_guess_config": "checkpoint"}
+_VAE_LOADERS = {"load_vae_patcher": "vae", "load_checkpoint_vae_patcher": "checkpoint"}
+_FOLDERS = {"diffusion_model": "diffusion_models", "checkpoint": "checkpoints", "vae": "vae"}
+
+
+def describe(
+    model: object,
+    vae: object | None,
+    scheduler: str | None,
+    sigmas: torch.Tensor | None,
+    vae_node: dict | None,
+    nodes_above: Iterator[dict],
+) -> dict:
+    """The `graph` section of a model's description.
+
+    Args:
+        model: a MODEL.
+        vae: a VAE.
+        scheduler: ComfyUI's name of one.
+        sigmas: SIGMAS, in place of it.
+        vae_node: the node that `vae` comes from, for a ComfyUI whose VAE does not say where it is from.
+        nodes_above: all nodes above `model`.
+
+    Raises:
+        BadInput: something that cannot be repeated, carried over or trained.
+    """
+    folder = Path(folder_paths.__file__).resolve().parent
+    require_version(folder)
+    if vae is None:
+        raise BadInput("vae is not connected: a connected model needs its VAE")
+    loader, file, options = _network(model)
+    vae_loader, vae_file = _vae(vae, vae_node)
+    _refuse_other_patches(model)
+    sampling = model.get_model_object("model_sampling")
+    predicts_flow(sampling, comfy.model_sampling)
+    attention_layers(model.model.diffusion_model)
+    check_vae(vae, model.model.latent_format)
+    return {
+        "folder": str(folder),
+        "loader": loader,
+        "file": file,
+        "weights": _weights(model, options),
+        "vae_loader": vae_loader,
+        "vae_file": vae_file,
+        "loras": _loras(model, nodes_above),
+        "sampling": describe_sampling(sampling, comfy.model_sampling)
+        if "model_sampling" in model.object_patches
+        else None,
+        "scheduler": scheduler if sigmas is None else None,
+        "sigmas": None if sigmas is None else sigmas.double().tolist(),
+    }
+
+
+def check_size(model: object, config: ModelConfig) -> None:
+    """Raise BadInput for a height, width or number of frames that the model cannot take."""
+    latent_shape(model.model.latent_format, config)
+
+
+# -------------------------------------------------------------------------------------------------------- the loaders
+
+
+def _network(model: object) -> tuple[str, str, dict]:
+    """Loader, file and options of a MODEL."""
+    function, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    loader = _known(function, _MODEL_LOADERS)
+    if loader is None:
+        raise BadInput(f"the connected model comes from a loader that training cannot repeat: {REPEATABLE}")
+    options = arguments[1] if loader == "diffusion_model" else arguments[6]
+    if unknown := set(options) - {"dtype"}:
+        raise BadInput(
+            f"the model is loaded with {', '.join(sorted(unknown))}, which training cannot repeat: set the loader's "
+            "weight_dtype to default, fp8_e4m3fn or fp8_e5m2"
+        )
+    return loader, _inside(arguments[0], loader), options
+
+
+def _vae(vae: object, node: dict | None) -> tuple[str, str]:
+    """Loader and file of a VAE."""
+    function, arguments, *_ = getattr(vae.patcher, "cached_patcher_init", None) or (None, ())
+    loader = _known(function, _VAE_LOADERS)
+    if loader is not None:
+        return loader, _inside(arguments[0], loader)
+    names = {"VAELoader": ("vae", "vae_name"), "CheckpointLoaderSimple": ("checkpoint", "ckpt_name")}
+    loader, field = names.get((node or {}).get("class_type"), (None, None))
+    name = node["inputs"].get(field) if loader else None
+    file = folder_paths.get_full_path(_FOLDERS[loader], name) if isinstance(name, str) else None
+    if file is None:
+        raise BadInput(f"the connected VAE comes from a loader that training cannot repeat: {REPEATABLE}")
+    return loader, _inside(file, loader)
+
+
+def _known(function: Callable | None, loaders: dict[str, str]) -> str | None:
+    """The name of one of core's own loaders; a graph cannot make the trainer call anything else."""
+    name = getattr(function, "__name__", None)
+    return loaders[name] if name in loaders and function is getattr(comfy.sd, name, None) else None
+
+
+def _inside(file: str, loader: str) -> str:
+    """The file's full path.
+
+    Raises:
+        BadInput: it is in none of ComfyUI's folders for it.
+    """
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(_FOLDERS[loader])] + [WEIGHTS]
+    path = Path(file).absolute()
+    if ".." in path.parts or not any(folder.absolute() in path.parents for folder in folders):
+        raise BadInput(f"{file} lies outside ComfyUI's folders for {_FOLDERS[loader]}: move it there")
+    return str(path)
+
+
+def _weights(model: object, options: dict) -> str | None:
+    """The type of the weights as they are loaded here."""
+    chosen = options.get("dtype")
+    if chosen is None and getattr(model.model.model_config, "quant_config", None) is not None:
+        return None
+    name = str(chosen or model.model.get_dtype()).removeprefix("torch.")
+    known = typing.get_args(typing.get_args(GraphModel.model_fields["weights"].annotation)[0])
+    return name if name in known else None
+
+
+# ------------------------------------------------------------------------------------------------------------ patches
+
+
+def _refuse_other_patches(model: object) -> None:
+    """Everything but weights and noise levels: it would silently be missing in training."""
+    found = [name for name in model.object_patches if name != "model_sampling"]
+    found += [name for name, value in model.model_options.items() if value]
+    for name in ("weight_wrapper_patches", "hook_patches", "injections", "attachments", "additional_models"):
+        if set(getattr(model, name, None) or ()) - {"lora_metadata"}:
+            found.append(name)
+    for name in ("wrappers", "callbacks"):
+        if any(any(kind.values()) for kind in getattr(model, name, {}).values()):
+            found.append(name)
+    if found:
+        raise BadInput(
+            f"a node changed the model in a way that training cannot carry over ({', '.join(found)}): connect it "
+            "behind the training instead"
+        )
+
+
+def _loras(model: object, nodes_above: Iterator[dict]) -> list[dict]:
+    """The LoRAs in the model's weights, the first applied first.
+
+    Raises:
+        BadInput: patches of weights that core's LoRA loaders above do not explain.
+    """
+    if not model.patches:
+        return []
+    loras = [_lora(node["inputs"]) for node in nodes_above if node["class_type"] in LORA_LOADERS][::-1]
+    loras = [lora for lora in loras if lora["strength"]]
+    expected = Counter(place for lora in loras for place in _places(model, lora))
+    actual = Counter((key, float(patch[0])) for key, patches in model.patches.items() for patch in patches)
+    if actual != expected:
+        raise BadInput(
+            "a node changed the model's weights in a way that training cannot carry over: only LoRAs of core's Load "
+            "LoRA with typed-in names and strengths can be"
+        )
+    return loras
+
+
+def _lora(inputs: dict) -> dict:
+    name, strength = inputs.get("lora_name"), inputs.get("strength_model")
+    file = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
+    if file is None or not isinstance(strength, int | float):
+        raise BadInput("a LoRA's name or strength comes from another node: type it in, so that training can repeat it")
+    return {"file": str(Path(file).absolute()), "strength": float(strength)}
+
+
+def _places(model: object, lora: dict) -> list[tuple[str, float]]:
+    """Which weights a LoRA changes, and how strongly."""
+    weights = comfy.utils.load_torch_file(lora["file"], safe_load=True)
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), names)
+    return [(key if isinstance(key, str) else key[0], lora["strength"]) for key in loaded]
+
+
+# -------------------------------------------------------------------------------------------------------------- graph
+
+
+def nodes_above(get_node: Callable[[str], dict], link: object) -> Iterator[dict]:
+    """All nodes from a MODEL's own up to its loader, by their `model` inputs."""
+    while isinstance(link, list) and len(link) == 2 and isinstance(link[0], str):
+        node = get_node(link[0])
+        yield node
+        link = node["inputs"].get("model")

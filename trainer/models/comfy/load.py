@@ -1,0 +1,234 @@
+"""What a model of a ComfyUI graph is made of: loaded again as it was, or refused in words.
+
+ComfyUI's modules are handed in: `comfy` stands for all of them, `kinds` for `comfy.model_sampling`.
+"""
+
+import re
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import GraphModel, GraphSampling, ModelConfig
+from ...utils.errors import BadInput
+
+
+def load_network(graph: GraphModel, comfy: SimpleNamespace) -> Any:
+    """What core's loader gives for these files, with the graph's LoRAs in its weights and the graph's noise levels."""
+    options = {} if graph.weights is None else {"dtype": getattr(torch, graph.weights)}
+    try:
+        if graph.loader == "diffusion_model":
+            patcher = comfy.sd.load_diffusion_model(graph.file, model_options=options)
+        else:
+            patcher = comfy.sd.load_checkpoint_guess_config(
+                graph.file, output_vae=False, output_clip=False, model_options=options
+            )[0]
+    except RuntimeError as error:
+        raise BadInput(f"model.graph.file: ComfyUI cannot load {graph.file}: {error}") from error
+    for lora in graph.loras:
+        patcher = _with_lora(patcher, lora.file, lora.strength, comfy)
+    if graph.loras:
+        patcher.patch_model()  # into the weights for good: names change when the trained LoRA is added
+        patcher = comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, patcher.offload_device)
+    if graph.sampling is not None:
+        patcher.model.model_sampling = build_sampling(graph.sampling, patcher.model.model_config, comfy.model_sampling)
+    return patcher
+
+
+def _with_lora(patcher: Any, file: str, strength: float, comfy: SimpleNamespace) -> Any:
+    weights = comfy.utils.load_torch_file(file, safe_load=True)
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, weights, strength, 0)
+    return patched
+
+
+def load_vae(graph: GraphModel, comfy: SimpleNamespace) -> Any:
+    """What core's loader gives for the VAE's file."""
+    try:
+        if graph.vae_loader == "checkpoint":
+            vae = comfy.sd.load_checkpoint_guess_config(graph.vae_file, output_clip=False, output_model=False)[2]
+        else:
+            weights, metadata = comfy.utils.load_torch_file(graph.vae_file, return_metadata=True)
+            vae = comfy.sd.VAE(sd=weights, metadata=metadata)
+        vae.throw_exception_if_invalid()
+    except RuntimeError as error:
+        raise BadInput(f"model.graph.vae_file: ComfyUI cannot load a VAE from {graph.vae_file}: {error}") from error
+    return vae
+
+
+_KINDS = {"flow": "ModelSamplingDiscreteFlow", "flux": "ModelSamplingFlux", "noise": "ModelSamplingDiscrete"}
+_PREDICTS = {"flow": "CONST", "noise": "EPS", "v": "V_PREDICTION"}
+
+
+def build_sampling(description: GraphSampling, model_config: Any, kinds: ModuleType) -> Any:
+    """A `model_sampling` as core's own nodes make it."""
+    kind, predicts = getattr(kinds, _KINDS[description.kind]), getattr(kinds, _PREDICTS[description.predicts])
+    sampling = type("GraphSampling", (kind, predicts), {})(model_config)
+    given = {"shift": description.shift, "multiplier": description.multiplier}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        sampling.set_parameters(**given)
+    return sampling
+
+
+def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
+    """The description from which `build_sampling` makes an equal one.
+
+    Raises:
+        BadInput: it is of another kind, or has noise levels of its own.
+    """
+    known = [name for name in _KINDS if any(c.__name__ == _KINDS[name] for c in type(sampling).__mro__[1:])]
+    meant = [name for name in _PREDICTS if getattr(kinds, _PREDICTS[name]) in type(sampling).__mro__]
+    if not known or not meant:
+        names = ", ".join(kind.__name__ for kind in type(sampling).__mro__[1:3])
+        raise BadInput(f"a node changed the model's sampling ({names}), which training cannot carry over")
+    found = {"kind": known[0], "predicts": meant[-1]}  # v is also a kind of noise prediction
+    for name in ("shift", "multiplier"):
+        if hasattr(sampling, name):
+            found[name] = float(getattr(sampling, name))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- what fits
+
+
+def predicts_flow(sampling: Any, kinds: ModuleType) -> bool:
+    """Whether a `model_sampling` is that of a flow model; else it is one of noise levels x0 + s noise.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    names = [kind.__name__ for kind in type(sampling).__mro__]
+    if getattr(sampling, "noise_scale", 1.0) != 1.0 or getattr(sampling, "zsnr", False):
+        raise BadInput(f"the model's noise ({names[1]}) is scaled or has zero signal at its end: it cannot be trained")
+    if isinstance(sampling, kinds.CONST) and "IMG_TO_IMG_FLOW" not in names and "ModelSamplingAV" not in names:
+        return True
+    if isinstance(sampling, kinds.EPS) and "IMG_TO_IMG" not in names:
+        return False
+    raise BadInput(f"the model's sampling ({', '.join(names[1:3])}) is neither that of flow nor of noise prediction")
+
+
+def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
+    """Shape of one image's or video's latents, by the model's own latent format.
+
+    Raises:
+        BadInput: a height, width or number of frames that it cannot take.
+    """
+    step, frame_step = latent_format.spacial_downscale_ratio, latent_format.temporal_downscale_ratio
+    for name, size in (("height", config.height), ("width", config.width)):
+        if size % step:
+            raise BadInput(f"model.{name} is {size}: this model takes multiples of {step}")
+    size = (config.height // step, config.width // step)
+    if latent_format.latent_dimensions == 2:
+        if config.frames != 1:
+            raise BadInput(f"model.frames is {config.frames}: this model makes images; give 1")
+        return (latent_format.latent_channels, *size)
+    if latent_format.latent_dimensions != 3:
+        raise BadInput("this model makes neither images nor videos")
+    if (config.frames - 1) % frame_step:
+        raise BadInput(f"model.frames is {config.frames}: this model takes 1 more than a multiple of {frame_step}")
+    return (latent_format.latent_channels, (config.frames - 1) // frame_step + 1, *size)
+
+
+def check_vae(vae: Any, latent_format: Any) -> None:
+    """
+    Raises:
+        BadInput: the VAE belongs to another model.
+    """
+    if vae.latent_channels != latent_format.latent_channels:
+        raise BadInput(
+            f"the VAE has {vae.latent_channels} latent channels and the model {latent_format.latent_channels}: connect "
+            "the VAE that belongs to it"
+        )
+    if vae.latent_dim != latent_format.latent_dimensions:
+        kinds = {2: "images", 3: "videos"}
+        raise BadInput(
+            f"the VAE has latents of {kinds.get(vae.latent_dim, 'sound')} and the model those of "
+            f"{kinds.get(latent_format.latent_dimensions, 'sound')}: connect the VAE that belongs to it"
+        )
+    if vae.spacial_compression_decode() != latent_format.spacial_downscale_ratio:
+        raise BadInput(
+            f"the VAE makes {vae.spacial_compression_decode()} pixels of a latent and the model is made for "
+            f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to it"
+        )
+
+
+OLDEST = (0, 20, 0)
+"""ComfyUI's version from which on models of a graph can be trained, as in pyproject.toml."""
+
+
+def require_version(folder: Path) -> None:
+    """
+    Raises:
+        BadInput: ComfyUI is older, or is not there.
+    """
+    if not (folder / "comfy" / "sd.py").is_file():
+        raise BadInput(f"model.graph.folder is {str(folder)!r}: ComfyUI is not there")
+    file = folder / "comfyui_version.py"
+    found = re.search(r"__version__ = \"(\d+)\.(\d+)\.(\d+)", file.read_text() if file.is_file() else "")
+    if found is None or tuple(map(int, found.groups())) < OLDEST:
+        version = "of an unknown version" if found is None else ".".join(found.groups())
+        oldest = ".".join(map(str, OLDEST))
+        raise BadInput(f"ComfyUI in {folder} is {version}, and a connected model needs {oldest} or later: update it")
+
+
+def check_offload(offloaded: int, config: ModelConfig) -> None:
+    """
+    Args:
+        offloaded: bytes of weights that stay in RAM.
+
+    Raises:
+        BadInput: the backward pass would need all of them on the GPU at once.
+    """
+    if offloaded > 0 and not config.gradient_checkpointing:
+        raise BadInput(
+            f"model.gradient_checkpointing is off, and {offloaded / 2**30:.1f} GB of the weights stay in RAM, because "
+            "they do not fit on the GPU: turn it on"
+        )
+
+
+def attention_layers(network: nn.Module) -> tuple[str, ...]:
+    """Names of the linear layers of its attention, and of those that FLUX-like single blocks fuse it with.
+
+    Raises:
+        BadInput: there are none that a LoRA could be put on.
+    """
+    linear = [name for name, child in network.named_modules() if isinstance(child, nn.Linear) or _is_mixed(child)]
+    found = tuple(name for name in linear if _is_attention(name.split(".")))
+    if not found:
+        raise BadInput("the model has no attention with linear layers that ComfyUI knows, so no LoRA can be put on it")
+    return found
+
+
+def open_mixed_layers(network: nn.Module, packed: type) -> None:
+    """Let the layers of a file in mixed precision (scaled fp8 and its like) count as linear ones, as peft asks for.
+
+    They also unpack their weights in each call, on every device, as ComfyUI does on one that cannot multiply in their
+    format: rounding of what comes in has no gradient, and some of it depends on the rest of the batch.
+
+    Args:
+        packed: ComfyUI's class of weights in such a format.
+    """
+
+    def multiply(layer: nn.Module, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        unpacked = weight.dequantize().to(value.dtype) if isinstance(weight, packed) else weight
+        return nn.functional.linear(value, unpacked, bias)
+
+    for layer in network.modules():
+        if _is_mixed(layer):
+            layer.__class__ = type("MixedLinear", (type(layer), nn.Linear), {"_forward": multiply})
+            layer._full_precision_mm = True
+
+
+def _is_mixed(layer: nn.Module) -> bool:
+    """Whether it is ComfyUI's linear layer for weights of any format, which is no `nn.Linear`."""
+    is_linear = type(layer).__name__ == "Linear" and hasattr(layer, "comfy_cast_weights")
+    return is_linear and not isinstance(layer, nn.Linear)
+
+
+def _is_attention(path: list[str]) -> bool:
+    if any("mod" in part.lower() for part in path[-2:]):  # modulation beside the attention
+        return False
+    fused = path[-1] in ("linear1", "linear2") and any(part.startswith("single") for part in path)
+    return fused or any("attn" in part or "attention" in part for part in path)

@@ -1,0 +1,279 @@
+"""Whatever a ComfyUI graph loads, by ComfyUI's own code. The one file of the trainer that imports ComfyUI."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ...diffusion.kernels import DIFFUSION_KERNELS, KERNELS
+from ...diffusion.schedules import sigma_schedule
+from ...utils.errors import BadInput
+from ..base import Conditions, DiffusionModel
+from .autograd import OutOfPlace, checkpoint_blocks
+from .conditions import EntryConditions
+from .load import (
+    attention_layers,
+    check_offload,
+    check_vae,
+    latent_shape,
+    load_network,
+    load_vae,
+    open_mixed_layers,
+    predicts_flow,
+    require_version,
+)
+
+WEIGHT_FILES = (".safetensors", ".sft")
+
+
+class ComfyModel(DiffusionModel):
+    """A model behind ComfyUI's `BaseModel`, image or video.
+
+    Flow models go by the flow kernels. Models that predict noise, v or the image go by `ddim`; ComfyUI holds their
+    latents as x0 + s noise, this pack as that divided by sqrt(1 + s^2), and sigma = s / sqrt(1 + s^2).
+
+    Args:
+        patcher: ComfyUI's `ModelPatcher`, loaded, without patches.
+        vae: ComfyUI's `VAE`, or None where nothing is decoded.
+
+    Raises:
+        BadInput: the model cannot be trained by these kernels, or the VAE does not fit.
+    """
+
+    family = "comfy"
+    needs_opening_check = True
+    default_targets = ()
+    kernels = (*KERNELS, *DIFFUSION_KERNELS)  # of any; an instance has its own
+
+    def __init__(self, patcher: Any, vae: Any, config: ModelConfig) -> None:
+        self.patcher, self.vae, self.config = patcher, vae, config
+        self.base, self.module = patcher.model, patcher.model.diffusion_model
+        self.comfy = _modules()
+        self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
+        self.predicts_flow = predicts_flow(self.base.model_sampling, self.comfy.model_sampling)
+        self.kernels = tuple(KERNELS if self.predicts_flow else DIFFUSION_KERNELS)
+        self.still_kernel = "ode" if self.predicts_flow else "ddim"
+        self.module.requires_grad_(False)
+        open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
+        self.default_targets = attention_layers(self.module)
+        self._keys = set(self.comfy.lora.model_lora_keys_unet(self.base, {}))
+        self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
+        self._shape = latent_shape(self.base.latent_format, config)
+        if vae is not None:
+            check_vae(vae, self.base.latent_format)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(self.module)
+        self._is_resident = False
+        patcher.pre_run()
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    @staticmethod
+    def check(config: ModelConfig) -> None:
+        graph = config.graph
+        require_version(Path(graph.folder))
+        named = [("file", graph.file), ("vae_file", graph.vae_file), *(("loras", lora.file) for lora in graph.loras)]
+        for field, file in named:
+            if Path(file).suffix not in WEIGHT_FILES or not Path(file).is_file():
+                raise BadInput(f"model.graph.{field} is {file!r}: there is no such .safetensors file (any more)")
+
+    @classmethod
+    def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
+        comfy = _import(config.graph.folder, device)
+        patcher = load_network(config.graph, comfy)
+        model = cls(patcher, load_vae(config.graph, comfy), config)
+        model._make_resident()
+        check_offload(patcher.model_size() - patcher.loaded_size() if model.base.model_lowvram else 0, config)
+        return model
+
+    @classmethod
+    def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: Any = None) -> Conditions:
+        raise BadInput("family comfy loads no text encoder: connect the graph's clip, which encodes the prompts")
+
+    @classmethod
+    def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
+        if not isinstance(conditions, EntryConditions):
+            raise BadInput("prompts.conditions: family comfy takes those that a ComfyUI graph has encoded")
+
+    # --------------------------------------------------------------------------------------------- prediction
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.patcher.load_device
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions) -> Tensor:
+        return self._predict(latents, sigma, conditions, "positive")
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditions: EntryConditions,
+        guidance_scale: float = 1.0,
+        unconditional: EntryConditions | None = None,
+    ) -> Tensor:
+        positive = self._predict(latents, sigma, conditions, "positive")
+        if guidance_scale == 1.0:
+            return positive
+        alone = unconditional.rows(torch.zeros(len(latents), dtype=torch.long))
+        return self.guided(positive, self._predict(latents, sigma, alone, "negative"), guidance_scale)
+
+    def _predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, branch: str) -> Tensor:
+        level = sigma.float().double()
+        scale = torch.ones_like(level) if self.predicts_flow else (1 - level**2).rsqrt()
+        sigmas = (level * scale).float()
+        noisy = latents * _column(scale.float(), latents)
+        self._make_resident()
+        groups = [(rows.to(latents.device), entry) for rows, entry in conditions.groups()]
+        parts = [self._denoised(noisy[rows], sigmas[rows], entry, branch) for rows, entry in groups]
+        order = torch.cat([rows for rows, _ in groups]).argsort()
+        return ((noisy - torch.cat(parts)[order]) / _column(sigmas, noisy)).float()
+
+    def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
+        """ComfyUI's estimate of the clean latents."""
+        conditions = self._conditions_of(noisy, entry, branch)
+        return self.comfy.samplers.calc_cond_batch(self.base, [conditions], noisy, sigmas, self._options)[0]
+
+    def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
+        """What ComfyUI makes of CONDITIONING for latents of this shape and place."""
+        entry = self._restored(entry)
+        tokens = entry.pop("cross_attn")
+        conds = {branch: self.comfy.sampler_helpers.convert_cond([[tokens, entry]])}
+        conds = self.comfy.samplers.process_conds(
+            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0
+        )
+        self._check_guidance(conds[branch])
+        return conds[branch]
+
+    def _restored(self, entry: dict[str, Any]) -> dict[str, Any]:
+        entry = dict(entry)
+        if self.config.embedded_guidance is not None:
+            entry["guidance"] = self.config.embedded_guidance
+        if "clip_vision_output" in entry:
+            seen = self.comfy.clip_vision.Output()
+            for name, value in entry["clip_vision_output"].items():
+                setattr(seen, name, value)
+            entry["clip_vision_output"] = seen
+        return entry
+
+    def _check_guidance(self, conds: list[dict]) -> None:
+        if self.config.embedded_guidance is not None and not any("guidance" in c["model_conds"] for c in conds):
+            raise BadInput(
+                f"model.embedded_guidance is {self.config.embedded_guidance}: this model takes none; leave it null"
+            )
+
+    def _make_resident(self) -> None:
+        """Have ComfyUI move the weights to the GPU, as many as fit, and the VAE away from it."""
+        if self._is_resident:  # never between a forward pass and its backward pass, which needs them where they were
+            return
+        management = self.comfy.management
+        if self.vae is not None:
+            others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
+            management.free_memory(1e30, self.vae.patcher.load_device, others)
+        reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
+        needed = self.patcher.memory_required([1, *self._shape]) + reserve
+        management.load_models_gpu([self.patcher], memory_required=needed)
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:  # ComfyUI leaves it in RAM with what does not fit, and does not cast it
+                parameter.data = parameter.data.to(self.device)
+        self._is_resident = True
+
+    def plain(self, call: Callable[[], Tensor]) -> Tensor:
+        self.comfy.management.in_training = False
+        try:
+            return call()
+        finally:
+            self.comfy.management.in_training = True
+
+    # ------------------------------------------------------------------------------------------------ the rest
+
+    def sigmas(self, steps: int, shift: float | None) -> list[float]:
+        graph = self.config.graph
+        if graph is not None and graph.sigmas is not None:
+            return self._given(graph.sigmas, steps)
+        scheduler = graph.scheduler if graph is not None else None
+        if scheduler is None and self.predicts_flow and shift is not None:
+            return sigma_schedule(steps, shift)
+        known = self.comfy.samplers.SCHEDULER_NAMES
+        if scheduler is not None and scheduler not in known:
+            raise BadInput(f"model.graph.scheduler is {scheduler!r}: this ComfyUI has {', '.join(known)}")
+        own = self.comfy.samplers.calculate_sigmas(self.base.model_sampling, scheduler or "simple", steps)
+        return self._given(own.tolist(), steps)
+
+    def _given(self, values: list[float], steps: int) -> list[float]:
+        """ComfyUI's noise levels in this pack's scale."""
+        if len(values) != steps + 1:
+            raise BadInput(f"there are {len(values)} sigmas, and {steps} steps take {steps + 1}: make them equal")
+        if values[-1] != 0 or any(a <= b for a, b in zip(values[:-1], values[1:], strict=True)):
+            raise BadInput(f"sigmas must fall from step to step and end at 0: they are {[round(v, 4) for v in values]}")
+        if not self.predicts_flow:
+            return [value / (1 + value**2) ** 0.5 for value in values]
+        if values[0] > 1:
+            raise BadInput(f"sigmas begin with {values[0]}, and those of a flow model are at most 1")
+        return values
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        self._is_resident = False  # ComfyUI makes room for the VAE
+        pixels = self.vae.decode(self.base.process_latent_out(latents)).to(latents.device, torch.float32)
+        images = pixels.clamp(0, 1).movedim(-1, -3).contiguous()
+        return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
+
+    def lora_key(self, module_name: str) -> str:
+        key = f"diffusion_model.{module_name}"
+        if key not in self._keys:
+            raise BadInput(f"lora.targets: ComfyUI has no LoRA key for {module_name!r} of this model")
+        return key
+
+
+def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
+    """ComfyUI's way to wrap a call of the network."""
+    if not torch.is_grad_enabled():
+        return function(arguments["input"], arguments["timestep"], **arguments["c"])
+    with OutOfPlace():
+        return function(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
+def _column(value: Tensor, like: Tensor) -> Tensor:
+    return value.view(-1, *[1] * (like.ndim - 1))
+
+
+# ----------------------------------------------------------------------------------------------------- ComfyUI itself
+
+
+def _import(folder: str, device: torch.device) -> SimpleNamespace:
+    """ComfyUI's modules, from its folder where they are not loaded yet."""
+    if "comfy" not in sys.modules:
+        sys.path.insert(0, folder)
+        import comfy.cli_args
+
+        comfy.cli_args.args.cpu = device.type == "cpu"
+        # Its buffers for weights on their way to the GPU are used again before the backward pass.
+        comfy.cli_args.args.disable_async_offload = True
+    return _modules()
+
+
+def _modules() -> SimpleNamespace:
+    import comfy.clip_vision
+    import comfy.lora
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.model_sampling
+    import comfy.quant_ops
+    import comfy.sampler_helpers
+    import comfy.samplers
+    import comfy.sd
+    import comfy.utils
+
+    names = ("clip_vision", "lora", "model_patcher", "model_sampling", "quant_ops", "sampler_helpers", "samplers")
+    names = (*names, "sd", "utils")
+    return SimpleNamespace(management=comfy.model_management, **{name: sys.modules[f"comfy.{name}"] for name in names})

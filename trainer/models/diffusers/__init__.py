@@ -1,0 +1,1 @@
+"""Models from diffusers folders, one file per family."""

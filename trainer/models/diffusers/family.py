@@ -1,0 +1,315 @@
+"""What families from a diffusers folder share: checks, loading, text encoding, schedules."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...config import ModelConfig
+from ...diffusion.schedules import sigma_schedule
+from ...utils.errors import BadInput
+from ..base import PICTURE, Conditions, DiffusionModel, matching, require_files
+from .folders import (
+    check_quantization,
+    check_weights,
+    load_vae,
+    open_picture,
+    quantization,
+    read_json,
+    vae_dtype,
+    vae_scale,
+)
+from .latents import rows_and_zeros, together
+from .sharding import shard
+from .single_file import load_network
+
+ENCODED_AT_ONCE = 16
+
+
+class DiffusersModel(DiffusionModel):
+    """A family whose models are diffusers folders.
+
+    Attributes:
+        family: its name in run descriptions.
+        pipelines: the pipeline classes a folder of it may name; the first encodes prompts.
+        component: the folder of the network.
+        network_class: the network's class.
+        encoders: what must be in the folder to encode prompts.
+        guidance: embedded guidance where the description gives none; None where the family has no such input.
+        condition_widths: fields of the network's configuration that hold the width of each condition.
+        condition_masks: conditions without a width of their own.
+        video: whether latents have a time axis.
+    """
+
+    family: ClassVar[str]
+    pipelines: ClassVar[tuple[str, ...]]
+    component: ClassVar[str] = "transformer"
+    network_class: ClassVar[str]
+    encoders: ClassVar[tuple[str, ...]]
+    guidance: ClassVar[float | None] = None
+    condition_widths: ClassVar[dict[str, str]] = {}
+    condition_masks: ClassVar[tuple[str, ...]] = ()
+    video: ClassVar[bool] = False
+
+    def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
+        self.module, self.vae, self.config = module, vae, config
+        self.dtype = getattr(torch, config.dtype)
+
+    # ------------------------------------------------------------------------------------------------- checks
+
+    @classmethod
+    def folder(cls, config: ModelConfig) -> Path:
+        return Path(config.path)
+
+    @classmethod
+    def network_config(cls, config: ModelConfig) -> dict[str, Any]:
+        return read_json(cls.folder(config) / cls.component / "config.json")
+
+    @classmethod
+    def vae_config(cls, config: ModelConfig) -> dict[str, Any]:
+        return read_json(cls.folder(config) / "vae" / "config.json")
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        folder = cls.folder(config)
+        files = ["model_index.json", f"{cls.component}/config.json", "vae/config.json"]
+        require_files(folder, [*files, "scheduler/scheduler_config.json"], cls.family)
+        pipeline = read_json(folder / "model_index.json").get("_class_name")
+        if pipeline not in cls.pipelines:
+            wanted = " or ".join(cls.pipelines)
+            raise BadInput(f"model.path {str(folder)!r} holds a {pipeline}, and family {cls.family} takes {wanted}")
+        network = cls.network_config(config)
+        if network.get("_class_name") != cls.network_class:
+            found = f"{folder / cls.component} holds a {network.get('_class_name')}"
+            raise BadInput(f"model.path: {found}, and family {cls.family} takes {cls.network_class}")
+        check_weights(config, folder, cls.component)
+        check_quantization(config)
+        if config.embedded_guidance is not None and not cls.takes_guidance(network):
+            raise BadInput(
+                f"model.embedded_guidance is {config.embedded_guidance}: this model takes none; leave it null"
+            )
+        cls.check_size(config, network, cls.vae_config(config))
+
+    @classmethod
+    def takes_guidance(cls, network: dict[str, Any]) -> bool:
+        """Whether the network has guidance as an input."""
+        return cls.guidance is not None and bool(network.get("guidance_embeds", False))
+
+    @classmethod
+    def check_size(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
+        """Raise BadInput for a height, width or number of frames that the model cannot take."""
+        step, frames = cls.size_step(network, vae)
+        for name, size in (("height", config.height), ("width", config.width)):
+            if size % step:
+                raise BadInput(f"model.{name} is {size}: this model takes multiples of {step}")
+        if config.frames != 1 and (frames is None or (config.frames - 1) % frames):
+            accepted = "1, an image" if frames is None else f"1 more than a multiple of {frames}"
+            raise BadInput(f"model.frames is {config.frames}: this model takes {accepted}")
+
+    @classmethod
+    def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
+        """Pixels that height and width are multiples of, and frames per latent frame (None for image families)."""
+        return vae_scale(vae), None
+
+    @classmethod
+    def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
+        widths, pictures = cls.widths(cls.network_config(config)), cls.picture_shapes(config)
+        found, wanted = set(conditions.tensors), {*widths, *cls.condition_masks, *pictures}
+        if found != wanted:
+            raise BadInput(
+                f"the conditions hold {', '.join(sorted(found))}, and family {cls.family} in {cls.folder(config)} "
+                f"takes {', '.join(sorted(wanted))}; encode them again"
+            )
+        for name, width in widths.items():
+            given = conditions.tensors[name].shape[-1]
+            if given != width:
+                raise BadInput(
+                    f"the conditions {name!r} are {given} wide, and {cls.folder(config) / cls.component} takes {width}"
+                )
+        for name, shape in pictures.items():
+            given = tuple(conditions.tensors[name].shape)
+            if shape and given[-len(shape) :] != shape:
+                raise BadInput(
+                    f"the conditions {name!r} are {given[1:]}, and model.height, width and frames make them end in "
+                    f"{shape}; encode them again"
+                )
+
+    @classmethod
+    def widths(cls, network: dict[str, Any]) -> dict[str, int]:
+        """Width of each condition that comes from a text."""
+        return {name: network[field] for name, field in cls.condition_widths.items()}
+
+    @classmethod
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """The conditions that come from a picture, and how their shapes end; () where that is left open."""
+        if not cls.takes_pictures(config):
+            return {}
+        step, _ = cls.size_step(cls.network_config(config), cls.vae_config(config))
+        scale = step // 2  # a token is 2 x 2 latents in every family that takes pictures
+        return {f"{PICTURE}latents": (config.height // scale, config.width // scale)}
+
+    @classmethod
+    def skeleton(cls, config: ModelConfig) -> nn.Module:
+        """The network without weights."""
+        import diffusers
+
+        with torch.device("meta"):
+            return getattr(diffusers, cls.network_class).from_config(cls.network_config(config))
+
+    @classmethod
+    def check_targets(cls, config: ModelConfig, targets: list[str]) -> None:
+        if not targets:  # the family's own fit
+            return
+        bare = object.__new__(cls)
+        bare.module = cls.skeleton(config)
+        for name in matching(bare.module, targets):
+            bare.lora_key(name)
+
+    # ------------------------------------------------------------------------------------------------ loading
+
+    @classmethod
+    def load(cls, config: ModelConfig, device: torch.device) -> "DiffusersModel":
+        network = cls._load_network(config, torch.device("cpu") if config.sharded else device)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        network.requires_grad_(False)
+        if config.sharded:
+            network = shard(network, device)
+        vae = load_vae(cls.folder(config), config, device).requires_grad_(False)
+        if all(parameter.ndim < 5 for parameter in vae.parameters()):
+            vae = vae.to(memory_format=torch.channels_last)
+        return cls(network, vae, config)
+
+    @classmethod
+    def _load_network(cls, config: ModelConfig, device: torch.device) -> nn.Module:
+        import diffusers
+
+        network_class = getattr(diffusers, cls.network_class)
+        dtype, folder = getattr(torch, config.dtype), cls.folder(config)
+        extra = quantization(config, device)
+        if config.network_file is None:
+            network = network_class.from_pretrained(
+                folder / cls.component, dtype=dtype, local_files_only=True, use_safetensors=True, **extra
+            )
+        else:
+            network = load_network(Path(config.network_file), network_class, folder, cls.component, dtype, extra)
+        return network if extra else network.to(device)
+
+    # ----------------------------------------------------------------------------------------------- encoding
+
+    @classmethod
+    def takes_pictures(cls, config: ModelConfig) -> bool:
+        """Whether every prompt needs a picture: a first frame or a source image."""
+        return False
+
+    @classmethod
+    @torch.no_grad()
+    def encode(
+        cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
+    ) -> Conditions:
+        pictures = pictures or [None] * len(prompts)
+        cls._check_pictures(config, prompts, pictures)
+        require_files(cls.folder(config), list(cls.encoder_components(config)), cls.family)
+        pipeline = cls._encoders(config, device)
+        conditions = cls.encode_rows(pipeline, config, prompts, pictures)
+        del pipeline
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return conditions
+
+    @classmethod
+    def encode_rows(
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+    ) -> Conditions:
+        """All prompts' conditions; a picture's tensors are zeros for the negative prompt, which has none."""
+        starts = range(0, len(prompts), ENCODED_AT_ONCE)
+        texts = together([cls.encode_batch(pipeline, config, prompts[i : i + ENCODED_AT_ONCE]) for i in starts])
+        if not cls.takes_pictures(config):
+            return texts
+        seen = [cls.encode_picture(pipeline, config, open_picture(path)) for path in pictures[:-1]]
+        return Conditions(texts.tensors | rows_and_zeros(seen))
+
+    @classmethod
+    def _check_pictures(cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None]) -> None:
+        takes = cls.takes_pictures(config)
+        for prompt, picture in zip(prompts[:-1], pictures[:-1], strict=True):  # the last is the negative prompt
+            if takes and picture is None:
+                raise BadInput(f"prompt {prompt!r} has no image, and {cls.family} in {config.path} needs one for each")
+            if picture is not None and not takes:
+                raise BadInput(f"prompt {prompt!r} has an image, and {cls.family} in {config.path} takes none")
+
+    @classmethod
+    def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
+        """A pipeline of the text encoders alone."""
+        import diffusers
+
+        folder = cls.folder(config)
+        index = read_json(folder / "model_index.json")
+        kept = cls.encoder_components(config)
+        left_out = [name for name, entry in index.items() if isinstance(entry, list) and name not in kept]
+        pipeline_class = getattr(diffusers, index["_class_name"])
+        pipeline = pipeline_class.from_pretrained(
+            folder,
+            **dict.fromkeys(left_out),
+            dtype={"default": getattr(torch, config.dtype), "vae": vae_dtype(config, device)},
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        return pipeline.to(device)
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+        """Conditions of some prompts, by the pipeline's own encoders."""
+        raise NotImplementedError
+
+    @classmethod
+    def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
+        """Conditions of a picture, one row each, under names that start with PICTURE."""
+        raise NotImplementedError
+
+    @classmethod
+    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Components that encode pictures."""
+        return ("vae",)
+
+    @classmethod
+    def encoder_components(cls, config: ModelConfig) -> tuple[str, ...]:
+        """Components that encode prompts, and their pictures."""
+        return cls.encoders + (cls.picture_encoders(config) if cls.takes_pictures(config) else ())
+
+    # ----------------------------------------------------------------------------------------------- sampling
+
+    def sigmas(self, steps: int, shift: float | None) -> list[float]:
+        return self.own_sigmas(steps) if shift is None else sigma_schedule(steps, shift)
+
+    def own_sigmas(self, steps: int) -> list[float]:
+        """Noise levels of the folder's scheduler, as its pipeline would ask for them."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = read_json(self.folder(self.config) / "scheduler" / "scheduler_config.json")
+        if "flow_shift" in config:  # UniPC and its like
+            return sigma_schedule(steps, config["flow_shift"])
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        even = [1 - i / steps for i in range(steps)]
+        scheduler.set_timesteps(sigmas=even, mu=self._resolution_shift(scheduler.config))
+        return scheduler.sigmas.double().tolist()
+
+    def _resolution_shift(self, config: Any) -> float | None:
+        """mu of a shift that grows with the number of tokens (FLUX's calculate_shift); None for fixed shifts."""
+        if not config.use_dynamic_shifting:
+            return None
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + slope * (self.tokens - config.base_image_seq_len)
+
+    @property
+    def tokens(self) -> int:
+        """Length of the image's token sequence, in families that take 2 x 2 latents as a token."""
+        return (self.latent_shape[-1] // 2) * (self.latent_shape[-2] // 2)
+
+    def guidance_input(self, batch: int, device: torch.device) -> Tensor | None:
+        """Embedded guidance, `[B]`, or None where the network takes none."""
+        if not self.takes_guidance(self.module.config):
+            return None
+        value = self.guidance if self.config.embedded_guidance is None else self.config.embedded_guidance
+        return torch.full((batch,), value, device=device)

@@ -1,0 +1,72 @@
+"""FLUX.1: packed latents, embedded guidance."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ..base import Conditions
+from .family import DiffusersModel
+from .folders import vae_scale
+from .latents import pack, unpack
+
+T5_TOKENS = 512
+
+
+class FluxModel(DiffusersModel):
+    """FLUX.1 dev (guidance as an input) and schnell (none)."""
+
+    family = "flux"
+    pipelines = ("FluxPipeline",)
+    network_class = "FluxTransformer2DModel"
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    guidance = 3.5  # FluxPipeline's default, and that of the paper's scripts
+    condition_widths = {"embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
+    # In double and single blocks; what the reference's LoRA script trains.
+    default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+    @classmethod
+    def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
+        return 2 * vae_scale(vae), None
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=T5_TOKENS)
+        return Conditions({"embeds": embeds, "pooled": pooled})
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        scale = vae_scale(self.vae.config)
+        return (self.module.config.in_channels // 4, self.config.height // scale, self.config.width // scale)
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        embeds = conditions.tensors["embeds"].to(self.dtype)
+        velocity = self.module(
+            hidden_states=pack(latents).to(self.dtype),
+            timestep=sigma,
+            guidance=self.guidance_input(len(latents), latents.device),
+            pooled_projections=conditions.tensors["pooled"].to(self.dtype),
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
+            img_ids=self._places(latents.device),
+            return_dict=False,
+        )[0]
+        return unpack(velocity, self.latent_shape).float()
+
+    def _places(self, device: torch.device) -> Tensor:
+        """Row and column of every token, `[N, 3]`."""
+        _, height, width = self.latent_shape
+        rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
+        grid = torch.cartesian_prod(rows, columns)
+        return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1).float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        images = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def lora_key(self, module_name: str) -> str:
+        # Native layers fuse q, k and v, and ComfyUI documents diffusers' names for this family.
+        return f"transformer.{module_name}"

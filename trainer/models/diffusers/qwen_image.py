@@ -1,0 +1,167 @@
+"""Qwen-Image, and Qwen-Image-Edit, which changes a source image."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ..base import PICTURE, Conditions
+from .family import DiffusersModel
+from .folders import open_picture
+from .latents import as_frames, pack, standard_moments, together, unpack
+
+_NEGATIVE = f"{PICTURE}negative_"
+
+
+class QwenImageModel(DiffusersModel):
+    """Qwen-Image (arXiv 2508.02324): one attention over text and image tokens, texts of any length under a mask."""
+
+    family = "qwen-image"
+    pipelines = ("QwenImagePipeline",)
+    network_class = "QwenImageTransformer2DModel"
+    encoders = ("text_encoder", "tokenizer")
+    condition_widths = {"embeds": "joint_attention_dim"}
+    condition_masks = ("mask",)
+    default_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    @classmethod
+    def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
+        return 2 * _scale(vae), None
+
+    @classmethod
+    def notes(cls, config: ModelConfig) -> list[str]:
+        step, _ = cls.size_step(cls.network_config(config), cls.vae_config(config))
+        odd = [str(size) for size in (config.height, config.width) if size // step % 2]
+        if not odd:
+            return []
+        return [
+            f"{' x '.join(odd)} pixels are an odd number of tokens, which ComfyUI places one token nearer to the text "
+            f"than diffusers, where this LoRA learns: take multiples of {2 * step} for images that agree"
+        ]
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+        return _with_mask(*pipeline.encode_prompt(prompts))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        scale = _scale(self.vae.config)
+        return (self.module.config.in_channels // 4, self.config.height // scale, self.config.width // scale)
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        _, height, width = self.latent_shape
+        tokens = pack(latents)
+        sources = self.source_tokens(conditions)
+        shapes = [(1, height // 2, width // 2)] * (1 + len(sources))
+        velocity = self.module(
+            hidden_states=torch.cat([tokens, *sources], dim=1).to(self.dtype),
+            timestep=sigma,
+            encoder_hidden_states=conditions.tensors["embeds"].to(self.dtype),
+            encoder_hidden_states_mask=conditions.tensors["mask"],
+            img_shapes=[shapes] * len(latents),
+            return_dict=False,
+        )[0]
+        return unpack(velocity[:, : tokens.shape[1]], self.latent_shape).float()
+
+    def source_tokens(self, conditions: Conditions) -> list[Tensor]:
+        """Tokens of the pictures that the image is made from."""
+        return []
+
+    def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Mixed, then given the length that the positive branch has in every token (as the family's pipelines do)."""
+        wanted = pack(positive)
+        mixed = pack(super().guided(positive, negative, scale))
+        mixed = mixed * (wanted.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
+        return unpack(mixed, self.latent_shape)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        latents = latents.unsqueeze(2)  # its VAE is one for videos
+        mean, std = standard_moments(self.vae.config, latents)
+        return as_frames(self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0])
+
+    def lora_key(self, module_name: str) -> str:
+        return f"diffusion_model.{module_name}"  # the native names are diffusers'
+
+
+class QwenImageEditModel(QwenImageModel):
+    """Qwen-Image-Edit: the text encoder sees the source image, and its latents stand beside those of the result."""
+
+    family = "qwen-image-edit"
+    pipelines = ("QwenImageEditPipeline",)
+
+    @classmethod
+    def takes_pictures(cls, config: ModelConfig) -> bool:
+        return True
+
+    @classmethod
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        width = cls.widths(cls.network_config(config))["embeds"]
+        return super().picture_shapes(config) | {f"{_NEGATIVE}embeds": (width,), f"{_NEGATIVE}mask": ()}
+
+    @classmethod
+    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+        return ("vae", "processor")
+
+    @classmethod
+    def encode_rows(
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+    ) -> Conditions:
+        texts, rows = [], []
+        for prompt, path in zip(prompts[:-1], pictures[:-1], strict=True):
+            picture = pipeline.image_processor.resize(open_picture(path), config.height, config.width)
+            texts.append(_with_mask(*pipeline.encode_prompt([prompt], [picture])))
+            # What the negative prompt says depends on the picture it is read with.
+            negative = _with_mask(*pipeline.encode_prompt([prompts[-1]], [picture]))
+            pixels = pipeline.image_processor.preprocess(picture, config.height, config.width).unsqueeze(2)
+            latents = pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None)
+            rows.append(Conditions({_NEGATIVE + name: value for name, value in negative.tensors.items()}))
+            rows[-1].tensors[f"{PICTURE}latents"] = latents[:, :, 0]
+        return _equally_long(together([*texts, _zeros(texts[0])]), together([*rows, _zeros(rows[0])]))
+
+    def source_tokens(self, conditions: Conditions) -> list[Tensor]:
+        return [pack(conditions.tensors[f"{PICTURE}latents"].float())]
+
+    def negatives(self, conditions: Conditions, unconditional: Conditions) -> Conditions:
+        own = {name: conditions.tensors[_NEGATIVE + name] for name in unconditional.tensors if not _of_picture(name)}
+        return Conditions(own).with_pictures_of(conditions)
+
+
+def _of_picture(name: str) -> bool:
+    return name.startswith(PICTURE)
+
+
+def _scale(vae: Any) -> int:
+    """Pixels per latent along each side."""
+    return 2 ** len(vae["temperal_downsample"])
+
+
+def _with_mask(embeds: Tensor, mask: Tensor | None) -> Conditions:
+    """The pipeline leaves out a mask of ones."""
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+    return Conditions({"embeds": embeds, "mask": mask})
+
+
+def _zeros(conditions: Conditions) -> Conditions:
+    return Conditions({name: torch.zeros_like(value) for name, value in conditions.tensors.items()})
+
+
+def _equally_long(texts: Conditions, pictures: Conditions) -> Conditions:
+    """Both branches' texts padded to one length, so that they can share a batch."""
+    count = len(texts)
+    padded = dict(pictures.tensors)
+    for name, value in texts.tensors.items():
+        pair = together([Conditions({name: value}), Conditions({name: pictures.tensors[_NEGATIVE + name]})])
+        padded[name], padded[_NEGATIVE + name] = pair.tensors[name].split(count)
+    return Conditions(padded)

@@ -1,0 +1,163 @@
+"""Stable Diffusion 1.x and 2.x, and SDXL: UNets that predict noise or v, sampled with DDIM."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import ModelConfig
+from ...diffusion.kernels import DIFFUSION_KERNELS
+from ...utils.errors import BadInput
+from ..base import Conditions
+from .family import DiffusersModel
+from .folders import read_json, vae_scale
+
+
+class StableDiffusionModel(DiffusersModel):
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752). A noise level is sqrt(1 - alpha_bar) of a training timestep."""
+
+    family = "sd"
+    pipelines = ("StableDiffusionPipeline",)
+    component = "unet"
+    network_class = "UNet2DConditionModel"
+    encoders = ("text_encoder", "tokenizer")
+    condition_widths = {"embeds": "cross_attention_dim"}
+    default_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    kernels = tuple(DIFFUSION_KERNELS)
+    still_kernel = "ddim"
+
+    def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
+        super().__init__(module, vae, config)
+        self.scheduler = _scheduler(self.folder(config))
+        levels = (1 - self.scheduler.alphas_cumprod.double()).sqrt()
+        self._levels = levels.to(next(module.parameters()).device)
+        self._predicts_v = self.scheduler.config.prediction_type == "v_prediction"
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        super().check(config)
+        scheduler = read_json(cls.folder(config) / "scheduler" / "scheduler_config.json")
+        kind = scheduler.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "v_prediction"):
+            raise BadInput(
+                f"model.path: the scheduler's prediction_type is {kind!r}, and only epsilon and v_prediction are known"
+            )
+        if scheduler.get("rescale_betas_zero_snr"):
+            raise BadInput("model.path: the scheduler has rescale_betas_zero_snr, whose first level ddim cannot leave")
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+        embeds, _ = pipeline.encode_prompt(prompts, pipeline.text_encoder.device, 1, False)
+        return Conditions({"embeds": embeds})
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        scale = vae_scale(self.vae.config)
+        return (self.module.config.in_channels, self.config.height // scale, self.config.width // scale)
+
+    def sigmas(self, steps: int, shift: float | None) -> list[float]:
+        """The levels of DDIM's timesteps; the last is the scheduler's final one, which may be above 0."""
+        self.scheduler.set_timesteps(steps)
+        alphas = [self.scheduler.alphas_cumprod[t] for t in self.scheduler.timesteps]
+        return [(1 - alpha.double()).sqrt().item() for alpha in [*alphas, self.scheduler.final_alpha_cumprod]]
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        timestep = (sigma.double()[:, None] - self._levels).abs().argmin(1)
+        output = self.module(
+            latents.to(self.dtype),
+            timestep,
+            encoder_hidden_states=conditions.tensors["embeds"].to(self.dtype),
+            added_cond_kwargs=self.added_conditions(conditions),
+            return_dict=False,
+        )[0].float()
+        if not self._predicts_v:
+            return output
+        level = self._levels[timestep].view(-1, 1, 1, 1)
+        return ((1 - level**2).sqrt() * output + level * latents).float()
+
+    def added_conditions(self, conditions: Conditions) -> dict[str, Tensor] | None:
+        """What the UNet takes beside the text."""
+        return None
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = self.vae.decode(scaled, return_dict=False)[0]
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def lora_key(self, module_name: str) -> str:
+        native = native_name(module_name, self.module.config.layers_per_block)
+        if native is None:
+            raise BadInput(f"lora.targets: ComfyUI has no name for {module_name!r} of this UNet")
+        return f"diffusion_model.{native}"
+
+
+class SDXLModel(StableDiffusionModel):
+    """SDXL (arXiv 2307.01952): two text encoders, and the picture's size as a condition."""
+
+    family = "sdxl"
+    pipelines = ("StableDiffusionXLPipeline",)
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+    @classmethod
+    def widths(cls, network: dict[str, Any]) -> dict[str, int]:
+        # Beside the pooled text stand six embedded numbers: the sizes.
+        pooled = network["projection_class_embeddings_input_dim"] - 6 * network["addition_time_embed_dim"]
+        return super().widths(network) | {"pooled": pooled}
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+        embeds, _, pooled, _ = pipeline.encode_prompt(
+            prompts, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
+        )
+        return Conditions({"embeds": embeds, "pooled": pooled})
+
+    def added_conditions(self, conditions: Conditions) -> dict[str, Tensor]:
+        height, width = self.config.height, self.config.width
+        pooled = conditions.tensors["pooled"].to(self.dtype)
+        # Original size, top left corner of the crop, target size: the pipeline's defaults.
+        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=self.dtype, device=pooled.device)
+        return {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
+
+
+def _scheduler(folder: Path) -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+
+
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)")
+_MIDDLE = re.compile(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)")
+_FIXED = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+
+
+def native_name(name: str, layers: int) -> str | None:
+    """The original name of a linear layer of diffusers' UNet, which ComfyUI uses; None where it has none.
+
+    Args:
+        layers: residual layers per block of the UNet's way down; its way up has one more.
+    """
+    if name in _FIXED:
+        return _FIXED[name]
+    if match := _BLOCK.fullmatch(name):
+        way, block, kind, layer, rest = match.groups()
+        if way == "down":
+            place = f"input_blocks.{1 + int(block) * (layers + 1) + int(layer)}"
+        else:
+            place = f"output_blocks.{int(block) * (layers + 1) + int(layer)}"
+        return f"{place}.{int(kind == 'attentions')}.{_inner(rest)}"
+    if match := _MIDDLE.fullmatch(name):
+        kind, layer, rest = match.groups()
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_inner(rest)}"
+    return None
+
+
+def _inner(name: str) -> str:
+    return "emb_layers.1" if name == "time_emb_proj" else name

@@ -1,0 +1,150 @@
+"""Wan 2.1: text to video, first frame to video, and single images."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ...utils.errors import BadInput
+from ..base import PICTURE, Conditions
+from .family import DiffusersModel
+from .folders import read_json
+from .latents import as_frames, standard_moments
+
+TEXT_TOKENS = 512
+_RENAMED = {
+    "attn1": "self_attn",
+    "attn2": "cross_attn",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "add_k_proj": "k_img",
+    "add_v_proj": "v_img",
+}
+_ENDINGS = {".to_out.0": ".o", ".ffn.net.0.proj": ".ffn.0", ".ffn.net.2": ".ffn.2"}
+_WHOLE = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "proj_out": "head.head",
+}
+
+
+class WanModel(DiffusersModel):
+    """Wan 2.1 (arXiv 2503.20314). A folder of the image-to-video pipeline needs a first frame for every prompt."""
+
+    family = "wan"
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+    network_class = "WanTransformer3DModel"
+    encoders = ("text_encoder", "tokenizer")
+    condition_widths = {"embeds": "text_dim"}
+    default_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    video = True
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        super().check(config)
+        index = read_json(cls.folder(config) / "model_index.json")
+        if (index.get("transformer_2") or [None])[0] is not None or index.get("expand_timesteps"):
+            raise BadInput(f"model.path {config.path!r} holds Wan 2.2, and family wan takes Wan 2.1")
+
+    @classmethod
+    def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
+        return vae.get("scale_factor_spatial", 8) * network["patch_size"][1], vae.get("scale_factor_temporal", 4)
+
+    # ----------------------------------------------------------------------------------------------- encoding
+
+    @classmethod
+    def takes_pictures(cls, config: ModelConfig) -> bool:
+        return read_json(cls.folder(config) / "model_index.json")["_class_name"] == "WanImageToVideoPipeline"
+
+    @classmethod
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        shapes = super().picture_shapes(config)
+        if shapes:
+            _, step = cls.size_step(cls.network_config(config), cls.vae_config(config))
+            shapes[f"{PICTURE}latents"] = ((config.frames - 1) // step + 1, *shapes[f"{PICTURE}latents"])
+            if "image_encoder" in cls.picture_encoders(config):
+                shapes[f"{PICTURE}embeds"] = (cls.network_config(config)["image_dim"],)
+        return shapes
+
+    @classmethod
+    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+        semantic = cls.network_config(config).get("image_dim") is not None
+        return ("vae", "image_encoder", "image_processor") if semantic else ("vae",)
+
+    @classmethod
+    def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
+        if importlib.util.find_spec("ftfy") is None:
+            raise BadInput("family wan encodes prompts with the package 'ftfy', which is not installed")
+        return super()._encoders(config, device)
+
+    @classmethod
+    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS)
+        return Conditions({"embeds": embeds})
+
+    @classmethod
+    def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
+        height, width, device = config.height, config.width, pipeline.vae.device
+        pixels = pipeline.video_processor.preprocess(picture, height=height, width=width).to(device)
+        channels = pipeline.vae.config.z_dim
+        unused = torch.zeros(1, device=device)
+        _, condition = pipeline.prepare_latents(
+            pixels, 1, channels, height, width, config.frames, torch.float32, device, latents=unused
+        )
+        tensors = {f"{PICTURE}latents": condition}
+        if "image_encoder" in cls.picture_encoders(config):
+            tensors[f"{PICTURE}embeds"] = pipeline.encode_image([picture], device)
+        return tensors
+
+    # ----------------------------------------------------------------------------------------------- sampling
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        config, vae = self.config, self.vae.config
+        frames = (config.frames - 1) // vae.scale_factor_temporal + 1
+        return (vae.z_dim, frames, config.height // vae.scale_factor_spatial, config.width // vae.scale_factor_spatial)
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        tensors = conditions.tensors
+        if f"{PICTURE}latents" in tensors:
+            latents = torch.cat([latents, tensors[f"{PICTURE}latents"].to(latents)], dim=1)
+        semantic = tensors.get(f"{PICTURE}embeds")
+        velocity = self.module(
+            hidden_states=latents.to(self.dtype),
+            timestep=sigma * 1000,
+            encoder_hidden_states=tensors["embeds"].to(self.dtype),
+            encoder_hidden_states_image=None if semantic is None else semantic.to(self.dtype),
+            return_dict=False,
+        )[0]
+        return velocity.float()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        mean, std = standard_moments(self.vae.config, latents)
+        return as_frames(self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0])
+
+    def lora_key(self, module_name: str) -> str:
+        native = native_name(module_name)
+        if native is None:
+            raise BadInput(f"lora.targets: ComfyUI has no name for {module_name!r} of Wan")
+        return f"diffusion_model.{native}"
+
+
+def native_name(name: str) -> str | None:
+    """The original name of a linear layer of diffusers' Wan transformer, which ComfyUI uses; None where unknown."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    if not name.startswith("blocks."):
+        return None
+    for ending, native in _ENDINGS.items():
+        if name.endswith(ending):
+            name = name.removesuffix(ending) + native
+    return ".".join(_RENAMED.get(part, part) for part in name.split("."))

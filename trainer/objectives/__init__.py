@@ -1,0 +1,1 @@
+"""How scored samples become a gradient."""

@@ -1,0 +1,112 @@
+"""CLIP score: how well an image fits its prompt, by any CLIP model of open_clip."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ...config import Section
+from ...utils.errors import BadInput
+from ..base import Dtype, dtype_option
+from ..files import WEIGHTS, build, file_option, fill, read_weights
+from ..preprocess import to_pil
+from .contrastive import ContrastiveReward, architecture, open_clip_network
+
+_NAMES = ("open_clip_model", "open_clip_pytorch_model")
+
+
+class ClipScore(ContrastiveReward):
+    """How well an image fits its prompt: the cosine of a CLIP model, without scale.
+
+    The paper uses DFN5B ViT-H-14-378. A folder with open_clip_config.json says itself how images are prepared. Scores
+    of different models cannot be compared. ComfyUI's clip_vision files hold no text tower and cannot be used.
+    """
+
+    name = "clip"
+    typical_range = (0.25, 0.45)
+    licence = "of the model chosen; DFN5B: Apple's own, see its page"
+
+    class Options(Section):
+        path: str = file_option(
+            "clip/DFN5B-CLIP-ViT-H-14-378",
+            "Folder with open_clip_config.json and open_clip_pytorch_model.bin or .safetensors, such as "
+            "apple/DFN5B-CLIP-ViT-H-14-378 on the Hugging Face hub (3.9 GB); or one file of open_clip weights.",
+            folder=True,
+        )
+        architecture: str = Field(
+            "", description="open_clip's name of the model, such as ViT-L-14; needed where path is one file."
+        )
+        resize: Literal["config", "squash", "shortest", "longest"] = Field(
+            "config",
+            description="How an image becomes square: squashed, cropped, or padded; config takes the model's own way.",
+        )
+        dtype: Dtype = dtype_option()
+
+    def __init__(self, options: Section | None = None) -> None:
+        super().__init__(options)
+        self.file, self.config, self.preparation = self._plan(Path(self.options.path))
+
+    def _plan(self, path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+        """File of the weights, configuration of the network, settings of the preprocessing."""
+        if path.is_dir():
+            config = _read_config(path / "open_clip_config.json")
+            file, network, preparation = _weights_in(path), config["model_cfg"], config.get("preprocess_cfg") or {}
+        else:
+            network = architecture(self.options.architecture)
+            if network is None:
+                raise BadInput(
+                    f"reward 'clip': architecture is {self.options.architecture!r}, but path {str(path)!r} is one "
+                    "file: give open_clip's name of its model, such as ViT-H-14 or ViT-H-14-378-quickgelu"
+                )
+            file, preparation = path, _usual_preparation(self.options.architecture)
+        text = network.get("text_cfg", {})
+        if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
+            raise BadInput(
+                f"reward 'clip': the text side of {path} is no CLIP text tower; other kinds are not supported"
+            )
+        if self.options.resize != "config":
+            preparation = {**preparation, "resize_mode": self.options.resize}
+        return file, network, preparation
+
+    def build(self) -> nn.Module:
+        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+        module = build(lambda: open_clip_network(self.config))
+        fill(module, read_weights(self.file), self.file, "the CLIP model of its configuration")
+        settings = merge_preprocess_dict(PreprocessCfg(size=module.visual.image_size), self.preparation)
+        self.transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+        self.context = module.context_length
+        return module
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return torch.stack([self.transform(picture) for picture in to_pil(images)]).to(images.device)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if all(key in config["model_cfg"] for key in ("embed_dim", "vision_cfg", "text_cfg")):
+            return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"reward 'clip': {path} cannot be read as an open_clip configuration: {error}") from error
+    raise BadInput(f"reward 'clip': {path} describes no CLIP model: embed_dim, vision_cfg or text_cfg is missing")
+
+
+def _weights_in(folder: Path) -> Path:
+    for path in (folder / (name + ending) for ending in WEIGHTS for name in _NAMES):
+        if path.is_file():
+            return path
+    raise BadInput(f"reward 'clip': {folder} holds no open_clip_pytorch_model.bin or open_clip_model.safetensors")
+
+
+def _usual_preparation(name: str) -> dict[str, Any]:
+    """What open_clip does for this architecture's published weights, if it is the same for all of them."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    published = [get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)]
+    found = [{key: entry[key] for key in keys if entry.get(key)} for entry in published]
+    return found[0] if found and all(entry == found[0] for entry in found) else {}

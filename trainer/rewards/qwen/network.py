@@ -1,0 +1,235 @@
+"""What the judges on Qwen2-VL share: the network with a head, its pictures, its words.
+
+They were taught with plain sequential positions instead of Qwen2-VL's three-dimensional ones, and are read out at
+marker tokens of their own.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...utils.errors import BadInput
+from ..base import ModelReward
+from ..files import build, fill, read_weights, rename
+from ..preprocess import normalize
+
+PATCH, MERGE = 14, 2
+FACTOR = PATCH * MERGE
+WORDS = 151657
+"""Tokens of Qwen2-VL's tokenizer; markers come after them."""
+
+SIZES_2B: dict[str, Any] = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "sections": [16, 24, 24],
+    "vision": {"depth": 32, "embed_dim": 1280, "num_heads": 16},
+}
+SIZES_7B: dict[str, Any] = {
+    **SIZES_2B,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+class QwenNetwork(nn.Module):
+    """Qwen2-VL's two towers and a head on its last states.
+
+    Args:
+        sizes: as `SIZES_2B`.
+        words: rows of the token table.
+        head: from the hidden size to the scores.
+    """
+
+    def __init__(self, sizes: dict[str, Any], words: int, head: nn.Module) -> None:
+        from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+            Qwen2VisionTransformerPretrainedModel,
+            Qwen2VLTextModel,
+        )
+
+        super().__init__()
+        own = {key: value for key, value in sizes.items() if key not in ("vision", "sections")}
+        rope = {"type": "mrope", "mrope_section": sizes["sections"]}
+        text = Qwen2VLTextConfig(
+            **own, vocab_size=words, rope_theta=1e6, rope_scaling=rope, rms_norm_eps=1e-6, attn_implementation="sdpa"
+        )
+        vision = Qwen2VLVisionConfig(
+            **sizes["vision"], hidden_size=sizes["hidden_size"], mlp_ratio=4, attn_implementation="sdpa"
+        )
+        self.visual = Qwen2VisionTransformerPretrainedModel(vision)
+        self.language = Qwen2VLTextModel(text)
+        self.head = head
+
+    def forward(self, patches: Tensor, grid: tuple[int, int, int], tokens: Tensor, pad: int, first: int) -> Tensor:
+        """The head at every marker, `[M, outputs]` float32.
+
+        Args:
+            patches: `[T H W, C]` of `patchify`.
+            grid: T, H, W.
+            tokens: `[L]` long, with a `pad` in place of each merged patch.
+            first: markers are the tokens from this number on.
+        """
+        dtype = self.language.embed_tokens.weight.dtype
+        seen = self.visual(patches.to(dtype), grid_thw=torch.tensor([grid], device=patches.device))
+        seen = getattr(seen, "pooler_output", seen)
+        states = self.language.embed_tokens(tokens)
+        states = states.masked_scatter((tokens == pad)[:, None].expand_as(states), seen.to(dtype))
+        states = self.language(inputs_embeds=states[None], use_cache=False).last_hidden_state[0]
+        return self.head(states[tokens >= first].float())
+
+
+class QwenReward(ModelReward):
+    """A judge on Qwen2-VL; it looks at one image or video at a time."""
+
+    chunk = 1
+    sizes: dict[str, Any]
+    markers: tuple[str, ...]
+    pad_word: str
+
+    def make_head(self) -> nn.Module:
+        """The head without weights."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        if self.module is None:  # without a conversion: the head stays float32
+            self.module = self.build().eval().requires_grad_(False)
+
+    def network(self, what: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
+        """The network with its weights, which bear the names of `QwenNetwork`."""
+        words = weights.get("language.embed_tokens.weight", torch.zeros(0, 1)).shape[0]
+        module = build(lambda: QwenNetwork(self.sizes, words, self.make_head()))
+        types = {True: torch.float32, False: self.dtype}
+        fill(module, weights, path, what, lambda key: types[key.startswith("head.")])
+        self.tokenizer = read_tokenizer(Path(self.options.tokenizer), self.markers)
+        self.first = self.tokenizer.token_to_id(self.markers[0])
+        if words <= self.tokenizer.token_to_id(self.markers[-1]):
+            raise BadInput(f"{path} is not {what}: its token table has {words} rows, too few for its markers")
+        return module
+
+    def read_out(self, frames: Tensor, text: str) -> Tensor:
+        """The head at every marker, `[M, outputs]`.
+
+        Args:
+            frames: `[T, 3, H, W]` in [0, 1], H and W multiples of 28, T even.
+        """
+        patches, grid = patchify(normalize(frames))
+        count = grid[0] * grid[1] * grid[2] // MERGE**2
+        chat = CHAT.replace("{pads}", self.pad_word * count, 1)
+        chat = chat.replace("{text}", text, 1)
+        tokens = torch.tensor(self.tokenizer.encode(chat, add_special_tokens=False).ids, device=frames.device)
+        return self.module(patches, grid, tokens, self.tokenizer.token_to_id(self.pad_word), self.first)
+
+
+def read_tokenizer(path: Path, markers: tuple[str, ...]) -> Any:
+    """Qwen2-VL's tokenizer with the markers after its own tokens.
+
+    Raises:
+        BadInput: the file is another tokenizer.
+    """
+    from tokenizers import AddedToken, Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:
+        raise BadInput(f"{path} cannot be read as a tokenizer: {' '.join(str(error).split())[:200]}") from error
+    needed = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size != WORDS or any(tokenizer.token_to_id(word) is None for word in needed):
+        raise BadInput(f"{path} is not the tokenizer of Qwen2-VL: it has {size} tokens, expected {WORDS}")
+    tokenizer.add_special_tokens([AddedToken(marker, normalized=False, special=True) for marker in markers])
+    return tokenizer
+
+
+def plain(prompt: str) -> str:
+    """A prompt without anything that looks like a special token."""
+    return re.sub(r"<\|.*?\|>", "", prompt)
+
+
+def smart_size(height: int, width: int, smallest: int, largest: int) -> tuple[int, int]:
+    """Height and width as multiples of 28, with `smallest` to `largest` pixels in all (Qwen2-VL).
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width} x {height} is too long for this reward")
+    rows, columns = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
+    if rows * columns > largest:
+        scale = math.sqrt(height * width / largest)
+        return tuple(max(FACTOR, math.floor(side / scale / FACTOR) * FACTOR) for side in (height, width))
+    if rows * columns < smallest:
+        scale = math.sqrt(smallest / (height * width))
+        return tuple(math.ceil(side * scale / FACTOR) * FACTOR for side in (height, width))
+    return rows, columns
+
+
+def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Patches `[T H W, 3 x 2 x 14 x 14]` in the order Qwen2-VL wants, and T, H, W in patches.
+
+    Args:
+        frames: `[2 T, 3, 14 H, 14 W]`; two frames make one patch in time.
+    """
+    times, rows, columns = len(frames) // 2, frames.shape[-2] // PATCH, frames.shape[-1] // PATCH
+    x = frames.reshape(times, 2, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
+    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    return x.reshape(times * rows * columns, -1), (times, rows, columns)
+
+
+def read_named(path: Path, what: str, head: str) -> dict[str, Tensor]:
+    """Weights of a judge on Qwen2-VL, under the names of `QwenNetwork`; the table of output words is left out.
+
+    Args:
+        head: what the original calls its head, `rm_head`.
+
+    Raises:
+        BadInput: a tensor does not belong there.
+    """
+    return rename(merge_lora(read_weights(path), path), lambda key: new_name(key, head), path, what)
+
+
+def new_name(key: str, head: str) -> str | None:
+    """Where a tensor goes in `QwenNetwork`: empty for the table of output words, None where it does not belong."""
+    if key.endswith("lm_head.weight"):
+        return ""
+    for pattern, replacement in (
+        (r"(model\.)?visual\.(.+)", r"visual.\2"),
+        (r"model\.(language_model\.)?((embed_tokens|layers|norm)\..+)", r"language.\2"),
+        (rf"{head}\.(.+)", r"head.\1"),
+    ):
+        if match := re.fullmatch(pattern, key):
+            return match.expand(replacement)
+    return None
+
+
+def merge_lora(weights: dict[str, Tensor], path: Path, scale: float = 2.0) -> dict[str, Tensor]:
+    """A file written by PEFT as plain weights: W + scale B A, computed in float32; another file as it is.
+
+    Raises:
+        BadInput: one half of a LoRA is missing.
+    """
+    prefix = "base_model.model."
+    if not any(key.startswith(prefix) for key in weights):
+        return weights
+    weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    merged = {key.replace(".base_layer.", "."): value for key, value in weights.items() if ".lora_" not in key}
+    for key in [key for key in weights if ".lora_A." in key]:
+        other, target = key.replace(".lora_A.", ".lora_B."), re.sub(r"\.lora_A\.(default\.)?weight$", ".weight", key)
+        if other not in weights or target not in merged:
+            raise BadInput(f"{path} is no complete LoRA: {other if other not in weights else target} is missing")
+        merged[target] = merged[target].float() + scale * weights.pop(other).float() @ weights[key].float()
+    if left := [key for key in weights if ".lora_B." in key]:
+        raise BadInput(f"{path} is no complete LoRA: nothing belongs to {left[0]}")
+    return merged

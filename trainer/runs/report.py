@@ -1,0 +1,95 @@
+"""The pictures of a run: grids of samples, the reward curve, before and after."""
+
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..utils.files import write_atomically
+
+
+def grid(images: Tensor, columns: int, largest: int = 160) -> "PIL.Image.Image":  # noqa: F821 - PIL is imported late
+    """Images side by side as one picture, small ones enlarged without smoothing.
+
+    Args:
+        images: `[N, 3, H, W]` in [0, 1].
+        columns: images per row.
+        largest: wanted edge of one image in pixels.
+    """
+    from PIL import Image
+
+    factor = max(1, largest // max(images.shape[-2:]))
+    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    height, width, gap = images.shape[-2], images.shape[-1], 4
+    rows = -(-len(images) // columns)
+    canvas = torch.ones(3, rows * (height + gap) + gap, columns * (width + gap) + gap)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def save_picture(path: Path, picture: "PIL.Image.Image") -> None:  # noqa: F821
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())
+
+
+def before_after(before: Path, after: Path, target: Path) -> None:
+    """Put two grids of the same prompts and noise beside each other under their titles."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pictures = [Image.open(path).convert("RGB") for path in (before, after)]
+    font, head, gap = ImageFont.load_default(size=24), 44, 24
+    width = sum(p.width for p in pictures) + gap
+    canvas = Image.new("RGB", (width, head + max(p.height for p in pictures)), "white")
+    left = 0
+    for title, picture in zip(("before", "after"), pictures, strict=True):
+        ImageDraw.Draw(canvas).text((left + picture.width / 2, head / 2), title, "black", font, anchor="mm")
+        canvas.paste(picture, (left, head))
+        left += picture.width + gap
+    save_picture(target, canvas)
+
+
+def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
+    """Write the picture of `draw_reward_curve`, where there is anything to draw."""
+    if picture := draw_reward_curve(events, evaluations):
+        write_atomically(path, picture)
+
+
+def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | None:
+    """A panel per judge: mean over the images of each iteration with its within-group spread, and the evaluations.
+
+    Returns:
+        a PNG file's content; None without any figures.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(
+        dict.fromkeys([n for e in events for n in e["rewards"]] + [n for e in evaluations for n in e["rewards"]])
+    )
+    if not names:
+        return None
+    figure = Figure(figsize=(5 * len(names), 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [
+            (e["iteration"], e["rewards"][name]) for e in events if e["rewards"].get(name, {}).get("mean") is not None
+        ]
+        if points:
+            x = [iteration for iteration, _ in points]
+            mean = [value["mean"] for _, value in points]
+            low = [value["mean"] - value["spread"] for _, value in points]
+            high = [value["mean"] + value["spread"] for _, value in points]
+            axis.fill_between(x, low, high, alpha=0.15, color="tab:blue", linewidth=0)
+            axis.plot(x, mean, color="tab:blue", linewidth=1.2, label="training images")
+        held_out = [(e["iteration"], e["rewards"][name]) for e in evaluations if e["rewards"][name] is not None]
+        if held_out:
+            axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out, deterministic")
+        axis.set(title=name, xlabel="iteration")
+        axis.grid(alpha=0.3)
+        if points or held_out:
+            axis.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

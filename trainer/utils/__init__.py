@@ -1,0 +1,1 @@
+"""Errors, seeds, distributed communication, files, media."""
