@@ -1,0 +1,95 @@
+"""Routes of runs: `/dancegrpo/runs/...` on ComfyUI's own server. Names, never paths; changes only by POST."""
+
+import math
+
+from aiohttp import web
+
+from ...trainer.runs import launch
+from ...trainer.utils.errors import BadInput
+from . import run_views as views
+from . import runs
+from .folders import published_name
+from .routes import Routes
+
+_cache = views.EventCache()
+
+
+def add_run_routes(routes: Routes) -> None:
+    """Register every route of this file."""
+    routes.get("/runs", _list)
+    routes.get("/runs/{name}", _detail)
+    routes.get("/runs/{name}/events", _events)
+    routes.get("/runs/{name}/log", _log)
+    routes.get("/runs/{name}/description", _description)
+    routes.get("/runs/{name}/samples", _samples)
+    routes.get("/runs/{name}/samples/{file}", _sample)
+    routes.post("/runs/{name}/stop", _stop)
+    routes.post("/runs/{name}/resume", _resume)
+    routes.post("/runs/{name}/delete", _delete)
+    routes.post("/deleted/{name}/restore", _restore)
+
+
+def _list(request: web.Request, body: None) -> dict:
+    return {"runs": views.list_runs(_cache), "deleted": views.deleted()}
+
+
+def _detail(request: web.Request, body: None) -> dict:
+    run = views.find(request.match_info["name"])
+    return views.detail(run, _cache, published_name(run.path.name))
+
+
+def _events(request: web.Request, body: None) -> dict:
+    run = views.find(request.match_info["name"])
+    generation = request.query.get("generation")
+    return _cache.events(run, _number(request, "after"), None if generation is None else _number(request, "generation"))
+
+
+def _log(request: web.Request, body: None) -> dict:
+    return views.log(views.find(request.match_info["name"]), _number(request, "offset"))
+
+
+def _description(request: web.Request, body: None) -> dict:
+    return {"text": views.description(views.find(request.match_info["name"]))}
+
+
+def _samples(request: web.Request, body: None) -> dict:
+    return {"samples": views.samples(views.find(request.match_info["name"]))}
+
+
+def _sample(request: web.Request, body: None) -> web.FileResponse:
+    path = views.sample_file(views.find(request.match_info["name"]), request.match_info["file"])
+    kind = "video/mp4" if path.suffix == ".mp4" else "image/png"
+    return web.FileResponse(path, headers={"Content-Type": kind, "X-Content-Type-Options": "nosniff"})
+
+
+def _stop(request: web.Request, body: dict) -> dict:
+    run = views.find(request.match_info["name"])
+    stopped = launch.stop(run, grace=runs.GRACE)
+    return {"message": f"run {run.path.name} was {'stopped' if stopped else 'not running'}"}
+
+
+def _resume(request: web.Request, body: dict) -> dict:
+    run = views.find(request.match_info["name"])
+    started = runs.resume(run)
+    return {"message": f"run {run.path.name} {'resumes' if started else 'has nothing left to do'}"}
+
+
+def _delete(request: web.Request, body: dict) -> dict:
+    name = views.delete(views.find(request.match_info["name"]))
+    return {"message": f"moved to output/dancegrpo/deleted/{name}; it can be restored"}
+
+
+def _restore(request: web.Request, body: dict) -> dict:
+    return {"message": f"run {views.restore(request.match_info['name'])} was restored"}
+
+
+def _number(request: web.Request, name: str) -> int:
+    """A whole number from the query.
+
+    Raises:
+        BadInput: it is not one.
+    """
+    text = request.query.get(name, "0")
+    if not text.isascii() or not text.isdecimal() or len(text) > int(math.log10(2**53)):
+        raise BadInput(f"{name} is {text[:40]!r}: give a whole number from 0 on")
+    return int(text)

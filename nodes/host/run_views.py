@@ -1,0 +1,258 @@
+"""What the panel and headless clients read of runs: plain data, from the files in the run directories."""
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...trainer.runs import launch
+from ...trainer.runs.directory import EventReader, RunDirectory
+from ...trainer.utils.errors import BadInput
+from .folders import check_name, run_folder, runs_folder
+
+MOST_EVENTS = 1000
+"""Events in one answer; of more, evenly spaced ones are sent."""
+LOG_BYTES = 200_000
+_PICTURE = re.compile(r"(rollout|evaluation)_(\d{6})\.(png|mp4)")
+_REMEMBERED = 64
+
+
+@dataclass
+class _Followed:
+    """The events of one run, read from the file as it grows."""
+
+    reader: EventReader
+    events: list[dict[str, Any]] = field(default_factory=list)
+    generation: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class EventCache:
+    """Follows the event logs that clients ask for, so that nothing is read twice."""
+
+    def __init__(self) -> None:
+        self._followed: dict[str, _Followed] = {}
+        self._lock = threading.Lock()
+
+    def _of(self, run: RunDirectory) -> _Followed:
+        with self._lock:
+            key = str(run.path)
+            followed = self._followed.pop(key, None) or _Followed(EventReader(run.path / "events.jsonl"))
+            self._followed[key] = followed  # the most recently used is last
+            while len(self._followed) > _REMEMBERED:
+                del self._followed[next(iter(self._followed))]
+            return followed
+
+    def events(self, run: RunDirectory, after: int = 0, generation: int | None = None) -> dict[str, Any]:
+        """Events after an iteration.
+
+        Args:
+            after: number of the last iteration the client has.
+            generation: the one its events are of; with another one it is sent everything.
+
+        Returns:
+            `generation`, which changes when the log was rewritten (a resumed run drops what it does again), and
+            `events`, at most MOST_EVENTS of them.
+        """
+        followed = self._of(run)
+        with followed.lock:
+            self._update(followed)
+            if generation != followed.generation:
+                after = 0
+            first = _first_after(followed.events, after)
+            return {"generation": followed.generation, "events": thinned(followed.events[first:], MOST_EVENTS)}
+
+    def latest(self, run: RunDirectory, count: int) -> list[dict[str, Any]]:
+        """The last `count` events."""
+        followed = self._of(run)
+        with followed.lock:
+            self._update(followed)
+            return followed.events[-count:]
+
+    @staticmethod
+    def _update(followed: _Followed) -> None:
+        new = followed.reader.new()
+        if followed.reader.restarted:
+            followed.events.clear()
+            followed.generation += 1
+        followed.events += new
+
+
+def _first_after(events: list[dict], iteration: int) -> int:
+    """Index of the first event after an iteration; a client asks for the newest few, so the search starts there."""
+    index = len(events)
+    while index and events[index - 1]["iteration"] > iteration:
+        index -= 1
+    return index
+
+
+def thinned(events: list, most: int) -> list:
+    """Evenly spaced ones, the last included."""
+    if len(events) <= most:
+        return events
+    return [events[round(i * (len(events) - 1) / (most - 1))] for i in range(most)]
+
+
+# --------------------------------------------------------------------------------------------------------- one run
+
+
+def find(name: str) -> RunDirectory:
+    """
+    Raises:
+        BadInput: the name cannot be one, or there is no such run.
+    """
+    folder = run_folder(name)
+    if not (folder / "run.yaml").is_file():
+        raise BadInput(f"there is no run named {name!r}")
+    return RunDirectory(folder)
+
+
+def brief(run: RunDirectory, cache: EventCache) -> dict[str, Any]:
+    """A run as a line of the list."""
+    status, live = run.status(), launch.is_running(run)
+    recent = cache.latest(run, 20)
+    state = status.get("state", "starting")
+    if not live and state in ("starting", "running", "stopping"):
+        state = "interrupted"
+    iteration, iterations = status.get("iteration") or 0, status.get("iterations") or 0
+    pace = sum(event["seconds"]["total"] for event in recent) / len(recent) if recent else None
+    means = [value.get("mean") for value in recent[-1]["rewards"].values()] if recent else []
+    return {
+        "name": run.path.name,
+        "state": state,
+        "live": live,
+        "iteration": iteration,
+        "iterations": iterations,
+        "phase": _phase(status.get("progress")),
+        "seconds_left": pace * (iterations - iteration) if pace is not None and state == "running" else None,
+        "reward": means[0] if means else None,
+        "time": status.get("time"),
+        "error": status.get("error"),
+    }
+
+
+def _phase(progress: object) -> str | None:
+    """The phase inside an iteration, as in "rollout 3 of 10"."""
+    if not isinstance(progress, dict) or "phase" not in progress:
+        return None
+    return f"{progress['phase']} {progress.get('done')} of {progress.get('total')}"
+
+
+def detail(run: RunDirectory, cache: EventCache, lora_name: str | None) -> dict[str, Any]:
+    """A run with everything but its events, samples and log."""
+    summary, recent = run.summary() or {}, cache.latest(run, 1)
+    return {
+        **brief(run, cache),
+        "evaluations": summary.get("evaluations") or run.evaluations(),
+        "summary": summary or None,
+        "memory_mb": recent[-1].get("memory_mb") if recent else None,
+        "lora_name": lora_name,
+    }
+
+
+def list_runs(cache: EventCache) -> list[dict[str, Any]]:
+    """All runs, the one that changed last first."""
+    found = [RunDirectory(path.parent) for path in runs_folder().glob("*/run.yaml")]
+    return sorted((brief(run, cache) for run in found), key=lambda run: run["time"] or 0, reverse=True)
+
+
+def description(run: RunDirectory) -> str:
+    """The run description as YAML."""
+    return (run.path / "run.yaml").read_text(encoding="utf-8", errors="replace")
+
+
+def log(run: RunDirectory, offset: int) -> dict[str, Any]:
+    """What the run printed since an offset in bytes, at most the last LOG_BYTES of it."""
+    path = run.log_file
+    size = path.stat().st_size if path.is_file() else 0
+    start = offset if 0 <= offset <= size else 0
+    start = max(start, size - LOG_BYTES)
+    if not size:
+        return {"text": "", "offset": 0}
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read(size - start)
+    return {"text": content.decode("utf-8", "replace"), "offset": size}
+
+
+# --------------------------------------------------------------------------------------------------------- samples
+
+
+def samples(run: RunDirectory) -> list[dict[str, Any]]:
+    """Pictures of samples, oldest first, each with what is known of its cells."""
+    found = []
+    for path in sorted((run.path / "samples").glob("*.png")):
+        match = _PICTURE.fullmatch(path.name)
+        if match:
+            record = _cells(path.with_suffix(".json"))
+            found.append({"file": path.name, "kind": match[1], "iteration": int(match[2]), **record})
+    return sorted(found, key=lambda one: (one["kind"], one["iteration"]))
+
+
+def _cells(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"cells": record["cells"], "size": record["size"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"cells": [], "size": None}
+
+
+def sample_file(run: RunDirectory, name: str) -> Path:
+    """A picture or video of samples.
+
+    Raises:
+        BadInput: there is none of this name.
+    """
+    path = run.path / "samples" / name
+    if not _PICTURE.fullmatch(name) or path.is_symlink() or not path.is_file():
+        raise BadInput(f"there is no picture named {name[:80]!r}")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------- delete, restore
+
+
+def deleted_folder() -> Path:
+    return runs_folder().parent / "deleted"
+
+
+def deleted() -> list[str]:
+    """Names of deleted runs that can be restored."""
+    return sorted(path.parent.name for path in deleted_folder().glob("*/run.yaml"))
+
+
+def delete(run: RunDirectory) -> str:
+    """Move a run that is not live to the bin; returns its name there.
+
+    Raises:
+        BadInput: it is live.
+    """
+    if launch.is_running(run):
+        raise BadInput(f"run {run.path.name!r} is live: stop it before you delete it")
+    target = deleted_folder() / run.path.name
+    if target.exists():
+        target = deleted_folder() / f"{run.path.name[:40]} {time.strftime('%Y-%m-%d %H.%M.%S')}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(run.path, target)
+    return target.name
+
+
+def restore(name: str) -> str:
+    """Move a deleted run back.
+
+    Raises:
+        BadInput: there is none of this name, or a run has its name now.
+    """
+    source, target = deleted_folder() / check_name(name), run_folder(name)
+    if not (source / "run.yaml").is_file():
+        raise BadInput(f"there is no deleted run named {name!r}")
+    if target.exists():
+        raise BadInput(f"there is a run named {name!r}: delete or rename it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(source, target)
+    return target.name

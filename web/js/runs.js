@@ -1,0 +1,134 @@
+/** The Runs view: a list of runs, and one run in detail. */
+
+import { button, h, put } from "./dom.js";
+import { format } from "./chart.js";
+import { poll } from "./poll.js";
+import { get, part, post } from "./requests.js";
+import { runDetail } from "./run.js";
+
+const LIST_INTERVAL = 3000;
+
+const STATES = {
+  starting: "starting",
+  running: "running",
+  stopping: "stopping",
+  finished: "finished",
+  stopped: "stopped",
+  failed: "failed",
+  interrupted: "interrupted",
+};
+
+/** Hours, minutes or seconds in two parts at most. */
+export function duration(seconds) {
+  if (seconds === null || seconds === undefined) return "";
+  const rounded = Math.round(seconds);
+  const hours = Math.floor(rounded / 3600);
+  const minutes = Math.floor((rounded % 3600) / 60);
+  if (hours) return `${hours} h ${minutes} min`;
+  return minutes ? `${minutes} min ${rounded % 60} s` : `${rounded} s`;
+}
+
+/** The colour and the word for a run's state. */
+export function badge(run) {
+  return h("span", { class: `dg-badge dg-${run.state}`, text: STATES[run.state] ?? run.state });
+}
+
+export function progressBar(run) {
+  const share = run.iterations ? run.iteration / run.iterations : 0;
+  return h(
+    "div",
+    { class: "dg-bar", role: "progressbar", "aria-valuemin": 0, "aria-valuemax": run.iterations, "aria-valuenow": run.iteration },
+    h("div", { style: { width: `${Math.min(100, share * 100).toFixed(1)}%` } }),
+  );
+}
+
+/** @param {{notify: (text: string, severity?: string) => void}} panel */
+export function runsView(panel) {
+  const element = h("div", { class: "dg-view" });
+  const list = h("div", { class: "dg-list" });
+  const message = h("p", { class: "dg-muted", role: "status" });
+  const bin = h("div", { class: "dg-bin" });
+  let detail = null;
+  let states = new Map();
+
+  function announce(runs) {
+    for (const run of runs) {
+      const before = states.get(run.name);
+      if (before && before !== run.state && ["finished", "stopped", "failed"].includes(run.state)) {
+        panel.notify(`run ${run.name}: ${run.state}`, run.state === "failed" ? "error" : "success");
+      }
+    }
+    states = new Map(runs.map((run) => [run.name, run.state]));
+  }
+
+  const refresh = poll(
+    async (signal) => {
+      const { runs, deleted } = await get("/runs", signal);
+      announce(runs);
+      if (detail) return;
+      message.textContent = runs.length ? "" : "No runs yet. Queue a graph with GRPO Train LoRA, and it appears here.";
+      put(list, runs.map(row));
+      put(bin, deleted.length ? undo(deleted) : null);
+    },
+    LIST_INTERVAL,
+    (error) => {
+      message.textContent = `The list of runs cannot be read: ${error.message}`;
+    },
+  );
+
+  function row(run) {
+    return h(
+      "button",
+      { type: "button", class: "dg-row", "data-run": run.name, on: { click: () => open(run.name) } },
+      h("span", { class: "dg-row-head" }, h("span", { class: "dg-name", text: run.name, title: run.name }), badge(run)),
+      progressBar(run),
+      h("span", { class: "dg-muted", text: facts(run) }),
+    );
+  }
+
+  function facts(run) {
+    const parts = [`${run.iteration} of ${run.iterations} iterations`];
+    if (run.phase && run.live) parts.push(run.phase);
+    if (run.live && run.seconds_left !== null) parts.push(`${duration(run.seconds_left)} left`);
+    if (run.reward !== null) parts.push(`reward ${format(run.reward)}`);
+    return parts.join(" · ");
+  }
+
+  function undo(deleted) {
+    return [
+      h("p", { class: "dg-muted", text: "Deleted runs (kept in output/dancegrpo/deleted until you remove them there):" }),
+      deleted.map((name) =>
+        h(
+          "div",
+          { class: "dg-row-head" },
+          h("span", { class: "dg-name", text: name }),
+          button("Restore", async () => {
+            await post(`/deleted/${part(name)}/restore`);
+            refresh.now();
+          }, { onError: (error) => panel.notify(error.message, "error") }),
+        ),
+      ),
+    ];
+  }
+
+  function open(name) {
+    detail = runDetail(name, { ...panel, back: close });
+    put(element, detail.element);
+  }
+
+  function close() {
+    detail?.close();
+    detail = null;
+    put(element, list, message, bin);
+    refresh.now();
+  }
+
+  put(element, list, message, bin);
+  return {
+    element,
+    close() {
+      refresh.close();
+      detail?.close();
+    },
+  };
+}

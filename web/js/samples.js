@@ -1,0 +1,108 @@
+/** Samples of a run over time: every image with its prompt and scores, and before beside now. */
+
+import { h, put } from "./dom.js";
+import { format } from "./chart.js";
+import { address, get, part } from "./requests.js";
+
+const KINDS = [
+  { key: "evaluation", label: "Held-out prompts" },
+  { key: "rollout", label: "Training images" },
+];
+
+/** @param {string} name of the run */
+export function samplesPage(name) {
+  const kinds = h("div", { class: "dg-subtabs", role: "tablist" });
+  const slider = h("input", { type: "range", min: 0, max: 0, step: 1, value: 0, "aria-label": "iteration" });
+  const label = h("span", { class: "dg-muted" });
+  const compare = h("input", { type: "checkbox" });
+  const compareLabel = h("label", { class: "dg-check" }, compare, "beside the first");
+  const grid = h("div", { class: "dg-samples" });
+  const element = h("div", {}, kinds, h("div", { class: "dg-slider" }, slider, label, compareLabel), grid);
+  let sets = [];
+  let kind = null;
+  let atEnd = true;
+  let shown = "";
+
+  for (const one of KINDS) {
+    kinds.append(
+      h("button", { type: "button", role: "tab", class: "dg-subtab", text: one.label, on: { click: () => choose(one.key) } }),
+    );
+  }
+  slider.addEventListener("input", () => {
+    atEnd = Number(slider.value) === Number(slider.max);
+    draw();
+  });
+  compare.addEventListener("change", draw);
+
+  function choose(key) {
+    kind = key;
+    atEnd = true;
+    shown = "";
+    draw();
+  }
+
+  function draw() {
+    const mine = sets.filter((set) => set.kind === kind);
+    KINDS.forEach((one, index) => kinds.children[index].setAttribute("aria-selected", String(one.key === kind)));
+    slider.max = Math.max(0, mine.length - 1);
+    if (atEnd) slider.value = slider.max;
+    slider.disabled = mine.length < 2;
+    const set = mine[Number(slider.value)];
+    const first = compare.checked && kind === "evaluation" && mine[0] !== set ? mine[0] : null;
+    compareLabel.hidden = kind !== "evaluation";
+    label.textContent = set ? `iteration ${set.iteration}` : "";
+    const key = `${kind} ${set?.file} ${first?.file}`;
+    if (key === shown) return;
+    shown = key;
+    if (!set) put(grid, h("p", { class: "dg-muted", text: "no pictures yet" }));
+    else put(grid, set.cells.length ? set.cells.map((cell, index) => figure(set, cell, first, index)) : whole(set));
+  }
+
+  function figure(set, cell, first, index) {
+    const pictures = [first ? [first, first.cells[index]] : null, [set, cell]].filter((pair) => pair && pair[1]);
+    return h(
+      "figure",
+      { class: "dg-cell" },
+      h("div", { class: "dg-pair" }, pictures.map(([from, one]) => crop(from, one))),
+      h("figcaption", {}, h("span", { class: "dg-prompt", text: cell.prompt }), scores(cell, first?.cells[index])),
+    );
+  }
+
+  function scores(cell, before) {
+    const lines = Object.entries(cell.scores ?? {}).map(([reward, value]) => {
+      const was = before?.scores?.[reward];
+      return `${reward} ${was === undefined ? "" : `${format(was)} → `}${format(value)}`;
+    });
+    return h("span", { class: "dg-muted", text: lines.join(", ") });
+  }
+
+  /** One cell of a picture of many, cut out by its box in pixels: [left, top, width, height]. */
+  function crop(set, cell) {
+    const source = address(`/runs/${part(name)}/samples/${part(set.file)}`);
+    const [left, top, width, height] = cell.box;
+    const [fullWidth, fullHeight] = set.size;
+    const image = h("img", { src: source, alt: cell.prompt, loading: "lazy", draggable: "false" });
+    Object.assign(image.style, {
+      width: `${(fullWidth / width) * 100}%`,
+      left: `${(-left / width) * 100}%`,
+      top: `${(-top / height) * 100}%`,
+      height: `${(fullHeight / height) * 100}%`,
+    });
+    return h("div", { class: "dg-crop", style: { aspectRatio: `${width} / ${height}` } }, image);
+  }
+
+  function whole(set) {
+    return h("img", { class: "dg-whole", src: address(`/runs/${part(name)}/samples/${part(set.file)}`), alt: `samples at iteration ${set.iteration}` });
+  }
+
+  return {
+    element,
+    async update(changed, signal) {
+      sets = (await get(`/runs/${part(name)}/samples`, signal)).samples;
+      if (kind === null || !sets.some((set) => set.kind === kind)) {
+        kind = KINDS.find((one) => sets.some((set) => set.kind === one.key))?.key ?? "evaluation";
+      }
+      draw();
+    },
+  };
+}
