@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..config import ModelConfig, RolloutConfig
+from ..diffusion import kernels
 from ..shapes import WEIGHTS
 from ..utils.errors import BadInput
 from .base import Conditions, DiffusionModel
@@ -56,9 +57,9 @@ def weight_bytes(config: ModelConfig) -> int:
 
 
 def check_kernel(family: type[DiffusionModel] | DiffusionModel, name: str, rollout: RolloutConfig) -> None:
-    """Raise BadInput where the kernel does not fit what the family's models predict."""
-    if rollout.kernel not in family.kernels:
-        fitting = ", ".join(kernel for kernel in family.kernels if kernel != "ode")
+    """Raise BadInput where the kernel is one for another process than the family's, if that is known yet."""
+    if rollout.kernel not in kernels.stochastic(family.process):
+        fitting = ", ".join(kernels.stochastic(family.process))
         raise BadInput(f"rollout.kernel is {rollout.kernel!r}: models of family {name} take {fitting}")
 
 
