@@ -15,7 +15,7 @@ from .directory import Checkpoint, RunDirectory
 from ..utils.video import save_video
 
 
-class Keeper:
+class Recorder:
     """
     Args:
         run: where to write; None keeps nothing.
