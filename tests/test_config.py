@@ -50,8 +50,8 @@ FAULTS = {
     "below range": ("rollout.steps=1", ["rollout.steps", "1", "greater than or equal to 2"]),
     "above range": ("optimizer.learning_rate=2", ["optimizer.learning_rate", "2", "less than or equal to 1"]),
     "NaN": ("rollout.shift=.nan", ["rollout.shift", "nan", "finite number"]),
-    "infinity": ("objective.advantage_clip=.inf", ["objective.advantage_clip", "inf", "finite number"]),
-    "NaN in a nested section": ("runtime.guard.reward_drop=.nan", ["runtime.guard.reward_drop", "nan", "finite"]),
+    "infinity": ("advantage.clip=.inf", ["advantage.clip", "inf", "finite number"]),
+    "NaN in a nested section": ("runtime.watchdog.reward_drop=.nan", ["runtime.watchdog.reward_drop", "nan", "finite"]),
     "group of one": ("rollout.group_size=1", ["rollout.group_size", "1", "greater than or equal to 2"]),
     "eta 0": ("rollout.eta=0", ["rollout.eta", "0", "greater than 0"]),
     "eta below 0": ("rollout.eta=-0.5", ["rollout.eta", "-0.5", "greater than 0"]),
@@ -61,10 +61,10 @@ FAULTS = {
     "empty prompt": ("prompts.texts=[a circle, '  ']", ["prompts", "empty prompt"]),
     "duplicate prompt": ("prompts.texts=[a circle, a square, a circle]", ["prompts", "'a circle'", "more than once"]),
     "duplicate held-out prompt": ("evaluation.texts=[a, a]", ["evaluation", "more than once"]),
-    "no rewards": ("rewards=[]", ["rewards", "at least 1"]),
+    "no rewards": ("rewards=[]", ["rewards", "nothing to learn"]),
     "the same reward twice": ("rewards=[{name: a}, {name: a}]", ["rewards", "more than once"]),
     "reward without a name": ("rewards=[{weight: 1}]", ["rewards.0.name", "missing"]),
-    "odd best_of_n": ("objective.best_of_n=3", ["objective.best_of_n", "3", "multiple of 2"]),
+    "odd best_of_n": ("advantage.best_of_n=3", ["advantage.best_of_n", "3", "multiple of 2"]),
     "one checkpoint": ("runtime.keep_checkpoints=1", ["runtime.keep_checkpoints", "1", "greater than or equal to 2"]),
     "section that is a number": ("rollout=5", ["rollout", "5", "dictionary"]),
 }
@@ -89,15 +89,15 @@ CONFLICTS = {
         ["rollout", "window of 2 from step 4", "first 5 of 6 steps"],
     ),
     "best_of_n above the group": (
-        ["rollout.group_size=4", "objective.best_of_n=6"],
-        ["objective.best_of_n 6", "rollout.group_size 4"],
+        ["rollout.group_size=4", "advantage.best_of_n=6"],
+        ["advantage.best_of_n 6", "rollout.group_size 4"],
     ),
     "updates that do not divide": (
         ["rollout.group_size=4", "rollout.prompts_per_iteration=3", "objective.updates=5"],
         ["objective.updates 5", "prompts_per_iteration 3", "4 trained images"],
     ),
     "updates against best_of_n": (
-        ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "objective.best_of_n=4", "objective.updates=3"],
+        ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "advantage.best_of_n=4", "objective.updates=3"],
         ["objective.updates 3", "4 trained images"],
     ),
     "cps renoising more than all": (
@@ -117,8 +117,8 @@ def test_settings_that_do_not_fit_together(conflict: str) -> None:
 
 def test_settings_at_the_edge_fit() -> None:
     edge = ["rollout.steps=5", "rollout.window.size=2", "rollout.window.start=2", "rollout.group_size=4"]
-    config = parse_config(minimal(), [*edge, "objective.best_of_n=4", "objective.updates=4"])
-    assert config.objective.best_of_n == config.rollout.group_size
+    config = parse_config(minimal(), [*edge, "advantage.best_of_n=4", "objective.updates=4"])
+    assert config.advantage.best_of_n == config.rollout.group_size
 
 
 def test_missing_sections_are_named() -> None:

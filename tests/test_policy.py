@@ -23,9 +23,9 @@ def test_learning_rate_is_constant_unless_asked(tiny_description: dict) -> None:
     assert rates(tiny_description) == [0.001] * 4
 
 
-def test_decay_goes_in_a_straight_line_to_nothing_after_the_last_iteration(tiny_description: dict) -> None:
-    assert rates(tiny_description, decay=True) == pytest.approx([0.001, 0.00075, 0.0005, 0.00025])
+def test_a_linear_schedule_goes_to_nothing_after_the_last_iteration(tiny_description: dict) -> None:
+    assert rates(tiny_description, schedule="linear") == pytest.approx([0.001, 0.00075, 0.0005, 0.00025])
 
 
-def test_warm_up_and_decay_are_multiplied(tiny_description: dict) -> None:
-    assert rates(tiny_description, decay=True, warmup=2) == pytest.approx([0.0005, 0.00075, 0.0005, 0.00025])
+def test_warm_up_and_schedule_are_multiplied(tiny_description: dict) -> None:
+    assert rates(tiny_description, schedule="linear", warmup=2) == pytest.approx([0.0005, 0.00075, 0.0005, 0.00025])

@@ -5,21 +5,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .diffusion import kernels
+from .model_config import GraphLora, GraphModel, GraphSampling, ModelConfig
+from .objectives import DEFAULT, OBJECTIVES, ObjectiveSection
+from .objectives.advantage import AdvantageConfig
 from .utils.errors import BadInput
 from .utils.fields import OneOf
+from .utils.section import Positive, Section
 
 PRESETS = Path(__file__).parent / "presets"
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A part of the description: unknown keys, NaN and infinity are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 def _check_texts(texts: list[str]) -> None:
@@ -30,106 +26,6 @@ def _check_texts(texts: list[str]) -> None:
         if text in seen:
             raise ValueError(f"texts holds {text!r} more than once")
         seen.add(text)
-
-
-class GraphSampling(Section):
-    """Noise levels that a node of the graph gave the model (ModelSamplingSD3 and its like)."""
-
-    kind: Literal["flow", "flux", "noise"] = Field(
-        "flow", description="ComfyUI's ModelSamplingDiscreteFlow, ModelSamplingFlux or ModelSamplingDiscrete."
-    )
-    predicts: Literal["flow", "noise", "v"] = Field("flow", description="What the network's output means.")
-    shift: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="Shift towards noise.")
-    multiplier: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
-        None, description="The timestep the network is told is sigma times this."
-    )
-
-
-class GraphLora(Section):
-    """A LoRA that the graph applied to the base model."""
-
-    file: str = Field(description="Its .safetensors file.")
-    strength: Annotated[float, Field(ge=-100, le=100)] = Field(1.0, description="As in its loader.")
-
-
-class GraphModel(Section):
-    """A model as ComfyUI loads it: which of its loaders, and which files."""
-
-    folder: str = Field(description="ComfyUI's own folder, which holds main.py.")
-    loader: Literal["diffusion_model", "checkpoint"] = Field(
-        "diffusion_model", description="Load Diffusion Model or Load Checkpoint."
-    )
-    file: str = Field(description="File of the network.")
-    weights: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] | None = Field(
-        None, description="Type of the frozen weights; null leaves it to ComfyUI."
-    )
-    vae_loader: Literal["vae", "checkpoint"] = Field("vae", description="Load VAE or Load Checkpoint.")
-    vae_file: str = Field(description="File of the VAE.")
-    loras: list[GraphLora] = Field([], description="LoRAs applied before training; they stay in the base.")
-    sampling: GraphSampling | None = Field(None, description="Noise levels set by a node; null for the model's own.")
-    scheduler: str | None = Field(
-        None, description="ComfyUI's scheduler, such as simple; null goes by rollout.shift where it is a number."
-    )
-    sigmas: list[Annotated[float, Field(ge=0)]] | None = Field(
-        None, min_length=3, description="Noise levels in ComfyUI's scale, one more than rollout.steps."
-    )
-    reserve_gb: Annotated[float, Field(ge=0, le=1000)] = Field(
-        0.0,
-        description="GPU memory in GB that weights leave free, for activations and rewards, beyond what ComfyUI keeps "
-        "free to sample an image. Weights that do not fit stay in RAM.",
-    )
-
-
-class ModelConfig(Section):
-    """The base model."""
-
-    family: str = Field("sd3", description="Model family, a name of trainer.models.FAMILIES.")
-    path: str = Field(
-        "embedded", description="Folder of the model, or 'embedded' for the model of shapes in this pack."
-    )
-    height: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image height in pixels.")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image width in pixels.")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the frozen base weights; the LoRA is always float32."
-    )
-    frames: Annotated[int, Field(ge=1)] = Field(
-        1, description="Frames of a video; 1 is an image. Video families take 1 more than a multiple of 4."
-    )
-    fps: Annotated[float, Field(gt=0, le=240)] = Field(16.0, description="Frames per second of saved videos.")
-    embedded_guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        None,
-        description="Guidance a distilled model takes as an input (FLUX, HunyuanVideo); null is the family's own.",
-    )
-    network_file: str | None = Field(
-        None, description="Single .safetensors file of the transformer or UNet, in place of the folder's own."
-    )
-    quantization: Literal["int8", "nf4"] | None = Field(
-        None, description="Keep the frozen base in 8 or 4 bits, through bitsandbytes."
-    )
-    sharded: bool = Field(
-        False,
-        description="Divide the frozen base over all processes (FSDP2), for models that do not fit one GPU.",
-    )
-    vae_dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32",
-        description="Type the VAE decodes in; auto is bfloat16 where the device computes in it fast, else float32.",
-    )
-    graph: GraphModel | None = Field(
-        None, description="The model of a ComfyUI graph, for family comfy; path and the types above are not used then."
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass to save memory."
-    )
-
-    @model_validator(mode="after")
-    def _one_door(self) -> "ModelConfig":
-        if (self.family == "comfy") != (self.graph is not None):
-            raise ValueError("family comfy goes with the section graph, and every other family without")
-        if self.graph is not None and (self.network_file or self.quantization):
-            raise ValueError("network_file and quantization are of diffusers folders; leave them out with graph")
-        if self.sharded and (self.graph is not None or self.quantization):
-            raise ValueError("sharded goes with diffusers folders alone, and without quantization")
-        return self
 
 
 class PromptsConfig(Section):
@@ -150,10 +46,18 @@ class PromptsConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
-        if sum([bool(self.texts), self.file is not None, self.shapes is not None]) != 1:
+        if sum(self._sources()) > 1:
             raise ValueError("give prompts in exactly one of texts, file and shapes")
         _check_texts(self.texts)
         return self
+
+    def _sources(self) -> list[bool]:
+        return [bool(self.texts), self.file is not None, self.shapes is not None]
+
+    @property
+    def has_source(self) -> bool:
+        """Whether prompts are given here; an objective with data of its own needs none."""
+        return any(self._sources())
 
 
 class WindowConfig(Section):
@@ -211,32 +115,6 @@ class RewardConfig(Section):
     options: dict[str, Any] = Field({}, description="Options of this reward, such as the path of its weights.")
 
 
-class ObjectiveConfig(Section):
-    """How rewards become an update."""
-
-    train_steps: Literal["random", "first", "all"] = Field(
-        "random",
-        description="Steps trained: a random or the first share of the stochastic ones, or all; all of a window.",
-    )
-    step_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.6, description="The share of stochastic steps trained."
-    )
-    clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="Clip range of the probability ratio.")
-    advantage_clip: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest absolute advantage.")
-    combine: Literal["advantages", "sum", "gdpo"] = Field(
-        "advantages", description="Mix rewards by normalised advantages, by raw sum, or by GDPO."
-    )
-    normalize: Literal["group", "global-std", "global"] = Field(
-        "group", description="Baseline and spread: of the group, group mean with the spread of all, or of all (DDPO)."
-    )
-    spread_floor: Annotated[float, Field(gt=0)] = Field(1e-6, description="Groups with less spread are skipped.")
-    best_of_n: int | None = Field(None, ge=2, multiple_of=2, description="Train on the best and worst of each group.")
-    updates: Positive = Field(1, description="Optimizer steps per iteration.")
-    ratio: Literal["plain", "guard"] = Field("plain", description="Probability ratio: plain or GRPO-Guard's.")
-    kl_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the velocity distance to the base.")
-    batch_size: Positive = Field(96, description="Predictions per forward and backward pass.")
-
-
 class LoraConfig(Section):
     """The adapter that learns."""
 
@@ -251,8 +129,8 @@ class OptimizerConfig(Section):
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Learning rate.")
     warmup: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
-    decay: bool = Field(
-        False, description="Lower the learning rate in a straight line, to nothing after the last iteration."
+    schedule: Literal["constant", "linear"] = Field(
+        "constant", description="Learning rate over the run: constant, or falling linearly to 0 after the last step."
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay of AdamW's first and second moments."
@@ -286,14 +164,11 @@ class EvaluationConfig(Section):
         return self
 
 
-class GuardConfig(Section):
+class WatchdogConfig(Section):
     """When a run that goes wrong stops by itself, keeping its best LoRA."""
 
     reward_drop: Annotated[float, Field(gt=0)] = Field(
         3.0, description="Stop when the smoothed reward is this many standard deviations below its best."
-    )
-    ratio_deviation: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="Stop when the mean |ratio - 1| of an iteration is above this."
     )
     gradient_factor: Annotated[float, Field(gt=1)] = Field(
         1000.0, description="Stop when the gradient norm is this many times its running median."
@@ -312,17 +187,18 @@ class RuntimeConfig(Section):
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept.")
     samples_every: int = Field(10, ge=0, description="Iterations between sample grids of the rollout; 0 is never.")
-    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
 
 class RunConfig(Section):
     """The complete description of a run."""
 
     model: ModelConfig = ModelConfig()
-    prompts: PromptsConfig
+    prompts: PromptsConfig = PromptsConfig()
     rollout: RolloutConfig = RolloutConfig()
-    rewards: Annotated[list[RewardConfig], Field(min_length=1)]
-    objective: ObjectiveConfig = ObjectiveConfig()
+    rewards: list[RewardConfig] = []
+    advantage: AdvantageConfig = AdvantageConfig()
+    objective: ObjectiveSection = OBJECTIVES[DEFAULT].Options()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -337,23 +213,21 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
-        rollout, objective = self.rollout, self.objective
-        if not any(reward.weight for reward in self.rewards):
+        objective = OBJECTIVES[self.objective.name]
+        if not self.prompts.has_source and objective.needs_rollout:
+            raise ValueError("prompts names none: give them in exactly one of texts, file and shapes")
+        if not self.rewards and objective.needs_rewards:
+            raise ValueError("rewards names none, so there is nothing to learn")
+        if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("every reward has weight 0, so there is nothing to learn")
         trained = {reward.name: reward for reward in self.rewards}
         for judge in self.evaluation.rewards:
             if judge.name in trained and judge != trained[judge.name]:
                 raise ValueError(f"evaluation.rewards names {judge.name!r}, which is trained on with other settings")
-        if objective.best_of_n and objective.best_of_n > rollout.group_size:
-            raise ValueError(
-                f"objective.best_of_n {objective.best_of_n} is above rollout.group_size {rollout.group_size}"
-            )
-        members = objective.best_of_n or rollout.group_size
-        if rollout.prompts_per_iteration % objective.updates and members % objective.updates:
-            raise ValueError(
-                f"objective.updates {objective.updates} divides neither rollout.prompts_per_iteration "
-                f"{rollout.prompts_per_iteration} nor the {members} trained images of a group"
-            )
+        best, group = self.advantage.best_of_n, self.rollout.group_size
+        if best and best > group:
+            raise ValueError(f"advantage.best_of_n {best} is above rollout.group_size {group}")
+        objective.check_config(self)
         return self
 
     def to_yaml(self) -> str:
@@ -403,6 +277,28 @@ def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise BadInput(describe(error)) from error
+
+
+def parse_sections(data: dict[str, Any], overrides: list[str] = ()) -> dict[str, Section]:
+    """Validate sections of a description alone, without the others and without what they must have in common.
+
+    Raises:
+        BadInput: the first few faults, one sentence each.
+    """
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _override(data, override)
+    sections, faults = {}, []
+    for name, values in data.items():
+        if name not in RunConfig.model_fields:
+            raise BadInput(f"{name} is not a section; there are {', '.join(RunConfig.model_fields)}")
+        try:
+            sections[name] = TypeAdapter(RunConfig.model_fields[name].rebuild_annotation()).validate_python(values)
+        except ValidationError as error:
+            faults.append(describe(error, name))
+    if faults:
+        raise BadInput("; ".join(faults))
+    return sections
 
 
 def settings(overrides: list[str]) -> dict[str, Any]:
@@ -457,11 +353,12 @@ def _index(place: list, text: str, key: str) -> int:
     return int(text)
 
 
-def describe(error: ValidationError) -> str:
+def describe(error: ValidationError, section: str = "") -> str:
     """Pydantic's findings as sentences that name the field, the value and what is accepted."""
     sentences = []
     for fault in error.errors()[:5]:
-        field = ".".join(str(part) for part in fault["loc"]) or "run description"
+        place = [section, *fault["loc"]] if section else fault["loc"]
+        field = ".".join(str(part) for part in place) or "run description"
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             sentences.append(f"{field} is not a setting; check the spelling (docs/configuration.md lists them all)")
@@ -472,3 +369,31 @@ def describe(error: ValidationError) -> str:
         else:
             sentences.append(f"{field} is {fault['input']!r}: {message[0].lower()}{message[1:]}")
     return "; ".join(sentences)
+
+
+__all__ = [
+    "AdvantageConfig",
+    "EvaluationConfig",
+    "GraphLora",
+    "GraphModel",
+    "GraphSampling",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "Section",
+    "WatchdogConfig",
+    "WindowConfig",
+    "describe",
+    "parse_config",
+    "parse_sections",
+    "preset",
+    "preset_names",
+    "read_config",
+    "read_mapping",
+    "settings",
+]

@@ -24,6 +24,7 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
         arguments: the command line that each started process is given.
     """
     if processes > 1:
+        _check(config, output, processes)
         if launch.CHILD_MARK in os.environ:
             os.environ[launch.LAUNCHER] = str(os.getpid())
         run = RunDirectory.open(output, config, arguments)
@@ -39,6 +40,18 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
         if launch.CHILD_MARK in os.environ and _is_worker():
             return FINISHED
         raise
+
+
+def _check(config: RunConfig, output: Path, processes: int) -> None:
+    """Refuse a description that cannot run before it gets a run directory; one that has a directory was checked then.
+
+    Raises:
+        BadInput: it cannot run.
+    """
+    if not (output / "run.yaml").exists():
+        from .check import check_run
+
+        check_run(config, processes)
 
 
 def _is_worker() -> bool:
@@ -96,10 +109,11 @@ def _quiet() -> None:
 
 
 def _run_here(config: RunConfig, output: Path, arguments: list[str]) -> int:
-    # The lock comes before the seconds of imports, so that who asks sees a run that is starting.
+    # The lock of a run that exists comes before the seconds of imports: whoever asks sees a run that is starting.
     run, fault = RunDirectory(output), None
     if not _is_worker() or os.environ["RANK"] == "0":
         try:
+            _check(config, output, int(os.environ["WORLD_SIZE"]) if _is_worker() else 1)
             run = RunDirectory.open(output, config, arguments)
             if not _is_finished(run):
                 _say_starting(run, config, _launcher())
@@ -126,8 +140,9 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
     _quiet()
     try:
         from .loop import Trainer
+        from .objectives import make_objective
 
-        progress = Progress(config.runtime.iterations) if processes.is_main else None
+        progress = Progress(config.runtime.iterations, make_objective(config)) if processes.is_main else None
         trainer = Trainer(config, run, processes, progress or (lambda event: None))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: setattr(trainer, "interrupted", True))

@@ -35,33 +35,11 @@ def reward_record(table: dict[str, Tensor], advantages: Advantages) -> dict[str,
     return {name: _moments(values, advantages.spread[name]) for name, values in table.items()}
 
 
-def ratio_record(every: dict[str, float], first: dict[str, float]) -> dict[str, float]:
-    """How far probability ratios were from 1, in all updates of an iteration and in its first."""
-    count = max(every["actions"], 1)
-    return {
-        "mean": every["ratio_sum"] / count if every["actions"] else 1.0,
-        "mean_deviation": every["deviation_sum"] / count,
-        "max_deviation": every["largest"],
-        "max_deviation_before_update": first["largest"],
-    }
-
-
 def without_nan(value: object) -> object:
     """Plain data in which numbers that are not finite are None, as JSON has it."""
     if isinstance(value, dict):
         return {name: without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def warn_of_ratio(event: dict, clip_range: float) -> None:
-    """Say so when rollout and update do not agree on what the model predicts."""
-    deviation = event["ratio"]["max_deviation_before_update"]
-    if deviation is not None and deviation > clip_range / 10:
-        print(
-            f"warning: iteration {event['iteration']}: before the first update a ratio is {deviation:.2g} from 1, "
-            f"above a tenth of the clip range {clip_range:g}",
-            file=sys.stderr,
-        )
 
 
 def peak_memory(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from ..objectives import Objective, make_objective
 from .directory import RunDirectory
 
 
@@ -11,9 +12,11 @@ class Progress:
 
     Args:
         iterations: of the whole run; a resumed run begins with some of them done.
+        objective: of the run, which says what matters in its own figures.
     """
 
-    def __init__(self, iterations: int) -> None:
+    def __init__(self, iterations: int, objective: Objective) -> None:
+        self.objective = objective
         self.iterations, self.seconds, self.seen, self.bar = iterations, 0.0, 0, None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -33,8 +36,7 @@ class Progress:
         left = self.seconds / self.seen * (self.iterations - event["iteration"])
         print(
             f"iteration {event['iteration']}/{self.iterations}  {text}  {event['seconds']['total']:.2f} s"
-            f"  ratio off by {event['ratio']['max_deviation_before_update'] or 0:.1e} before, clipped"
-            f" {event['clip_fraction']:.0%}  {duration(left)} left",
+            f"  {self.objective.line(event['objective'])}  {duration(left)} left",
             flush=True,
         )
 
@@ -99,9 +101,8 @@ def closing(summary: dict, run: RunDirectory) -> str:
         f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
     ]
     if events:
-        deviation = max(event["ratio"]["max_deviation_before_update"] or 0.0 for event in events)
-        lines.append(f"model evaluations per image {events[-1]['evaluations_per_image']:.2f}")
-        lines.append(f"largest deviation of a ratio from 1 before an iteration's first update {deviation:.1e}")
+        lines.append(f"forward passes of the network per image {events[-1]['forwards_per_image']:.2f}")
+        lines += make_objective(run.config()).closing([event["objective"] for event in events])
     lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]
     return "\n".join(lines).strip()
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import report
 from ..config import RunConfig
-from ..utils.files import write_atomically, write_json
 from ..policy import Policy
-from .directory import Checkpoint, RunDirectory
+from ..utils.files import write_atomically, write_json
 from ..utils.video import save_video
+from . import report
+from .directory import Checkpoint, RunDirectory
 
 
-class Keeper:
+class Recorder:
     """
     Args:
         run: where to write; None keeps nothing.

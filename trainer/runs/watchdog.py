@@ -1,23 +1,27 @@
 """Notices a run that goes wrong: reward falling, ratio or gradient exploding."""
 
 import statistics
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 
-from ..config import GuardConfig
+from ..config import WatchdogConfig
+from ..objectives.advantage import Mixture
 
 SMOOTHING = 0.2  # weight of the newest iteration in the smoothed reward
 
 
 @dataclass
-class Guard:
+class Watchdog:
     """Watches the events of a run; its state is part of every checkpoint.
 
+    `alarm` finds a sign of collapse in the objective's own record of an iteration.
     `baseline` and `spread` are the first mean and standard deviation over all images per reward: the units in which
     rewards are compared with each other and over time.
     """
 
-    config: GuardConfig
+    config: WatchdogConfig
     weights: dict[str, float]
+    alarm: Callable[[dict], str | None]
     baseline: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     smoothed: float | None = None
@@ -28,7 +32,8 @@ class Guard:
     bad_updates: int = 0
 
     def state(self) -> dict:
-        return {k: v for k, v in asdict(self).items() if k not in ("config", "weights")}
+        names = [field.name for field in fields(self) if field.name not in ("config", "weights", "alarm")]
+        return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict) -> None:
         for name, value in state.items():
@@ -37,8 +42,8 @@ class Guard:
     def progress(self, rewards: dict[str, float]) -> float:
         """Weighted mean of the rewards' gains since the first iteration, in its standard deviations."""
         total = sum(abs(w) for w in self.weights.values()) or 1.0
-        gains = {k: (rewards[k] - self.baseline[k]) / self.spread[k] for k in self.weights}
-        return sum(self.weights[k] * gains[k] for k in self.weights) / total
+        mixture = Mixture(self.weights, self.spread)
+        return (mixture.of(rewards) - mixture.of(self.baseline)) / total
 
     def watch(self, event: dict) -> tuple[bool, str | None]:
         """Take in an iteration's event.
@@ -51,7 +56,9 @@ class Guard:
         self.dropped += event["dropped_samples"]
         self.bad_updates += event["bad_updates"]
         improved = self._take_reward(rewards)
-        signs = [sign for sign in (self._reward_sign(), self._ratio_sign(event), self._gradient_sign(event)) if sign]
+        signs = [
+            sign for sign in (self._reward_sign(), self.alarm(event["objective"]), self._gradient_sign(event)) if sign
+        ]
         self.signs = self.signs + 1 if signs else 0
         return improved, self._verdict(signs)
 
@@ -76,12 +83,6 @@ class Guard:
         if self.smoothed is None or self.best - self.smoothed <= self.config.reward_drop:
             return None
         return f"the smoothed reward is {self.best - self.smoothed:.2f} standard deviations below its best"
-
-    def _ratio_sign(self, event: dict) -> str | None:
-        deviation = event["ratio"]["mean_deviation"]
-        if deviation is None or deviation <= self.config.ratio_deviation:
-            return None
-        return f"the mean |ratio - 1| is {deviation:.3g}"
 
     def _gradient_sign(self, event: dict) -> str | None:
         norm = event["grad_norm"]
