@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages import engine_for, experience_of, gradients_of, items_of, with_options
 from torch import Tensor
 
-from stages import engine_for, experience_of, gradients_of, items_of, with_options
 from trainer.adapters import lora
 from trainer.config import ModelConfig
 from trainer.models import DiffusionModel

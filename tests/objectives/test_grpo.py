@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from stages import engine_for, experience_of, gradients_of, items_of
 from torch import Tensor, nn
 
-from stages import engine_for, experience_of, gradients_of, items_of
 from trainer.models import Conditions, DiffusionModel
 from trainer.objectives.base import Experience, Totals, split_updates
 from trainer.objectives.engine import Engine
@@ -171,7 +171,9 @@ def reference_loss(
             difference, scale = (difference + drift) * std, 1 / -dt
         ratio = math.exp(difference)
         ratios.append(ratio)
-        total += brute_force(ratio, stage.experience.advantages.values[divmod(t, GROUP)].item(), config.clip_range) * scale
+        total += (
+            brute_force(ratio, stage.experience.advantages.values[divmod(t, GROUP)].item(), config.clip_range) * scale
+        )
         total += config.kl_weight * np.mean((v - v_base) ** 2)
     return total / len(stage.pairs), ratios
 
