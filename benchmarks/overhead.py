@@ -31,7 +31,7 @@ def timed(work: object, repeats: int) -> float:
 def main() -> None:
     from trainer.config import parse_config, preset
     from trainer.loop import Trainer
-    from trainer.rollout import decode
+    from trainer.rollout import Execution, decode
     from trainer.utils.distributed import Processes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +49,7 @@ def main() -> None:
 
     model, rollout = trainer.model, config.rollout
     images = rollout.prompts_per_iteration * rollout.group_size
-    predictions = round(statistics.median(e["evaluations_per_image"] for e in events) * images)
+    predictions = round(statistics.median(e["forwards_per_image"] for e in events) * images)
     if rollout.window or not rollout.shared_noise or rollout.guidance_scale != 1:
         parser.error("the alone timing knows runs with shared noise, without window and guidance")
     shared = rollout.prompts_per_iteration
@@ -73,7 +73,9 @@ def main() -> None:
         "rollout": timed(lambda: forward(shared), 5) + (rollout.steps - 1) * timed(lambda: forward(images), 5),
         "update": trained // size * timed(lambda: backward(size), 5)
         + (timed(lambda: backward(trained % size), 5) if trained % size else 0.0),
-        "decode": timed(lambda: decode(model, torch.randn(images, *model.latent_shape), rollout.batch_size), 5),
+        "decode": timed(
+            lambda: decode(model, torch.randn(images, *model.latent_shape), Execution(rollout.batch_size)), 5
+        ),
     }
     total = sum(alone.values())
     print(f"images per iteration {images}, sampling predictions {sampled}, trained predictions {trained}")

@@ -6,7 +6,8 @@ from annotated_types import Ge, Gt, Le, Lt
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
-from ..trainer.config import RunConfig, parse_config, preset, preset_names
+from ..trainer.config import RunConfig, parse_sections, preset, preset_names
+from ..trainer.objectives import DEFAULT, OBJECTIVES
 from ..trainer.utils.errors import BadInput
 from ..trainer.utils.fields import choices, rules
 from . import types
@@ -33,9 +34,9 @@ ADVANCED = (
     "objective.train_steps",
     "objective.step_fraction",
     "objective.clip_range",
-    "objective.advantage_clip",
-    "objective.combine",
-    "objective.normalize",
+    "advantage.clip",
+    "advantage.combine",
+    "advantage.normalize",
     "objective.updates",
     "objective.ratio",
     "objective.kl_weight",
@@ -50,7 +51,7 @@ ADVANCED = (
     "runtime.device",
 )
 """New ones go at the end: saved workflows keep values by position."""
-SECTIONS = ("rollout", "objective", "lora", "optimizer", "evaluation", "runtime")
+SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluation", "runtime")
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
 """Fields of `evaluation` that the training node's own sockets and boxes fill."""
 _STEP = {"optimizer.learning_rate": 1e-6, "objective.clip_range": 1e-6, "optimizer.weight_decay": 1e-5}
@@ -69,7 +70,8 @@ def input_name(setting: str) -> str:
 def widget(setting: str, advanced: bool) -> io.Input:
     """The widget of one setting, with its default, range and description."""
     section, name = setting.split(".")
-    field = RunConfig.model_fields[section].annotation.model_fields[name]
+    kind = OBJECTIVES[DEFAULT].Options if section == "objective" else RunConfig.model_fields[section].annotation
+    field = kind.model_fields[name]
     common = {
         "id": input_name(setting),
         "display_name": name,
@@ -108,13 +110,11 @@ def settings(data: dict, overrides: str) -> dict:
     Raises:
         BadInput: an unknown setting, a value that is not accepted, or one that belongs to another node.
     """
-    lines = list(_lines(overrides))
-    placeholders = {"prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]}
-    config = parse_config({**{name: data.get(name, {}) for name in SECTIONS}, **placeholders}, lines)
+    sections = parse_sections({name: data.get(name, {}) for name in SECTIONS}, list(_lines(overrides)))
     for field in _ELSEWHERE:
-        if getattr(config.evaluation, field):
+        if getattr(sections["evaluation"], field):
             raise BadInput(f"setting evaluation.{field} is given on the node GRPO Train LoRA, not here")
-    return config.model_dump(mode="json", include=set(SECTIONS))
+    return {name: section.model_dump(mode="json") for name, section in sections.items()}
 
 
 def _lines(overrides: str) -> Iterator[str]:

@@ -8,7 +8,18 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from trainer.config import RunConfig, Section, parse_config, preset, preset_names, read_config
+from trainer.config import (
+    RolloutConfig,
+    RunConfig,
+    Section,
+    parse_config,
+    parse_sections,
+    preset,
+    preset_names,
+    read_config,
+)
+from trainer.objectives import OBJECTIVES
+from trainer.objectives.grpo import GrpoOptions
 from trainer.utils.errors import BadInput
 
 MINIMAL = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "brightness"}]}
@@ -18,10 +29,15 @@ def minimal(**sections: object) -> dict:
     return copy.deepcopy({**MINIMAL, **sections})
 
 
+def sections() -> list[type[Section]]:
+    """All sections of the trainer."""
+    ours = [section for section in Section.__subclasses__() if section.__module__.startswith("trainer.")]
+    return [*ours, *(objective.Options for objective in OBJECTIVES.values())]
+
+
 def test_every_setting_has_a_description_and_a_default() -> None:
     without_default = set()
-    ours = [section for section in Section.__subclasses__() if section.__module__.startswith("trainer.")]
-    for section in ours:
+    for section in sections():
         for name, field in section.model_fields.items():
             nested = isinstance(field.default, BaseModel)
             if section is not RunConfig and not nested:
@@ -30,7 +46,7 @@ def test_every_setting_has_a_description_and_a_default() -> None:
             if field.is_required():
                 without_default.add(f"{section.__name__}.{name}")
     files = {"GraphModel.folder", "GraphModel.file", "GraphModel.vae_file", "GraphLora.file"}
-    assert without_default == {"RunConfig.prompts", "RunConfig.rewards", "RewardConfig.name"} | files
+    assert without_default == {"RewardConfig.name", "ObjectiveOptions.name"} | files
 
 
 def test_minimal_description_is_enough() -> None:
@@ -121,9 +137,43 @@ def test_settings_at_the_edge_fit() -> None:
     assert config.advantage.best_of_n == config.rollout.group_size
 
 
-def test_missing_sections_are_named() -> None:
-    with pytest.raises(BadInput, match=r"prompts is missing; rewards is missing"):
-        parse_config({})
+def test_prompts_and_rewards_are_asked_for() -> None:
+    with pytest.raises(BadInput, match="prompts names none: give them in exactly one of texts, file and shapes"):
+        parse_config({"rewards": MINIMAL["rewards"]})
+    with pytest.raises(BadInput, match="rewards names none"):
+        parse_config({"prompts": MINIMAL["prompts"]})
+
+
+def test_parts_of_a_description_validate_alone() -> None:
+    assert RolloutConfig.model_validate({"steps": 4}).steps == 4
+    found = parse_sections({"rollout": {"steps": 4}, "objective": {"updates": 3}}, ["rollout.eta=0.7", "lora.rank=2"])
+    assert (found["rollout"].steps, found["rollout"].eta, found["objective"].updates) == (4, 0.7, 3)
+    assert found["lora"].rank == 2
+    assert isinstance(found["objective"], GrpoOptions)
+    with pytest.raises(BadInput) as raised:
+        parse_sections({"rollout": {"steps": 1}, "objective": {"clip_range": 2}})
+    assert "rollout.steps is 1" in str(raised.value)
+    assert "objective.clip_range is 2" in str(raised.value)
+    with pytest.raises(BadInput, match="rolout is not a section"):
+        parse_sections({"rolout": {}})
+
+
+def test_objective_is_told_by_its_name() -> None:
+    config = parse_config(minimal(objective={"name": "grpo", "clip_range": 1e-3}))
+    assert config.objective == parse_config(minimal(), ["objective.clip_range=1e-3"]).objective
+    assert parse_config(config.model_dump(mode="json")) == config
+    assert yaml.safe_load(config.to_yaml())["objective"]["clip_range"] == 1e-3
+    for value, words in (
+        ("{name: grop}", "objective: objective 'grop' is unknown: choose one of grpo"),
+        ("{name: [grpo]}", "is unknown: choose one of grpo"),
+        ("{clip: 5}", "objective.clip is not a setting"),
+        ("{name: grpo, clip_range: 2}", "objective.clip_range is 2"),
+        ("grpo", "objective: it must be a section, not str"),
+        ("null", "objective: it must be a section, not NoneType"),
+    ):
+        with pytest.raises(BadInput) as raised:
+            parse_config(minimal(), [f"objective={value}"])
+        assert words in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------ overrides

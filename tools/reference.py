@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.config import RunConfig
+from trainer.objectives import DEFAULT, OBJECTIVES
 from trainer.rewards.files import file_rule
 from trainer.utils.fields import choices, rules
 
@@ -23,6 +24,11 @@ HEAD = """# Settings of a run
 
 Every setting of a run description (YAML or JSON), with its default. Unknown keys are errors. Any setting can be given
 on the command line: `python -m trainer train run.yaml --set rollout.eta=0.5`. This page is made by `make docs`.
+"""
+OBJECTIVE_HEAD = f"""## objective
+
+How scored images become an update. `name` chooses the objective, `{DEFAULT}` where it is left out, and with it the other
+settings of this section.
 """
 _SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
 
@@ -40,7 +46,7 @@ python -m trainer score clip image.png --prompt "a red fox" --set path=weights.b
 ```
 
 Scores of one reward are compared within the images of one prompt, so scale and offset do not matter there. Several
-rewards are mixed by their normalised advantages unless `objective.combine` says otherwise. The paper's authors advise
+rewards are mixed by their normalised advantages unless `advantage.combine` says otherwise. The paper's authors advise
 HPS-v2.1 and CLIP as 0.7 : 1.4, because HPS-v2.1 alone ends in glossy, over-saturated pictures:
 
 ```yaml
@@ -173,6 +179,9 @@ def markdown() -> str:
     """The page docs/configuration.md."""
     parts = [HEAD]
     for name, field in RunConfig.model_fields.items():
+        if name == "objective":
+            parts += [OBJECTIVE_HEAD, *(_table(f"objective: {o.name}", o.Options) for o in OBJECTIVES.values())]
+            continue
         section, many = _section(field.annotation)
         parts.append(_table(f"{name}{'[]' if many else ''}", section))
     return "\n".join(parts)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from comfy.model_management import InterruptProcessingException
 
+from ...trainer.check import check_run
 from ...trainer.config import RunConfig, parse_config
-from ...trainer.models import check_kernel, model_class
+from ...trainer.objectives.advantage import Mixture
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.progress import duration, number, table
@@ -209,19 +210,9 @@ def _refuse_changes(name: str, run: RunDirectory, config: RunConfig) -> None:
 
 def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     """What the trainer would refuse, said on the node at once."""
-    from ...trainer.loop import check_groups, check_media, check_prompts
-    from ...trainer.rewards import load_reward
-
-    check_kernel(model_class(config.model), config.model.family, config.rollout)
+    check_run(config, processes, conditions_exist=False)
     if config.model.graph is not None and config.prompts.conditions is None:
         raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
-    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
-    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
-    check_groups(rewards, processes)
-    check_media(judges, config.model.frames)
-    check_prompts(judges, [*config.prompts.texts, *config.evaluation.texts])
-    if processes > config.rollout.prompts_per_iteration * config.rollout.group_size:
-        raise BadInput(f"{processes} processes are more than the images of an iteration")
     session.require_gpus(gpus, processes)
     _refuse_busy_gpus(gpus)
 
@@ -347,11 +338,10 @@ def newest_sample(run: RunDirectory) -> Path | None:
 
 
 def losses(run: RunDirectory) -> list[float]:
-    """Minus the weighted mean reward of each iteration: the policy's own loss is about 0 by construction."""
-    weights = {reward.name: reward.weight for reward in run.config().rewards}
-    values = []
-    for event in run.events():
-        means = {name: event["rewards"][name]["mean"] for name in weights}
-        if None not in means.values():
-            values.append(-sum(weights[name] * mean for name, mean in means.items()))
-    return values
+    """Minus the reward of each iteration, in stds of the first: the policy's own loss is about 0 by construction."""
+    weights, events = {reward.name: reward.weight for reward in run.config().rewards}, run.events()
+    mixture = Mixture(
+        weights, {name: value["spread"] for name, value in events[0]["rewards"].items()} if events else {}
+    )
+    means = [{name: event["rewards"][name]["mean"] for name in weights} for event in events]
+    return [-mixture.of(mean) for mean in means if None not in mean.values()]

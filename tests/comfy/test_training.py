@@ -356,7 +356,7 @@ def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) ->
     [
         ({"prompts": " \n "}, "prompts is empty"),
         ({"held_out_prompts": "a red circle"}, "which is also in prompts"),
-        ({"processes": 64}, "64 processes are more than the images of an iteration"),
+        ({"processes": 64}, "64 processes are more than the"),
         ({"gpus": "0;rm"}, "give numbers separated by commas"),
         # A workflow may hold anything in place of a link: none of it becomes a part of the run.
         ({"grpo_model": {"family": "sd3", "path": str(ROOT)}}, "grpo_model must be connected to a node of this pack"),

@@ -194,9 +194,9 @@ def test_training_changes_the_lora_keeps_ratios_and_resumes_exactly(
 ) -> None:
     config, whole = description(case, folder), results_of(alone)
     assert len(whole) == 3
-    assert all(event["actions"] > 0 and event["grad_norm"] > 0 for event in whole)
+    assert all(event["objective"]["actions"] > 0 and event["grad_norm"] > 0 for event in whole)
     # Guidance multiplies rounding; still a fifth of the clip range.
-    assert all(event["ratio"]["max_deviation_before_update"] < 2e-5 for event in whole)
+    assert all(event["objective"]["ratio"]["max_deviation_before_update"] < 2e-5 for event in whole)
     learned = lora_of(alone)
     if case.model.get("frames", 1) > 1:
         check_videos(alone / "samples", case)
@@ -226,7 +226,7 @@ def check_videos(samples: Path, case: Case) -> None:
 def test_ratios_are_one_before_the_update(case: Case, folder: Path, tmp_path: Path) -> None:
     config = parse_config(description(case, folder).model_dump(), ["rollout.guidance_scale=1", "runtime.iterations=1"])
     (event,) = train(config, tmp_path / "run")
-    assert event["ratio"]["max_deviation_before_update"] < 1e-6
+    assert event["objective"]["ratio"]["max_deviation_before_update"] < 1e-6
 
 
 def test_packing_is_undone_by_unpacking() -> None:
@@ -272,7 +272,7 @@ IN_TWO = [name for name in CASES if name not in ("sd-v", "wan-image", "hunyuanvi
 UNEVEN = {
     "plain": {},
     "updates, KL, guard": {"objective": {"updates": 3, "kl_weight": 0.5, "ratio": "guard"}},
-    "window, best of n": {"objective": {"best_of_n": 2}, "rollout": {"window": {"size": 2}, "guidance_scale": 2.0}},
+    "window, best of n": {"advantage": {"best_of_n": 2}, "rollout": {"window": {"size": 2}, "guidance_scale": 2.0}},
     "skipped groups": {"reward": {"threshold": 0.00275}, "rollout": {"shared_noise": False}},
 }
 
@@ -307,9 +307,9 @@ def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
     ours, theirs = ([event for event in events if "rewards" in event] for events in (ours, theirs))
     assert len(theirs) == 2
     for one, two in zip(ours[:2], theirs, strict=True):
-        assert one["actions"] == two["actions"] > 0
+        assert one["objective"]["actions"] == two["objective"]["actions"] > 0
         assert one["skipped_groups"] == two["skipped_groups"]
-        assert one["evaluations_per_image"] == pytest.approx(two["evaluations_per_image"], rel=0.6)
+        assert one["forwards_per_image"] == pytest.approx(two["forwards_per_image"], rel=0.6)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
         for judge, value in one["rewards"].items():

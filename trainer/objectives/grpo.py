@@ -38,7 +38,7 @@ class GrpoOptions(ObjectiveOptions):
         0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
     )
     ratio_limit: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="The watchdog takes a mean |ratio - 1| above this as a sign of collapse."
+        0.5, description="The watchdog takes ratios further from 1 than this, on average, as a sign of collapse."
     )
 
 

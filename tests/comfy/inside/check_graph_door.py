@@ -125,7 +125,7 @@ def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleName
         assert abs(a["loss"] - b["loss"]) < 1e-5
         assert abs(a["rewards"]["colorfulness"]["mean"] - b["rewards"]["colorfulness"]["mean"]) < 1e-4
         assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-2 * a["grad_norm"]
-        assert b["ratio"]["max_deviation_before_update"] < 1e-6
+        assert b["objective"]["ratio"]["max_deviation_before_update"] < 1e-6
     print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(events, again, strict=True)])
     assert any(abs(event["loss"]) > 1e-4 for event in events), "losses of zero would equal each other"
     lora = pack("trainer.adapters.lora")
@@ -405,7 +405,7 @@ def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
     shared = [event for event in pack("trainer.runs.directory").RunDirectory(output).events() if "loss" in event]
     assert len(alone) == len(shared) == 3
     for one, two in zip(alone, shared, strict=True):
-        assert one["actions"] == two["actions"] > 0
+        assert one["objective"]["actions"] == two["objective"]["actions"] > 0
         print(one["loss"], two["loss"], one["grad_norm"], two["grad_norm"])
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-7)  # about 1e-5 themselves
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)

@@ -38,7 +38,7 @@ def trained(pack: object, output: Path) -> SimpleNamespace:
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     file = output / "lora.safetensors"
     policy.save_lora(file, policy.result(), {"dancegrpo": '{"iteration": 7}'})
-    return SimpleNamespace(model=model, file=file, lora=pack("trainer.adapters.lora"))
+    return SimpleNamespace(model=model, file=file, policy=policy)
 
 
 def velocity(model: object, x: torch.Tensor, sigma: torch.Tensor, cond: list) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_lora_file_gives_the_same_output_in_comfyui_and_the_trainer(pack, demo, 
         {"embeds": cond[0][0].expand(4, -1, -1), "pooled": cond[0][1]["pooled_output"].expand(4, -1)}
     )
     expected = trained.model.predict(noise, sigma, conditions)
-    with trained.lora.disabled(trained.model.module):
+    with trained.policy.using("base"):
         base = trained.model.predict(noise, sigma, conditions)
     assert (velocity(patched, noise, sigma, cond) - expected).abs().max() < 1e-4
     assert (expected - base).abs().max() > 1e-2, "the LoRA does nothing, so this test would see nothing"
