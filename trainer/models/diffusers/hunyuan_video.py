@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
@@ -92,9 +93,9 @@ class SkyReelsModel(HunyuanVideoModel):
         return {f"{PICTURE}latents": moments.mode()[:, :, 0] * vae.config.scaling_factor}
 
     def network_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
-        first = conditions.tensors[f"{PICTURE}latents"].to(latents)
-        later = first.new_zeros(*latents.shape[:2], latents.shape[2] - 1, *latents.shape[3:])
-        return torch.cat([latents, torch.cat([first.unsqueeze(2), later], dim=2)], dim=1)
+        first = rearrange(conditions.tensors[f"{PICTURE}latents"].to(latents), "b c h w -> b c 1 h w")
+        later_frames = (0, 0, 0, 0, 0, latents.shape[2] - 1)
+        return torch.cat([latents, nn.functional.pad(first, later_frames)], dim=1)
 
 
 _DOUBLE = re.compile(r"transformer_blocks\.(\d+)\.(.+)")

@@ -1,6 +1,5 @@
 """Wan 2.1: text to video, first frame to video, and single images."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -78,12 +77,6 @@ class WanModel(DiffusersModel):
     def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
         semantic = cls.network_config(config).get("image_dim") is not None
         return ("vae", "image_encoder", "image_processor") if semantic else ("vae",)
-
-    @classmethod
-    def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
-        if importlib.util.find_spec("ftfy") is None:
-            raise BadInput("family wan encodes prompts with the package 'ftfy', which is not installed")
-        return super()._encoders(config, device)
 
     @classmethod
     def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
