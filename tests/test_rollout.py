@@ -13,7 +13,7 @@ from trainer.config import LoraConfig, ModelConfig, ObjectiveConfig
 from trainer.models import DiffusionModel
 from trainer.models.diffusers.sd3 import SD3Model
 from trainer.objectives.engine import Actions, Statistics, train
-from trainer.rollout import Plan, Prompting, Trajectories, decode, sample
+from trainer.rollout import Plan, Prompting, Trajectories, sample
 
 CPU = torch.device("cpu")
 SHIFT, STEPS = 3.0, 5
@@ -113,7 +113,7 @@ def test_ode_rollout_equals_the_diffusers_pipeline(
     mine = sample(model, plan, prompting, torch.arange(PROMPTS), starts(), step_noise, batch=96)
     assert mine.final.std() > 0.1
     close(mine.final, generate("latent"), 1e-4)
-    images = decode(model, mine.final, 96)
+    images = model.decode(mine.final)
     assert images.std() > 1e-3
     close(images, generate("pt"), 1e-4)
 
@@ -170,7 +170,6 @@ def test_batch_size_does_not_matter(model: SD3Model, prompting: Prompting, share
         other = roll(model, plan_of(ALL, shared), prompting, batch)
         close(whole.final, other.final, 1e-5)
         close(whole.log_probs, other.log_probs, 1e-5)
-    close(decode(model, whole.final, 96), decode(model, whole.final, 1), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ what is remembered

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import rewards as judges
 from .models import DiffusionModel
 from .prompts.sets import PromptSet
-from .rollout import Calls, Plan, Prompting, decode, own, sample
+from .rollout import Calls, Plan, Prompting, own, sample
 from .utils.distributed import Processes
 from .utils.seeds import noise
 
@@ -108,7 +108,7 @@ def evaluate(
         part = part[: max(0, own_images - start)]
         if not part:
             continue
-        images = decode(model, sampled.final[: len(part)], batch)
+        images = model.decode(sampled.final[: len(part)])
         texts = [prompts.texts[p] for p, _ in part]
         columns = {name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in rewards.items()}
         for row, (p, k) in enumerate(part):

@@ -20,7 +20,7 @@ from .objectives.engine import Actions, Statistics, split, train
 from .policy import Policy
 from .prompts.conditions import all_pictures, all_texts, conditions_for
 from .prompts.sets import evaluation_prompts, training_prompts
-from .rollout import Plan, Prompting, Trajectories, decode, own, sample
+from .rollout import Plan, Prompting, Trajectories, own, sample
 from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
 from .runs.recorder import Keeper
@@ -211,7 +211,7 @@ class Trainer:
         """Rewards of all processes' images, `[P, G]` per judge."""
         config = self.config.rollout
         with clock("decode"):
-            images = decode(self.model, trajectories.final, config.batch_size)
+            images = self.model.decode(trajectories.final)
         texts = [self.prompts.texts[chosen[slot]] for slot, _ in self._members()]
         with clock("reward"):
             columns = {

@@ -154,9 +154,3 @@ def sample(
 
 def _stack(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts) if parts else torch.empty(0)
-
-
-@torch.no_grad()
-def decode(model: DiffusionModel, latents: Tensor, batch: int) -> Tensor:
-    """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1] of final latents, `batch` at a time."""
-    return torch.cat([model.decode(part) for part in latents.split(batch)])

@@ -11,7 +11,6 @@ from ...config import ModelConfig
 from ...utils.errors import BadInput
 from ..base import PICTURE, Conditions, Rows
 from .family import DiffusersModel
-from .latents import as_frames
 
 
 class HunyuanVideoModel(DiffusersModel):
@@ -25,6 +24,7 @@ class HunyuanVideoModel(DiffusersModel):
     condition_widths = {"embeds": "text_embed_dim", "pooled": "pooled_projection_dim"}
     condition_masks = ("mask",)
     default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    vae_classes = ("AutoencoderKLHunyuanVideo",)
     video = True
 
     @classmethod
@@ -33,7 +33,7 @@ class HunyuanVideoModel(DiffusersModel):
         return spatial, vae.get("temporal_compression_ratio", 4)
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, pooled, mask = pipeline.encode_prompt(prompts)
         return Conditions({"embeds": embeds, "pooled": pooled, "mask": mask})
 
@@ -59,11 +59,6 @@ class HunyuanVideoModel(DiffusersModel):
 
     def network_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
         return latents
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return as_frames(self.vae.decode(scaled, return_dict=False)[0])
 
     def lora_key(self, module_name: str) -> str | Rows:
         config = self.module.config

@@ -1,7 +1,5 @@
 """Shapes of latents and of conditions, as the families arrange them."""
 
-from typing import Any
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -30,17 +28,6 @@ def rows_and_zeros(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The rows one under the other, on the CPU, and zeros as the last."""
     names = rows[0]
     return {name: torch.cat([*(row[name].cpu() for row in rows), rows[0][name].cpu() * 0]) for name in names}
-
-
-def standard_moments(config: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a VAE's latent channels, shaped for `[B, C, F, H, W]`."""
-    return tuple(torch.tensor(v).view(1, -1, 1, 1, 1).to(like) for v in (config.latents_mean, config.latents_std))
-
-
-def as_frames(videos: Tensor) -> Tensor:
-    """A VAE's `[B, 3, F, H, W]` in [-1, 1] as videos `[B, F, 3, H, W]` in [0, 1], or images where F is 1."""
-    frames = rearrange((videos.float() / 2 + 0.5).clamp(0, 1), "b c f h w -> b f c h w")
-    return frames[:, 0] if frames.shape[1] == 1 else frames.contiguous()
 
 
 def pack(latents: Tensor) -> Tensor:
