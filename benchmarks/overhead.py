@@ -59,13 +59,13 @@ def main() -> None:
         rows = torch.arange(batch) % len(trainer.prompts.texts)
         latents = torch.randn(batch, *model.latent_shape)
         with torch.no_grad():
-            model.velocity(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
+            model.predict_guided(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
 
     def backward(batch: int) -> None:
         rows = torch.arange(batch) % len(trainer.prompts.texts)
         latents = torch.randn(batch, *model.latent_shape)
-        velocity = model.velocity(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
-        velocity.square().mean().backward()
+        prediction = model.predict_guided(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
+        prediction.square().mean().backward()
 
     size = config.objective.batch_size
     alone = {

@@ -1,6 +1,5 @@
 """Settings of a run as widgets, made from the run description's own fields."""
 
-import typing
 from collections.abc import Iterator
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -9,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_config, preset, preset_names
 from ..trainer.utils.errors import BadInput
-from ..trainer.utils.fields import rules
+from ..trainer.utils.fields import choices, rules
 from . import types
 from .types import CATEGORY, SettingsType
 
@@ -79,8 +78,8 @@ def widget(setting: str, advanced: bool) -> io.Input:
         "advanced": advanced or None,
         "optional": advanced,
     }
-    if typing.get_origin(field.annotation) is typing.Literal:
-        return io.Combo.Input(options=list(typing.get_args(field.annotation)), **common)
+    if (options := choices(field)) is not None:
+        return io.Combo.Input(options=options, **common)
     if field.annotation is bool:
         return io.Boolean.Input(**common)
     if field.annotation is int:

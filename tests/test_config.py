@@ -100,7 +100,10 @@ CONFLICTS = {
         ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "objective.best_of_n=4", "objective.updates=3"],
         ["objective.updates 3", "4 trained images"],
     ),
-    "cps renoising more than all": (["rollout.kernel=cps", "rollout.eta=2"], ["rollout", "eta 2.0", "below 2"]),
+    "cps renoising more than all": (
+        ["rollout.kernel=cps", "rollout.eta=2"],
+        ["rollout", "eta 2 ", "kernel cps", "0 to 1"],
+    ),
 }
 
 

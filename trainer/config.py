@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .diffusion import kernels
 from .utils.errors import BadInput
+from .utils.fields import OneOf
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -173,11 +175,11 @@ class WindowConfig(Section):
 class RolloutConfig(Section):
     """How the images of an iteration are sampled."""
 
-    kernel: Literal["dance", "dance-exact", "flow", "flow-exact", "cps", "ddim"] = Field(
+    kernel: Annotated[str, OneOf(kernels.stochastic)] = Field(
         "dance", description="Transition kernel of the stochastic steps; ddim for Stable Diffusion 1.x, 2.x and SDXL."
     )
-    eta: Annotated[float, Field(gt=0, le=10)] = Field(
-        0.3, description="Strength of the added noise, in the kernel's own scale."
+    eta: Annotated[float, Field(gt=0, le=kernels.LARGEST_ETA)] = Field(
+        kernels.DANCE.default_eta, description="Strength of the added noise, in the kernel's own scale."
     )
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(16, description="Sampling steps of a trajectory.")
     shift: Annotated[float, Field(gt=0, le=100)] | None = Field(
@@ -196,10 +198,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RolloutConfig":
-        if self.kernel == "cps" and self.eta >= 2:
-            raise ValueError(f"eta {self.eta} is outside cps's range: above 0 and below 2 (1 renoises fully)")
-        if self.kernel == "ddim" and self.eta > 1:
-            raise ValueError(f"eta {self.eta} is outside ddim's range: above 0 and at most 1 (DDPM)")
+        kernels.named(self.kernel).check_eta(self.eta)
         if self.window and self.window.start + self.window.size > self.steps - 1:
             raise ValueError(
                 f"window of {self.window.size} from step {self.window.start} does not fit: "

@@ -80,7 +80,7 @@ def evaluate(
     Args:
         calls: how many images a process samples that has so many.
     """
-    plan = Plan(model.still_kernel, 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
+    plan = Plan("ode", 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
     scores: list[tuple[int, dict[str, float]]] = []
     shown: list[tuple[int, Tensor]] = []

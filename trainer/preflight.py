@@ -30,12 +30,12 @@ def check(model: DiffusionModel, plan: Plan, prompting: Prompting, clip_range: f
     draw = lambda name: noise(model.latent_shape, 0, "opening", name)[None].to(model.device)  # noqa: E731
     latents, levels = draw("latents"), torch.tensor([plan.sigmas[step]], device=model.device)
 
-    def velocity() -> Tensor:
-        return model.velocity(latents, levels, conditions, plan.guidance_scale, prompting.unconditional)
+    def predict() -> Tensor:
+        return model.predict_guided(latents, levels, conditions, plan.guidance_scale, prompting.unconditional)
 
     with torch.no_grad():
-        plain, sampled = model.plain(velocity), velocity()
-    trained = velocity()
+        plain, sampled = model.plain(predict), predict()
+    trained = predict()
     _compare(plain, trained.detach(), model)
     _require_gradient(trained, draw("direction"), model)
     sigma, sigma_next = plan.sigmas[step], plan.sigmas[step + 1]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import kernels
+from .diffusion.solvers import Euler
 from .models import Conditions, DiffusionModel
 
 
@@ -84,13 +85,15 @@ def predict(
     batch: int,
     calls: Calls = own,
 ) -> Tensor:
-    """Velocity of all rows, `batch` at a time; row i belongs to prompt `index[i]`."""
+    """Predictions of all rows, `batch` at a time; row i belongs to prompt `index[i]`."""
     parts, chunks = [], torch.arange(len(latents), device=latents.device).split(batch)
     spare = [chunks[0][:1]] * (calls(len(chunks)) - len(chunks))  # asked first: from the first call on, all go in step
     for rows in [*chunks, *spare]:
         levels = torch.full((len(rows),), sigma, device=latents.device)
         conditions = prompting.conditions.rows(index[rows])
-        parts.append(model.velocity(latents[rows], levels, conditions, plan.guidance_scale, prompting.unconditional))
+        parts.append(
+            model.predict_guided(latents[rows], levels, conditions, plan.guidance_scale, prompting.unconditional)
+        )
     return torch.cat(parts[: len(chunks)])
 
 
@@ -124,17 +127,18 @@ def sample(
     """
     index = torch.arange(len(initial), device=prompt_of.device) if plan.shared_noise else prompt_of
     latents, evaluations = initial.float(), 0
+    solver = Euler(model.process)
     starts, ends, log_probs, means = [], [], [], []
     for i, (sigma, sigma_next) in enumerate(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True)):
         between_calls()
-        velocity = predict(model, latents, sigma, prompting, index, plan, batch, calls)
+        prediction = predict(model, latents, sigma, prompting, index, plan, batch, calls)
         evaluations += len(latents)
         if i == plan.shared_step:
-            latents, velocity, index = latents[prompt_of], velocity[prompt_of], prompt_of
+            latents, prediction, index = latents[prompt_of], prediction[prompt_of], prompt_of
         if not plan.stochastic[i]:
-            latents = kernels.step(model.still_kernel, latents, velocity, sigma, sigma_next, 0.0).next_sample
+            latents = solver.step(latents, prediction, sigma, sigma_next)
             continue
-        step = kernels.step(plan.kernel, latents, velocity, sigma, sigma_next, plan.eta, noise=step_noise(i))
+        step = kernels.step(plan.kernel, latents, prediction, sigma, sigma_next, plan.eta, noise=step_noise(i))
         starts.append(latents)
         ends.append(step.next_sample)
         log_probs.append(step.log_prob)

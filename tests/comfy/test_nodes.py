@@ -227,11 +227,11 @@ def test_a_lora_name_leads_nowhere_else(comfy: Server, name: str) -> None:
     ("changes", "says"),
     [
         ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step 2"),
-        ({"kernel": "cps", "eta": 2.5}, "eta is 2.5: cps takes 0 to below 2"),
-        ({"kernel": "ddim", "eta": 1.5}, "eta is 1.5: ddim takes 0 to 1"),
+        ({"kernel": "cps", "eta": 2.5}, "eta 2.5 is outside the range of kernel cps: 0 to 1"),
+        ({"kernel": "ddim", "eta": 1.5}, "eta 1.5 is outside the range of kernel ddim: 0 to 1"),
         ({"eta": -0.1}, "eta is -0.1: it must lie in 0 to 10"),
         ({"eta": float("nan")}, "eta is nan"),
-        ({"kernel": "heun"}, "kernel is 'heun': choose one of dance"),
+        ({"kernel": "heun"}, "kernel 'heun' is unknown; choose one of dance"),
     ],
 )
 def test_what_the_sampler_cannot_do_is_refused_before_anything_runs(comfy: Server, changes: dict, says: str) -> None:

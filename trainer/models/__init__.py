@@ -1,6 +1,7 @@
 """Model families. A new family is one file that registers itself in `FAMILIES`."""
 
 from ..config import ModelConfig, RolloutConfig
+from ..diffusion import kernels
 from ..utils.errors import BadInput
 from .base import Conditions, DiffusionModel
 from .comfy.conditions import EntryConditions
@@ -43,9 +44,9 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
 
 
 def check_kernel(family: type[DiffusionModel] | DiffusionModel, name: str, rollout: RolloutConfig) -> None:
-    """Raise BadInput where the kernel does not fit what the family's models predict."""
-    if rollout.kernel not in family.kernels:
-        fitting = ", ".join(kernel for kernel in family.kernels if kernel != "ode")
+    """Raise BadInput where the kernel is one for another process than the family's, if that is known yet."""
+    if rollout.kernel not in kernels.stochastic(family.process):
+        fitting = ", ".join(kernels.stochastic(family.process))
         raise BadInput(f"rollout.kernel is {rollout.kernel!r}: models of family {name} take {fitting}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..diffusion.kernels import KERNELS
+from ..diffusion.process import FLOW, Process
 from ..diffusion.schedules import sigma_schedule
 from ..utils.errors import BadInput
 
@@ -52,16 +52,14 @@ class DiffusionModel(ABC):
         config: of the model.
         module: the network that predicts, into which the LoRA is injected.
         default_targets: endings of the names of the modules a LoRA goes to.
-        kernels: names of the transition kernels that fit what it predicts.
-        still_kernel: the kernel of its deterministic steps, taken with eta 0.
+        process: how its images are noised and what its predictions mean; None in a class whose instances differ.
         needs_opening_check: whether a run first looks if the model can be trained (`trainer.preflight`).
     """
 
     config: ModelConfig
     module: nn.Module
     default_targets: tuple[str, ...]
-    kernels: tuple[str, ...] = tuple(KERNELS)
-    still_kernel: str = "ode"
+    process: Process | None = FLOW
     needs_opening_check: bool = False
 
     @staticmethod
@@ -125,7 +123,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """Velocity (noise minus image), or the noise where `still_kernel` is ddim; float32, shaped as `latents`.
+        """The prediction of `process`; float32, shaped as `latents`.
 
         Args:
             latents: `[B, ...]` float32.
@@ -212,7 +210,7 @@ class DiffusionModel(ABC):
         """What `call` gives where the model runs as it does outside training."""
         return call()
 
-    def velocity(
+    def predict_guided(
         self,
         latents: Tensor,
         sigma: Tensor,
@@ -220,7 +218,7 @@ class DiffusionModel(ABC):
         guidance_scale: float = 1.0,
         unconditional: Conditions | None = None,
     ) -> Tensor:
-        """Velocity with classifier-free guidance: both branches in one batch, mixed in float32.
+        """`predict` with classifier-free guidance: both branches in one batch, mixed in float32.
 
         Args:
             guidance_scale: w in uncond + w (cond - uncond); 1 asks for no second branch.

@@ -133,15 +133,17 @@ def accumulate(
     conditions = actions.prompting.conditions.rows(actions.prompt_of[trajectory])
 
     def predict() -> Tensor:
-        return model.velocity(latents, sigma.float(), conditions, plan.guidance_scale, actions.prompting.unconditional)
+        return model.predict_guided(
+            latents, sigma.float(), conditions, plan.guidance_scale, actions.prompting.unconditional
+        )
 
-    velocity = predict()
+    prediction = predict()
     statistics.evaluations += len(latents)
     action = place[row_of], member
     replay = kernels.step(
         plan.kernel,
         latents[row_of],
-        velocity.index_select(0, row_of),  # its backward pass adds in a fixed order
+        prediction.index_select(0, row_of),  # its backward pass adds in a fixed order
         sigma[row_of],
         sigma_next[row_of],
         plan.eta,
@@ -158,7 +160,7 @@ def accumulate(
         with torch.no_grad(), lora.disabled(model.module):
             reference = predict()
         statistics.evaluations += len(latents)
-        kl = grpo.velocity_kl(velocity, reference).index_select(0, row_of)
+        kl = grpo.velocity_kl(prediction, reference).index_select(0, row_of)
         loss = loss + config.kl_weight * kl
         statistics.kl += kl.detach().double().sum()
     (loss.sum() / total).backward()

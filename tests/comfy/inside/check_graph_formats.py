@@ -98,7 +98,7 @@ def probe(pack: Any, demo: Any) -> Any:
 
     def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         parameters = pack("trainer.adapters.lora").parameters(model.module)
-        output = model.velocity(draw(1), torch.tensor([0.9, 0.4]), conditions)
+        output = model.predict_guided(draw(1), torch.tensor([0.9, 0.4]), conditions)
         gradients = torch.autograd.grad((output * draw(2)).sum(), list(parameters.values()), allow_unused=True)
         found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
         return output.detach(), found

@@ -367,7 +367,7 @@ def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) ->
     lora = pack("trainer.adapters.lora")
     lora_config = config_module.LoraConfig(rank=2, alpha=6)
     lora.inject(model.module, lora_config, model.default_targets, seed=0)
-    kernel = "dance" if model.predicts_flow else "ddim"
+    kernel = pack("trainer.diffusion.kernels").stochastic(model.process)[0]
     sigmas = model.sigmas(STEPS, None)
     plan = rollout.Plan(kernel, 0.3, sigmas, [True] * (STEPS - 1) + [False], False, 2.0)
     conditions = models.EntryConditions.of([entry(case, 1), entry(case, 2)])
@@ -379,7 +379,7 @@ def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) ->
 def deterministic(pack: Callable, trained: Trained) -> Tensor:
     """The trainer's rollout without added noise."""
     rollout = pack("trainer.rollout")
-    still = rollout.Plan(trained.model.still_kernel, 0.0, trained.plan.sigmas, [False] * STEPS, False, 2.0)
+    still = rollout.Plan("ode", 0.0, trained.plan.sigmas, [False] * STEPS, False, 2.0)
     return rollout.sample(
         trained.model, still, trained.prompting, torch.arange(2), trained.noise, lambda step: None, batch=8
     ).final
@@ -534,9 +534,11 @@ def objective_of(pack: Callable, trained: Trained, actions: Any) -> float:
     for (i, place), advantage in zip(PAIRS, ADVANTAGES, strict=True):
         latents, level = kept.samples[place, i : i + 1], torch.tensor([plan.sigmas[place]])
         conditions = trained.prompting.conditions.rows(torch.tensor([i]))
-        velocity = trained.model.velocity(latents, level, conditions, 2.0, trained.prompting.unconditional)
+        prediction = trained.model.predict_guided(latents, level, conditions, 2.0, trained.prompting.unconditional)
         sigmas = plan.sigmas[place], plan.sigmas[place + 1]
-        again = step(plan.kernel, latents, velocity, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1])
+        again = step(
+            plan.kernel, latents, prediction, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1]
+        )
         losses.append(-(again.log_prob - kept.log_probs[place, i]).exp() * advantage)
     return torch.cat(losses).mean().item()
 
@@ -602,8 +604,8 @@ def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable,
         with pytest.raises(failed, match="computes something else in training than in sampling"):
             check(model, plan, prompting, 1e-4)
     with monkeypatch.context() as changed:
-        real = model.velocity
-        changed.setattr(model, "velocity", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
+        real = model.predict_guided
+        changed.setattr(model, "predict_guided", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
         with pytest.raises(failed, match="the gradient reaches 0 of the LoRA's"):
             check(model, plan, prompting, 1e-4)
 
@@ -614,9 +616,8 @@ def described(
     """What *GRPO Base Model* and *GRPO Train LoRA* know of a model before its run."""
     height, width, frames = case.size
     graph = {"folder": "x", "file": "x", "vae_file": "x", "scheduler": "simple", "sigmas": sigmas}
-    kernel = (
-        "dance" if pack("trainer.models.comfy.load").predicts_flow(patcher.model.model_sampling, SAMPLING) else "ddim"
-    )
+    process = pack("trainer.models.comfy.load").process_of(patcher.model.model_sampling, SAMPLING)
+    kernel = pack("trainer.diffusion.kernels").stochastic(process)[0]
     data = {
         "model": {"family": "comfy", "graph": graph, "height": height, "width": width, "frames": frames},
         "prompts": {"texts": ["any"]},

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ...config import ModelConfig
-from ...diffusion.kernels import DIFFUSION_KERNELS, KERNELS
+from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
@@ -26,7 +26,7 @@ from .load import (
     load_network,
     load_vae,
     open_mixed_layers,
-    predicts_flow,
+    process_of,
     require_version,
 )
 
@@ -36,8 +36,8 @@ WEIGHT_FILES = (".safetensors", ".sft")
 class ComfyModel(DiffusionModel):
     """A model behind ComfyUI's `BaseModel`, image or video.
 
-    Flow models go by the flow kernels. Models that predict noise, v or the image go by `ddim`; ComfyUI holds their
-    latents as x0 + s noise, this pack as that divided by sqrt(1 + s^2), and sigma = s / sqrt(1 + s^2).
+    Flow models are of the process FLOW, models that predict noise, v or the image of VP. ComfyUI holds the latents of
+    the latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
 
     Args:
         patcher: ComfyUI's `ModelPatcher`, loaded, without patches.
@@ -50,16 +50,14 @@ class ComfyModel(DiffusionModel):
     family = "comfy"
     needs_opening_check = True
     default_targets = ()
-    kernels = (*KERNELS, *DIFFUSION_KERNELS)  # of any; an instance has its own
+    process = None  # an instance has that of its checkpoint
 
     def __init__(self, patcher: Any, vae: Any, config: ModelConfig) -> None:
         self.patcher, self.vae, self.config = patcher, vae, config
         self.base, self.module = patcher.model, patcher.model.diffusion_model
         self.comfy = _modules()
         self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
-        self.predicts_flow = predicts_flow(self.base.model_sampling, self.comfy.model_sampling)
-        self.kernels = tuple(KERNELS if self.predicts_flow else DIFFUSION_KERNELS)
-        self.still_kernel = "ode" if self.predicts_flow else "ddim"
+        self.process = process_of(self.base.model_sampling, self.comfy.model_sampling)
         self.module.requires_grad_(False)
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
@@ -116,7 +114,7 @@ class ComfyModel(DiffusionModel):
     def predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions) -> Tensor:
         return self._predict(latents, sigma, conditions, "positive")
 
-    def velocity(
+    def predict_guided(
         self,
         latents: Tensor,
         sigma: Tensor,
@@ -132,7 +130,7 @@ class ComfyModel(DiffusionModel):
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, branch: str) -> Tensor:
         level = sigma.float().double()
-        scale = torch.ones_like(level) if self.predicts_flow else (1 - level**2).rsqrt()
+        scale = self.process.k_scale(level)
         sigmas = (level * scale).float()
         noisy = latents * _column(scale.float(), latents)
         self._make_resident()
@@ -204,7 +202,7 @@ class ComfyModel(DiffusionModel):
         if graph is not None and graph.sigmas is not None:
             return self._given(graph.sigmas, steps)
         scheduler = graph.scheduler if graph is not None else None
-        if scheduler is None and self.predicts_flow and shift is not None:
+        if scheduler is None and self.process is FLOW and shift is not None:
             return sigma_schedule(steps, shift)
         known = self.comfy.samplers.SCHEDULER_NAMES
         if scheduler is not None and scheduler not in known:
@@ -218,11 +216,10 @@ class ComfyModel(DiffusionModel):
             raise BadInput(f"there are {len(values)} sigmas, and {steps} steps take {steps + 1}: make them equal")
         if values[-1] != 0 or any(a <= b for a, b in zip(values[:-1], values[1:], strict=True)):
             raise BadInput(f"sigmas must fall from step to step and end at 0: they are {[round(v, 4) for v in values]}")
-        if not self.predicts_flow:
-            return [value / (1 + value**2) ** 0.5 for value in values]
-        if values[0] > 1:
+        levels = [self.process.from_k_sigma(value) for value in values]
+        if levels[0] > 1:
             raise BadInput(f"sigmas begin with {values[0]}, and those of a flow model are at most 1")
-        return values
+        return levels
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         self._is_resident = False  # ComfyUI makes room for the VAE

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...diffusion.kernels import DIFFUSION_KERNELS
+from ...diffusion.process import VP
 from ...utils.errors import BadInput
 from ..base import Conditions
 from .family import DiffusersModel
@@ -26,8 +26,7 @@ class StableDiffusionModel(DiffusersModel):
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "cross_attention_dim"}
     default_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    kernels = tuple(DIFFUSION_KERNELS)
-    still_kernel = "ddim"
+    process = VP
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
         super().__init__(module, vae, config)
