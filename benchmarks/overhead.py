@@ -31,8 +31,7 @@ def timed(work: object, repeats: int) -> float:
 def main() -> None:
     from trainer.config import parse_config, preset
     from trainer.loop import Trainer
-    from trainer.rollout import Execution, decode
-    from trainer.utils.distributed import Processes
+        from trainer.utils.distributed import Processes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")
@@ -73,9 +72,7 @@ def main() -> None:
         "rollout": timed(lambda: forward(shared), 5) + (rollout.steps - 1) * timed(lambda: forward(images), 5),
         "update": trained // size * timed(lambda: backward(size), 5)
         + (timed(lambda: backward(trained % size), 5) if trained % size else 0.0),
-        "decode": timed(
-            lambda: decode(model, torch.randn(images, *model.latent_shape), Execution(rollout.batch_size)), 5
-        ),
+        "decode": timed(lambda: model.decode(torch.randn(images, *model.latent_shape)), 5),
     }
     total = sum(alone.values())
     print(f"images per iteration {images}, sampling predictions {sampled}, trained predictions {trained}")

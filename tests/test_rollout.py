@@ -15,7 +15,7 @@ from trainer.models import DiffusionModel
 from trainer.models.diffusers.sd3 import SD3Model
 from trainer.objectives.base import Totals
 from trainer.objectives.engine import Engine
-from trainer.rollout import Execution, Plan, Prompting, Trajectories, decode, sample
+from trainer.rollout import Execution, Plan, Prompting, Trajectories, sample
 from trainer.utils.errors import StopRequested
 
 CPU = torch.device("cpu")
@@ -117,7 +117,7 @@ def test_ode_rollout_equals_the_diffusers_pipeline(
     mine = sample(model, plan, prompting, torch.arange(PROMPTS), starts(), step_noise, Execution())
     assert mine.final.std() > 0.1
     close(mine.final, generate("latent"), 1e-4)
-    images = decode(model, mine.final, Execution())
+    images = model.decode(mine.final)
     assert images.std() > 1e-3
     close(images, generate("pt"), 1e-4)
 
@@ -174,7 +174,6 @@ def test_batch_size_does_not_matter(model: SD3Model, prompting: Prompting, share
         other = roll(model, plan_of(ALL, shared), prompting, batch)
         close(whole.final, other.final, 1e-5)
         close(whole.log_probs, other.log_probs, 1e-5)
-    close(decode(model, whole.final, Execution(96)), decode(model, whole.final, Execution(1)), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ what is remembered

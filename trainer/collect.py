@@ -11,7 +11,7 @@ from .models import DiffusionModel
 from .objectives.advantage import Advantages, active_images, advantages_of
 from .objectives.base import Experience
 from .rewards import score_or_nan
-from .rollout import Execution, Prompting, decode, sample
+from .rollout import Execution, Prompting, sample
 from .runs.metrics import Clock
 from .runs.recorder import Recorder
 from .utils.distributed import Processes
@@ -95,8 +95,9 @@ class Collector:
 
     def _score(self, experience: Experience, clock: Clock) -> dict[str, Tensor]:
         """Rewards of all processes' images, `[P, G]` float64 per name."""
+        self.execution.report("decode", 0, 1)
         with clock("decode"):
-            images = decode(self.model, experience.trajectories.final, self.execution)
+            images = self.model.decode(experience.trajectories.final)
         with clock("reward"):
             columns = {}
             for number, (name, reward) in enumerate(self.rewards.items()):

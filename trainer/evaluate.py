@@ -10,7 +10,7 @@ from .config import RunConfig
 from .models import DiffusionModel
 from .objectives.advantage import Mixture
 from .rewards import score_or_nan
-from .rollout import Execution, Plan, Prompting, decode, sample, unmatched
+from .rollout import Execution, Plan, Prompting, sample, unmatched
 from .utils.distributed import Processes
 from .utils.seeds import noise
 
@@ -129,9 +129,7 @@ class Evaluator:
             no_noise,
             execution,
         )
-        return (
-            decode(self.model, sampled.final[:own], replace(execution, report=self.execution.report)) if own else None
-        )
+        return self.model.decode(sampled.final[:own]) if own else None
 
     def _plan(self) -> Plan:
         config, rollout = self.config.evaluation, self.config.rollout

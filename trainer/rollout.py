@@ -201,14 +201,3 @@ def sample(
 
 def _stack(parts: list[Tensor]) -> Tensor:
     return torch.stack(parts) if parts else torch.empty(0)
-
-
-@torch.no_grad()
-def decode(model: DiffusionModel, latents: Tensor, execution: Execution) -> Tensor:
-    """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1] of final latents, `batch_size` at a time."""
-    parts = latents.split(execution.batch_size)
-    images = []
-    for number, part in enumerate(parts):
-        execution.report("decode", number, len(parts))
-        images.append(model.decode(part))
-    return torch.cat(images)

@@ -19,7 +19,7 @@ from trainer.config import ModelConfig, RunConfig, parse_config
 from trainer.loop import Trainer
 from trainer.models import model_class
 from trainer.models.diffusers.latents import pack, unpack
-from trainer.rollout import Plan, Prompting, decode, sample
+from trainer.rollout import Plan, Prompting, sample
 from trainer.runs.directory import RunDirectory
 from trainer.runs.launch import kill_tree
 from trainer.utils.distributed import Processes
@@ -91,7 +91,7 @@ def test_rollout_without_noise_is_the_pipelines_own(
     assert mine.std() > 0.1
     assert (mine - start).abs().max() > 0.1
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)
-    images = decode(model, mine, 2)
+    images = model.decode(mine)
     assert images.shape == (2, *((config.frames,) if config.frames > 1 else ()), 3, config.height, config.width)
     assert images.std() > 1e-3
     decoded = generate(case, folder, config, shown, start, "pt").reshape(images.shape)

@@ -15,6 +15,9 @@ from ..utils.errors import BadInput
 
 PICTURE = "picture_"
 """Start of the names of conditions that come from a prompt's picture and hold for both branches of guidance."""
+MEGAPIXEL = 2**20
+MAX_DECODE_BATCH = 32
+"""Decoded at once where the description gives no number: as many images as make a megapixel, at most these."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class DiffusionModel(ABC):
     """A rectified-flow or diffusion model with a frozen base.
 
     Attributes:
+        config: of the model.
         module: the network that predicts, into which the LoRA is injected.
         default_targets: endings of the names of the modules a LoRA goes to.
         process: how its images are noised and what its predictions mean; None in a class whose instances differ.
         needs_opening_check: whether a run first looks if the model can be trained (`trainer.preflight`).
     """
 
+    config: ModelConfig
     module: nn.Module
     default_targets: tuple[str, ...]
     process: Process | None = FLOW
@@ -126,9 +131,55 @@ class DiffusionModel(ABC):
             conditions: B rows.
         """
 
-    @abstractmethod
+    @property
+    def decode_batch_size(self) -> int:
+        """Images or videos that the VAE decodes or encodes at once."""
+        pixels = self.config.frames * self.config.height * self.config.width
+        return self.config.decode_batch_size or max(1, min(MAX_DECODE_BATCH, MEGAPIXEL // pixels))
+
     def decode(self, latents: Tensor) -> Tensor:
-        """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]`, float32 in [0, 1]."""
+        """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]`, float32 in [0, 1], `decode_batch_size` at a time.
+
+        An image does not depend on those beside it. Gradients flow to `latents` where these require them.
+        """
+        return torch.cat([self.decode_batch(part) for part in latents.split(self.decode_batch_size)])
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """`decode` in one call of the VAE."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Latents `[B, ...]` of images or videos, float32, in the scale of the network: the inverse of `decode`.
+
+        Deterministic: the mean where the VAE's encoder gives a distribution.
+
+        Args:
+            images: `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1], of the model's size.
+
+        Raises:
+            BadInput: they have another size.
+        """
+        config = self.config
+        size = (3, config.height, config.width)
+        size = size if config.frames == 1 else (config.frames, *size)
+        if tuple(images.shape[1:]) != size:
+            given, wanted = (" x ".join(map(str, shape)) for shape in (images.shape[1:], size))
+            raise BadInput(f"images to encode are {given}, and the model takes {wanted}: resize them")
+        parts = images.float().split(self.decode_batch_size)
+        return torch.cat([self.encode_image_batch(part.to(self.device)) for part in parts])
+
+    def encode_image_batch(self, images: Tensor) -> Tensor:
+        """`encode_image` in one call of the VAE."""
+        raise NotImplementedError
+
+    @classmethod
+    def decode_bytes(cls, config: ModelConfig) -> int:
+        """Peak memory of decoding `decode_batch_size` images beside the VAE's weights; nothing is loaded.
+
+        0 where the model's host makes room for it.
+        """
+        return 0
 
     @abstractmethod
     def lora_key(self, module_name: str) -> "str | Rows":

@@ -153,6 +153,16 @@ def check_vae(vae: Any, latent_format: Any) -> None:
             f"the VAE makes {vae.spacial_compression_decode()} pixels of a latent and the model is made for "
             f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to it"
         )
+    if type(getattr(vae.first_stage_model, "decoder", None)).__name__ == "VideoDecoder":
+        raise BadInput(
+            "the VAE is that of Stable Video Diffusion, which mixes the images of a batch: connect the VAE that "
+            "belongs to the model"
+        )
+
+
+def decodes_with_noise(vae: Any) -> bool:
+    """Whether the VAE draws random noise while it decodes, as those of LTX-Video do from version 0.9.1 on."""
+    return type(vae.first_stage_model).__module__.startswith("comfy.ldm.lightricks.vae")
 
 
 OLDEST = (0, 20, 0)

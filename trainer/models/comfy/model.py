@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...config import ModelConfig
@@ -20,6 +21,7 @@ from .load import (
     attention_layers,
     check_offload,
     check_vae,
+    decodes_with_noise,
     latent_shape,
     load_network,
     load_vae,
@@ -64,6 +66,7 @@ class ComfyModel(DiffusionModel):
         self._shape = latent_shape(self.base.latent_format, config)
         if vae is not None:
             check_vae(vae, self.base.latent_format)
+            vae.first_stage_model.requires_grad_(False)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
         self._is_resident = False
@@ -218,12 +221,31 @@ class ComfyModel(DiffusionModel):
             raise BadInput(f"sigmas begin with {values[0]}, and those of a flow model are at most 1")
         return levels
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_batch(self, latents: Tensor) -> Tensor:
         self._is_resident = False  # ComfyUI makes room for the VAE
-        pixels = self.vae.decode(self.base.process_latent_out(latents)).to(latents.device, torch.float32)
-        images = pixels.clamp(0, 1).movedim(-1, -3).contiguous()
+        scaled = self.base.process_latent_out(latents)
+        if decodes_with_noise(self.vae):
+            pixels = torch.cat([self._decode_with_fixed_noise(part) for part in scaled.split(1)])
+        else:
+            pixels = self.vae.decode(scaled)
+        images = rearrange(pixels.to(latents.device, torch.float32).clamp(0, 1), "... h w c -> ... c h w").contiguous()
         return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
+
+    def _decode_with_fixed_noise(self, latents: Tensor) -> Tensor:
+        """The VAE's noise is the same for every image, whatever was drawn before or is decoded beside it."""
+        devices = [self.vae.device] if self.vae.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            return self.vae.decode(latents)
+
+    def encode_image_batch(self, images: Tensor) -> Tensor:
+        self._is_resident = False
+        pixels = rearrange(images, "... c h w -> ... h w c")
+        if self.vae.latent_dim == 2:
+            latents = self.vae.encode(pixels)
+        else:  # it takes one video at a time, as frames
+            latents = torch.cat([self.vae.encode(video if video.ndim == 4 else video[None]) for video in pixels])
+        return self.base.process_latent_in(latents.to(images.device, torch.float32))
 
     def lora_key(self, module_name: str) -> str:
         key = f"diffusion_model.{module_name}"

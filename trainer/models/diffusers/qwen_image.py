@@ -10,7 +10,7 @@ from ...config import ModelConfig
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
 from .folders import open_picture
-from .latents import as_frames, pack, standard_moments, together, unpack
+from .latents import pack, together, unpack
 
 _NEGATIVE = f"{PICTURE}negative_"
 
@@ -24,6 +24,7 @@ class QwenImageModel(DiffusersModel):
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "joint_attention_dim"}
     condition_masks = ("mask",)
+    vae_classes = ("AutoencoderKLQwenImage",)
     default_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -51,7 +52,7 @@ class QwenImageModel(DiffusersModel):
         ]
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         return _with_mask(*pipeline.encode_prompt(prompts))
 
     @property
@@ -74,6 +75,9 @@ class QwenImageModel(DiffusersModel):
         )[0]
         return unpack(velocity[:, : tokens.shape[1]], self.latent_shape).float()
 
+    def encode_image_batch(self, images: Tensor) -> Tensor:
+        return super().encode_image_batch(images)[:, :, 0]  # its VAE is one for videos
+
     def source_tokens(self, conditions: Conditions) -> list[Tensor]:
         """Tokens of the pictures that the image is made from."""
         return []
@@ -84,12 +88,6 @@ class QwenImageModel(DiffusersModel):
         mixed = pack(super().guided(positive, negative, scale))
         mixed = mixed * (wanted.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
         return unpack(mixed, self.latent_shape)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.unsqueeze(2)  # its VAE is one for videos
-        mean, std = standard_moments(self.vae.config, latents)
-        return as_frames(self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0])
 
     def lora_key(self, module_name: str) -> str:
         return f"diffusion_model.{module_name}"  # the native names are diffusers'
