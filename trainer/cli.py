@@ -176,9 +176,10 @@ def _score(args: argparse.Namespace) -> int:
 
 def _reward_server(args: argparse.Namespace) -> int:
     from .rewards import load_reward
-    from .rewards.remote.server import serve
+    from .rewards.remote.server import check_port, serve
     from .utils.distributed import Processes
 
+    check_port(args.port)
     reward = load_reward(_reward_config(args))
     reward.load()
     return serve(reward, args.host, args.port, Processes("auto").device)

@@ -55,7 +55,7 @@ class Preference(ClipLargeReward):
         super().__init__(options)
         self.votes = read_votes(Path(self.options.votes))
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         if self.weights is None:
             self._learn(images.device)
         return self.features(self.module, images) @ self.weights[:-1].to(images.device) + self.weights[-1].item()
