@@ -35,7 +35,7 @@ def train_one(base: str, overrides: list[str], seconds: float) -> dict:
     while trainer.seconds < seconds:
         event = trainer.iterate()
         clips.append(event["clip_fraction"])
-        _, verdict = trainer.guard.watch(event)
+        _, verdict = trainer.watchdog.watch(event)
         if verdict:
             stopped = verdict
             break

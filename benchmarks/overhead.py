@@ -49,7 +49,7 @@ def main() -> None:
 
     model, rollout = trainer.model, config.rollout
     images = rollout.prompts_per_iteration * rollout.group_size
-    predictions = round(statistics.median(e["evaluations_per_image"] for e in events) * images)
+    predictions = round(statistics.median(e["forwards_per_image"] for e in events) * images)
     if rollout.window or not rollout.shared_noise or rollout.guidance_scale != 1:
         parser.error("the alone timing knows runs with shared noise, without window and guidance")
     shared = rollout.prompts_per_iteration

@@ -6,12 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .paths import with_absolute_paths
 from .utils.documents import check_data, dump_yaml, parse_document, read_document
 from .utils.errors import BadInput, cut, shorten
 
 PRESETS = Path(__file__).parent / "presets"
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Section(BaseModel):
@@ -85,12 +86,12 @@ class ModelConfig(Section):
     path: str = Field(
         "embedded", description="Folder of the model, or 'embedded' for the model of shapes in this pack."
     )
-    height: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image height in pixels.")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image width in pixels.")
+    height: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image height in pixels.")
+    width: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image width in pixels.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen base weights; the LoRA is always float32."
     )
-    frames: Annotated[int, Field(ge=1)] = Field(
+    frames: Annotated[int, Field(ge=1, le=10_000)] = Field(
         1, description="Frames of a video; 1 is an image. Video families take 1 more than a multiple of 4."
     )
     fps: Annotated[float, Field(gt=0, le=240)] = Field(16.0, description="Frames per second of saved videos.")
@@ -139,7 +140,9 @@ class PromptsConfig(Section):
         description="Text file with a prompt per line; or JSONL or CSV with 'prompt', and where wanted 'category' and "
         "'image', a first frame or source image beside the file.",
     )
-    shapes: int | None = Field(None, ge=1, description="Use up to this many prompts per task of the shapes world.")
+    shapes: int | None = Field(
+        None, ge=1, le=1_000_000, description="Use up to this many prompts per task of the shapes world."
+    )
     conditions: str | None = Field(
         None,
         description="File written by 'encode' that holds every prompt's conditions; no text encoder is loaded then.",
@@ -161,7 +164,7 @@ class WindowConfig(Section):
     position: Literal["fixed", "random", "moving"] = Field(
         "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
     )
-    start: int = Field(0, ge=0, description="First step the window may begin at.")
+    start: int = Field(0, ge=0, le=1000, description="First step the window may begin at.")
     every: Positive = Field(25, description="Iterations a moving window stays at one place.")
 
 
@@ -183,7 +186,7 @@ class RolloutConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="Classifier-free guidance; 1 is off."
     )
-    group_size: Annotated[int, Field(ge=2)] = Field(12, description="Images per prompt, G.")
+    group_size: Annotated[int, Field(ge=2, le=10_000)] = Field(12, description="Images per prompt, G.")
     prompts_per_iteration: Positive = Field(8, description="Prompts per iteration over all processes, P.")
     shared_noise: bool = Field(True, description="Every image of a group starts from the same noise.")
     window: WindowConfig | None = Field(None, description="Limit stochastic steps to a window; null for all steps.")
@@ -231,7 +234,9 @@ class ObjectiveConfig(Section):
         "group", description="Baseline and spread: of the group, group mean with the spread of all, or of all (DDPO)."
     )
     spread_floor: Annotated[float, Field(gt=0)] = Field(1e-6, description="Groups with less spread are skipped.")
-    best_of_n: int | None = Field(None, ge=2, multiple_of=2, description="Train on the best and worst of each group.")
+    best_of_n: int | None = Field(
+        None, ge=2, le=10_000, multiple_of=2, description="Train on the best and worst of each group."
+    )
     updates: Positive = Field(1, description="Optimizer steps per iteration.")
     ratio: Literal["plain", "guard"] = Field("plain", description="Probability ratio: plain or GRPO-Guard's.")
     kl_weight: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the velocity distance to the base.")
@@ -242,24 +247,43 @@ class LoraConfig(Section):
     """The adapter that learns."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of the LoRA.")
-    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
+    alpha: Annotated[float, Field(gt=0, le=100_000)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
     targets: list[str] | None = Field(None, min_length=1, description="Module name endings; null for the family's own.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Moving average of the LoRA; 0 is off.")
+    start_from: str | None = Field(
+        None,
+        description="LoRA file (.safetensors, under ComfyUI's key names for this model) that training starts from; its "
+        "rank must not exceed lora.rank.",
+    )
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Learning rate.")
-    warmup: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup: int = Field(0, ge=0, le=1_000_000, description="Optimizer steps of linear warm-up.")
     decay: bool = Field(
-        False, description="Lower the learning rate in a straight line, to nothing after the last iteration."
+        False,
+        description="Lower the learning rate linearly, to 0 after the last iteration. When a run is extended, the line "
+        "is drawn to the new end: it goes on with the learning rate that the longer run has at this point.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay of AdamW's first and second moments."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="Weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1e-4,
+        description="Weight decay; every step shrinks the LoRA by learning_rate times this, which must be below 1.",
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="Gradient norm is clipped to this.")
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> "OptimizerConfig":
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} is not below 1: every "
+                "step would turn the LoRA around"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -267,14 +291,18 @@ class EvaluationConfig(Section):
 
     texts: list[str] = Field([], description="Held-out prompts written here.")
     file: str | None = Field(None, description="File of held-out prompts, as for prompts.file.")
-    shapes: int | None = Field(None, ge=1, description="Up to this many held-out prompts per task of the shapes world.")
-    images_per_prompt: Annotated[int, Field(ge=1)] = Field(4, description="Images per held-out prompt.")
-    every: int = Field(0, ge=0, description="Also evaluate every so many iterations; 0 only before and after.")
+    shapes: int | None = Field(
+        None, ge=1, le=1_000_000, description="Up to this many held-out prompts per task of the shapes world."
+    )
+    images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = Field(4, description="Images per held-out prompt.")
+    every: int = Field(
+        0, ge=0, le=1_000_000, description="Also evaluate every so many iterations; 0 only before and after."
+    )
     steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Sampling steps; null as in rollout.")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None, description="Guidance; null as in rollout."
     )
-    seed: int = Field(1234, ge=0, description="Seed of the fixed noise.")
+    seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the fixed noise.")
     rewards: list[RewardConfig] = Field([], description="Further judges that only watch.")
 
     @model_validator(mode="after")
@@ -287,33 +315,50 @@ class EvaluationConfig(Section):
         return self
 
 
-class GuardConfig(Section):
+class WatchdogConfig(Section):
     """When a run that goes wrong stops by itself, keeping its best LoRA."""
 
-    reward_drop: Annotated[float, Field(gt=0)] = Field(
+    reward_drop: Annotated[float, Field(gt=0, le=1e9)] = Field(
         3.0, description="Stop when the smoothed reward is this many standard deviations below its best."
     )
-    ratio_deviation: Annotated[float, Field(gt=0)] = Field(
+    ratio_deviation: Annotated[float, Field(gt=0, le=1e9)] = Field(
         0.5, description="Stop when the mean |ratio - 1| of an iteration is above this."
     )
-    gradient_factor: Annotated[float, Field(gt=1)] = Field(
+    gradient_factor: Annotated[float, Field(gt=1, le=1e12)] = Field(
         1000.0, description="Stop when the gradient norm is this many times its running median."
     )
     patience: Positive = Field(5, description="Iterations in a row a sign must last.")
     max_dropped: Positive = Field(100, description="Stop after so many samples without a finite reward.")
     max_bad_updates: Positive = Field(5, description="Stop after so many updates without a finite loss.")
+    max_idle: Positive = Field(
+        10,
+        description="Stop after so many iterations in a row in which nothing could be trained, because the images of "
+        "every group had equal rewards or none was finite.",
+    )
 
 
 class RuntimeConfig(Section):
     """How long, where, and how often things are saved."""
 
-    iterations: Positive = Field(100, description="Iterations of the whole run.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    iterations: Positive = Field(
+        100, description="Iterations of the whole run; may be raised later, which extends the run."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto uses a GPU where there is one.")
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept.")
-    samples_every: int = Field(10, ge=0, description="Iterations between sample grids of the rollout; 0 is never.")
-    guard: GuardConfig = GuardConfig()
+    keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Newest checkpoints kept.")
+    samples_every: int = Field(
+        10, ge=0, le=1_000_000, description="Iterations between sample grids of the rollout; 0 is never."
+    )
+    watchdog: WatchdogConfig = WatchdogConfig()
+    trackers: list[str] = Field(
+        [],
+        description="Where scalars, samples and the description also go: tensorboard, wandb. Both write into the run "
+        "directory.",
+    )
+    wandb_mode: Literal["offline", "online"] = Field(
+        "offline", description="online sends what the tracker wandb records to its server; offline sends nothing."
+    )
 
 
 class RunConfig(Section):
@@ -370,10 +415,12 @@ def read_config(path: Path, overrides: list[str] = ()) -> RunConfig:
     Args:
         overrides: settings such as `rollout.eta=0.5`, applied in order.
 
+    Relative paths in the file are taken from its folder, those in overrides from the current one.
+
     Raises:
         BadInput: naming the field, the value and what is accepted.
     """
-    return parse_config(read_mapping(path), overrides)
+    return parse_config(with_absolute_paths(read_mapping(path), path.parent), overrides, Path.cwd())
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -386,8 +433,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
+def parse_config(data: dict[str, Any], overrides: list[str] = (), base: Path | None = None) -> RunConfig:
     """Validate a description given as plain data.
+
+    Args:
+        base: folder that relative paths are taken from; None leaves them as they are.
 
     Raises:
         BadInput: the first few faults, one sentence each.
@@ -396,6 +446,8 @@ def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
     for override in overrides:
         _override(data, override)
     check_data(data, "run description")
+    if base is not None:
+        with_absolute_paths(data, base)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:

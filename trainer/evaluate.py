@@ -26,12 +26,14 @@ class Evaluation:
         spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per judge, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
+        texts: the prompts of these images.
     """
 
     rewards: dict[str, float | None]
     spread: dict[str, float | None]
     categories: dict[str, dict[str, float | None]]
     images: Tensor
+    texts: list[str]
 
     def record(self) -> dict:
         """Plain data, without the images."""
@@ -142,8 +144,9 @@ def _summary(prompts: PromptSet, names: list[str], scores: list, shown: list, mi
         for name, column in columns.items()
     }
     means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
-    images = torch.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
-    return Evaluation(means, spread, categories, images)
+    shown = sorted(shown, key=lambda pair: pair[0])
+    images = torch.stack([image for _, image in shown])
+    return Evaluation(means, spread, categories, images, [prompts.texts[p] for p, _ in shown])
 
 
 def _spread(column: Tensor, owner: Tensor) -> float | None:

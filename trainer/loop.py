@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import preflight
 from . import rewards as judges
+from .adapters.start import check_start
 from .config import RunConfig
 from .diffusion.schedules import Window, stochastic_steps, trained_steps
 from .evaluate import Mixture, evaluate
@@ -22,11 +23,11 @@ from .prompts.conditions import all_pictures, all_texts, conditions_for
 from .prompts.sets import evaluation_prompts, training_prompts
 from .rollout import Plan, Prompting, Trajectories, decode, own, sample
 from .runs.directory import Checkpoint, RunDirectory
-from .runs.metrics import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
-from .runs.recorder import Keeper
-from .runs.watchdog import Guard
+from .runs.metrics import Clock, peak_memory, ratio_alarm, ratio_record, reward_record, warn_of_ratio, without_nan
+from .runs.recorder import Recorder
+from .runs.watchdog import Watchdog
 from .utils.distributed import Processes
-from .utils.errors import BadInput, RunFailed, StopRequested
+from .utils.errors import BadInput, RunFailed, StoppedByWatchdog, StopRequested
 from .utils.seeds import generator, noise, prompt_indices
 
 Member = tuple[int, int]
@@ -73,6 +74,8 @@ class Trainer:
         family = model_class(config.model)
         check_kernel(family, config.model.family, config.rollout)
         family.check_targets(config.model, config.lora.targets or [])
+        if run is None or not run.checkpoints():
+            check_start(config.lora)
         for note in family.notes(config.model) if processes.is_main else []:
             print(f"warning: {note}", file=sys.stderr)
         for judge in self.judges.values():
@@ -81,8 +84,8 @@ class Trainer:
         self.model = family.load(config.model, processes.device)
         check_kernel(self.model, config.model.family, config.rollout)
         self.policy = Policy(self.model, config)
-        self.guard = Guard(config.runtime.guard, {r.name: r.weight for r in config.rewards})
-        self.keeper = Keeper(run, config, self.policy, writes=processes.is_main)
+        self.watchdog = Watchdog(config.runtime.watchdog, {r.name: r.weight for r in config.rewards})
+        self.recorder = Recorder(run, config, self.policy, processes.is_main, listener)
 
     def _encode(self, family: type) -> tuple[Prompting, Prompting]:
         """Conditions of the training prompts and of the held-out prompts."""
@@ -101,10 +104,10 @@ class Trainer:
         """Run to the end, to a stop, or to a failure; returns the summary.
 
         Raises:
-            RunFailed: the guard or a limit stopped it; what was learned is kept.
+            RunFailed: the watchdog or a limit stopped it; what was learned is kept.
         """
         self._resume()
-        self.keeper.status("running", self.iteration)
+        self.recorder.status("running", self.iteration)
         try:
             if self.model.needs_opening_check:
                 preflight.check(self.model, self._plan(), self.prompting, self.config.objective.clip_range)
@@ -118,7 +121,7 @@ class Trainer:
                 self.evaluate()
             self._save()
         except StopRequested:
-            self.keeper.status("stopping", self.iteration)
+            self.recorder.status("stopping", self.iteration)
             self._save()
             return self._finish("stopped")
         except RunFailed as error:
@@ -133,7 +136,7 @@ class Trainer:
             len(self.prompts.texts), self.config.rollout.prompts_per_iteration, self.iteration, self.config.runtime.seed
         )
         self.begun = self.policy.updates
-        if self.keeper.writes:
+        if self.recorder.writes:
             self.sampled = self.policy.result()  # what the coming rewards speak of
         actions = self._rollout(chosen, clock)
         table = self._score(actions.trajectories, chosen, clock)
@@ -156,7 +159,7 @@ class Trainer:
             "skipped_groups": int(advantages.skipped.sum()),
             "dropped_samples": int(advantages.dropped.sum()),
             "actions": every["actions"],
-            "evaluations_per_image": evaluations / advantages.values.numel(),
+            "forwards_per_image": evaluations / advantages.values.numel(),
             "seconds": {**clock.seconds, "total": clock.total},
             "memory_mb": peak_memory(self.processes.device),
         }
@@ -219,7 +222,7 @@ class Trainer:
             }
             for reward in self.rewards.values():
                 reward.idle()
-        self.keeper.rollout_picture(images, self.iteration)
+        self.recorder.rollout_picture(images, self.iteration, texts)
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
         shape = (config.prompts_per_iteration, config.group_size)
@@ -290,18 +293,18 @@ class Trainer:
     # ------------------------------------------------------------------------------------ after an iteration
 
     def _after(self, event: dict) -> None:
-        improved, verdict = self.guard.watch(event)
-        self.keeper.event(event)
+        improved, verdict = self.watchdog.watch(event, ratio_alarm(event, self.config.runtime.watchdog.ratio_deviation))
+        self.recorder.event(event)
         if self.processes.is_main:
             warn_of_ratio(event, self.config.objective.clip_range)
             self.listener(event)
         if improved:
-            self.keeper.best(self.iteration - 1, self.sampled)
+            self.recorder.best(self.iteration - 1, self.sampled)
         if self.iteration % self.config.runtime.checkpoint_every == 0 or verdict:
             self._save()
         if verdict:
-            kept = self.keeper.fall_back_to_best()
-            raise RunFailed(f"stopped at iteration {self.iteration}: {verdict}; {kept}")
+            kept = self.recorder.fall_back_to_best()
+            raise StoppedByWatchdog(f"stopped at iteration {self.iteration}: {verdict}; {kept}")
 
     def _evaluation_is_due(self) -> bool:
         every = self.config.evaluation.every
@@ -333,7 +336,7 @@ class Trainer:
             )
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)
-        self.keeper.evaluation_picture(result.images, self.iteration)
+        self.recorder.evaluation(record, result.images, result.texts)
         if self.processes.is_main:
             self.listener({"evaluation": record})
 
@@ -353,21 +356,23 @@ class Trainer:
             "updates": self.policy.updates,
             "seconds": self.seconds,
             "evaluations": self.evaluations,
-            "guard": self.guard.state(),
+            "watchdog": self.watchdog.state(),
             "prompts": self._prompts_digest(),
         }
-        self.keeper.newest(self.iteration, state)
-        self.keeper.status("running", self.iteration)
+        self.recorder.newest(self.iteration, state)
+        self.recorder.status("running", self.iteration)
 
     def _resume(self) -> None:
-        checkpoint = self.keeper.newest_checkpoint()
+        checkpoint = self.recorder.newest_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
+        else:
+            self.policy.start()
         if len(set(self.processes.gather([self.iteration]))) > 1:
             raise BadInput(
                 "the processes found different checkpoints: the run directory must be one that all hosts share"
             )
-        self.keeper.begin(self.iteration)
+        self.recorder.begin(self.iteration)
         self.processes.wait()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -376,7 +381,7 @@ class Trainer:
             raise BadInput("the prompts of this run have changed since it was stopped; start another run for them")
         self.policy.restore(checkpoint.tensors, state["updates"])
         self.iteration, self.seconds, self.evaluations = state["iteration"], state["seconds"], state["evaluations"]
-        self.guard.restore(state["guard"])
+        self.watchdog.restore(state["watchdog"])
 
     def _prompts_digest(self) -> str:
         texts = [self.prompts.texts, self.held_out.texts]
@@ -385,10 +390,10 @@ class Trainer:
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
     def _finish(self, state: str, error: str | None = None) -> dict:
-        return self.keeper.finish(state, self.iteration, self.seconds, self.evaluations, error)
+        return self.recorder.finish(state, self.iteration, self.seconds, self.evaluations, error)
 
     def _asked(self) -> bool:
-        run = self.keeper.run
+        run = self.recorder.run
         return self.interrupted or (run is not None and run.stop_requested())
 
     def _stop_if_asked(self) -> None:

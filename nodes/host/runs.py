@@ -159,7 +159,7 @@ def begin(
     _make_room(config, processes, gpus)
     run = RunDirectory.open(folder, config, ["ComfyUI", name])
     try:
-        if launch.is_started(run):  # another ComfyUI was faster
+        if launch.is_running(run):  # another ComfyUI was faster
             return run
         if conditions is not None:
             from ...trainer.prompts.conditions import save_conditions
@@ -191,7 +191,7 @@ def resume(run: RunDirectory) -> bool:
     _make_room(config, processes, gpus)
     run.acquire()
     try:
-        if launch.is_started(run):
+        if launch.is_running(run):
             return False
         launch.start_run(run, processes, gpus)
     finally:

@@ -309,7 +309,7 @@ def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
     for one, two in zip(ours[:2], theirs, strict=True):
         assert one["actions"] == two["actions"] > 0
         assert one["skipped_groups"] == two["skipped_groups"]
-        assert one["evaluations_per_image"] == pytest.approx(two["evaluations_per_image"], rel=0.6)
+        assert one["forwards_per_image"] == pytest.approx(two["forwards_per_image"], rel=0.6)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
         for judge, value in one["rewards"].items():

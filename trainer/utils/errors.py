@@ -11,6 +11,10 @@ class RunFailed(RuntimeError):
     """A run could not go on; what it had is kept. Exit code 1."""
 
 
+class StoppedByWatchdog(RunFailed):
+    """The watchdog ended the run; every process of the run raises it."""
+
+
 class StopRequested(Exception):
     """The user asked the run to stop."""
 
