@@ -31,7 +31,7 @@ def timed(work: object, repeats: int) -> float:
 def main() -> None:
     from trainer.config import parse_config, preset
     from trainer.loop import Trainer
-        from trainer.utils.distributed import Processes
+    from trainer.utils.distributed import Processes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="demo")

@@ -1,4 +1,4 @@
-"""The command line: train, resume, status, stop, demo, encode, score, presets."""
+"""The command line: train, resume, status, stop, demo, encode, score, reward-server, presets."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from .config import RewardConfig, parse_config, preset, preset_names, read_confi
 from .runs import launch
 from .runs.directory import RunDirectory
 from .train import BAD_INPUT, FAILED, FINISHED, run_description
-from .utils.errors import BadInput, RunFailed
+from .utils.errors import BadInput, RunFailed, cut
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,8 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=_positive, default=1, help="processes on this host (one per GPU)")
     train.set_defaults(run=_train)
 
-    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed")
+    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed, or extend it")
     resume.add_argument("directory", type=Path)
+    resume.add_argument("--iterations", type=_positive, help="extend the run to so many iterations in all")
     resume.add_argument("--processes", type=_positive, default=1)
     resume.set_defaults(run=_resume)
 
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     server = commands.add_parser("reward-server", help="serve a reward to other programs and hosts")
     _reward_arguments(server)
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
-    server.add_argument("--port", type=_positive, default=8100)
+    server.add_argument("--port", type=_port, default=8100)
     server.set_defaults(run=_reward_server)
 
     presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
@@ -94,10 +95,15 @@ def _reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"{cut(text, 40)} is not a whole number from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: they end at 65535")
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -115,12 +121,15 @@ def _words(overrides: list[str]) -> list[str]:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    config = RunDirectory.attach(args.directory).config()
-    return run_description(config, args.directory, ["resume", str(args.directory)], args.processes)
+    config, arguments = RunDirectory.attach(args.directory).config(), ["resume", str(args.directory)]
+    if args.iterations is not None:
+        arguments += ["--iterations", str(args.iterations)]
+        config = parse_config(config.model_dump(mode="json"), [f"runtime.iterations={args.iterations}"])
+    return run_description(config, args.directory, arguments, args.processes)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    config = parse_config(preset("demo"), [f"runtime.seed={args.seed}", *args.overrides])
+    config = parse_config(preset("demo"), [f"runtime.seed={args.seed}", *args.overrides], Path.cwd())
     output = args.output or Path("runs") / f"demo-{args.seed}"
     arguments = ["demo", "--seed", str(args.seed), "--output", str(output), *_words(args.overrides)]
     return run_description(config, output, arguments, args.processes)
@@ -128,7 +137,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     run = RunDirectory.attach(args.directory)
-    print(json.dumps({**run.status(), "live": run.is_live()}, indent=2))
+    print(json.dumps({**run.status(), "live": launch.is_running(run)}, indent=2))
     return FINISHED
 
 

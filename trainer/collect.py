@@ -105,7 +105,7 @@ class Collector:
                 columns[name] = score_or_nan(reward, images, experience.texts).tolist()
             for reward in self.rewards.values():
                 reward.idle()
-        self.recorder.rollout_picture(images, experience.iteration)
+        self.recorder.rollout_picture(images, experience.iteration, experience.texts)
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
         shape = experience.active.shape

@@ -4,14 +4,15 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .diffusion import kernels
 from .model_config import GraphLora, GraphModel, GraphSampling, ModelConfig
 from .objectives import DEFAULT, OBJECTIVES, ObjectiveSection
 from .objectives.advantage import AdvantageConfig
-from .utils.errors import BadInput
+from .paths import with_absolute_paths
+from .utils.documents import check_data, dump_yaml, parse_document, read_document
+from .utils.errors import BadInput, cut, shorten
 from .utils.fields import OneOf
 from .utils.section import Positive, Section
 
@@ -24,7 +25,7 @@ def _check_texts(texts: list[str]) -> None:
     seen: set[str] = set()
     for text in texts:
         if text in seen:
-            raise ValueError(f"texts holds {text!r} more than once")
+            raise ValueError(f"texts holds {shorten(text)} more than once")
         seen.add(text)
 
 
@@ -37,7 +38,9 @@ class PromptsConfig(Section):
         description="Text file with a prompt per line; or JSONL or CSV with 'prompt', and where wanted 'category' and "
         "'image', a first frame or source image beside the file.",
     )
-    shapes: int | None = Field(None, ge=1, description="Use up to this many prompts per task of the shapes world.")
+    shapes: int | None = Field(
+        None, ge=1, le=1_000_000, description="Use up to this many prompts per task of the shapes world."
+    )
     conditions: str | None = Field(
         None,
         description="File written by 'encode' that holds every prompt's conditions; no text encoder is loaded then.",
@@ -67,7 +70,7 @@ class WindowConfig(Section):
     position: Literal["fixed", "random", "moving"] = Field(
         "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
     )
-    start: int = Field(0, ge=0, description="First step the window may begin at.")
+    start: int = Field(0, ge=0, le=1000, description="First step the window may begin at.")
     every: Positive = Field(25, description="Iterations a moving window stays at one place.")
 
 
@@ -89,7 +92,7 @@ class RolloutConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="Classifier-free guidance; 1 is off."
     )
-    group_size: Annotated[int, Field(ge=2)] = Field(12, description="Images per prompt, G.")
+    group_size: Annotated[int, Field(ge=2, le=10_000)] = Field(12, description="Images per prompt, G.")
     prompts_per_iteration: Positive = Field(8, description="Prompts per iteration over all processes, P.")
     shared_noise: bool = Field(True, description="Every image of a group starts from the same noise.")
     window: WindowConfig | None = Field(None, description="Limit stochastic steps to a window; null for all steps.")
@@ -119,24 +122,43 @@ class LoraConfig(Section):
     """The adapter that learns."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of the LoRA.")
-    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
+    alpha: Annotated[float, Field(gt=0, le=100_000)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
     targets: list[str] | None = Field(None, min_length=1, description="Module name endings; null for the family's own.")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Moving average of the LoRA; 0 is off.")
+    start_from: str | None = Field(
+        None,
+        description="LoRA file (.safetensors, under ComfyUI's key names for this model) that training starts from; its "
+        "rank must not exceed lora.rank.",
+    )
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Learning rate.")
-    warmup: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup: int = Field(0, ge=0, le=1_000_000, description="Optimizer steps of linear warm-up.")
     schedule: Literal["constant", "linear"] = Field(
-        "constant", description="Learning rate over the run: constant, or falling linearly to 0 after the last step."
+        "constant",
+        description="Learning rate over the run: constant, or falling linearly to 0 after the last step. When a run is "
+        "extended, the line is drawn to the new end.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="Decay of AdamW's first and second moments."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-4, description="Weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1e-4,
+        description="Weight decay; every step shrinks the LoRA by learning_rate times this, which must be below 1.",
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="Gradient norm is clipped to this.")
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> "OptimizerConfig":
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} is not below 1: every "
+                "step would turn the LoRA around"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -144,14 +166,18 @@ class EvaluationConfig(Section):
 
     texts: list[str] = Field([], description="Held-out prompts written here.")
     file: str | None = Field(None, description="File of held-out prompts, as for prompts.file.")
-    shapes: int | None = Field(None, ge=1, description="Up to this many held-out prompts per task of the shapes world.")
-    images_per_prompt: Annotated[int, Field(ge=1)] = Field(4, description="Images per held-out prompt.")
-    every: int = Field(0, ge=0, description="Also evaluate every so many iterations; 0 only before and after.")
+    shapes: int | None = Field(
+        None, ge=1, le=1_000_000, description="Up to this many held-out prompts per task of the shapes world."
+    )
+    images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = Field(4, description="Images per held-out prompt.")
+    every: int = Field(
+        0, ge=0, le=1_000_000, description="Also evaluate every so many iterations; 0 only before and after."
+    )
     steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Sampling steps; null as in rollout.")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None, description="Guidance; null as in rollout."
     )
-    seed: int = Field(1234, ge=0, description="Seed of the fixed noise.")
+    seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the fixed noise.")
     rewards: list[RewardConfig] = Field([], description="Further judges that only watch.")
 
     @model_validator(mode="after")
@@ -167,27 +193,44 @@ class EvaluationConfig(Section):
 class WatchdogConfig(Section):
     """When a run that goes wrong stops by itself, keeping its best LoRA."""
 
-    reward_drop: Annotated[float, Field(gt=0)] = Field(
+    reward_drop: Annotated[float, Field(gt=0, le=1e9)] = Field(
         3.0, description="Stop when the smoothed reward is this many standard deviations below its best."
     )
-    gradient_factor: Annotated[float, Field(gt=1)] = Field(
+    gradient_factor: Annotated[float, Field(gt=1, le=1e12)] = Field(
         1000.0, description="Stop when the gradient norm is this many times its running median."
     )
     patience: Positive = Field(5, description="Iterations in a row a sign must last.")
     max_dropped: Positive = Field(100, description="Stop after so many samples without a finite reward.")
     max_bad_updates: Positive = Field(5, description="Stop after so many updates without a finite loss.")
+    max_idle: Positive = Field(
+        10,
+        description="Stop after so many iterations in a row in which nothing could be trained, because the images of "
+        "every group had equal rewards or none was finite.",
+    )
 
 
 class RuntimeConfig(Section):
     """How long, where, and how often things are saved."""
 
-    iterations: Positive = Field(100, description="Iterations of the whole run.")
-    seed: int = Field(0, ge=0, description="Seed of everything random.")
+    iterations: Positive = Field(
+        100, description="Iterations of the whole run; may be raised later, which extends the run."
+    )
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto uses a GPU where there is one.")
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept.")
-    samples_every: int = Field(10, ge=0, description="Iterations between sample grids of the rollout; 0 is never.")
+    keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Newest checkpoints kept.")
+    samples_every: int = Field(
+        10, ge=0, le=1_000_000, description="Iterations between sample grids of the rollout; 0 is never."
+    )
     watchdog: WatchdogConfig = WatchdogConfig()
+    trackers: list[str] = Field(
+        [],
+        description="Where scalars, samples and the description also go: tensorboard, wandb. Both write into the run "
+        "directory.",
+    )
+    wandb_mode: Literal["offline", "online"] = Field(
+        "offline", description="online sends what the tracker wandb records to its server; offline sends nothing."
+    )
 
 
 class RunConfig(Section):
@@ -231,7 +274,7 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 # ------------------------------------------------------------------------------------------------------- reading them
@@ -243,20 +286,17 @@ def read_config(path: Path, overrides: list[str] = ()) -> RunConfig:
     Args:
         overrides: settings such as `rollout.eta=0.5`, applied in order.
 
+    Relative paths in the file are taken from its folder, those in overrides from the current one.
+
     Raises:
         BadInput: naming the field, the value and what is accepted.
     """
-    return parse_config(read_mapping(path), overrides)
+    return parse_config(with_absolute_paths(read_mapping(path), path.parent), overrides, Path.cwd())
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The file's content as a mapping, not validated yet."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"run description {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"run description {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    data = read_document(path, f"run description {path}")
     if not isinstance(data, dict):
         raise BadInput(
             f"run description {path} must be a mapping with the sections {', '.join(RunConfig.model_fields)}"
@@ -264,8 +304,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
+def parse_config(data: dict[str, Any], overrides: list[str] = (), base: Path | None = None) -> RunConfig:
     """Validate a description given as plain data.
+
+    Args:
+        base: folder that relative paths are taken from; None leaves them as they are.
 
     Raises:
         BadInput: the first few faults, one sentence each.
@@ -273,6 +316,9 @@ def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
     data = copy.deepcopy(data)
     for override in overrides:
         _override(data, override)
+    check_data(data, "run description")
+    if base is not None:
+        with_absolute_paths(data, base)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -320,7 +366,7 @@ def preset(name: str) -> dict[str, Any]:
         BadInput: no such preset.
     """
     if name not in preset_names():
-        raise BadInput(f"preset {name!r} is unknown; choose one of {', '.join(preset_names())}")
+        raise BadInput(f"preset {shorten(name)} is unknown; choose one of {', '.join(preset_names())}")
     return read_mapping(PRESETS / f"{name}.yaml")
 
 
@@ -331,25 +377,25 @@ def preset_names() -> list[str]:
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise BadInput(f"setting {override!r} is not of the form section.field=value")
+        raise BadInput(f"setting {shorten(override)} is not of the form section.field=value")
     *parents, last = key.strip().split(".")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"setting {key}: {text!r} is not a YAML value") from error
+    key = cut(key.strip(), 100)
+    if len(parents) > 10:
+        raise BadInput(f"setting {key} names more sections inside each other than there are")
+    value = parse_document(text, f"setting {key}: {shorten(text)}")
     place = data
     for parent in parents:
         if isinstance(place, dict) and place.get(parent) is None:
             place[parent] = {}
         place = place[parent if isinstance(place, dict) else _index(place, parent, key)]
         if not isinstance(place, dict | list):
-            raise BadInput(f"setting {key}: {parent} is not a section")
+            raise BadInput(f"setting {key}: {cut(parent, 100)} is not a section")
     place[last if isinstance(place, dict) else _index(place, last, key)] = value
 
 
 def _index(place: list, text: str, key: str) -> int:
-    if not text.isdigit() or int(text) >= len(place):
-        raise BadInput(f"setting {key}: {text} is not an index below {len(place)}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= len(place):
+        raise BadInput(f"setting {key}: {cut(text, 100)} is not an index below {len(place)}")
     return int(text)
 
 
@@ -357,9 +403,9 @@ def describe(error: ValidationError, section: str = "") -> str:
     """Pydantic's findings as sentences that name the field, the value and what is accepted."""
     sentences = []
     for fault in error.errors()[:5]:
-        place = [section, *fault["loc"]] if section else fault["loc"]
-        field = ".".join(str(part) for part in place) or "run description"
-        message = fault["msg"].removeprefix("Value error, ")
+        location = [section, *fault["loc"]] if section else fault["loc"]
+        field = cut(".".join(str(part)[:100] for part in location), 200) or "run description"
+        message = cut(fault["msg"].removeprefix("Value error, "), 400)
         if fault["type"] == "extra_forbidden":
             sentences.append(f"{field} is not a setting; check the spelling (docs/configuration.md lists them all)")
         elif fault["type"] == "missing":
@@ -367,7 +413,7 @@ def describe(error: ValidationError, section: str = "") -> str:
         elif fault["type"] == "value_error":
             sentences.append(f"{field}: {message}")
         else:
-            sentences.append(f"{field} is {fault['input']!r}: {message[0].lower()}{message[1:]}")
+            sentences.append(f"{field} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}")
     return "; ".join(sentences)
 
 

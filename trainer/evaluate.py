@@ -30,12 +30,14 @@ class Evaluation:
         spread: per reward, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per reward, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
+        texts: the prompts of these images.
     """
 
     rewards: dict[str, float | None]
     spread: dict[str, float | None]
     categories: dict[str, dict[str, float | None]]
     images: Tensor
+    texts: list[str]
 
     def record(self) -> dict:
         """Plain data, without the images."""
@@ -165,8 +167,9 @@ class Evaluator:
             for name, column in columns.items()
         }
         means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
-        images = torch.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
-        return Evaluation(means, spread, categories, images)
+        shown = sorted(shown, key=lambda pair: pair[0])
+        images = torch.stack([image for _, image in shown])
+        return Evaluation(means, spread, categories, images, [self.prompts.texts[p] for p, _ in shown])
 
 
 def no_noise(step: int) -> Tensor:

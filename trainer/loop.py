@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from . import preflight
+from .adapters.start import check_start
 from .check import Checked, check_run
 from .collect import Collector, gather_scores
 from .config import RunConfig
@@ -19,13 +20,13 @@ from .objectives.base import Experience, Resources
 from .objectives.engine import Engine, Update
 from .policy import Policy
 from .prompts.conditions import all_pictures, all_texts, conditions_for
-from .rollout import Execution, Prompting, silent, unmatched
+from .rollout import Execution, Prompting, unmatched
 from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, reward_record, without_nan
 from .runs.recorder import Recorder
 from .runs.watchdog import Watchdog
 from .utils.distributed import Processes
-from .utils.errors import BadInput, RunFailed, StopRequested
+from .utils.errors import BadInput, RunFailed, StoppedByWatchdog, StopRequested
 
 
 class Trainer:
@@ -35,8 +36,7 @@ class Trainer:
         config: the description.
         run: where it is kept; None keeps nothing.
         processes: who shares it.
-        listener: is handed every event, in the first process.
-        progress: told the phase, the step (from 0) and the number of steps inside an iteration, in every process.
+        listener: is handed every event, and the progress inside iterations, in the first process.
 
     Raises:
         BadInput: files, prompts or rewards that do not fit; nothing large is loaded before these checks.
@@ -48,14 +48,16 @@ class Trainer:
         run: RunDirectory | None,
         processes: Processes,
         listener: Callable[[dict], None] = lambda event: None,
-        progress: Callable[[str, int, int], None] = silent,
     ) -> None:
-        self.config, self.run, self.processes, self.listener, self.progress = config, run, processes, listener, progress
+        self.config, self.run, self.processes, self.listener = config, run, processes, listener
         self.iteration, self.seconds = 0, 0.0
         self.evaluations: list[dict] = []
         self.interrupted, self.updates_before = False, 0
         self.sampled: dict[str, torch.Tensor] = {}
         checked = check_run(config, processes.count)
+        if run is None or not run.checkpoints():
+            check_start(config.lora)
+        self.recorder = Recorder(run, config, None, processes.is_main, listener)
         self.objective, self.prompts, self.held_out = checked.objective, checked.prompts, checked.held_out
         for note in checked.family.notes(config.model) if processes.is_main else []:
             print(f"warning: {note}", file=sys.stderr)
@@ -67,15 +69,15 @@ class Trainer:
         self.policy = Policy(self.model, config, self.objective.keeps_old_weights)
         self.objective.setup(Resources(self.model, self.policy, checked.rewards, self.prompting, processes))
         weights = {reward.name: reward.weight for reward in config.rewards}
-        self.watchdog = Watchdog(config.runtime.watchdog, weights, self.objective.alarm)
-        self.recorder = Recorder(run, config, self.policy, writes=processes.is_main)
+        self.watchdog = Watchdog(config.runtime.watchdog, weights)
+        self.recorder.policy = self.policy
         self._assemble(checked)
 
     def _encode(self, family: type) -> tuple[Prompting, Prompting]:
         """Conditions of the training prompts and of the held-out prompts."""
         texts = all_texts(self.config, self.prompts, self.held_out)
         pictures = all_pictures(self.prompts, self.held_out)
-        self.progress("encoding", 0, len(texts))
+        self.recorder.progress("encoding", 0, len(texts))
         # They stay on the CPU: there may be many.
         conditions = conditions_for(self.config, family, texts, self.processes.device, pictures)
         rows = torch.arange(len(texts))
@@ -160,7 +162,7 @@ class Trainer:
         }
 
     def _after(self, event: dict) -> None:
-        improved, verdict = self.watchdog.watch(event)
+        improved, verdict = self.watchdog.watch(event, self.objective.alarm(event["objective"]))
         self.recorder.event(event)
         if self.processes.is_main:
             if warning := self.objective.warning(event["objective"]):
@@ -172,7 +174,7 @@ class Trainer:
             self._save()
         if verdict:
             kept = self.recorder.fall_back_to_best()
-            raise RunFailed(f"stopped at iteration {self.iteration}: {verdict}; {kept}")
+            raise StoppedByWatchdog(f"stopped at iteration {self.iteration}: {verdict}; {kept}")
 
     # ------------------------------------------------------------------------------------------- evaluation
 
@@ -190,7 +192,7 @@ class Trainer:
             result = self.evaluator.evaluate(self.evaluations[0] if self.evaluations else None)
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)
-        self.recorder.evaluation_picture(result.images, self.iteration)
+        self.recorder.evaluation(record, result.images, result.texts)
         if self.processes.is_main:
             self.listener({"evaluation": record})
 
@@ -213,6 +215,8 @@ class Trainer:
         checkpoint = self.recorder.newest_checkpoint()
         if checkpoint is not None:
             self._restore(checkpoint)
+        else:
+            self.policy.start()
         if len(set(self.processes.gather([self.iteration]))) > 1:
             raise BadInput(
                 "the processes found different checkpoints: the run directory must be one that all hosts share"
@@ -251,7 +255,7 @@ class Trainer:
         What is saved is whole iterations, so none is cut short after its first optimizer step. Several processes must
         agree, so they only look at steps that all of them come to.
         """
-        self.progress(phase, step, steps)
+        self.recorder.progress(phase, step, steps)
         may_stop = aligned or self.processes.count == 1
         if may_stop and self.policy.updates == self.updates_before:
             self._stop_if_asked()

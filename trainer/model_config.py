@@ -62,12 +62,12 @@ class ModelConfig(Section):
     path: str = Field(
         "embedded", description="Folder of the model, or 'embedded' for the model of shapes in this pack."
     )
-    height: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image height in pixels.")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="Image width in pixels.")
+    height: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image height in pixels.")
+    width: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image width in pixels.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the frozen base weights; the LoRA is always float32."
     )
-    frames: Annotated[int, Field(ge=1)] = Field(
+    frames: Annotated[int, Field(ge=1, le=10_000)] = Field(
         1, description="Frames of a video; 1 is an image. Video families take 1 more than a multiple of 4."
     )
     fps: Annotated[float, Field(gt=0, le=240)] = Field(16.0, description="Frames per second of saved videos.")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .adapters import lora
 from .adapters.average import MovingAverage
+from .adapters.start import start_weights
 from .config import RunConfig
 from .models import DiffusionModel
 from .utils.distributed import Processes
@@ -90,6 +91,20 @@ class Policy:
             self.old[name].lerp_(parameter, 1 - decay)
 
     # ------------------------------------------------------------------------------------------------- learning
+
+    def start(self) -> None:
+        """Take over the weights of `lora.start_from`, where one is named.
+
+        Raises:
+            BadInput: the file is not a LoRA of what is trained.
+        """
+        config, model = self.config.lora, self.model
+        if config.start_from is None:
+            return
+        weights = start_weights(config, self.modules, model.lora_key, model.lora_aliases, self.parameters)
+        lora.load(model.module, weights)
+        if self.average:
+            self.average = MovingAverage(self.parameters, config.ema_decay)
 
     def step(self, processes: Processes) -> float | None:
         """One optimizer step with the gradients of all processes.

@@ -160,7 +160,7 @@ def begin(
     _make_room(config, processes, gpus)
     run = RunDirectory.open(folder, config, ["ComfyUI", name])
     try:
-        if launch.is_started(run):  # another ComfyUI was faster
+        if launch.is_running(run):  # another ComfyUI was faster
             return run
         if conditions is not None:
             from ...trainer.prompts.conditions import save_conditions
@@ -192,7 +192,7 @@ def resume(run: RunDirectory) -> bool:
     _make_room(config, processes, gpus)
     run.acquire()
     try:
-        if launch.is_started(run):
+        if launch.is_running(run):
             return False
         launch.start_run(run, processes, gpus)
     finally:
@@ -341,7 +341,7 @@ def losses(run: RunDirectory) -> list[float]:
     """Minus the reward of each iteration, in stds of the first: the policy's own loss is about 0 by construction."""
     weights, events = {reward.name: reward.weight for reward in run.config().rewards}, run.events()
     mixture = Mixture(
-        weights, {name: value["spread"] for name, value in events[0]["rewards"].items()} if events else {}
+        weights, {name: value["group_std"] for name, value in events[0]["rewards"].items()} if events else {}
     )
     means = [{name: event["rewards"][name]["mean"] for name in weights} for event in events]
     return [-mixture.of(mean) for mean in means if None not in mean.values()]

@@ -189,6 +189,10 @@ class DiffusionModel(ABC):
             BadInput: ComfyUI has no name for it.
         """
 
+    def lora_aliases(self, module_name: str) -> list[str]:
+        """Further names under which ComfyUI loads the LoRA of a module."""
+        return []
+
     def sigmas(self, steps: int, shift: float | None) -> list[float]:
         """steps + 1 falling noise levels.
 

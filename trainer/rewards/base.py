@@ -135,9 +135,9 @@ class ModelReward(Reward):
         """Load the network, and move it to a device that has been asked for room."""
         self.load()
         parameter = next(self.module.parameters(), None)
-        if self.memory_hook is not None and device.type != "cpu" and parameter is not None:
-            if parameter.device != device:
-                self.memory_hook(self.memory(), device)
+        arrives = parameter is not None and device.type != "cpu" and parameter.device != device
+        if self.memory_hook is not None and arrives:
+            self.memory_hook(self.memory(), device)
         self.module.to(device)
 
     def memory(self) -> int:

@@ -132,7 +132,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNPICKLING as error:
         raise BadInput(f"{path} is damaged or holds more than plain weights, and is not read for safety") from error
-    except Exception as error:  # noqa: BLE001 - there is nothing that reading a damaged file cannot raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} cannot be read as weights, it may be cut short: {reason}") from error
     for wrapper in ("state_dict", "model"):

@@ -61,7 +61,7 @@ class ComfyModel(DiffusionModel):
         self.module.requires_grad_(False)
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
-        self._keys = set(self.comfy.lora.model_lora_keys_unet(self.base, {}))
+        self._keys = self.comfy.lora.model_lora_keys_unet(self.base, {})
         self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
         self._shape = latent_shape(self.base.latent_format, config)
         if vae is not None:
@@ -252,6 +252,9 @@ class ComfyModel(DiffusionModel):
         if key not in self._keys:
             raise BadInput(f"lora.targets: ComfyUI has no LoRA key for {module_name!r} of this model")
         return key
+
+    def lora_aliases(self, module_name: str) -> list[str]:
+        return [name for name, weight in self._keys.items() if weight == f"diffusion_model.{module_name}.weight"]
 
 
 def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
