@@ -68,14 +68,12 @@ def main() -> None:
         velocity = model.velocity(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
         velocity.square().mean().backward()
 
-    size = config.objective.batch_size
+    size, execution = config.objective.batch_size, Execution(rollout.batch_size)
     alone = {
         "rollout": timed(lambda: forward(shared), 5) + (rollout.steps - 1) * timed(lambda: forward(images), 5),
         "update": trained // size * timed(lambda: backward(size), 5)
         + (timed(lambda: backward(trained % size), 5) if trained % size else 0.0),
-        "decode": timed(
-            lambda: decode(model, torch.randn(images, *model.latent_shape), Execution(rollout.batch_size)), 5
-        ),
+        "decode": timed(lambda: decode(model, torch.randn(images, *model.latent_shape), execution), 5),
     }
     total = sum(alone.values())
     print(f"images per iteration {images}, sampling predictions {sampled}, trained predictions {trained}")

@@ -21,8 +21,8 @@ on the command line: `python -m trainer train run.yaml --set rollout.eta=0.5`. T
 """
 OBJECTIVE_HEAD = f"""## objective
 
-How scored images become an update. `name` chooses the objective, `{DEFAULT}` where it is left out, and with it the other
-settings of this section.
+How scored images become an update. `name` chooses the objective, `{DEFAULT}` where it is left out, and with it the
+other settings of this section.
 """
 _SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
 

@@ -56,9 +56,8 @@ class Watchdog:
         self.dropped += event["dropped_samples"]
         self.bad_updates += event["bad_updates"]
         improved = self._take_reward(rewards)
-        signs = [
-            sign for sign in (self._reward_sign(), self.alarm(event["objective"]), self._gradient_sign(event)) if sign
-        ]
+        found = (self._reward_sign(), self.alarm(event["objective"]), self._gradient_sign(event))
+        signs = [sign for sign in found if sign]
         self.signs = self.signs + 1 if signs else 0
         return improved, self._verdict(signs)
 
