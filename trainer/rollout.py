@@ -130,7 +130,7 @@ def predict(
     prompting: Prompting,
     index: Tensor,
     plan: Plan,
-    execution: Execution,
+    execution: Execution = Execution(),
 ) -> Tensor:
     """Predictions of all rows, `batch_size` at a time; row i belongs to prompt `index[i]`."""
     parts, chunks = [], torch.arange(len(latents), device=latents.device).split(execution.batch_size)
@@ -150,7 +150,7 @@ def sample(
     prompt_of: Tensor,
     initial: Tensor,
     step_noise: Callable[[int], Tensor],
-    execution: Execution,
+    execution: Execution = Execution(),
 ) -> Trajectories:
     """Sample B trajectories.
 
@@ -201,7 +201,7 @@ def _stack(parts: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def decode(model: DiffusionModel, latents: Tensor, execution: Execution) -> Tensor:
+def decode(model: DiffusionModel, latents: Tensor, execution: Execution = Execution()) -> Tensor:
     """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1] of final latents, `batch_size` at a time."""
     parts = latents.split(execution.batch_size)
     images = []
