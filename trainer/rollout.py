@@ -131,7 +131,7 @@ def predict(
     prompting: Prompting,
     index: Tensor,
     plan: Plan,
-    execution: Execution,
+    execution: Execution = Execution(),
 ) -> Tensor:
     """Predictions of all rows, `batch_size` at a time; row i belongs to prompt `index[i]`."""
     parts, chunks = [], torch.arange(len(latents), device=latents.device).split(execution.batch_size)
@@ -153,7 +153,7 @@ def sample(
     prompt_of: Tensor,
     initial: Tensor,
     step_noise: Callable[[int], Tensor],
-    execution: Execution,
+    execution: Execution = Execution(),
 ) -> Trajectories:
     """Sample B trajectories.
 

@@ -340,8 +340,7 @@ def newest_sample(run: RunDirectory) -> Path | None:
 def losses(run: RunDirectory) -> list[float]:
     """Minus the reward of each iteration, in stds of the first: the policy's own loss is about 0 by construction."""
     weights, events = {reward.name: reward.weight for reward in run.config().rewards}, run.events()
-    mixture = Mixture(
-        weights, {name: value["group_std"] for name, value in events[0]["rewards"].items()} if events else {}
-    )
+    units = {name: value["group_std"] for name, value in events[0]["rewards"].items()} if events else {}
+    mixture = Mixture(weights, units)
     means = [{name: event["rewards"][name]["mean"] for name in weights} for event in events]
     return [-mixture.of(mean) for mean in means if None not in mean.values()]

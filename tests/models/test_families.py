@@ -85,7 +85,7 @@ def test_rollout_without_noise_is_the_pipelines_own(
     prompting = Prompting(conditions.rows(torch.tensor([0, 1])), conditions.rows(torch.tensor([2])))
     start = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(5))
     plan = Plan("ode", 0.0, model.sigmas(STEPS, shift), [False] * STEPS, True, guidance)
-    mine = sample(model, plan, prompting, torch.arange(2), start, lambda step: start, batch=2).final
+    mine = sample(model, plan, prompting, torch.arange(2), start, lambda step: start).final
     determine(config, monkeypatch)
     expected = generate(case, folder, config, shown, start, "latent").reshape(mine.shape)
     assert mine.std() > 0.1

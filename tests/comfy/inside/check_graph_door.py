@@ -216,7 +216,7 @@ def test_the_node_carries_files_shift_and_loras(pack, demo, files, loaded, base_
     rollout, entries = pack("trainer.rollout"), pack("trainer.models").EntryConditions
     plan = rollout.Plan("ode", 0.0, trained.sigmas(4, 3.0), [False] * 4, False)
     prompting = rollout.Prompting(entries.of([entry] * 4))
-    ours = rollout.sample(trained, plan, prompting, torch.arange(4), noise, lambda step: None, batch=4).final
+    ours = rollout.sample(trained, plan, prompting, torch.arange(4), noise, lambda step: None).final
     assert (ours - core).abs().max() < 1e-4
     images = trained.decode(ours)
     assert (images.movedim(1, -1) - vae.decode(demo.model.model.process_latent_out(core))).abs().max() < 1e-3

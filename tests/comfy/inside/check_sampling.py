@@ -80,7 +80,6 @@ def test_the_trajectory_is_the_trainers(pack, demo, sampler, sample, noise, kern
         torch.zeros(4, dtype=torch.long),
         noise,
         lambda i: sampling.step_noise(noise, 3, 0, SIGMAS.tolist()[i], "cpu"),
-        batch=4,
     )
     seen = []
     latents = sample(
