@@ -10,12 +10,12 @@ from comfy.utils import ProgressBar
 from server import PromptServer
 
 from ...trainer.config import ModelConfig
-from ...trainer.models import weight_bytes
+from ...trainer.models import model_bytes
 from ...trainer.utils.errors import BadInput
 
 GIB = 2**30
 HEADROOM = 0.5 * GIB
-"""What a process needs beside the weights, at the very least: CUDA's own context, or the libraries."""
+"""What a process needs beside the model, at the very least: CUDA's own context, or the libraries."""
 
 
 def free_memory() -> None:
@@ -28,9 +28,9 @@ def free_memory() -> None:
 def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool) -> None:
     """
     Raises:
-        BadInput: with the figures, where a device cannot even hold the model's weights.
+        BadInput: with the figures, where a device cannot even hold the model's weights and decode its images.
     """
-    need, ram = weight_bytes(model) + HEADROOM, memory.get_free_memory(torch.device("cpu"))
+    need, ram = model_bytes(model, processes) + HEADROOM, memory.get_free_memory(torch.device("cpu"))
     if on_cpu or memory.get_torch_device().type == "cpu":
         _require("this computer", ram, need * processes)
         return
@@ -45,8 +45,9 @@ def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, o
 def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
-            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and loading "
-            f"the base model alone takes {need / GIB:.1f} GiB: close other programs or choose bfloat16"
+            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
+            f"base model's weights and decoding take {need / GIB:.1f} GiB: close other programs, choose bfloat16, or lower "
+            "model.decode_batch_size"
         )
 
 

@@ -43,6 +43,15 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
     return FAMILIES[config.family]
 
 
+def model_bytes(config: ModelConfig, processes: int = 1) -> int:
+    """Device memory of a process for the model: its weights, and decoding at its peak; nothing is loaded.
+
+    Args:
+        processes: of the run.
+    """
+    return weight_bytes(config, processes) + FAMILIES[config.family].decode_bytes(config)
+
+
 def check_kernel(family: type[DiffusionModel] | DiffusionModel, name: str, rollout: RolloutConfig) -> None:
     """Raise BadInput where the kernel is one for another process than the family's, if that is known yet."""
     if rollout.kernel not in kernels.stochastic(family.process):
@@ -56,6 +65,7 @@ __all__ = [
     "DiffusionModel",
     "EntryConditions",
     "check_kernel",
+    "model_bytes",
     "model_class",
     "weight_bytes",
 ]

@@ -311,11 +311,11 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
 def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
     host, model = pack("nodes.host.session"), pack("trainer.config").ModelConfig()
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* takes 0\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* take 0\.6 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 8 * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* takes 10\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* take 12\.3 GiB"):
         host.require_memory(model, None, 20, on_cpu=False)
 
 
@@ -332,7 +332,7 @@ def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: (8 if device == gpu else 6) * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 6 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* takes 12\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* take 12\.5 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
 
 
