@@ -132,7 +132,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNPICKLING as error:
         raise BadInput(f"{path} is damaged or holds more than plain weights, and is not read for safety") from error
-    except Exception as error:  # noqa: BLE001 - there is nothing that reading a damaged file cannot raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} cannot be read as weights, it may be cut short: {reason}") from error
     for wrapper in ("state_dict", "model"):
@@ -148,19 +148,23 @@ def _is_weight(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
-def stored_elements(path: Path) -> int:
+def stored_elements(path: Path, start: str = "") -> int:
     """How many numbers the tensors of a file of weights hold.
+
+    Args:
+        start: count only tensors whose names start with this.
 
     Raises:
         BadInput: it cannot be read.
     """
     if path.suffix.lower() != ".safetensors":
-        return sum(value.numel() for value in read_weights(path).values())
+        return sum(value.numel() for key, value in read_weights(path).items() if key.startswith(start))
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            names = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in names)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read as weights, it may be cut short: {error}") from error
 

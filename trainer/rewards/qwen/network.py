@@ -143,7 +143,7 @@ def read_tokenizer(path: Path, markers: tuple[str, ...]) -> Any:
 
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+    except Exception as error:
         raise BadInput(f"{path} cannot be read as a tokenizer: {' '.join(str(error).split())[:200]}") from error
     needed = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     size = tokenizer.get_vocab_size(with_added_tokens=True)

@@ -12,7 +12,6 @@ from ...utils.errors import BadInput, RunFailed
 from ..base import Reward
 from .http import Patience, ask, check_url, number, to_png
 
-
 PIXELS = 2**26
 """Pixels of one message."""
 
