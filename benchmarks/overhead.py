@@ -67,7 +67,6 @@ def main() -> None:
         prediction = model.predict_guided(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
         prediction.square().mean().backward()
 
-    size, execution = config.objective.batch_size, Execution(rollout.batch_size)
     alone = {
         "rollout": timed(lambda: forward(shared), 5) + (rollout.steps - 1) * timed(lambda: forward(images), 5),
         "update": trained // size * timed(lambda: backward(size), 5)

@@ -124,7 +124,7 @@ def test_hpsv3_takes_newer_names_and_refuses_others(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="it holds transformer.x, which does not belong there"):
         preference(tmp_path, {**PREFERENCE, "transformer.x": torch.ones(1)}).load()
     short = {k: v[:19].clone() if k.endswith("embed_tokens.weight") else v for k, v in PREFERENCE.items()}
-    with pytest.raises(BadInput, match="its token table has 19 rows"):
+    with pytest.raises(BadInput, match="its token embedding has 19 rows"):
         preference(tmp_path, short).load()
 
 
@@ -240,7 +240,7 @@ def test_videos_of_different_lengths_and_one_network_for_all(tmp_path: Path, mon
         judge.idle()
         alone = torch.cat([score(judge, [video], [prompt]) for video, prompt in zip(batch, prompts, strict=True)])
         torch.testing.assert_close(together[name], alone, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="judges videos, not images"):
+    with pytest.raises(ValueError, match="scores videos, not images"):
         score(judges["videoalign"], VIDEO, ["cat"] * 9)
     with pytest.raises(ValueError, match="a video of 1 frames is too short"):
         score(judges["videoalign"], [VIDEO[:1]], ["cat"])
@@ -251,7 +251,7 @@ def test_incomplete_lora_is_refused(tmp_path: Path) -> None:
     for gone in ("lora_A", "lora_B", "base_layer"):
         key = f"base_model.model.model.layers.1.mlp.up_proj.{gone}" + ("" if gone == "base_layer" else ".default")
         less = {name: value for name, value in written.items() if name != f"{key}.weight"}
-        with pytest.raises(BadInput, match="is no complete LoRA"):
+        with pytest.raises(BadInput, match="is not a complete LoRA"):
             merge_lora(less, tmp_path)
     assert merge_lora(PLAIN, tmp_path) is PLAIN
 

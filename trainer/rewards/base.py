@@ -135,21 +135,22 @@ class ModelReward(Reward):
         """Load the network, and move it to a device that has been asked for room."""
         self.load()
         parameter = next(self.module.parameters(), None)
-        arrives = parameter is not None and device.type != "cpu" and parameter.device != device
-        if self.memory_hook is not None and arrives:
+        moves = parameter is not None and parameter.device != device
+        if moves and device.type != "cpu" and self.memory_hook is not None:
             self.memory_hook(self.memory(), device)
         self.module.to(device)
 
     def memory(self) -> int:
         """Bytes of the weights: of the network once it is loaded, before that at most as many as its files hold."""
         if self.module is None:
-            return sum(stored_elements(path) for path in self.weight_files()) * self.dtype.itemsize
+            return self.stored_elements() * self.dtype.itemsize
         return sum(tensor.nbytes for tensor in (*self.module.parameters(), *self.module.buffers()))
 
-    def weight_files(self) -> list[Path]:
-        """Files that hold the network's weights."""
+    def stored_elements(self) -> int:
+        """How many numbers the files of the network hold."""
         rules = {name: file_rule(field) for name, field in type(self.options).model_fields.items()}
-        return [Path(getattr(self.options, name)) for name, rule in rules.items() if rule and rule.weights]
+        names = [name for name, rule in rules.items() if rule and rule.weights]
+        return sum(stored_elements(Path(getattr(self.options, name))) for name in names)
 
     def register_memory_hook(self, hook: MemoryHook) -> None:
         self.memory_hook = hook

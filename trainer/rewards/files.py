@@ -148,19 +148,23 @@ def _is_weight(key: object, value: object) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
 
 
-def stored_elements(path: Path) -> int:
+def stored_elements(path: Path, start: str = "") -> int:
     """How many numbers the tensors of a file of weights hold.
+
+    Args:
+        start: count only tensors whose names start with this.
 
     Raises:
         BadInput: it cannot be read.
     """
     if path.suffix.lower() != ".safetensors":
-        return sum(value.numel() for value in read_weights(path).values())
+        return sum(value.numel() for key, value in read_weights(path).items() if key.startswith(start))
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            names = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in names)
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{path} cannot be read as weights, it may be cut short: {error}") from error
 

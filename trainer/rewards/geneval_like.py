@@ -18,7 +18,7 @@ from .base import Dtype, ModelReward, dtype_option
 from .clip.contrastive import architecture, open_clip_network
 from .clip.layout import from_transformers
 from .clip.text import tokenizer
-from .files import build, file_option, fill, read_weights
+from .files import build, file_option, fill, read_weights, stored_elements
 from .preprocess import normalize, shortest_and_crop, to_pil
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -89,8 +89,8 @@ class GenEvalLike(ModelReward):
             if prompt not in self.asked:
                 raise ValueError(f"{prompt[:100]!r} is none of the prompts of {self.options.prompts}")
 
-    def weight_files(self) -> list[Path]:
-        return [Path(self.options.clip), Path(self.options.detector) / "model.safetensors"]
+    def stored_elements(self) -> int:
+        return super().stored_elements() + stored_elements(Path(self.options.detector) / "model.safetensors")
 
     def build(self) -> nn.Module:
         path, config, what = Path(self.options.clip), architecture(self.network), "OpenAI's CLIP ViT-L/14"

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize as unit
 
 from ...config import Section
 from ..base import Dtype, ModelReward, dtype_option
-from ..files import build, file_option, fill, read_weights
+from ..files import build, file_option, fill, read_weights, stored_elements
 from ..preprocess import normalize, shortest_and_crop
 from .contrastive import architecture, open_clip_network
 from .layout import from_transformers
@@ -36,6 +36,9 @@ class ClipLargeReward(ModelReward):
         fill(visual, vision_weights(path, what), path, what)
         return visual
 
+    def stored_elements(self) -> int:
+        return stored_elements(Path(self.options.tower), "vis")  # vision_model, visual_projection; no text encoder
+
     def features(self, visual: nn.Module, images: Tensor) -> Tensor:
         """Image embeddings of length 1, `[B, 768]` float32."""
         pixels = normalize(shortest_and_crop(images, self.size)).to(self.dtype)
@@ -63,6 +66,9 @@ class Aesthetic(ClipLargeReward):
         head = build(lambda: LinearHead(visual.output_dim))
         fill(head, read_weights(path), path, "the aesthetic predictor")
         return nn.ModuleDict({"visual": visual, "head": head})
+
+    def stored_elements(self) -> int:
+        return super().stored_elements() + stored_elements(Path(self.options.path))
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         features = self.features(self.module["visual"], images)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...config import Section
 from ...utils.errors import BadInput
 from ..base import Dtype, dtype_option
-from ..files import WEIGHTS, build, file_option, fill, read_weights
+from ..files import WEIGHTS, build, file_option, fill, read_weights, stored_elements
 from ..preprocess import to_pil, trimmed
 from .contrastive import ContrastiveReward, architecture, open_clip_network
 
@@ -81,8 +81,8 @@ class ClipScore(ContrastiveReward):
             raise BadInput(f"reward 'clip': the tokenizer settings {str(settings)[:80]} of {self.file} are unknown")
         return clean
 
-    def weight_files(self) -> list[Path]:
-        return [self.file]
+    def stored_elements(self) -> int:
+        return stored_elements(self.file)
 
     def build(self) -> nn.Module:
         module = self._network()
@@ -100,9 +100,7 @@ class ClipScore(ContrastiveReward):
             self.transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise BadInput(
-                f"reward 'clip': the configuration of {self.file} does not fit open_clip: {reason}"
-            ) from error
+            raise BadInput(f"reward 'clip': open_clip refuses the configuration of {self.file}: {reason}") from error
         self.trim = settings.get("resize_mode") == "shortest"
         self.transform.transforms = [_on_tensors_too(step) for step in self.transform.transforms]
         return module

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ...utils.errors import BadInput, RunFailed
-from .. import Reward, score
+from ..base import Reward
+from ..scoring import score
 from .message import read_message
 
 KEY = "DANCEGRPO_SERVER_KEY"
@@ -57,7 +58,7 @@ def serve(reward: Reward, host: str, port: int, device: torch.device) -> int:
 def check_port(port: int) -> None:
     """Raise BadInput unless `port` is a number that a server can listen on."""
     if not 0 <= port <= 65_535:
-        raise BadInput(f"--port is {port}: give a number from 1 to 65535, or 0 for any that is free")
+        raise BadInput(f"--port is {port}: give a number from 1 to 65535")
 
 
 class RewardServer(ThreadingHTTPServer):
