@@ -162,10 +162,14 @@ def agreement(features: np.ndarray, votes: Comparisons, precision: float | None 
 
     All votes on the same pair are left out together. Images occur in several pairs, so this measures how well new
     pairs of the collection's images are predicted.
+
+    Args:
+        precision: of the prior; None chooses it once, from all votes.
     """
     winners = np.flatnonzero(~votes.tie)
     if len(winners) < FEWEST:
         return None
+    precision = fit(features, votes).precision if precision is None else precision
     fold = _folds(votes)
     hits = 0.0
     for index in range(FOLDS):

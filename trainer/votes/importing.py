@@ -70,8 +70,9 @@ def import_favourites(collection: Collection, better: Path, worse: Path, prompt:
         OSError: the disk is full or not writable.
     """
     result = Imported()
-    liked = _add(collection, _image_files(better), prompt, f"favourites {better.name}", result)
-    others = _add(collection, _image_files(worse), prompt, f"others {worse.name}", result)
+    files = _image_files(better), _image_files(worse)
+    liked = _add(collection, files[0], prompt, f"favourites {better.name}", result)
+    others = _add(collection, files[1], prompt, f"others {worse.name}", result)
     if shared := set(liked) & set(others):
         raise BadInput(f"{better.name} and {worse.name} have {len(shared)} images in common, which cannot be better")
     pairs = balanced_pairs(sorted(set(liked)), sorted(set(others)))

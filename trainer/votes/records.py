@@ -105,7 +105,8 @@ def read_row(line: str, columns: tuple[str, ...], files: set[str]) -> tuple[Vote
     if row.get("id") and not _ID.fullmatch(row["id"]):
         return None, f"{row['id'][:80]!r} is not an id"
     if row.get("undo"):
-        return (Undo(row["undo"], row["id"]), "") if row.get("id") else (None, "an undo row needs an id")
+        sound = row.get("id") and not row["better"] and not row["worse"]
+        return (Undo(row["undo"], row["id"]), "") if sound else (None, "an undo row has an id and no images")
     marks = {kind: row.get(kind, "") for kind in ("tie", "skip")}
     if any(mark not in ("", "0", "1") for mark in marks.values()) or marks["tie"] == marks["skip"] == "1":
         return None, "tie and skip are 1 or empty, and not both 1"

@@ -29,7 +29,7 @@ def pair(first: int, second: int) -> Pair:
 
 def next_pairs(
     features: np.ndarray,
-    fitted: Fit,
+    fitted: Fit | None,
     prompts: Sequence[str],
     shown: Collection[Pair],
     count: int = 1,
@@ -43,6 +43,7 @@ def next_pairs(
 
     Args:
         features: `[M, D]` float64, a row per image.
+        fitted: to the votes so far; `random` needs none.
         prompts: M texts.
         shown: pairs that must not come again.
         mode: `random` draws from the same candidates, for comparison.

@@ -95,7 +95,11 @@ class Collection:
 
     def files(self) -> set[str]:
         """Names of the image files; symbolic links are left out, since they may lead anywhere."""
-        with os.scandir(self.images) as entries:
+        try:
+            entries = os.scandir(self.images)
+        except FileNotFoundError as error:
+            raise BadInput(f"the collection {self.name!r} has been deleted") from error
+        with entries:
             return {e.name for e in entries if e.is_file(follow_symlinks=False) and records.is_image_name(e.name)}
 
     def image_file(self, name: object) -> Path:
@@ -112,7 +116,15 @@ class Collection:
         return path
 
     def items(self) -> tuple[list[Item], list[str]]:
-        """The images in the order in which they came, and a sentence about each line that was left out."""
+        """The images in the order in which they came, and a sentence about each line that was left out.
+
+        Image files that no line names come last, without a prompt.
+        """
+        found, complaints = self._listed()
+        rest = sorted(self.files() - {item.image for item in found})
+        return [*found, *(Item(name, "", "") for name in rest)], complaints
+
+    def _listed(self) -> tuple[list[Item], list[str]]:
         found: dict[str, Item] = {}
         complaints, files = [], self.files()
         for number, line in records.lines(self.items_file):
@@ -176,7 +188,7 @@ class Collection:
         records.flush_folder(self.images)
         new: dict[str, Item] = {}
         with self.lock():
-            known = {item.image for item in self.items()[0]}
+            known = {item.image for item in self._listed()[0]}
             for item in given:
                 if item.image not in known:
                     new.setdefault(item.image, item)
@@ -303,7 +315,7 @@ def create(root: Path, name: str) -> Collection:
         OSError: the disk is not writable.
     """
     folder = root / check_name(name, "collection")
-    if folder.is_symlink() or (folder.exists() and not (folder / "images").is_dir()):
+    if (folder.is_symlink() or folder.exists()) and not _exists(root, name):
         raise BadInput(f"collection {name!r} cannot be made: {folder} is there and is something else")
     with locked(folder):
         (folder / "images").mkdir(parents=True, exist_ok=True)
