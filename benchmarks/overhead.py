@@ -67,6 +67,7 @@ def main() -> None:
         prediction = model.predict_guided(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
         prediction.square().mean().backward()
 
+    size = config.objective.batch_size
     alone = {
         "rollout": timed(lambda: forward(shared), 5) + (rollout.steps - 1) * timed(lambda: forward(images), 5),
         "update": trained // size * timed(lambda: backward(size), 5)

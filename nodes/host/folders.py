@@ -2,39 +2,13 @@
 
 import json
 import os
-import re
 from pathlib import Path
 
 import folder_paths
 
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.files import write_atomically
-
-LONGEST_NAME = 64
-MOST_BYTES = 200
-"""File systems take 255 bytes, and a LoRA's name has a number and an ending besides."""
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³")}
-
-
-def check_name(name: str) -> str:
-    """A run's name, as it is.
-
-    Raises:
-        BadInput: it could be anything but the name of one folder, on whatever system.
-    """
-    accepted = (
-        f"a name has 1 to {LONGEST_NAME} letters, digits, spaces, '-', '_' and '.', and starts and ends with a letter "
-        "or digit"
-    )
-    if not isinstance(name, str):
-        raise BadInput(f"name is {name!r}, which is no text: {accepted}")
-    if len(name) > LONGEST_NAME or len(name.encode("utf-8", "replace")) > MOST_BYTES:
-        raise BadInput(f"name {name[:LONGEST_NAME]!r}... is too long: {accepted}")
-    if not re.fullmatch(r"\w[\w .-]*", name) or ".." in name or not name[-1].isalnum() or not name[0].isalnum():
-        raise BadInput(f"name {name!r} cannot be used: {accepted}")
-    if name.split(".")[0].strip().upper() in _DEVICES:
-        raise BadInput(f"name {name!r} cannot be used: it is the name of a device on Windows")
-    return name
+from ...trainer.utils.names import check_name
 
 
 def runs_folder() -> Path:
