@@ -184,8 +184,9 @@ def base_model(pack: object, files: SimpleNamespace, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(node, "hidden", hidden, raising=False)
 
     def call(**inputs: object) -> dict:
+        """The `model` section of a run description."""
         values = {"family": "sd3", "width": 64, "height": 64, "dtype": "bfloat16"} | inputs
-        return node.execute("(none in models/diffusers)", **values).args[0]
+        return node.execute("(none in models/diffusers)", **values).args[0].section
 
     return call
 
@@ -340,13 +341,13 @@ class Clip:
 
 def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model, monkeypatch) -> None:
     runs, reached = pack("nodes.host.runs"), []
-    monkeypatch.setattr(pack("nodes.host.session"), "free_memory", lambda: reached.append(1))
+    monkeypatch.setattr(pack("nodes.host.memory"), "free_memory", lambda: reached.append(1))
     monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
-    given = base_model(model=loaded[0], vae=loaded[1])
+    given, blueprint = base_model(model=loaded[0], vae=loaded[1]), pack("nodes.types").Blueprint.of(loaded[0])
     data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}
 
     def begin() -> None:
-        runs.begin("x", data, Clip(100), "source", 1, None)
+        runs.begin("x", data, Clip(100), "source", 1, None, blueprint=blueprint)
 
     with refused(pack, "does not take what clip and conditioning give .* numbers for a token and is given 100"):
         begin()
