@@ -11,7 +11,7 @@ from .objectives import Objective, make_objective
 from .prompts.conditions import all_pictures, all_texts, conditions_for
 from .prompts.sets import PromptSet, evaluation_prompts, training_prompts
 from .rewards import Reward, load_reward
-from .utils.errors import BadInput
+from .utils.errors import BadInput, shorten
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,42 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     """
     if config.model.sharded and processes == 1:
         raise BadInput("model.sharded is true: it takes several processes, and this run has one (--processes)")
-    images = config.rollout.prompts_per_iteration * config.rollout.group_size
-    if processes > images:
-        raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
     family = model_class(config.model)
     check_kernel(family, config.model.family, config.rollout)
     family.check_targets(config.model, config.lora.targets or [])
     objective = make_objective(config)
     prompts = objective.training_prompts() or training_prompts(config.prompts)
     held_out = evaluation_prompts(config.evaluation)
-    if shared := set(prompts.texts) & set(held_out.texts):
-        raise BadInput(f"evaluation prompt {min(shared)!r} is also trained on; held-out prompts must be others")
-    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
-    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
-    _check_groups(rewards, processes)
+    rewards, judges = check_rewards(config, processes, prompts, held_out)
     _check_media(judges, config.model.frames)
-    _check_prompts(judges, [*prompts.texts, *held_out.texts])
     objective.check(family, rewards)
     if config.prompts.conditions is not None and conditions_exist:
         texts, pictures = all_texts(config, prompts, held_out), all_pictures(prompts, held_out)
         conditions_for(config, family, texts, torch.device("cpu"), pictures)
     return Checked(family, objective, prompts, held_out, rewards, judges)
+
+
+def check_rewards(
+    config: RunConfig, processes: int, prompts: PromptSet, held_out: PromptSet
+) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The part of `check_run` that needs no model.
+
+    Returns:
+        the rewards that are trained, by name; and these with the ones that only watch.
+
+    Raises:
+        BadInput: prompts or rewards do not fit each other or the number of processes.
+    """
+    images = config.rollout.prompts_per_iteration * config.rollout.group_size
+    if processes > images:
+        raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
+    if shared := set(prompts.texts) & set(held_out.texts):
+        raise BadInput(f"evaluation prompt {shorten(min(shared))} is also trained on; held-out prompts must be others")
+    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
+    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
+    _check_groups(rewards, processes)
+    _check_prompts(judges, [*prompts.texts, *held_out.texts])
+    return rewards, judges
 
 
 def _check_groups(rewards: Mapping[str, Reward], processes: int) -> None:

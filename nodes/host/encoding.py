@@ -8,7 +8,7 @@ from ...trainer.models.comfy.conditions import Entry, check_entry, mapped
 from ...trainer.prompts.conditions import all_texts
 from ...trainer.prompts.sets import evaluation_prompts, training_prompts
 from ...trainer.utils.errors import BadInput
-from .session import check_interrupt
+from .progress import check_interrupt
 
 
 def encode(clip: object, config: RunConfig, conditioning: list | None = None) -> tuple[list[str], Conditions]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import PROMPTS, assert_same_tensors, lora_of, results_of
+from learning import assert_same_learning
 from safetensors.torch import load_file
 from tiny_families import CASES, Case, write_picture
 
@@ -316,22 +317,6 @@ def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
             assert value == pytest.approx(two["rewards"][judge], abs=1e-5)
 
 
-def assert_same_learned(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-
-    def flat(tensors: dict[str, torch.Tensor], start: str, end: str = "") -> torch.Tensor:
-        chosen = [name for name in sorted(tensors) if name.startswith(start) and name.endswith(end)]
-        return torch.cat([tensors[name].flatten() for name in chosen])
-
-    learned = flat(ours, "lora/", ".lora_B.default.weight")
-    assert learned.abs().max() > 1e-3, "something was learned, so that agreement says something"
-    gradient, other = (flat(tensors, "optimizer/", "/exp_avg") for tensors in (ours, theirs))
-    assert (gradient - other).norm() < 1e-3 * gradient.norm()
-    # AdamW divides a gradient by its own size: one that is rounding alone moves its weight either way.
-    apart = (flat(ours, "lora/") - flat(theirs, "lora/")).abs() > 1e-5
-    assert apart.float().mean() < 5e-3
-
-
 def result(base: Path, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((base / f"{name}.json").read_text()), load_file(base / f"{name}.safetensors")
 
@@ -349,7 +334,7 @@ def test_two_processes_give_the_run_of_one_whole_and_divided(
     for kind in ("whole", "sharded"):
         record, tensors = result(together, f"{name}-{kind}")
         assert_same_run(events, record["events"])
-        assert_same_learned(learned, tensors)
+        assert_same_learning(learned, tensors)
         check_memory(record, tensors, divided=kind == "sharded")
     if name == "skipped groups":
         assert events[1]["skipped_groups"] == 2, "one process has nothing to train, and still makes the calls"

@@ -607,7 +607,7 @@ def described(
         "rewards": [{"name": "colorfulness"}],
         "rollout": {"kernel": kernel},
     }
-    return pack("nodes.host.dry_run").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
+    return pack("nodes.types").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
 
 
 def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable, case: Case, monkeypatch) -> None:
