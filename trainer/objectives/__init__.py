@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from .awm import Awm
 from .base import Objective, ObjectiveOptions
+from .dpo import Dpo
 from .grpo import Grpo
+from .nft import Nft
+from .reward_gradient import RewardGradient
 
 if TYPE_CHECKING:
     from ..config import RunConfig
 
-OBJECTIVES: dict[str, type[Objective]] = {objective.name: objective for objective in (Grpo,)}
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (Grpo, Nft, Awm, Dpo, RewardGradient)
+}
 DEFAULT = Grpo.name
 
 
