@@ -1,6 +1,7 @@
 """The command line: train, resume, status, stop, demo, encode, score, presets."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from .utils.errors import BadInput, RunFailed
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 finished or stopped on request, 1 failed, 2 bad input."""
+    _make_printable()
     args = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded by a run
     try:
@@ -28,6 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"failed: {error.strerror or error}: {error.filename or 'a file of the run'}", file=sys.stderr)
         return FAILED
+
+
+def _make_printable() -> None:
+    """Escape characters that the console's encoding lacks, such as an emoji on Windows, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,21 +166,22 @@ def _encode(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .rewards import load_reward, score
-    from .utils.images import read_images
+    from .rewards import load_reward
+    from .score import score_files
 
     if len(args.prompt) not in (1, len(args.images)):
         raise BadInput(f"{len(args.prompt)} prompts for {len(args.images)} images: give one for all, or one for each")
     reward = load_reward(_reward_config(args))
     reward.load()
     prompts = args.prompt * len(args.images) if len(args.prompt) == 1 else args.prompt
-    for path, image, prompt in zip(args.images, read_images(args.images), prompts, strict=True):
-        try:
-            value = score(reward, image[None], [prompt])[0].item()
-        except ValueError as error:
-            raise BadInput(f"{path}: {error}") from error
-        print(f"{value:.6f}\t{path}\t{prompt}")
-    return FINISHED
+    code = FINISHED
+    for path, prompt, result in zip(args.images, prompts, score_files(reward, args.images, prompts), strict=True):
+        if isinstance(result, BadInput):
+            print(f"error: {result}", file=sys.stderr)
+            code = BAD_INPUT
+        else:
+            print(f"{result:.6f}\t{path}\t{' '.join(prompt.split())}")
+    return code
 
 
 def _reward_server(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...trainer import rewards as judges
 from ...trainer.rewards.base import ModelReward
+from ...trainer.utils.media import to_tensor
 from ..types import Judges
 
 
@@ -81,6 +82,7 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     panels = dict(parts) if len(parts) == 1 else {**parts, "weighted sum": total}
     figure = Figure(figsize=(max(4.0, 0.3 * len(total)), 2.4 * len(panels)), dpi=110, layout="constrained")
@@ -93,5 +95,4 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
         axis.set(title=name, xlabel="image", xlim=(0.4, len(values) + 0.6))
         axis.xaxis.get_major_locator().set_params(integer=True)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return torch.from_numpy(pixels).float()[None] / 255
+    return to_tensor(Image.fromarray(np.asarray(canvas.buffer_rgba()))).movedim(0, -1)[None]

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize as unit
 
 from ..config import Section
 from ..utils.errors import BadInput
+from ..utils.media import to_tensor
 from .base import ModelReward
 from .clip.contrastive import architecture, open_clip_network, tokenizer
 from .clip.layout import from_transformers
@@ -104,8 +105,7 @@ class GenEvalLike(ModelReward):
         from PIL import Image
 
         picture = to_pil(image[None])[0].resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
-        pixels = normalize(pixels.permute(2, 0, 1).float() / 255, MEAN, STD)[None].to(image.device)
+        pixels = normalize(to_tensor(picture), MEAN, STD)[None].to(image.device)
         output = self.module["detector"](pixel_values=pixels)
         masks = interpolate(output.masks_queries_logits, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
         shares = output.class_queries_logits[0].softmax(-1)[:, :-1]
@@ -163,7 +163,7 @@ def read_questions(path: Path) -> dict[str, dict[str, Any]]:
         BadInput: the file is another one.
     """
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return {entry["prompt"]: {**entry, "include": list(entry["include"])} for entry in entries}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is no list of GenEval's prompts: {error!r}") from error

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..utils.errors import BadInput
-from ..utils.images import read_images
+from ..utils.media import read_image
 from .clip.aesthetic import ClipLargeReward
 from .files import file_option
 
@@ -62,11 +62,20 @@ class Preference(ClipLargeReward):
 
     def _learn(self, device: torch.device) -> None:
         names = list(dict.fromkeys(name for vote in self.votes for name in vote if isinstance(name, Path)))
-        features = torch.cat([self.features(self.module, image[None].to(device)).cpu() for image in read_images(names)])
-        table = dict(zip(names, features.double(), strict=True))
-        self.weights, agreement = learn(self.votes, table, self.options.shrinkage)
+        table, votes = {}, self.votes
+        for name in names:
+            try:
+                image = read_image(name)
+            except BadInput as error:
+                print(f"warning: preference: {error}; votes on it are left out", file=sys.stderr)
+                votes = [vote for vote in votes if name not in vote]
+                continue
+            table[name] = self.features(self.module, image[None].to(device))[0].cpu().double()
+        if len(votes) < 2:
+            raise BadInput(f"{self.options.votes}: {len(votes)} of its {len(self.votes)} votes name readable images only")
+        self.weights, agreement = learn(votes, table, self.options.shrinkage)
         share = "too few to test" if agreement is None else f"agrees with {agreement:.0%} of those left out of a fit"
-        print(f"preference: {len(self.votes)} votes of {self.options.votes}: {share}", file=sys.stderr)
+        print(f"preference: {len(votes)} votes of {self.options.votes}: {share}", file=sys.stderr)
 
 
 Vote = tuple[Path, Path] | tuple[Path, float]

@@ -3,20 +3,15 @@
 import torch
 from torch import Tensor
 
+from ..utils.media import to_picture, to_tensor
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Pixels rounded to the 256 values of an image file, `[..., 3, H, W]` uint8: reward models were taught on files."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def to_pil(images: Tensor) -> list:
     """`[B, 3, H, W]` in [0, 1] as PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(array) for array in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
+    return [to_picture(image) for image in images]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> Tensor:
@@ -40,15 +35,9 @@ def shortest_and_crop(images: Tensor, size: int, crop: str = "torchvision") -> T
         width, height = (size if side == short else int(size * side / short) for side in (width, height))
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (_margin(side - size, crop) for side in (width, height))
-        results.append(_to_tensor(picture.crop((left, top, left + size, top + size))))
+        results.append(to_tensor(picture.crop((left, top, left + size, top + size))))
     return torch.stack(results).to(images.device)
 
 
 def _margin(excess: int, crop: str) -> int:
     return round(excess / 2) if crop == "torchvision" else excess // 2
-
-
-def _to_tensor(picture: object) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -5,6 +5,7 @@ import io
 import torch
 from torch import Tensor
 
+from ..utils.media import to_picture
 from .base import Reward
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -58,11 +59,9 @@ class JpegSize(Reward):
     typical_range = (1.0, 300.0)
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        from PIL import Image
-
         sizes = []
-        for image in (images.float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy():
+        for image in images:
             buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "JPEG", quality=95)
+            to_picture(image).save(buffer, "JPEG", quality=95)
             sizes.append(buffer.tell() / 1000)
         return torch.tensor(sizes, dtype=torch.float32)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import report
 from ..config import RunConfig
-from ..utils.files import write_atomically, write_json
 from ..policy import Policy
+from ..utils.files import write_atomically, write_json
+from ..utils.media import save_video
+from . import report
 from .directory import Checkpoint, RunDirectory
-from ..utils.video import save_video
 
 
 class Keeper:

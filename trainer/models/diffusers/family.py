@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ...config import ModelConfig
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
+from ...utils.media import open_image
 from ..base import PICTURE, Conditions, DiffusionModel, matching, require_files
 from .folders import (
     check_quantization,
     check_weights,
     load_vae,
-    open_picture,
     quantization,
     read_json,
     vae_dtype,
@@ -227,7 +227,7 @@ class DiffusersModel(DiffusionModel):
         texts = together([cls.encode_batch(pipeline, config, prompts[i : i + ENCODED_AT_ONCE]) for i in starts])
         if not cls.takes_pictures(config):
             return texts
-        seen = [cls.encode_picture(pipeline, config, open_picture(path)) for path in pictures[:-1]]
+        seen = [cls.encode_picture(pipeline, config, open_image(path)) for path in pictures[:-1]]
         return Conditions(texts.tensors | rows_and_zeros(seen))
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Reading a diffusers folder: configurations, the VAE, quantised weights; and prompts' pictures."""
+"""Reading a diffusers folder: configurations, the VAE, quantised weights."""
 
 import importlib.util
 import json
@@ -10,7 +10,6 @@ from torch import nn
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
-from ...utils.images import read_images
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,18 +60,6 @@ def load_vae(folder: Path, config: ModelConfig, device: torch.device) -> nn.Modu
     dtype = vae_dtype(config, device)
     vae = vae_class.from_pretrained(folder / "vae", dtype=dtype, local_files_only=True, use_safetensors=True)
     return vae.to(device)
-
-
-def open_picture(path: Path) -> Any:
-    """An RGB image of PIL; transparency is laid on white.
-
-    Raises:
-        BadInput: it is missing or no image.
-    """
-    from PIL import Image
-
-    (pixels,) = read_images([path])
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def check_weights(config: ModelConfig, folder: Path, component: str) -> None:

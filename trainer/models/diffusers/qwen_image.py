@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...utils.media import open_image
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
-from .folders import open_picture
 from .latents import as_frames, pack, standard_moments, together, unpack
 
 _NEGATIVE = f"{PICTURE}negative_"
@@ -120,7 +120,7 @@ class QwenImageEditModel(QwenImageModel):
     ) -> Conditions:
         texts, rows = [], []
         for prompt, path in zip(prompts[:-1], pictures[:-1], strict=True):
-            picture = pipeline.image_processor.resize(open_picture(path), config.height, config.width)
+            picture = pipeline.image_processor.resize(open_image(path), config.height, config.width)
             texts.append(_with_mask(*pipeline.encode_prompt([prompt], [picture])))
             # What the negative prompt says depends on the picture it is read with.
             negative = _with_mask(*pipeline.encode_prompt([prompts[-1]], [picture]))

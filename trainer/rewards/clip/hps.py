@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Section
+from ...utils.media import to_bytes
 from ..base import Dtype, dtype_option
 from ..files import build, file_option, fill, read_weights
-from ..preprocess import normalize, to_bytes
+from ..preprocess import normalize
 from .contrastive import ContrastiveReward, architecture, open_clip_network
 
 

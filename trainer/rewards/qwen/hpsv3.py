@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ...config import Section
+from ...utils.media import to_tensor
 from ..base import Dtype, dtype_option
 from ..files import check_sha256, file_option
 from ..preprocess import to_pil
@@ -78,10 +78,8 @@ class HPSv3(QwenReward):
 
     def _frames(self, images: Tensor) -> Tensor:
         """The image twice, since two frames make one patch."""
-        import numpy as np
         from PIL import Image
 
         height, width = smart_size(images.shape[-2], images.shape[-1], PIXELS, PIXELS)
         picture = to_pil(images)[0].resize((width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-        return pixels.expand(2, -1, -1, -1).to(images.device)
+        return to_tensor(picture).expand(2, -1, -1, -1).to(images.device)

@@ -1,10 +1,8 @@
 """Serves a reward to other programs over HTTP: `python -m trainer reward-server`, the other end of `external`."""
 
 import base64
-import binascii
 import contextlib
 import hmac
-import io
 import json
 import os
 import sys
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import BadInput, RunFailed
+from ...utils.media import read_image
 from .. import Reward, score
 
 KEY = "DANCEGRPO_SERVER_KEY"
@@ -115,12 +114,8 @@ def _video(frames: Any) -> Tensor:
 
 
 def _image(text: Any) -> Tensor:
-    import numpy as np
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as picture:
-            array = np.array(picture.convert("RGB"))
-    except (TypeError, binascii.Error, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image is no file in base64: {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+        content = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"an image is not a file in base64: {error}") from error
+    return read_image(content, "an image of the message")
