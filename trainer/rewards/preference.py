@@ -72,7 +72,8 @@ class Preference(ClipLargeReward):
                 continue
             table[name] = self.features(self.module, image[None].to(device))[0].cpu().double()
         if len(votes) < 2:
-            raise BadInput(f"{self.options.votes}: {len(votes)} of its {len(self.votes)} votes name readable images only")
+            kept = f"{len(votes)} of its {len(self.votes)} votes"
+            raise BadInput(f"{self.options.votes}: {kept} name images that can be read; at least 2 are needed")
         self.weights, agreement = learn(votes, table, self.options.shrinkage)
         share = "too few to test" if agreement is None else f"agrees with {agreement:.0%} of those left out of a fit"
         print(f"preference: {len(votes)} votes of {self.options.votes}: {share}", file=sys.stderr)
