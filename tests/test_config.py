@@ -149,7 +149,11 @@ def test_setting_to_null_removes() -> None:
     ("setting", "words"),
     [
         ("rollout.eta", ["'rollout.eta'", "section.field=value"]),
-        ("rollout.eta=[1", ["rollout.eta", "'[1'", "not a YAML value"]),
+        ("rollout.eta=[1", ["rollout.eta", "'[1'", "neither YAML nor JSON"]),
+        ("rollout.eta=[&a 1, *a]", ["rollout.eta", "'[&a 1, *a]'", "YAML alias in line 1, *a"]),
+        ("rollout.eta=" + "9" * 5000, ["rollout.eta", "a number of 5000 digits"]),
+        ("rewards.²=1", ["rewards.²", "index below 1"]),
+        ("a." * 20_000 + "b=1", ["a.a.a", "more sections inside each other"]),
         ("rewards.3.weight=1", ["rewards.3.weight", "3", "index below 1"]),
         ("rewards.first.weight=1", ["rewards.first.weight", "first", "index below 1"]),
         ("prompts.texts.0.size=1", ["prompts.texts.0.size", "0", "not a section"]),
@@ -186,10 +190,12 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
     [
         (None, ["cannot be read", "No such file"]),
         (b"rollout: [1", ["neither YAML nor JSON"]),
-        (b"\xff\xfe\x00", ["neither YAML nor JSON"]),
+        (b"\xff\xfe\x00", ["is not UTF-8 text", "byte 1"]),
+        (b"prompts: {shapes: 4, texts: &a [x], file: *a}", ["run.yaml", "YAML alias in line 1, *a"]),
+        (b"prompts: {shapes: 4}\nrewards: []\nprompts: {shapes: 5}\n", ["names 'prompts' twice, again in line 3"]),
         (b"", ["must be a mapping", "prompts"]),
         (b"- 1\n", ["must be a mapping", "prompts"]),
-        (b"prompts: {texts: [2020-01-01]}\nrewards: [{name: a}]\n", ["prompts.texts.0", "2020", "valid string"]),
+        (b"prompts: {texts: [2020-01-01, 3]}\nrewards: [{name: a}]\n", ["prompts.texts.1 is 3", "valid string"]),
     ],
 )
 def test_unreadable_description(tmp_path: Path, content: bytes | None, words: list[str]) -> None:
@@ -200,6 +206,24 @@ def test_unreadable_description(tmp_path: Path, content: bytes | None, words: li
         read_config(file)
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_json_description_is_read_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"prompts": {"texts": ["a 🦊"]}, "rewards": [{"name": "brightness"}]}))
+    assert "\\ud83e" in file.read_text()
+    assert read_config(file).prompts.texts == ["a 🦊"]
+    assert read_config(file, ['prompts.texts=["a \\ud83e\\udd8a fox"]']).prompts.texts == ["a 🦊 fox"]
+    assert read_config(file, ["prompts.texts=[no, 12:30, 2020-01-01]"]).prompts.texts == ["no", "12:30", "2020-01-01"]
+    with pytest.raises(BadInput, match=r"'a \\ud83e', in which a surrogate is not part of a pair"):
+        parse_config(minimal(prompts={"texts": ["a \ud83e"]}))
+
+
+def test_values_in_messages_are_short() -> None:
+    for setting in (f"rollout.kernel={'x' * 10**6}", f"{'x' * 10**6}=1", f"prompts.texts={['x' * 10**6] * 2}"):
+        with pytest.raises(BadInput) as raised:
+            parse_config(minimal(), [setting])
+        assert len(str(raised.value)) < 500
 
 
 def test_every_preset_is_a_complete_description() -> None:

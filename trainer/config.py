@@ -4,10 +4,10 @@ import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .utils.errors import BadInput
+from .utils.documents import check_data, dump_yaml, parse_document, read_document
+from .utils.errors import BadInput, cut, shorten
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -26,7 +26,7 @@ def _check_texts(texts: list[str]) -> None:
     seen: set[str] = set()
     for text in texts:
         if text in seen:
-            raise ValueError(f"texts holds {text!r} more than once")
+            raise ValueError(f"texts holds {shorten(text)} more than once")
         seen.add(text)
 
 
@@ -358,7 +358,7 @@ class RunConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 # ------------------------------------------------------------------------------------------------------- reading them
@@ -378,12 +378,7 @@ def read_config(path: Path, overrides: list[str] = ()) -> RunConfig:
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The file's content as a mapping, not validated yet."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"run description {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"run description {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    data = read_document(path, f"run description {path}")
     if not isinstance(data, dict):
         raise BadInput(
             f"run description {path} must be a mapping with the sections {', '.join(RunConfig.model_fields)}"
@@ -400,6 +395,7 @@ def parse_config(data: dict[str, Any], overrides: list[str] = ()) -> RunConfig:
     data = copy.deepcopy(data)
     for override in overrides:
         _override(data, override)
+    check_data(data, "run description")
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -425,7 +421,7 @@ def preset(name: str) -> dict[str, Any]:
         BadInput: no such preset.
     """
     if name not in preset_names():
-        raise BadInput(f"preset {name!r} is unknown; choose one of {', '.join(preset_names())}")
+        raise BadInput(f"preset {shorten(name)} is unknown; choose one of {', '.join(preset_names())}")
     return read_mapping(PRESETS / f"{name}.yaml")
 
 
@@ -436,25 +432,25 @@ def preset_names() -> list[str]:
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
-        raise BadInput(f"setting {override!r} is not of the form section.field=value")
+        raise BadInput(f"setting {shorten(override)} is not of the form section.field=value")
     *parents, last = key.strip().split(".")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"setting {key}: {text!r} is not a YAML value") from error
+    key = cut(key.strip(), 100)
+    if len(parents) > 10:
+        raise BadInput(f"setting {key} names more sections inside each other than there are")
+    value = parse_document(text, f"setting {key}: {shorten(text)}")
     place = data
     for parent in parents:
         if isinstance(place, dict) and place.get(parent) is None:
             place[parent] = {}
         place = place[parent if isinstance(place, dict) else _index(place, parent, key)]
         if not isinstance(place, dict | list):
-            raise BadInput(f"setting {key}: {parent} is not a section")
+            raise BadInput(f"setting {key}: {cut(parent, 100)} is not a section")
     place[last if isinstance(place, dict) else _index(place, last, key)] = value
 
 
 def _index(place: list, text: str, key: str) -> int:
-    if not text.isdigit() or int(text) >= len(place):
-        raise BadInput(f"setting {key}: {text} is not an index below {len(place)}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= len(place):
+        raise BadInput(f"setting {key}: {cut(text, 100)} is not an index below {len(place)}")
     return int(text)
 
 
@@ -462,8 +458,8 @@ def describe(error: ValidationError) -> str:
     """Pydantic's findings as sentences that name the field, the value and what is accepted."""
     sentences = []
     for fault in error.errors()[:5]:
-        field = ".".join(str(part) for part in fault["loc"]) or "run description"
-        message = fault["msg"].removeprefix("Value error, ")
+        field = cut(".".join(str(part)[:100] for part in fault["loc"]), 200) or "run description"
+        message = cut(fault["msg"].removeprefix("Value error, "), 400)
         if fault["type"] == "extra_forbidden":
             sentences.append(f"{field} is not a setting; check the spelling (docs/configuration.md lists them all)")
         elif fault["type"] == "missing":
@@ -471,5 +467,5 @@ def describe(error: ValidationError) -> str:
         elif fault["type"] == "value_error":
             sentences.append(f"{field}: {message}")
         else:
-            sentences.append(f"{field} is {fault['input']!r}: {message[0].lower()}{message[1:]}")
+            sentences.append(f"{field} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}")
     return "; ".join(sentences)
