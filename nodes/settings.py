@@ -8,6 +8,7 @@ from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_config, preset, preset_names
+from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from ..trainer.utils.fields import rules
 from . import types
@@ -119,9 +120,7 @@ def settings(data: dict, overrides: str) -> dict:
 
 
 def _lines(overrides: str) -> Iterator[str]:
-    for line in overrides.splitlines():
-        if not line.strip() or line.strip().startswith("#"):
-            continue
+    for line in prompt_lines(overrides):
         section = line.split("=")[0].split(".")[0].strip()
         if section not in SECTIONS:
             raise BadInput(

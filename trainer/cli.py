@@ -151,17 +151,15 @@ def _stop(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from .models import model_class
-    from .prompts.conditions import all_pictures, all_texts, save_conditions
-    from .prompts.sets import evaluation_prompts, training_prompts
+    from .prompts.conditions import encode_into, prompts_to_encode
+    from .prompts.sets import read_prompts
     from .utils.distributed import Processes
 
     config = read_config(args.description, args.overrides)
     family = model_class(config.model)
-    training, held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
-    texts, pictures = all_texts(config, training, held_out), all_pictures(training, held_out)
-    device = Processes(config.runtime.device).device
-    save_conditions(args.output, texts, family.encode(config.model, texts, device, pictures))
-    print(f"{len(texts)} prompts encoded into {args.output}; name it in prompts.conditions")
+    wanted = prompts_to_encode(config, *read_prompts(config), with_negative=True)
+    encode_into(args.output, config, family, wanted, Processes(config.runtime.device).device, announce_from=0)
+    print(f"{len(wanted)} prompts encoded into {args.output}; name it in prompts.conditions")
     return FINISHED
 
 

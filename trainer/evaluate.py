@@ -10,6 +10,7 @@ from . import rewards as judges
 from .models import DiffusionModel
 from .prompts.sets import PromptSet
 from .rollout import Calls, Plan, Prompting, decode, own, sample
+from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise
 
@@ -75,7 +76,7 @@ def evaluate(
     between_calls: Callable[[], None] = lambda: None,
     calls: Calls = own,
 ) -> Evaluation:
-    """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text.
+    """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt.
 
     Args:
         calls: how many images a process samples that has so many.
@@ -92,7 +93,7 @@ def evaluate(
     for start in range(0, len(mine), batch):
         part = mine[start : start + batch]
         index = torch.tensor([p for p, _ in part])
-        initial = torch.stack([noise(model.latent_shape, seed, prompts.texts[p], k) for p, k in part])
+        initial = torch.stack([noise(model.latent_shape, seed, *prompts.identity(p), k) for p, k in part])
         conditions = prompting.conditions.rows(index).to(model.device)
         here = Prompting(conditions, prompting.unconditional)
         sampled = sample(
@@ -109,8 +110,9 @@ def evaluate(
         if not part:
             continue
         images = decode(model, sampled.final[: len(part)], batch)
-        texts = [prompts.texts[p] for p, _ in part]
-        columns = {name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in rewards.items()}
+        texts = [prompts.scored[p] for p, _ in part]
+        groups = [p for p, _ in part]
+        columns = {name: score_by_group(reward, images, texts, groups).tolist() for name, reward in rewards.items()}
         for row, (p, k) in enumerate(part):
             scores.append((p, {name: column[row] for name, column in columns.items()}))
             if k == 0 and p in picture:

@@ -18,13 +18,14 @@ from .models import check_kernel, model_class
 from .objectives.advantage import Advantages, best_of_n, group_advantages
 from .objectives.engine import Actions, Statistics, split, train
 from .policy import Policy
-from .prompts.conditions import all_pictures, all_texts, conditions_for
-from .prompts.sets import evaluation_prompts, training_prompts
+from .prompts.conditions import conditions_for
+from .prompts.sets import read_prompts
 from .rollout import Plan, Prompting, Trajectories, decode, own, sample
 from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
 from .runs.recorder import Keeper
 from .runs.watchdog import Guard
+from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.errors import BadInput, RunFailed, StopRequested
 from .utils.seeds import generator, noise, prompt_indices
@@ -59,14 +60,12 @@ class Trainer:
         self.interrupted, self.sampled, self.begun = False, {}, 0
         if processes.count > config.rollout.prompts_per_iteration * config.rollout.group_size:
             raise BadInput(f"{processes.count} processes are more than the images of an iteration")
-        self.prompts, self.held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
-        if shared := set(self.prompts.texts) & set(self.held_out.texts):
-            raise BadInput(f"evaluation prompt {min(shared)!r} is also trained on; held-out prompts must be others")
+        self.prompts, self.held_out = read_prompts(config)
         self.rewards = {r.name: judges.load_reward(r) for r in config.rewards}
         self.judges = {r.name: judges.load_reward(r) for r in config.evaluation.rewards} | self.rewards
         check_groups(self.rewards, processes.count)
         check_media(self.judges, config.model.frames)
-        check_prompts(self.judges, [*self.prompts.texts, *self.held_out.texts])
+        check_prompts(self.judges, [*self.prompts.scored, *self.held_out.scored])
         if config.model.sharded and processes.count == 1:
             raise BadInput("model.sharded is true: it takes several processes, and this run has one (--processes)")
         self.calls = processes.most if config.model.sharded else own
@@ -77,23 +76,19 @@ class Trainer:
             print(f"warning: {note}", file=sys.stderr)
         for judge in self.judges.values():
             judge.load()
-        self.prompting, self.held_out_prompting = self._encode(family)
+        self.prompting, self.held_out_prompting = self._encode(family, run)
         self.model = family.load(config.model, processes.device)
         check_kernel(self.model, config.model.family, config.rollout)
         self.policy = Policy(self.model, config)
         self.guard = Guard(config.runtime.guard, {r.name: r.weight for r in config.rewards})
         self.keeper = Keeper(run, config, self.policy, writes=processes.is_main)
 
-    def _encode(self, family: type) -> tuple[Prompting, Prompting]:
+    def _encode(self, family: type, run: RunDirectory | None) -> tuple[Prompting, Prompting]:
         """Conditions of the training prompts and of the held-out prompts."""
-        device = self.processes.device
-        texts = all_texts(self.config, self.prompts, self.held_out)
-        pictures = all_pictures(self.prompts, self.held_out)
-        conditions = conditions_for(self.config, family, texts, device, pictures)  # on the CPU: there may be many
-        rows = torch.arange(len(texts))
-        training, held_out, negative = rows.split([len(self.prompts.texts), len(self.held_out.texts), 1])
-        unconditional = conditions.rows(negative).to(device)
-        return Prompting(conditions.rows(training), unconditional), Prompting(conditions.rows(held_out), unconditional)
+        folder = None if run is None else run.path
+        found = conditions_for(self.config, family, self.prompts, self.held_out, self.processes, folder)
+        unconditional = None if found.unconditional is None else found.unconditional.to(self.processes.device)
+        return Prompting(found.training, unconditional), Prompting(found.held_out, unconditional)
 
     # ---------------------------------------------------------------------------------------------- the run
 
@@ -212,10 +207,11 @@ class Trainer:
         config = self.config.rollout
         with clock("decode"):
             images = decode(self.model, trajectories.final, config.batch_size)
-        texts = [self.prompts.texts[chosen[slot]] for slot, _ in self._members()]
+        slots = [slot for slot, _ in self._members()]
+        texts = [self.prompts.scored[chosen[slot]] for slot in slots]
         with clock("reward"):
             columns = {
-                name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in self.rewards.items()
+                name: score_by_group(reward, images, texts, slots).tolist() for name, reward in self.rewards.items()
             }
             for reward in self.rewards.values():
                 reward.idle()
@@ -379,10 +375,7 @@ class Trainer:
         self.guard.restore(state["guard"])
 
     def _prompts_digest(self) -> str:
-        texts = [self.prompts.texts, self.held_out.texts]
-        if any(pictures := all_pictures(self.prompts, self.held_out)):
-            texts.append([str(picture) for picture in pictures])
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.prompts.keys, self.held_out.keys]).encode()).hexdigest()
 
     def _finish(self, state: str, error: str | None = None) -> dict:
         return self.keeper.finish(state, self.iteration, self.seconds, self.evaluations, error)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .diffusion import kernels
 from .models import Conditions, DiffusionModel
+from .prompts.store import StoredConditions
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Prompting:
-    """The conditions of a set of prompts and the negative prompt that goes with them."""
+    """The conditions of a set of prompts, in memory or in files, and the negative prompt that goes with them."""
 
-    conditions: Conditions
+    conditions: Conditions | StoredConditions
     unconditional: Conditions | None = None
 
 

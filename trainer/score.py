@@ -1,11 +1,12 @@
-"""Scoring image files: read in batches, so that memory does not grow with their number."""
+"""Scoring: image files in batches, so that memory does not grow with their number; and a run's images by group."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from .rewards import Reward, score
+from .rewards import Reward, score, score_or_nan
 from .utils.errors import BadInput
 from .utils.media import read_image
 
@@ -39,6 +40,22 @@ def score_files(reward: Reward, paths: list[Path], prompts: list[str]) -> Iterat
             yield from _score_batch(reward, batch, waiting)
             batch, waiting = [], []
     yield from _score_batch(reward, batch, waiting)
+
+
+def score_by_group(reward: Reward, images: Tensor, prompts: list[str], groups: Sequence[int]) -> Tensor:
+    """Scores of a run's images, `[B]`; NaN for images that are not finite.
+
+    Args:
+        groups: of each image. Rewards that compare images compare those of one group: two prompts may be the same text
+            for different source images.
+    """
+    if not reward.groupwise:
+        return score_or_nan(reward, images, prompts)
+    scores = torch.empty(len(prompts))
+    for group in sorted(set(groups)):
+        rows = [row for row, other in enumerate(groups) if other == group]
+        scores[rows] = score_or_nan(reward, images[rows], [prompts[row] for row in rows])
+    return scores
 
 
 def _read(path: Path) -> Tensor | BadInput:

@@ -4,18 +4,23 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from comfy.model_management import InterruptProcessingException
 
 from ...trainer.config import RunConfig, parse_config
 from ...trainer.models import check_kernel, model_class
+from ...trainer.prompts.sets import read_prompts
+from ...trainer.prompts.text import check_prompts, prompt_lines, same_text
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.progress import duration, number, table
-from ...trainer.utils.errors import BadInput, RunFailed
+from ...trainer.utils.errors import BadInput, RunFailed, shorten
+from ...trainer.utils.files import move_file
 from ..types import Judges
 from . import dry_run, session
+from .encoding import applies_weights, encoded_prompts, first_row
 from .folders import publish_lora, run_folder, runs_folder
 
 GRACE = 6.0
@@ -26,30 +31,21 @@ EXIT = 10.0
 LOG_LINES = 30
 
 
-def prompt_lines(text: str, field: str) -> list[str]:
-    """One prompt per line that is not blank.
-
-    Raises:
-        BadInput: a prompt is there twice.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in lines:
-        if lines.count(line) > 1:
-            raise BadInput(f"{field} holds {line!r} more than once")
-    return lines
-
-
 def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
     """Training prompts and held-out ones.
 
     Raises:
         BadInput: no prompts, one that is there twice, or one that is held out and trained on.
     """
-    texts, tests = prompt_lines(prompts, "prompts"), prompt_lines(held_out, "held_out_prompts")
+    texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts:
-        raise BadInput("prompts is empty: write one prompt per line")
-    if shared := set(texts) & set(tests):
-        raise BadInput(f"held_out_prompts holds {min(shared)!r}, which is also in prompts; hold out others")
+        raise BadInput("prompts is empty: write one prompt per line (lines that begin with # are comments)")
+    check_prompts(texts, "prompts")
+    check_prompts(tests, "held_out_prompts")
+    known = set(map(same_text, texts))
+    for text in tests:
+        if same_text(text) in known:
+            raise BadInput(f"held_out_prompts holds {shorten(text)}, which is also in prompts; hold out others")
     return texts, tests
 
 
@@ -139,7 +135,8 @@ def begin(
     folder = run_folder(name)
     file = folder / f"conditions-{clip_source}.safetensors"
     if clip is not None:
-        data = {**data, "prompts": {**data["prompts"], "conditions": str(file)}}
+        encoded = {"conditions": str(file), "weight_syntax": applies_weights(clip)}
+        data = {**data, "prompts": {**data["prompts"], **encoded}}
     config = parse_config(data)
     run = RunDirectory(folder)
     if (folder / "run.yaml").is_file():
@@ -149,25 +146,20 @@ def begin(
     _check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
         raise BadInput("conditioning goes with a connected model and clip: disconnect it, or connect them")
-    conditions = None
-    if clip is not None and not file.exists():
-        from .encoding import encode
-
-        conditions = encode(clip, config, conditioning)
-    if isinstance(data.get("model"), dry_run.Described):
-        dry_run.refuse(data["model"].blueprint, config, conditions and conditions[1])
-    _make_room(config, processes, gpus)
-    run = RunDirectory.open(folder, config, ["ComfyUI", name])
-    try:
+    with ExitStack() as stack:
+        encoded = None
+        if clip is not None and not file.exists():
+            encoded = stack.enter_context(encoded_prompts(clip, config, conditioning))
+        if isinstance(data.get("model"), dry_run.Described):
+            dry_run.refuse(data["model"].blueprint, config, encoded and first_row(encoded))
+        _make_room(config, processes, gpus)
+        run = RunDirectory.open(folder, config, ["ComfyUI", name])
+        stack.callback(run.release)
         if launch.is_started(run):  # another ComfyUI was faster
             return run
-        if conditions is not None:
-            from ...trainer.prompts.conditions import save_conditions
-
-            save_conditions(file, *conditions)
+        if encoded is not None:
+            move_file(encoded, file)
         launch.start_run(run, processes, gpus)
-    finally:
-        run.release()
     return run
 
 
@@ -209,7 +201,8 @@ def _refuse_changes(name: str, run: RunDirectory, config: RunConfig) -> None:
 
 def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     """What the trainer would refuse, said on the node at once."""
-    from ...trainer.loop import check_groups, check_media, check_prompts
+    from ...trainer.loop import check_groups, check_media
+    from ...trainer.loop import check_prompts as check_reward_prompts
     from ...trainer.rewards import load_reward
 
     check_kernel(model_class(config.model), config.model.family, config.rollout)
@@ -219,7 +212,8 @@ def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
     check_groups(rewards, processes)
     check_media(judges, config.model.frames)
-    check_prompts(judges, [*config.prompts.texts, *config.evaluation.texts])
+    training, held_out = read_prompts(config)
+    check_reward_prompts(judges, [*training.scored, *held_out.scored])
     if processes > config.rollout.prompts_per_iteration * config.rollout.group_size:
         raise BadInput(f"{processes} processes are more than the images of an iteration")
     session.require_gpus(gpus, processes)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...trainer import rewards as judges
+from ...trainer.prompts.text import check_text, prompt_lines
 from ...trainer.rewards.base import ModelReward
 from ...trainer.utils.media import to_tensor
 from ..types import Judges
@@ -17,7 +18,8 @@ def split_prompts(text: str, count: int, what: str) -> list[str]:
     Raises:
         ValueError: no line, or neither one nor one per image.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    check_text(text, "prompt")
+    lines = prompt_lines(text)
     if not lines:
         raise ValueError("prompt is empty: write what the images should show")
     if len(lines) not in (1, count):
