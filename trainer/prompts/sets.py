@@ -214,11 +214,11 @@ def _read_csv(text: str, path: Path) -> list[_Entry]:
         columns = [name.strip() for name in table.fieldnames or []]
         table.fieldnames = columns
         if "prompt" not in columns or not set(columns) <= _COLUMNS or len(set(columns)) < len(columns):
-            names = cut(", ".join(columns), 200)
+            names = cut(", ".join(columns), 200) or "(none)"
             raise BadInput(f"{path} has the columns {names}: it takes prompt, and may have category and image, once")
         rows = [(table.line_num, row) for row in table]
     except csv.Error as error:
-        raise BadInput(f"{path} line {max(table.line_num, 1)} is not CSV: {error}") from error
+        raise BadInput(f"{path} line {max(table.reader.line_num, 1)} is not CSV: {error}") from error
     for number, row in rows:
         if None in row or None in row.values():
             raise BadInput(f"{path} line {number} does not have {len(columns)} columns")
