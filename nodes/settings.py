@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_sections, preset, preset_names
 from ..trainer.objectives import DEFAULT, OBJECTIVES
+from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from ..trainer.utils.fields import choices, rules
 from . import types
@@ -118,9 +119,7 @@ def settings(data: dict, overrides: str) -> dict:
 
 
 def _lines(overrides: str) -> Iterator[str]:
-    for line in overrides.splitlines():
-        if not line.strip() or line.strip().startswith("#"):
-            continue
+    for line in prompt_lines(overrides):
         section = line.split("=")[0].split(".")[0].strip()
         if section not in SECTIONS:
             raise BadInput(

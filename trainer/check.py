@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from .config import RunConfig
 from .models import DiffusionModel, check_kernel, model_class
 from .objectives import Objective, make_objective
-from .prompts.conditions import all_pictures, all_texts, conditions_for
-from .prompts.sets import PromptSet, evaluation_prompts, training_prompts
+from .prompts.conditions import check_conditions
+from .prompts.sets import PromptSet, read_prompts
 from .rewards import Reward, load_reward
-from .utils.errors import BadInput, shorten
+from .utils.errors import BadInput
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,12 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     check_kernel(family, config.model.family, config.rollout)
     family.check_targets(config.model, config.lora.targets or [])
     objective = make_objective(config)
-    prompts = objective.training_prompts() or training_prompts(config.prompts)
-    held_out = evaluation_prompts(config.evaluation)
+    prompts, held_out = read_prompts(config, objective.training_prompts())
     rewards, judges = check_rewards(config, processes, prompts, held_out)
     _check_media(judges, config.model.frames)
     objective.check(family, rewards)
     if config.prompts.conditions is not None and conditions_exist:
-        texts, pictures = all_texts(config, prompts, held_out), all_pictures(prompts, held_out)
-        conditions_for(config, family, texts, torch.device("cpu"), pictures)
+        check_conditions(config, family, prompts, held_out)
     return Checked(family, objective, prompts, held_out, rewards, judges)
 
 
@@ -75,12 +71,10 @@ def check_rewards(
     images = config.rollout.prompts_per_iteration * config.rollout.group_size
     if processes > images:
         raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
-    if shared := set(prompts.texts) & set(held_out.texts):
-        raise BadInput(f"evaluation prompt {shorten(min(shared))} is also trained on; held-out prompts must be others")
     rewards = {reward.name: load_reward(reward) for reward in config.rewards}
     judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
     _check_groups(rewards, processes)
-    _check_prompts(judges, [*prompts.texts, *held_out.texts])
+    _check_prompts(judges, [*prompts.scored, *held_out.scored])
     return rewards, judges
 
 

@@ -1,6 +1,7 @@
 """The command line: train, resume, status, stop, demo, encode, score, reward-server, presets."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from .utils.errors import BadInput, RunFailed, cut
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 finished or stopped on request, 1 failed, 2 bad input."""
+    _make_printable()
     args = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded by a run
     try:
@@ -28,6 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"failed: {error.strerror or error}: {error.filename or 'a file of the run'}", file=sys.stderr)
         return FAILED
+
+
+def _make_printable() -> None:
+    """Escape characters that the console's encoding lacks, such as an emoji on Windows, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -151,36 +160,35 @@ def _stop(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from .models import model_class
-    from .prompts.conditions import all_pictures, all_texts, save_conditions
-    from .prompts.sets import evaluation_prompts, training_prompts
+    from .prompts.conditions import encode_into, prompts_to_encode
+    from .prompts.sets import read_prompts
     from .utils.distributed import Processes
 
     config = read_config(args.description, args.overrides)
     family = model_class(config.model)
-    training, held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
-    texts, pictures = all_texts(config, training, held_out), all_pictures(training, held_out)
-    device = Processes(config.runtime.device).device
-    save_conditions(args.output, texts, family.encode(config.model, texts, device, pictures))
-    print(f"{len(texts)} prompts encoded into {args.output}; name it in prompts.conditions")
+    wanted = prompts_to_encode(config, *read_prompts(config), with_negative=True)
+    encode_into(args.output, config, family, wanted, Processes(config.runtime.device).device, announce_from=0)
+    print(f"{len(wanted)} prompts encoded into {args.output}; name it in prompts.conditions")
     return FINISHED
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .rewards import load_reward, score
-    from .utils.images import read_images
+    from .rewards import load_reward
+    from .score import score_files
 
     if len(args.prompt) not in (1, len(args.images)):
         raise BadInput(f"{len(args.prompt)} prompts for {len(args.images)} images: give one for all, or one for each")
     reward = load_reward(_reward_config(args))
     reward.load()
     prompts = args.prompt * len(args.images) if len(args.prompt) == 1 else args.prompt
-    for path, image, prompt in zip(args.images, read_images(args.images), prompts, strict=True):
-        try:
-            value = score(reward, image[None], [prompt])[0].item()
-        except ValueError as error:
-            raise BadInput(f"{path}: {error}") from error
-        print(f"{value:.6f}\t{path}\t{prompt}")
-    return FINISHED
+    code = FINISHED
+    for path, prompt, result in zip(args.images, prompts, score_files(reward, args.images, prompts), strict=True):
+        if isinstance(result, BadInput):
+            print(f"error: {result}", file=sys.stderr)
+            code = BAD_INPUT
+        else:
+            print(f"{result:.6f}\t{path}\t{' '.join(prompt.split())}")
+    return code
 
 
 def _reward_server(args: argparse.Namespace) -> int:

@@ -10,10 +10,10 @@ from .config import RunConfig
 from .models import DiffusionModel
 from .objectives.advantage import Advantages, active_images, advantages_of
 from .objectives.base import Experience
-from .rewards import score_or_nan
 from .rollout import Execution, Prompting, sample
 from .runs.metrics import Clock
 from .runs.recorder import Recorder
+from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise, prompt_indices
 
@@ -38,7 +38,7 @@ class Collector:
     ) -> None:
         self.config, self.model, self.prompting = config, model, prompting
         self.processes, self.execution, self.recorder = processes, execution, recorder
-        self.objective, self.rewards, self.texts = checked.objective, checked.rewards, checked.prompts.texts
+        self.objective, self.rewards, self.texts = checked.objective, checked.rewards, checked.prompts.scored
 
     def collect(self, iteration: int, clock: Clock) -> Experience:
         """Sample and, where the objective needs advantages, score the images of an iteration."""
@@ -99,10 +99,10 @@ class Collector:
         with clock("decode"):
             images = self.model.decode(experience.trajectories.final)
         with clock("reward"):
-            columns = {}
+            columns, slots = {}, [slot for slot, _ in experience.members]
             for number, (name, reward) in enumerate(self.rewards.items()):
                 self.execution.report("reward", number, len(self.rewards))
-                columns[name] = score_or_nan(reward, images, experience.texts).tolist()
+                columns[name] = score_by_group(reward, images, experience.texts, slots).tolist()
             for reward in self.rewards.values():
                 reward.idle()
         self.recorder.rollout_picture(images, experience.iteration, experience.texts)

@@ -11,6 +11,7 @@ from .model_config import GraphLora, GraphModel, GraphSampling, ModelConfig
 from .objectives import DEFAULT, OBJECTIVES, ObjectiveSection
 from .objectives.advantage import AdvantageConfig
 from .paths import with_absolute_paths
+from .prompts.text import check_prompts, check_text, clean
 from .utils.documents import check_data, dump_yaml, parse_document, read_document
 from .utils.errors import BadInput, cut, shorten
 from .utils.fields import OneOf
@@ -19,24 +20,14 @@ from .utils.section import Positive, Section
 PRESETS = Path(__file__).parent / "presets"
 
 
-def _check_texts(texts: list[str]) -> None:
-    if any(not text.strip() for text in texts):
-        raise ValueError("texts holds an empty prompt")
-    seen: set[str] = set()
-    for text in texts:
-        if text in seen:
-            raise ValueError(f"texts holds {shorten(text)} more than once")
-        seen.add(text)
-
-
 class PromptsConfig(Section):
     """What the model is asked for while it learns."""
 
     texts: list[str] = Field([], description="Prompts written here, one image group each.")
     file: str | None = Field(
         None,
-        description="Text file with a prompt per line; or JSONL or CSV with 'prompt', and where wanted 'category' and "
-        "'image', a first frame or source image beside the file.",
+        description="Text file with a prompt per line, where lines that begin with # are comments; or CSV, JSONL or "
+        "JSON with 'prompt', and where wanted 'category' and 'image', a first frame or source image beside the file.",
     )
     shapes: int | None = Field(
         None, ge=1, le=1_000_000, description="Use up to this many prompts per task of the shapes world."
@@ -46,12 +37,21 @@ class PromptsConfig(Section):
         description="File written by 'encode' that holds every prompt's conditions; no text encoder is loaded then.",
     )
     negative: str = Field("", description="Negative prompt, used where guidance_scale is not 1.")
+    weight_syntax: bool = Field(
+        False,
+        description="Prompts carry ComfyUI's weights, such as (red:1.3), which the CLIP that wrote conditions has "
+        "applied; reward models get the words without them.",
+    )
+
+    _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
+    _clean_negative = field_validator("negative")(clean)
 
     @model_validator(mode="after")
     def _one_source(self) -> "PromptsConfig":
         if sum(self._sources()) > 1:
             raise ValueError("give prompts in exactly one of texts, file and shapes")
-        _check_texts(self.texts)
+        check_prompts(self.texts, "texts")
+        check_text(self.negative, "negative")
         return self
 
     def _sources(self) -> list[bool]:
@@ -180,11 +180,13 @@ class EvaluationConfig(Section):
     seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the fixed noise.")
     rewards: list[RewardConfig] = Field([], description="Further judges that only watch.")
 
+    _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
+
     @model_validator(mode="after")
     def _one_source(self) -> "EvaluationConfig":
         if sum([bool(self.texts), self.file is not None, self.shapes is not None]) > 1:
             raise ValueError("give evaluation prompts in at most one of texts, file and shapes")
-        _check_texts(self.texts)
+        check_prompts(self.texts, "texts")
         if len({reward.name for reward in self.rewards}) != len(self.rewards):
             raise ValueError("a reward is named more than once")
         return self

@@ -9,8 +9,8 @@ from .check import Checked
 from .config import RunConfig
 from .models import DiffusionModel
 from .objectives.advantage import Mixture
-from .rewards import score_or_nan
 from .rollout import Execution, Plan, Prompting, sample, unmatched
+from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise
 
@@ -80,8 +80,10 @@ class Evaluator:
             images = self._images(pairs, own, number, len(batches))
             if images is None:
                 continue
-            texts = [self.prompts.texts[p] for p, _ in pairs[:own]]
-            columns = {name: score_or_nan(reward, images, texts).tolist() for name, reward in self.rewards.items()}
+            texts, groups = [self.prompts.scored[p] for p, _ in pairs[:own]], [p for p, _ in pairs[:own]]
+            columns = {
+                name: score_by_group(reward, images, texts, groups).tolist() for name, reward in self.rewards.items()
+            }
             for row, (p, k) in enumerate(pairs[:own]):
                 scores.append((p, {name: column[row] for name, column in columns.items()}))
                 if k == 0 and p in self._pictured():
@@ -121,7 +123,7 @@ class Evaluator:
         execution = replace(self.execution, match=unmatched, report=report)
         index = torch.tensor([p for p, _ in pairs])
         device, seed = self.model.device, self.config.evaluation.seed
-        start = [noise(self.model.latent_shape, seed, self.prompts.texts[p], k) for p, k in pairs]
+        start = [noise(self.model.latent_shape, seed, *self.prompts.identity(p), k) for p, k in pairs]
         sampled = sample(
             self.model,
             self._plan(),

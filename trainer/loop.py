@@ -19,7 +19,7 @@ from .objectives.advantage import mean_group_std
 from .objectives.base import Experience, Resources
 from .objectives.engine import Engine, Update
 from .policy import Policy
-from .prompts.conditions import all_pictures, all_texts, conditions_for
+from .prompts.conditions import conditions_for
 from .rollout import Execution, Prompting, unmatched
 from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, reward_record, without_nan
@@ -63,7 +63,7 @@ class Trainer:
             print(f"warning: {note}", file=sys.stderr)
         for judge in checked.judges.values():
             judge.load()
-        self.prompting, self.held_out_prompting = self._encode(checked.family)
+        self.prompting, self.held_out_prompting = self._encode(checked.family, run)
         self.model = checked.family.load(config.model, processes.device)
         check_kernel(self.model, config.model.family, config.rollout)
         self.policy = Policy(self.model, config, self.objective.keeps_old_weights)
@@ -73,17 +73,13 @@ class Trainer:
         self.recorder.policy = self.policy
         self._assemble(checked)
 
-    def _encode(self, family: type) -> tuple[Prompting, Prompting]:
+    def _encode(self, family: type, run: RunDirectory | None) -> tuple[Prompting, Prompting]:
         """Conditions of the training prompts and of the held-out prompts."""
-        texts = all_texts(self.config, self.prompts, self.held_out)
-        pictures = all_pictures(self.prompts, self.held_out)
-        self.recorder.progress("encoding", 0, len(texts))
-        # They stay on the CPU: there may be many.
-        conditions = conditions_for(self.config, family, texts, self.processes.device, pictures)
-        rows = torch.arange(len(texts))
-        training, held_out, negative = rows.split([len(self.prompts.texts), len(self.held_out.texts), 1])
-        unconditional = conditions.rows(negative).to(self.processes.device)
-        return Prompting(conditions.rows(training), unconditional), Prompting(conditions.rows(held_out), unconditional)
+        self.recorder.progress("encoding", 0, len(self.prompts.texts) + len(self.held_out.texts))
+        folder = None if run is None else run.path
+        found = conditions_for(self.config, family, self.prompts, self.held_out, self.processes, folder)
+        unconditional = None if found.unconditional is None else found.unconditional.to(self.processes.device)
+        return Prompting(found.training, unconditional), Prompting(found.held_out, unconditional)
 
     def _assemble(self, checked: Checked) -> None:
         """The parts of an iteration."""
@@ -234,10 +230,7 @@ class Trainer:
         self.objective.restore(state["objective"])
 
     def _prompts_digest(self) -> str:
-        texts = [self.prompts.texts, self.held_out.texts]
-        if any(pictures := all_pictures(self.prompts, self.held_out)):
-            texts.append([str(picture) for picture in pictures])
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.prompts.keys, self.held_out.keys]).encode()).hexdigest()
 
     def _finish(self, state: str, error: str | None = None) -> dict:
         return self.recorder.finish(state, self.iteration, self.seconds, self.evaluations, error)

@@ -14,6 +14,7 @@ from .diffusion.solvers import Euler
 
 if TYPE_CHECKING:
     from .models import Conditions, DiffusionModel
+    from .prompts.store import StoredConditions
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Prompting:
-    """Conditions of a set of prompts, and those of the negative prompt that goes with them."""
+    """Conditions of a set of prompts, in memory or in files, and those of the negative prompt that goes with them."""
 
-    conditions: Conditions
+    conditions: Conditions | StoredConditions
     unconditional: Conditions | None = None
 
     def rows(self, index: Tensor) -> Prompting:

@@ -15,6 +15,7 @@ from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.progress import duration, number, table
 from ...trainer.utils.errors import BadInput, RunFailed
+from ...trainer.utils.media import open_image
 from .folders import publish_lora
 
 GRACE = 6.0
@@ -91,12 +92,9 @@ class NodeProgress:
 def _preview(picture: Path | None) -> tuple | None:
     if picture is None:
         return None
-    from PIL import Image
-
     try:
-        with Image.open(picture) as image:
-            return ("JPEG", image.convert("RGB"), 1024)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # all of these come from damaged pictures
+        return ("JPEG", open_image(picture), 1024)
+    except BadInput:
         return None
 
 

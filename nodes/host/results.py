@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from ...trainer.objectives.advantage import Mixture
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.utils.errors import BadInput
+from ...trainer.utils.media import read_image
 from ..types import RunType
 from . import runs
 from .folders import publish_lora, published_loras, run_folder
@@ -129,7 +129,7 @@ def _curve(run: RunDirectory, events: list[dict]) -> torch.Tensor | None:
     from ...trainer.runs.report import draw_reward_curve
 
     picture = draw_reward_curve(events, (run.summary() or {}).get("evaluations", []))
-    return None if picture is None else _image(BytesIO(picture))
+    return None if picture is None else _image(picture)
 
 
 def _samples(run: RunDirectory) -> torch.Tensor | None:
@@ -138,17 +138,12 @@ def _samples(run: RunDirectory) -> torch.Tensor | None:
     return None if picture is None else _image(picture)
 
 
-def _image(source: object) -> torch.Tensor | None:
-    """A picture as ComfyUI has images, `[1, H, W, 3]`; None where its file is damaged."""
-    import numpy as np
-    from PIL import Image
-
+def _image(source: Path | bytes) -> torch.Tensor | None:
+    """An image file as ComfyUI's IMAGE, `[1, H, W, 3]`; None where it is damaged."""
     try:
-        with Image.open(source) as picture:
-            array = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return read_image(source).movedim(0, -1)[None]
+    except BadInput:
         return None
-    return torch.from_numpy(array)[None]
 
 
 def fingerprint(name: str | None) -> float | str:

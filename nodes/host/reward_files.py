@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ...trainer import rewards as reward_models
 from ...trainer.config import RewardConfig
+from ...trainer.prompts.text import prompt_lines
 
 FOLDER = "rewards"
 LIMIT = 2**31
@@ -53,11 +54,7 @@ def _range(field: FieldInfo) -> dict[str, float]:
 def option_values(kind: type[reward_models.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
     """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
     lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
-    return {name: _lines(value) if name in lists else value for name, value in widgets.items()}
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return {name: prompt_lines(value) if name in lists else value for name, value in widgets.items()}
 
 
 def _file_widget(name: str, default: str, rule: dict[str, Any], tip: str | None) -> io.Input:

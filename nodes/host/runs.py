@@ -3,31 +3,21 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from ...trainer.check import check_rewards, check_run
 from ...trainer.config import RunConfig, parse_config
-from ...trainer.prompts.sets import evaluation_prompts, training_prompts
+from ...trainer.prompts.sets import read_prompts
+from ...trainer.prompts.text import prompt_lines
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.utils.errors import BadInput
+from ...trainer.utils.files import move_file
 from ..types import Blueprint, Rewards
 from . import dry_run, memory
+from .encoding import applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
-
-
-def prompt_lines(text: str, field: str) -> list[str]:
-    """One prompt per line that is not blank.
-
-    Raises:
-        BadInput: a prompt is repeated.
-    """
-    lines, seen = [line.strip() for line in text.splitlines() if line.strip()], set()
-    for line in lines:
-        if line in seen:
-            raise BadInput(f"{field} holds {line[:100]!r} more than once")
-        seen.add(line)
-    return lines
 
 
 def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
@@ -36,7 +26,7 @@ def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
     Raises:
         BadInput: there are no prompts, one is repeated, or one is both held out and trained on.
     """
-    texts, tests = prompt_lines(prompts, "prompts"), prompt_lines(held_out, "held_out_prompts")
+    texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts:
         raise BadInput("prompts is empty: write one prompt per line")
     if shared := set(texts) & set(tests):
@@ -140,7 +130,8 @@ def begin(
     folder = run_folder(name)
     file = folder / f"conditions-{clip_source}.safetensors"
     if clip is not None:
-        data = {**data, "prompts": {**data["prompts"], "conditions": str(file)}}
+        encoded = {"conditions": str(file), "weight_syntax": applies_weights(clip)}
+        data = {**data, "prompts": {**data["prompts"], **encoded}}
     config = parse_config(data)
     run = RunDirectory(folder)
     if (folder / "run.yaml").is_file():
@@ -153,25 +144,20 @@ def begin(
     _check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
         raise BadInput("conditioning goes with a connected model and clip: disconnect it, or connect them")
-    conditions = None
-    if clip is not None and not file.exists():
-        from .encoding import encode
-
-        conditions = encode(clip, config, conditioning)
-    if blueprint is not None:
-        dry_run.refuse(blueprint, config, conditions and conditions[1])
-    _make_room(config, processes, gpus)
-    run = RunDirectory.open(folder, config, ["ComfyUI", name])
-    try:
-        if launch.is_running(run):  # by another ComfyUI in the meantime
+    with ExitStack() as stack:
+        encoded = None
+        if clip is not None and not file.exists():
+            encoded = stack.enter_context(encoded_prompts(clip, config, conditioning))
+        if blueprint is not None:
+            dry_run.refuse(blueprint, config, encoded and first_row(encoded))
+        _make_room(config, processes, gpus)
+        run = RunDirectory.open(folder, config, ["ComfyUI", name])
+        stack.callback(run.release)
+        if launch.is_running(run):  # started by another ComfyUI in the meantime
             return run
-        if conditions is not None:
-            from ...trainer.prompts.conditions import save_conditions
-
-            save_conditions(file, *conditions)
+        if encoded is not None:
+            move_file(encoded, file)
         launch.start_run(run, processes, gpus)
-    finally:
-        run.release()
     return run
 
 
@@ -234,7 +220,7 @@ def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> N
         BadInput: something cannot be accepted.
     """
     config = parse_config({**data, "model": {}})
-    check_rewards(config, processes, training_prompts(config.prompts), evaluation_prompts(config.evaluation))
+    check_rewards(config, processes, *read_prompts(config))
     memory.require_gpus(gpus, processes)
     _refuse_busy_gpus(gpus)
 

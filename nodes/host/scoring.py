@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ...trainer import rewards as reward_models
+from ...trainer.prompts.text import check_text, prompt_lines
 from ...trainer.rewards.base import ModelReward
 from ...trainer.utils.errors import BadInput
+from ...trainer.utils.media import to_tensor
 from ..types import Rewards
 from .progress import check_interrupt
 
@@ -18,7 +20,8 @@ def split_prompts(text: str, count: int, what: str) -> list[str]:
     Raises:
         BadInput: there are neither one line nor one per image.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    check_text(text, "prompt")
+    lines = prompt_lines(text)
     if not lines:
         raise BadInput("prompt is empty: write what the images should show")
     if len(lines) not in (1, count):
@@ -87,6 +90,7 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     panels = dict(parts) if len(parts) == 1 else {**parts, "weighted sum": total}
     figure = Figure(figsize=(max(4.0, 0.3 * len(total)), 2.4 * len(panels)), dpi=110, layout="constrained")
@@ -99,5 +103,4 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
         axis.set(title=name, xlabel="image", xlim=(0.4, len(values) + 0.6))
         axis.xaxis.get_major_locator().set_params(integer=True)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return torch.from_numpy(pixels).float()[None] / 255
+    return to_tensor(Image.fromarray(np.asarray(canvas.buffer_rgba()))).movedim(0, -1)[None]

@@ -20,12 +20,12 @@ DEAD_CONTRAST = 1e-12
 
 
 class NftOptions(ForwardProcessOptions):
-    """DiffusionNFT: no stochastic sampler and no log-probability; pulls to good images and pushes away from bad ones."""
+    """DiffusionNFT: no stochastic sampler and no log-probability; pulls to good images, pushes away from bad ones."""
 
     name: Literal["nft"] = Field("nft", description="The objective.")
     mix: Annotated[float, Field(gt=0, le=10)] = Field(
         1.0,
-        description="Strength of the implicit policies around the old one (beta in the paper); 0.1 for several rewards.",
+        description="Strength of the implicit policies around the old one (the paper's beta); 0.1 for several rewards.",
     )
     old_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="Largest decay of the old LoRA: after an iteration, old = decay old + (1 - decay) new."

@@ -186,7 +186,7 @@ def read_questions(path: Path) -> dict[str, dict[str, Any]]:
         BadInput: the file is another one.
     """
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         return {str(entry["prompt"]): _checked(entry) for entry in entries}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is not a list of GenEval's prompts: {repr(error)[:200]}") from error

@@ -13,7 +13,7 @@ from ..config import RunConfig
 from ..policy import Policy
 from ..utils.errors import RunFailed
 from ..utils.files import write_atomically, write_json
-from ..utils.video import save_video
+from ..utils.media import save_video
 from . import report
 from .directory import Checkpoint, RunDirectory
 from .trackers import Trackers

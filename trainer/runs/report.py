@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.files import write_atomically
+from ..utils.media import to_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,6 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
         columns: images per row.
         largest: wanted edge of one image in pixels.
     """
-    from PIL import Image
-
     factor = max(1, largest // max(images.shape[-2:]))
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     height, width, gap = images.shape[-2], images.shape[-1], 4
@@ -35,7 +34,7 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
     for i, image in enumerate(images):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
-    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy())
+    return to_picture(canvas)
 
 
 def save_picture(path: Path, picture: "Image") -> None:

@@ -93,7 +93,7 @@ class ComfyModel(DiffusionModel):
         return model
 
     @classmethod
-    def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: Any = None) -> Conditions:
+    def encode_pieces(cls, config: ModelConfig, *_: Any) -> Conditions:
         raise BadInput("family comfy loads no text encoder: connect the graph's clip, which encodes the prompts")
 
     @classmethod

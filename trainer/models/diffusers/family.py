@@ -1,5 +1,6 @@
 """What families from a diffusers folder share: checks, loading, text encoding, schedules."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,14 +11,13 @@ from ...config import ModelConfig
 from ...diffusion.schedules import sigma_schedule
 from ...utils.allocation import peak_bytes
 from ...utils.errors import BadInput
-from ..base import PICTURE, Conditions, DiffusionModel, matching, require_files
-from .folders import check_quantization, check_weights, open_picture, quantization, read_json
-from .latents import rows_and_zeros, together
+from ...utils.media import open_image
+from ..base import ENCODED_AT_ONCE, PICTURE, Conditions, DiffusionModel, matching, require_files
+from .folders import check_quantization, check_weights, quantization, read_json
+from .latents import together
 from .sharding import shard
 from .single_file import load_network
 from .vae import IMAGE_VAES, check_vae, decode, encode, load_vae, vae_dtype, vae_on_meta, vae_scale
-
-ENCODED_AT_ONCE = 16
 
 
 class DiffusersModel(DiffusionModel):
@@ -203,35 +203,34 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     @torch.no_grad()
-    def encode(
-        cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
-    ) -> Conditions:
-        pictures = pictures or [None] * len(prompts)
+    def encode_pieces(
+        cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
+    ) -> Iterator[Conditions]:
         cls._check_pictures(config, prompts, pictures)
         require_files(cls.folder(config), list(cls.encoder_components(config)), cls.family)
         pipeline = cls._encoders(config, device)
-        conditions = cls.encode_rows(pipeline, config, prompts, pictures)
+        for start in range(0, len(prompts), ENCODED_AT_ONCE):
+            some = slice(start, start + ENCODED_AT_ONCE)
+            yield cls.encode_rows(pipeline, config, prompts[some], pictures[some], negative)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return conditions
 
     @classmethod
     def encode_rows(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str
     ) -> Conditions:
-        """All prompts' conditions; a picture's tensors are zeros for the negative prompt, which has none."""
-        starts = range(0, len(prompts), ENCODED_AT_ONCE)
-        texts = together([cls.encode_prompts(pipeline, config, prompts[i : i + ENCODED_AT_ONCE]) for i in starts])
+        """Conditions of at most ENCODED_AT_ONCE prompts."""
+        texts = together([cls.encode_prompts(pipeline, config, prompts)])
         if not cls.takes_pictures(config):
             return texts
-        seen = [cls.encode_picture(pipeline, config, open_picture(path)) for path in pictures[:-1]]
-        return Conditions(texts.tensors | rows_and_zeros(seen))
+        seen = together([Conditions(cls.encode_picture(pipeline, config, open_image(path))) for path in pictures])
+        return Conditions(texts.tensors | seen.tensors)
 
     @classmethod
     def _check_pictures(cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None]) -> None:
         takes = cls.takes_pictures(config)
-        for prompt, picture in zip(prompts[:-1], pictures[:-1], strict=True):  # the last is the negative prompt
+        for prompt, picture in zip(prompts, pictures, strict=True):
             if takes and picture is None:
                 raise BadInput(f"prompt {prompt!r} has no image, and {cls.family} in {config.path} needs one for each")
             if picture is not None and not takes:

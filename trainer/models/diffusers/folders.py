@@ -1,4 +1,4 @@
-"""Reading a diffusers folder: configurations, quantised weights; and prompts' pictures."""
+"""Reading a diffusers folder: configurations, quantised weights."""
 
 import importlib.util
 import json
@@ -9,7 +9,6 @@ import torch
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
-from ...utils.images import read_images
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,18 +21,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"model.path: {path} cannot be read as JSON: {error}") from error
-
-
-def open_picture(path: Path) -> Any:
-    """An RGB image of PIL; transparency is laid on white.
-
-    Raises:
-        BadInput: it is missing or no image.
-    """
-    from PIL import Image
-
-    (pixels,) = read_images([path])
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def check_weights(config: ModelConfig, folder: Path, component: str) -> None:

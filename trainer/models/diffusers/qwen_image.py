@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...utils.media import open_image
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
-from .folders import open_picture
 from .latents import pack, together, unpack
 
 _NEGATIVE = f"{PICTURE}negative_"
@@ -114,19 +114,19 @@ class QwenImageEditModel(QwenImageModel):
 
     @classmethod
     def encode_rows(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str
     ) -> Conditions:
         texts, rows = [], []
-        for prompt, path in zip(prompts[:-1], pictures[:-1], strict=True):
-            picture = pipeline.image_processor.resize(open_picture(path), config.height, config.width)
+        for prompt, path in zip(prompts, pictures, strict=True):
+            picture = pipeline.image_processor.resize(open_image(path), config.height, config.width)
             texts.append(_with_mask(*pipeline.encode_prompt([prompt], [picture])))
             # What the negative prompt says depends on the picture it is read with.
-            negative = _with_mask(*pipeline.encode_prompt([prompts[-1]], [picture]))
+            without = _with_mask(*pipeline.encode_prompt([negative], [picture]))
             pixels = pipeline.image_processor.preprocess(picture, config.height, config.width).unsqueeze(2)
             latents = pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None)
-            rows.append(Conditions({_NEGATIVE + name: value for name, value in negative.tensors.items()}))
+            rows.append(Conditions({_NEGATIVE + name: value for name, value in without.tensors.items()}))
             rows[-1].tensors[f"{PICTURE}latents"] = latents[:, :, 0]
-        return _equally_long(together([*texts, _zeros(texts[0])]), together([*rows, _zeros(rows[0])]))
+        return Conditions(together(texts).tensors | together(rows).tensors)
 
     def source_tokens(self, conditions: Conditions) -> list[Tensor]:
         return [pack(conditions.tensors[f"{PICTURE}latents"].float())]
@@ -149,17 +149,3 @@ def _with_mask(embeds: Tensor, mask: Tensor | None) -> Conditions:
     """The pipeline leaves out a mask of ones."""
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
     return Conditions({"embeds": embeds, "mask": mask})
-
-
-def _zeros(conditions: Conditions) -> Conditions:
-    return Conditions({name: torch.zeros_like(value) for name, value in conditions.tensors.items()})
-
-
-def _equally_long(texts: Conditions, pictures: Conditions) -> Conditions:
-    """Both branches' texts padded to one length, so that they can share a batch."""
-    count = len(texts)
-    padded = dict(pictures.tensors)
-    for name, value in texts.tensors.items():
-        pair = together([Conditions({name: value}), Conditions({name: pictures.tensors[_NEGATIVE + name]})])
-        padded[name], padded[_NEGATIVE + name] = pair.tensors[name].split(count)
-    return Conditions(padded)

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...utils.errors import BadInput
+from ...utils.media import read_image
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_IMAGES = 2048
 """Images, or frames of all videos, in a message."""
@@ -41,7 +44,7 @@ class Message:
         Raises:
             ValueError: a file is damaged, or the frames of a video differ in size.
         """
-        return [self._decoded(item).to(device).float() / 255 for item in self.items]
+        return [self._decoded(item).to(device) for item in self.items]
 
     def _decoded(self, item: list[bytes]) -> Tensor:
         if not self.video:
@@ -114,25 +117,15 @@ def image_size(file: bytes) -> tuple[int, int]:
 
 
 def decode(file: bytes) -> Tensor:
-    """An image file as `[3, H, W]` uint8, upright; transparency is laid on white.
+    """An image file as `[3, H, W]` float32 in [0, 1], upright; transparency is laid on white.
 
     Raises:
         ValueError: it is damaged.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
     try:
-        with _opened(file) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bits of grey
-                grey = np.asarray(picture).astype(np.float64) / 257
-                picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-            rgba = picture.convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"an image cannot be decoded: {str(error)[:100]}") from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return torch.from_numpy(np.array(Image.alpha_composite(white, rgba).convert("RGB"))).permute(2, 0, 1)
+        return read_image(file, "an image")
+    except BadInput as error:
+        raise ValueError(str(error)) from error
 
 
 def _opened(file: bytes) -> Any:
