@@ -36,10 +36,11 @@ format: $(VENV)/dev
 test: lint  ## Lint, then every test
 	$(BIN)/python -m pytest
 
-docs: $(VENV)/dev  ## Write docs/configuration.md and the pages of rewards from the settings themselves
+docs: $(VENV)/dev  ## Write the pages and tables of settings, rewards and kernels from the code itself
 	$(BIN)/python -m tools.reference > docs/configuration.md
 	$(BIN)/python -m tools.reference rewards > docs/rewards.md
 	$(BIN)/python -m tools.reference load-reward > web/docs/DanceGRPO_LoadReward.md
+	$(BIN)/python -m tools.reference kernels
 
 clean:
 	rm -rf $(VENV) runs

@@ -34,8 +34,8 @@ def train_one(base: str, overrides: list[str], seconds: float) -> dict:
     clips, stopped = [], ""
     while trainer.seconds < seconds:
         event = trainer.iterate()
-        clips.append(event["clip_fraction"])
-        _, verdict = trainer.guard.watch(event)
+        clips.append(event["objective"]["clip_fraction"])
+        _, verdict = trainer.watchdog.watch(event)
         if verdict:
             stopped = verdict
             break

@@ -31,7 +31,6 @@ def timed(work: object, repeats: int) -> float:
 def main() -> None:
     from trainer.config import parse_config, preset
     from trainer.loop import Trainer
-    from trainer.rollout import decode
     from trainer.utils.distributed import Processes
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,7 +48,7 @@ def main() -> None:
 
     model, rollout = trainer.model, config.rollout
     images = rollout.prompts_per_iteration * rollout.group_size
-    predictions = round(statistics.median(e["evaluations_per_image"] for e in events) * images)
+    predictions = round(statistics.median(e["forwards_per_image"] for e in events) * images)
     if rollout.window or not rollout.shared_noise or rollout.guidance_scale != 1:
         parser.error("the alone timing knows runs with shared noise, without window and guidance")
     shared = rollout.prompts_per_iteration
@@ -60,20 +59,20 @@ def main() -> None:
         rows = torch.arange(batch) % len(trainer.prompts.texts)
         latents = torch.randn(batch, *model.latent_shape)
         with torch.no_grad():
-            model.velocity(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
+            model.predict_guided(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
 
     def backward(batch: int) -> None:
         rows = torch.arange(batch) % len(trainer.prompts.texts)
         latents = torch.randn(batch, *model.latent_shape)
-        velocity = model.velocity(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
-        velocity.square().mean().backward()
+        prediction = model.predict_guided(latents, torch.full((batch,), 0.5), trainer.prompting.conditions.rows(rows))
+        prediction.square().mean().backward()
 
     size = config.objective.batch_size
     alone = {
         "rollout": timed(lambda: forward(shared), 5) + (rollout.steps - 1) * timed(lambda: forward(images), 5),
         "update": trained // size * timed(lambda: backward(size), 5)
         + (timed(lambda: backward(trained % size), 5) if trained % size else 0.0),
-        "decode": timed(lambda: decode(model, torch.randn(images, *model.latent_shape), rollout.batch_size), 5),
+        "decode": timed(lambda: model.decode(torch.randn(images, *model.latent_shape)), 5),
     }
     total = sum(alone.values())
     print(f"images per iteration {images}, sampling predictions {sampled}, trained predictions {trained}")

@@ -1,10 +1,10 @@
-"""The nodes: widgets and sockets turned into trainer objects, and nothing else."""
+"""The nodes: they turn widgets and sockets into parts of a run description, and show results."""
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import base_model, demo, lora, prompts, rewards, sampling, settings, training
+from . import base_model, demo, lora, prompts, rewards, run, sampling, settings, training
 
-MODULES = (sampling, lora, rewards, demo, base_model, training, settings, prompts)
+MODULES = (sampling, lora, rewards, demo, base_model, training, run, settings, prompts)
 
 
 class DanceGRPOExtension(ComfyExtension):

@@ -3,17 +3,21 @@
 import torch
 from comfy.samplers import SCHEDULER_NAMES
 from comfy_api.latest import io
+from pydantic import ValidationError
 
-from ..trainer.config import GraphModel, ModelConfig, parse_config
+from ..trainer.config import GraphModel, ModelConfig
+from ..trainer.config import describe as describe_errors
 from ..trainer.models import FAMILIES, model_class
 from ..trainer.models.comfy import describe
 from ..trainer.utils.errors import BadInput
-from .host.dry_run import Blueprint, Described
+from .host import inputs, progress
 from .host.folders import diffusers_folders
-from .types import CATEGORY, Model, ModelType
+from .types import CATEGORY, Blueprint, Model, ModelType
 
 NO_FOLDER = "(none in models/diffusers)"
 BY_SHIFT = "by shift"
+FOR_FOLDERS = ("folder", "family", "dtype", "vae_dtype")
+"""Widgets that a connected model does not use."""
 
 
 class BaseModel(io.ComfyNode):
@@ -25,8 +29,11 @@ class BaseModel(io.ComfyNode):
             display_name="GRPO Base Model",
             category=CATEGORY,
             description="The model that learns: whatever core's loaders load, with its VAE; or a diffusers folder in "
-            "models/diffusers, and the family it is of.",
-            search_aliases=["grpo model", "base model", "diffusers", "training model", "dancegrpo"],
+            "models/diffusers, and its family. A connected model keeps the dtype that its loader chose: folder, "
+            "family, dtype and vae_dtype are not used with it.",
+            search_aliases=[
+                "grpo model", "base model", "diffusers", "training model", "fine-tune", "finetune", "dancegrpo",
+            ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.Combo.Input(
@@ -38,20 +45,21 @@ class BaseModel(io.ComfyNode):
                 io.Combo.Input(
                     "family",
                     options=[family for family in FAMILIES if family != "comfy"],
-                    tooltip="What the diffusers folder holds. Not used where a model is connected.",
+                    tooltip="The kind of model in the diffusers folder. Not used where a model is connected.",
                 ),
                 io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip=fields["width"].description),
                 io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip=fields["height"].description),
                 io.Combo.Input(
                     "dtype",
                     options=["bfloat16", "float32"],
-                    tooltip=f"{fields['dtype'].description} A connected model keeps the type it is loaded in.",
+                    tooltip=f"{fields['dtype'].description} Not used where a model is connected: that keeps the dtype "
+                    "its loader chose.",
                 ),
                 io.Combo.Input(
                     "vae_dtype",
                     options=["float32", "bfloat16", "float16", "auto"],
                     advanced=True,
-                    tooltip=f"{fields['vae_dtype'].description} A connected VAE keeps its own.",
+                    tooltip=f"{fields['vae_dtype'].description} Not used where a VAE is connected: that keeps its own.",
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing",
@@ -93,7 +101,7 @@ class BaseModel(io.ComfyNode):
                 ),
             ],
             outputs=[ModelType.Output(display_name="grpo_model", tooltip="For GRPO Train LoRA.")],
-        )
+        )  # fmt: skip
 
     @classmethod
     def execute(
@@ -109,36 +117,48 @@ class BaseModel(io.ComfyNode):
     ) -> io.NodeOutput:
         if model is None:
             return cls._of_folder(folder, {**values, "family": family})
+        inputs.linked(model, "model", "MODEL")
+        if vae is not None:
+            inputs.linked(vae, "vae", "VAE")
+        if sigmas is not None:
+            inputs.noise_levels(sigmas, "sigmas")
         get_node = cls.hidden.dynprompt.get_node
-        inputs = get_node(cls.hidden.unique_id)["inputs"]
+        links = get_node(cls.hidden.unique_id)["inputs"]
         graph = describe.describe(
             model,
             vae,
             None if scheduler == BY_SHIFT else scheduler,
             sigmas,
-            next(describe.nodes_above(get_node, inputs.get("vae")), None),
-            describe.nodes_above(get_node, inputs.get("model")),
+            next(describe.nodes_above(get_node, links.get("vae")), None),
+            describe.nodes_above(get_node, links.get("model")),
         )
-        graph["reserve_gb"] = reserve_gb
-        used = {name: value for name, value in values.items() if name not in ("dtype", "vae_dtype")}
-        config = cls._checked({**used, "family": "comfy", "graph": graph})
+        graph["reserve_gb"] = inputs.finite(reserve_gb, "reserve_gb")
+        used = {name: value for name, value in values.items() if name not in FOR_FOLDERS}
+        config = _checked({**used, "family": "comfy", "graph": graph})
         describe.check_size(model, config)
-        described = Described(config.model_dump(mode="json"))
-        described.blueprint = Blueprint.of(model)
-        return io.NodeOutput(described)
+        progress.say(
+            f"the connected model as loaded ({graph['weights'] or 'quantized'}); not used: {', '.join(FOR_FOLDERS)}",
+            cls.hidden.unique_id,
+        )
+        return io.NodeOutput(Model(config.model_dump(mode="json"), Blueprint.of(model)))
 
     @classmethod
     def _of_folder(cls, folder: str, values: dict) -> io.NodeOutput:
         known = diffusers_folders()
         if folder not in known:
-            raise BadInput(f"folder {folder!r} is not in models/diffusers; there are {', '.join(known) or 'none'}")
-        return io.NodeOutput(Model(cls._checked({**values, "path": str(known[folder])}).model_dump(mode="json")))
+            raise BadInput(
+                f"folder {folder[:100]!r} is not in models/diffusers; there are {', '.join(known) or 'none'}"
+            )
+        return io.NodeOutput(Model(_checked({**values, "path": str(known[folder])}).model_dump(mode="json")))
 
-    @classmethod
-    def _checked(cls, model: dict) -> ModelConfig:
-        config = parse_config({"model": model, "prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]}).model
-        model_class(config)
-        return config
+
+def _checked(model: dict) -> ModelConfig:
+    try:
+        config = ModelConfig.model_validate(model)
+    except ValidationError as error:
+        raise BadInput(describe_errors(error)) from error
+    model_class(config)
+    return config
 
 
 NODES = [BaseModel]

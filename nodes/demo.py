@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict:
 
 
 def load_model(folder: Path = WEIGHTS) -> ModelPatcher:
-    """The transformer in ComfyUI's SD3 class, with the noise levels' shift it was trained with."""
+    """The transformer in ComfyUI's SD3 class, with the timestep shift it was trained with."""
     model = comfy.sd.load_diffusion_model(
         str(folder / "transformer/diffusion_pytorch_model.safetensors"), model_options=FULL_PRECISION
     )
@@ -47,7 +47,7 @@ def load_model(folder: Path = WEIGHTS) -> ModelPatcher:
 
 
 class SmallCLIP(CLIPTextModel):
-    """ComfyUI's CLIP text model, whose vocabulary is as large as its configuration says."""
+    """ComfyUI's CLIP text model with the vocabulary size of its configuration."""
 
     def __init__(self, config: dict, dtype: torch.dtype, device: torch.device, operations: object) -> None:
         super().__init__(config, dtype, device, operations)
@@ -141,7 +141,7 @@ def load_clip(folder: Path = WEIGHTS) -> comfy.sd.CLIP:
 
 
 def vae_weights(folder: Path = WEIGHTS) -> dict[str, Tensor]:
-    """The autoencoder's weights as ComfyUI's TAESD has them, which counts the clamp before the decoder as a layer."""
+    """The autoencoder's weights under the names of ComfyUI's TAESD, which counts the decoder's clamp as a layer."""
     state = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
     for name, value in load_torch_file(str(folder / "vae/diffusion_pytorch_model.safetensors")).items():
         part, _, layer, rest = name.split(".", 3)
@@ -167,7 +167,7 @@ class DemoModel(io.ComfyNode):
             node_id="DanceGRPO_DemoModel",
             display_name="Demo Model (DanceGRPO)",
             category=CATEGORY,
-            description="A small model of coloured shapes that comes with this pack: no download, quick on a CPU. "
+            description="A small model of coloured shapes that comes with this pack: no download, fast on a CPU. "
             "64 x 64 pixels, prompts such as 'a red circle and a blue square'.",
             search_aliases=["shapes", "embedded model", "toy model", "grpo demo", "tiny model"],
             outputs=[
@@ -182,7 +182,7 @@ class DemoModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         lora = load_torch_file(str(WEIGHTS / "lora.safetensors"))
-        grpo_model = Model(family="sd3", path="embedded", vae_dtype="auto")
+        grpo_model = Model({"family": "sd3", "path": "embedded", "vae_dtype": "auto"})
         return io.NodeOutput(load_model(), load_clip(), load_vae(), grpo_model, lora)
 
 

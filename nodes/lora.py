@@ -1,4 +1,4 @@
-"""A LoRA that is active over a part of the sampling only, by ComfyUI's own weight hooks."""
+"""A LoRA that is active during a part of the sampling only, by ComfyUI's own weight hooks."""
 
 from pathlib import Path
 
@@ -12,31 +12,33 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.rewards.files import read_weights
+from ..trainer.utils.errors import BadInput
+from .host import inputs
 from .types import CATEGORY
 
 FROM_SOCKET = "(from the lora socket)"
 
 
 def keyframes(start: float, end: float) -> comfy.hooks.HookKeyframeGroup:
-    """Strength 1 from `start` to `end` (shares of the sampling, as ComfyUI counts them), else 0."""
+    """Strength 1 from `start` to `end` (fractions of the sampling, as ComfyUI counts them), else 0."""
     group = comfy.hooks.HookKeyframeGroup()
-    turns = [(0.0, 0.0), (start, 1.0)] if start > 0 else [(0.0, 1.0)]
-    turns += [(end, 0.0)] if end < 1 else []
-    for percent, strength in turns:
+    changes = [(0.0, 0.0), (start, 1.0)] if start > 0 else [(0.0, 1.0)]
+    changes += [(end, 0.0)] if end < 1 else []
+    for percent, strength in changes:
         group.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=percent, guarantee_steps=0))
     return group
 
 
 def load_patches(model: ModelPatcher, lora: dict[str, Tensor]) -> dict:
-    """The LoRA's weights by the model's own names.
+    """The LoRA's weights under the model's own names.
 
     Raises:
-        ValueError: nothing in the LoRA is for this model.
+        BadInput: nothing in the LoRA fits this model.
     """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora), keys)
     if not patches:
-        raise ValueError(f"lora: none of its {len(lora)} tensors fits this model; it was made for another one")
+        raise BadInput(f"lora: none of its {len(lora)} tensors fits this model; it was made for another one")
     return patches
 
 
@@ -50,7 +52,7 @@ def with_scheduled_lora(
     patched.add_hook_patches(hook=hook, patches=load_patches(patched, lora), strength_patch=strength)
 
     def outer_sample(executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
-        scheduled = hook.clone()  # afresh for every sampling: a keyframe remembers where the last one ended
+        scheduled = hook.clone()  # a new one for every sampling: a keyframe keeps its position
         scheduled.hook_keyframe = keyframes(start, end)
         add_hook(executor.class_obj.conds, scheduled)
         return executor(*args, **kwargs)
@@ -60,7 +62,7 @@ def with_scheduled_lora(
 
 
 def add_hook(conds: dict[str, list[dict]], hook: comfy.hooks.Hook) -> None:
-    """Put the hook on all conditions; those that shared a group of hooks share the new one, and so their batch."""
+    """Put the hook on all conditions; those that shared a group of hooks share the new one, so they stay one batch."""
     groups: dict[int, comfy.hooks.HookGroup] = {}
     for cond in (cond for conditions in conds.values() for cond in conditions):
         before = cond.get("hooks")
@@ -81,15 +83,15 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
             node_id="DanceGRPO_ApplyLoRAOverSigmas",
             display_name="Apply LoRA over Sigmas (DanceGRPO)",
             category=f"{CATEGORY}/sampling",
-            description="A LoRA for a part of the sampling: early, it decides what is in the image; late, its texture. "
-            "A LoRA that over-optimised texture is best used early (MixGRPO).",
-            search_aliases=["lora schedule", "lora timestep", "lora range", "early lora", "hybrid inference"],
+            description="Use a LoRA during a part of the sampling: early steps decide what is in the image, late ones "
+            "its texture. A LoRA that over-optimized texture is best used early (MixGRPO).",
+            search_aliases=["lora", "lora schedule", "lora timestep", "lora range", "early lora", "hybrid inference"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that samples; the LoRA must be made for it."),
+                io.Model.Input("model", lazy=True, tooltip="The model that samples; the LoRA must be made for it."),
                 io.Combo.Input(
                     "lora_name",
                     options=[FROM_SOCKET, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file of the loras folder, or the LORA_MODEL wired in below.",
+                    tooltip="A file of the loras folder, or the LORA_MODEL connected below.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -97,7 +99,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How strongly it acts where it is active: 1 as trained, 0 not at all.",
+                    tooltip="Strength while it is active: 1 as trained, 0 not at all.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -121,12 +123,13 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, start_percent: float | None = None, end_percent: float | None = None) -> bool | str:
-        start = 0.0 if start_percent is None else start_percent  # a value that arrives by wire is not known yet
-        end = 1.0 if end_percent is None else end_percent
-        if 0 <= start < end <= 1:
-            return True
-        return f"start_percent is {start} and end_percent {end}: they must lie in 0 to 1, the start below the end"
+    def check_lazy_status(
+        cls, start_percent: float, end_percent: float, model: ModelPatcher | None = None, **_: object
+    ) -> list[str]:
+        """The model is loaded only once the two numbers fit each other."""
+        if not start_percent < end_percent:
+            raise BadInput(f"start_percent is {start_percent} and end_percent {end_percent}: start must be below end")
+        return ["model"] if model is None else []
 
     @classmethod
     def execute(
@@ -138,13 +141,28 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
         end_percent: float,
         lora: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
+        inputs.linked(model, "model", "MODEL")
+        inputs.finite(strength, "strength")
         if lora_name != FROM_SOCKET:
-            lora = read_weights(Path(folder_paths.get_full_path_or_raise("loras", lora_name)))
+            lora = _read(lora_name)
+        elif lora is not None:
+            inputs.lora_tensors(lora, "lora")
         if lora is None:
-            raise ValueError("lora: choose a file in lora_name, or wire a LORA_MODEL into lora")
+            raise BadInput("lora: choose a file in lora_name, or connect a LORA_MODEL to lora")
         if strength == 0:
             return io.NodeOutput(model.clone())
         return io.NodeOutput(with_scheduled_lora(model, lora, strength, start_percent, end_percent))
+
+
+def _read(name: str) -> dict[str, Tensor]:
+    """
+    Raises:
+        BadInput: the file is missing or damaged.
+    """
+    file = folder_paths.get_full_path("loras", name)
+    if file is None:
+        raise BadInput(f"lora_name {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one of it")
+    return read_weights(Path(file))
 
 
 NODES = [ApplyLoRAOverSigmas]

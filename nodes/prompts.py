@@ -1,11 +1,12 @@
-"""Prompts one by one."""
+"""One prompt per line, as a list."""
 
 from comfy_api.latest import io
 
+from ..trainer.prompts.text import check_text, prompt_lines
 from ..trainer.utils.errors import BadInput
 from .types import CATEGORY
 
-EMPTY = "prompts is empty: write one prompt per line"
+EMPTY = "prompts is empty: write one prompt per line (lines that begin with # are comments)"
 
 
 class PromptLines(io.ComfyNode):
@@ -15,29 +16,45 @@ class PromptLines(io.ComfyNode):
             node_id="DanceGRPO_PromptLines",
             display_name="Prompt Lines (DanceGRPO)",
             category=CATEGORY,
-            description="A prompt per line, as a list: the nodes behind it run once for each.",
+            description="One prompt per line, as a list: nodes that take one prompt run once for each.",
             search_aliases=["split prompts", "text to list", "prompt list", "lines"],
             inputs=[
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One prompt per line. Blank lines are left out.",
+                    tooltip="One prompt per line. Blank lines and lines that begin with # are left out.",
                 )
             ],
-            outputs=[io.String.Output(display_name="prompt", is_output_list=True, tooltip="One text per line.")],
+            outputs=[
+                io.String.Output(
+                    display_name="prompt",
+                    is_output_list=True,
+                    tooltip="One text per line. GRPO Train LoRA takes the whole list.",
+                )
+            ],
         )
 
     @classmethod
     def validate_inputs(cls, prompts: str | None = None) -> bool | str:
-        return True if prompts is None or prompts.strip() else EMPTY
+        if prompts is None:  # it arrives by wire, and is not known yet
+            return True
+        try:
+            return bool(_lines(prompts))
+        except BadInput as error:
+            return str(error)
 
     @classmethod
     def execute(cls, prompts: str) -> io.NodeOutput:
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        if not lines:
-            raise BadInput(EMPTY)
-        return io.NodeOutput(lines)
+        return io.NodeOutput(_lines(prompts))
+
+
+def _lines(text: str) -> list[str]:
+    check_text(text, "prompts")
+    lines = prompt_lines(text)
+    if not lines:
+        raise BadInput(EMPTY)
+    return lines
 
 
 NODES = [PromptLines]

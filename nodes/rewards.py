@@ -5,56 +5,59 @@ import math
 import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
-from server import PromptServer
+from pydantic import ValidationError
 from torch import Tensor
 
-from ..trainer import rewards as judges
+from ..trainer import rewards as reward_models
 from ..trainer.config import RewardConfig
+from ..trainer.config import describe as describe_errors
 from ..trainer.utils.errors import BadInput
+from .host import inputs, progress, results
 from .host.reward_files import option_values, option_widgets, with_files
-from .host.scoring import bar_plot, score_all, score_table, split_prompts
-from .types import CATEGORY, Judges, RewardType, connected
+from .host.scoring import bar_plot, best_of, score_all, score_table, split_prompts
+from .types import CATEGORY, Rewards, RewardType, connected
 
 SOCKETS = 4
 FOR_SCORING = "For Score Images, GRPO Train LoRA, Threshold and Combine Rewards."
+VIDEO = "one video"
 
 
 class LoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        choices = [io.DynamicCombo.Option(name, option_widgets(kind)) for name, kind in judges.REWARDS.items()]
+        choices = [io.DynamicCombo.Option(name, option_widgets(kind)) for name, kind in reward_models.REWARDS.items()]
         return io.Schema(
             node_id="DanceGRPO_LoadReward",
             display_name="Load Reward (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="A judge of images, to score with and to train with. Its weights are read when it is used.",
-            search_aliases=["reward model", "scorer", "aesthetic", "hps", "clip score", "grpo reward", "judge"],
+            description="A reward that scores images, for training and for Score Images. Its weights are read when "
+            "it is used.",
+            search_aliases=[
+                "reward model", "scorer", "aesthetic", "hps", "clip score", "grpo reward", "rlhf", "human feedback",
+                "preference", "vote",
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.DynamicCombo.Input(
-                    "reward", options=choices, tooltip="Which judge. Model files belong into models/rewards."
+                    "reward", options=choices, tooltip="Which reward. Its model files belong in models/rewards."
                 )
             ],
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, **inputs: object) -> bool | str:
-        reward = inputs.get("reward")
-        if not isinstance(reward, dict) or None in reward.values():  # one arrives by wire, and is not known yet
-            return True
-        try:
-            cls.execute(reward)
-        except BadInput as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def execute(cls, reward: dict) -> io.NodeOutput:
+    def execute(cls, reward: dict | None = None) -> io.NodeOutput:
+        if reward is None:  # ComfyUI leaves a choice out that it does not know
+            raise BadInput(f"reward {cls._chosen()} is unknown: choose one of {', '.join(reward_models.REWARDS)}")
         name = reward["reward"]
-        if name not in judges.REWARDS:
-            raise BadInput(f"reward {name!r} is unknown: choose one of {', '.join(judges.REWARDS)}")
-        options = option_values(judges.REWARDS[name], {key: reward[key] for key in reward if key != "reward"})
-        return io.NodeOutput(Judges((with_files(RewardConfig(name=name, options=options)),)))
+        given = {key: value for key, value in reward.items() if key != "reward"}
+        options = option_values(reward_models.REWARDS[name], given)
+        return io.NodeOutput(Rewards((with_files(RewardConfig(name=name, options=options)),)))
+
+    @classmethod
+    def _chosen(cls) -> str:
+        chosen = cls.hidden.dynprompt.get_node(cls.hidden.unique_id)["inputs"].get("reward")
+        return repr(chosen[:100] if isinstance(chosen, str) else type(chosen).__name__)
 
 
 class CombineRewards(io.ComfyNode):
@@ -72,16 +75,16 @@ class CombineRewards(io.ComfyNode):
                     min=-1000.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="Negative asks for less of it. HPS-v2.1 and CLIP: 0.7 and 1.4, the authors advise.",
+                    tooltip="Negative asks for less of it. The authors advise 0.7 for HPS-v2.1 and 1.4 for CLIP.",
                 ),
             ]
         return io.Schema(
             node_id="DanceGRPO_CombineRewards",
             display_name="Combine Rewards (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="Several rewards with weights. Training brings each to mean 0 and spread 1 within the images "
+            description="Several rewards with weights. Training normalizes each to mean 0 and std 1 within the images "
             "of a prompt before it adds them; scoring adds the raw scores.",
-            search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight"],
+            search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight", "reward model"],
             inputs=inputs,
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )
@@ -93,15 +96,26 @@ class CombineRewards(io.ComfyNode):
             part = sockets.get(f"reward_{number}")
             if part is None:
                 continue
-            connected(part, Judges, f"reward_{number}")
-            for config in part.rewards:
-                weight = config.weight * sockets[f"weight_{number}"]
-                combined.append(RewardConfig(**(config.model_dump() | {"weight": weight})))
+            connected(part, Rewards, f"reward_{number}")
+            weight = inputs.finite(sockets[f"weight_{number}"], f"weight_{number}")
+            combined += [_changed(config, weight=config.weight * weight) for config in part.rewards]
         names = [config.name for config in combined]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"reward {twice!r} is combined more than once: give it one socket and one weight")
-        return io.NodeOutput(Judges(tuple(combined)))
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise BadInput(f"reward {repeated!r} is combined more than once: give it one socket and one weight")
+        return io.NodeOutput(Rewards(tuple(combined)))
+
+
+def _changed(config: RewardConfig, **fields: float) -> RewardConfig:
+    """The same reward with other values.
+
+    Raises:
+        BadInput: a value is not accepted.
+    """
+    try:
+        return RewardConfig(**(config.model_dump() | fields))
+    except ValidationError as error:
+        raise BadInput(f"reward {config.name!r}: {describe_errors(error)}") from error
 
 
 class ThresholdReward(io.ComfyNode):
@@ -112,7 +126,7 @@ class ThresholdReward(io.ComfyNode):
             display_name="Threshold Reward (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
             description="1 where a reward is above the threshold, else 0: the paper's binary reward.",
-            search_aliases=["binary reward", "pass fail", "reward cut"],
+            search_aliases=["binary reward", "pass fail", "reward cut", "reward model"],
             inputs=[
                 RewardType.Input("reward", tooltip="One reward; combine after the threshold, not before."),
                 io.Float.Input(
@@ -129,14 +143,14 @@ class ThresholdReward(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, reward: Judges, threshold: float) -> io.NodeOutput:
-        connected(reward, Judges, "reward")
+    def execute(cls, reward: Rewards, threshold: float) -> io.NodeOutput:
+        connected(reward, Rewards, "reward")
         if len(reward.rewards) != 1:
-            raise ValueError(f"reward holds {len(reward.rewards)} rewards: a threshold is for one, before combining")
+            raise BadInput(f"reward holds {len(reward.rewards)} rewards: a threshold is for one, before combining")
         (config,) = reward.rewards
         if config.threshold is not None:
-            raise ValueError(f"reward {config.name!r} has the threshold {config.threshold} already")
-        return io.NodeOutput(Judges((RewardConfig(**(config.model_dump() | {"threshold": threshold})),)))
+            raise BadInput(f"reward {config.name!r} has the threshold {config.threshold} already")
+        return io.NodeOutput(Rewards((_changed(config, threshold=inputs.finite(threshold, "threshold")),)))
 
 
 class ScoreImages(io.ComfyNode):
@@ -146,11 +160,13 @@ class ScoreImages(io.ComfyNode):
             node_id="DanceGRPO_ScoreImages",
             display_name="Score Images (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="What a reward gives each image, as numbers, as text and as a plot.",
-            search_aliases=["rate images", "evaluate", "reward score", "score video", "benchmark"],
+            description="The score that a reward gives each image, as numbers, as text and as a plot.",
+            search_aliases=[
+                "rate images", "evaluate", "reward score", "reward model", "score video", "benchmark", "preference",
+            ],
             inputs=[
                 RewardType.Input("reward", tooltip="From Load, Threshold or Combine Rewards."),
-                io.Image.Input("images", tooltip="The images to score, or the frames of one video."),
+                io.Image.Input("images", lazy=True, tooltip="The images to score, or the frames of one video."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -158,10 +174,10 @@ class ScoreImages(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "batch",
-                    options=["images", "one video"],
+                    options=["images", VIDEO],
                     default="images",
                     advanced=True,
-                    tooltip="Whether the batch holds images, or the frames of one video, which get one score.",
+                    tooltip="Whether the batch holds images, or the frames of one video, which gets one score.",
                 ),
             ],
             outputs=[
@@ -171,26 +187,38 @@ class ScoreImages(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-        )
+        )  # fmt: skip
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
         return True if prompt is None or prompt.strip() else "prompt is empty: write what the images should show"
 
     @classmethod
-    def execute(cls, reward: Judges, images: Tensor, prompt: str, batch: str) -> io.NodeOutput:
-        connected(reward, Judges, "reward")
-        pictures = images[..., :3].movedim(-1, 1).float().clamp(0, 1)
-        items = pictures[None] if batch == "one video" else pictures
-        prompts = split_prompts(prompt, len(items), "videos" if batch == "one video" else "images")
-        device = comfy.model_management.get_torch_device()
-        parts = score_all(reward, items, prompts, device, lambda size: comfy.model_management.free_memory(size, device))
+    def check_lazy_status(cls, reward: Rewards, images: Tensor | None = None, **_: object) -> list[str]:
+        """The images are made only once the reward is known to be usable."""
+        connected(reward, Rewards, "reward")
+        return ["images"] if images is None else []
+
+    @classmethod
+    def execute(cls, reward: Rewards, images: Tensor, prompt: str, batch: str) -> io.NodeOutput:
+        with progress.errors_on_node(cls.hidden.unique_id):
+            connected(reward, Rewards, "reward")
+            pictures = inputs.image_batch(images, "images").movedim(-1, 1).float().clamp(0, 1)
+            items = pictures[None] if batch == VIDEO else pictures
+            prompts = split_prompts(prompt, len(items), "videos" if batch == VIDEO else "images")
+            parts = _scores(reward, items, prompts)
         total = sum(config.weight * parts[config.name] for config in reward.rewards)
         text, plot = score_table(parts, total, prompts), bar_plot(parts, total)
-        if cls.hidden.unique_id is not None:
-            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
-        shown = ui.PreviewImage(plot, cls=cls).as_dict() | {"text": (text,)}
+        progress.say(text, cls.hidden.unique_id)
+        data = {"scores": total.tolist(), "rewards": {name: values.tolist() for name, values in parts.items()}}
+        data |= {"prompts": prompts, "best": None if total.isnan().all() else best_of(total)}
+        shown = ui.PreviewImage(plot, cls=cls).as_dict() | {"text": (text,), results.DATA: (results.jsonable(data),)}
         return io.NodeOutput(total.tolist(), plot, text, ui=shown)
+
+
+def _scores(reward: Rewards, items: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    device = comfy.model_management.get_torch_device()
+    return score_all(reward, items, prompts, device, lambda size: comfy.model_management.free_memory(size, device))
 
 
 class PickBest(io.ComfyNode):
@@ -201,7 +229,7 @@ class PickBest(io.ComfyNode):
             display_name="Pick Best (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
             description="The k images with the highest scores, best first: best-of-N sampling.",
-            search_aliases=["best of n", "top k", "select images", "rank images", "filter images"],
+            search_aliases=["best of n", "top k", "select images", "rank images", "filter images", "preference"],
             inputs=[
                 io.Image.Input("images", tooltip="The images to choose from, all of one size."),
                 io.Float.Input("scores", force_input=True, tooltip="From Score Images, one per image."),
@@ -216,15 +244,15 @@ class PickBest(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: list[Tensor], scores: list[float], k: list[int]) -> io.NodeOutput:
-        sizes = {tuple(batch.shape[1:]) for batch in images}
+        sizes = {tuple(inputs.image_batch(batch, "images").shape[1:]) for batch in images}
         if len(sizes) > 1:
-            raise ValueError(f"images are of {len(sizes)} different sizes: all must have one")
-        pictures, (count, *_) = torch.cat(images), k
+            raise BadInput(f"images have {len(sizes)} different sizes: all must have one")
+        pictures, count = torch.cat(images), inputs.single(k, "k")
         if len(pictures) != len(scores):
-            raise ValueError(f"{len(pictures)} images but {len(scores)} scores: there must be one score per image")
+            raise BadInput(f"{len(pictures)} images but {len(scores)} scores: there must be one score per image")
         scored = [i for i, score in enumerate(scores) if not math.isnan(score)]
         if count > len(scored):
-            raise ValueError(f"k is {count}, but only {len(scored)} images have a score")
+            raise BadInput(f"k is {count}, but only {len(scored)} images have a score")
         order = sorted(scored, key=lambda i: -scores[i])[:count]
         return io.NodeOutput(pictures[order], [scores[i] for i in order])
 

@@ -12,60 +12,78 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..trainer.diffusion import kernels
+from ..trainer.diffusion.kernels import KERNELS, LARGEST_ETA, Kernel
+from ..trainer.diffusion.process import FLOW, VP, Process
+from ..trainer.diffusion.solvers import Euler
 from ..trainer.utils import seeds
 from .types import CATEGORY
 
-DIFFUSION = "ddim"
-KERNELS = (*kernels.KERNELS, DIFFUSION)
-LARGEST_ETA = 10.0
 LAST_STEP = 10_000
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
-KERNEL_TIP = """The random part of a step. s is sigma, s' the next one, x0 the image and x1 the noise the model sees.
-dance (paper): x + v (s' - s) + eta^2/(2 s) x1 (s' - s), std eta sqrt(s - s')
-dance-exact: the same SDE solved exactly, so that nothing noisy is left at few steps
-flow (Flow-GRPO): as dance with eta sqrt(s/(1 - s)) for eta
-flow-exact: the same, solved exactly
-cps (FlowCPS): std s' sin(eta pi/2), and that much less of x1
-ode: deterministic Euler
-ddim: for SD1.5, SDXL and other epsilon or v models; std eta sqrt((1 - a')/(1 - a) (1 - a/a')), a = 1/(1 + s^2)"""
 
-ETA_TIP = """Strength of the noise; 0 is deterministic. Each kernel has its own scale, none that of another sampler.
-dance, flow: a diffusion coefficient; 0.3 is the paper's, 0.7 Flow-GRPO's
-cps, ddim: 0 to 1, where 1 renoises fully
-Euler ancestral's eta runs from 0 (Euler) to 1 (renoised fully); DPM++ SDE's scales an exponent."""
+def kernel_tip() -> str:
+    """What each kernel does, a line each."""
+    lines = [f"{k.name} ({k.process.name}): {k.mean}; std {k.std}" for k in KERNELS.values()]
+    notation = (
+        "The random part of a step. s is sigma, s' the next one; x0 and x1 are the model's estimates of the image and "
+        "the noise in the latents x, and v = x1 - x0. Kernels marked flow are for flow models, those marked vp for "
+        "SD1.5, SDXL and other epsilon or v models, with a = 1/(1 + s²); ode is for all."
+    )
+    return "\n".join([notation, *lines]).replace("`", "")
+
+
+def eta_tip() -> str:
+    """The scale of eta in each kernel, a line each."""
+    lines = [
+        f"{k.name}: 0 to {k.largest_eta:g}, usually {k.default_eta:g}" for k in KERNELS.values() if not k.deterministic
+    ]
+    head = "Strength of the noise; 0 is deterministic. Each kernel has its own scale, which no other sampler shares."
+    return "\n".join([head, *lines])
 
 
 # ------------------------------------------------------------------------------------------------------- one step
 
 
-def flow_step(
-    kernel: str, x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor | None
+def take_step(
+    process: Process,
+    kernel: Kernel,
+    x: Tensor,
+    denoised: Tensor,
+    sigma: float,
+    sigma_next: float,
+    eta: float,
+    noise: Tensor | None,
 ) -> Tensor:
-    """`kernels.step` from the image estimate: velocity is (x - x0) / sigma."""
-    return kernels.step(kernel, x, (x - denoised) / sigma, sigma, sigma_next, eta, noise=noise).next_sample
+    """One step of the trainer in ComfyUI's scale of latents and noise levels (see `Process.k_scale`).
 
+    Args:
+        x, denoised: latents `[B, ...]` and the model's image estimate.
+        sigma, sigma_next: ComfyUI's noise levels.
+        noise: standard normal, shaped as `x`; None for a deterministic step.
 
-def diffusion_step(
-    x: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float, noise: Tensor | None
-) -> Tensor:
-    """`kernels.ddim_step` in ComfyUI's sigma space, where x = x0 + sigma epsilon and abar = 1 / (1 + sigma^2)."""
-    signal, signal_next = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
-    epsilon = (x - denoised) / sigma
-    step = kernels.ddim_step(x * signal**0.5, epsilon, signal, signal_next, eta, noise=noise)
-    return step.next_sample / signal_next**0.5
+    Returns:
+        latents at `sigma_next`, shaped as `x`.
+    """
+    level, level_next = process.from_k_sigma(sigma), process.from_k_sigma(sigma_next)
+    latents, prediction = x / process.k_scale(level), (x - denoised) / sigma
+    if noise is None:
+        latents = Euler(process).step(latents, prediction, level, level_next)
+    else:
+        latents = kernels.step(kernel, latents, prediction, level, level_next, eta, noise=noise).next_sample
+    return latents * process.k_scale(level_next)
 
 
 def step_noise(x: Tensor, seed: int, first_image: int, sigma: float, device: str) -> Tensor:
-    """Standard normal, shaped as `x`; an image's part depends on the seed, its number and sigma alone.
+    """Standard normal noise, shaped as `x`; an image's part depends on the seed, its number and sigma alone.
 
     So an image stays as it is when the batch is split or grown, and when the schedule is split.
     """
-    place = x.device if device == "gpu" else "cpu"
+    device = x.device if device == "gpu" else "cpu"
     rows = []
     for image in range(first_image, first_image + len(x)):
-        generator = torch.Generator(place).manual_seed(seeds.derive(seed, image, sigma))
-        rows.append(torch.randn(x.shape[1:], generator=generator, device=place))
+        generator = torch.Generator(device).manual_seed(seeds.derive(seed, image, sigma))
+        rows.append(torch.randn(x.shape[1:], generator=generator, device=device))
     return torch.stack(rows).to(x.device)
 
 
@@ -94,11 +112,12 @@ def sample_sde(
         start_step, end_step: steps start_step <= i < end_step are stochastic; one to sigma 0 never is.
 
     Raises:
-        ValueError: the kernel is not one for this model.
+        ValueError: the kernel does not fit this model.
     """
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-    flow = isinstance(model_sampling, CONST)
-    check_kernel(kernel, eta, flow)
+    process = FLOW if isinstance(model_sampling, CONST) else VP
+    check_kernel(kernel, eta, process)
+    chosen = kernels.named(kernel)
     noise_scale = getattr(model_sampling, "noise_scale", 1.0)
     levels, extra_args = sigmas.tolist(), extra_args or {}
     for i in model_trange(len(levels) - 1, disable=disable):
@@ -106,39 +125,32 @@ def sample_sde(
         denoised = model(x, sigmas[i].expand(len(x)), **extra_args)
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
-        stochastic = kernel != "ode" and eta > 0 and start_step <= i < end_step and 0 < sigma_next < sigma
+        stochastic = not chosen.deterministic and eta > 0 and start_step <= i < end_step and 0 < sigma_next < sigma
         noise = noise_scale * step_noise(x, seed, first_image, sigma, noise_device) if stochastic else None
-        strength = eta if stochastic else 0.0
-        if flow:
-            x = flow_step(kernel if stochastic else "ode", x, denoised, sigma, sigma_next, strength, noise)
-        else:
-            x = diffusion_step(x, denoised, sigma, sigma_next, strength, noise)
+        x = take_step(process, chosen, x, denoised, sigma, sigma_next, eta, noise)
     return x
 
 
-def check_kernel(kernel: str, eta: float, flow: bool) -> None:
-    """Raise ValueError where kernel, eta and the kind of model do not fit."""
-    if kernel == "ode":
+def check_kernel(kernel: str, eta: float, process: Process) -> None:
+    """Raise ValueError where kernel, eta and the model's process do not fit."""
+    chosen = kernels.named(kernel)
+    if chosen.deterministic:
         return
-    if flow and kernel == DIFFUSION:
-        raise ValueError(f"kernel is 'ddim', and this is a flow model: choose one of {', '.join(kernels.KERNELS)}")
-    if not flow and kernel != DIFFUSION:
-        raise ValueError(f"kernel is {kernel!r}, and this model predicts epsilon or v: choose ddim or ode")
-    check_eta(kernel, eta)
+    if chosen.process is not process:
+        what = "this is a flow model" if process is FLOW else "this model predicts epsilon or v"
+        fitting = [*kernels.stochastic(process), *(k.name for k in KERNELS.values() if k.deterministic)]
+        raise ValueError(f"kernel is {kernel!r}, and {what}: choose one of {', '.join(fitting)}")
+    chosen.check_eta(eta)
 
 
 def check_eta(kernel: str | None, eta: float | None) -> None:
     """Raise ValueError for a kernel that does not exist or an eta that it does not take; None is not known yet."""
-    if kernel not in (*KERNELS, None):
-        raise ValueError(f"kernel is {kernel!r}: choose one of {', '.join(KERNELS)}")
-    if eta is None:
-        return
-    if not 0 <= eta <= LARGEST_ETA:
+    if eta is not None and not 0 <= eta <= LARGEST_ETA:
         raise ValueError(f"eta is {eta}: it must lie in 0 to {LARGEST_ETA:g}")
-    if kernel == DIFFUSION and eta > 1:
-        raise ValueError(f"eta is {eta}: ddim takes 0 to 1")
-    if kernel == "cps" and eta >= 2:
-        raise ValueError(f"eta is {eta}: cps takes 0 to below 2 (1 renoises fully)")
+    if kernel is not None and eta is not None:
+        kernels.named(kernel).check_eta(eta)
+    elif kernel is not None:
+        kernels.named(kernel)
 
 
 # ------------------------------------------------------------------------------------------------------- the nodes
@@ -154,8 +166,16 @@ class SDESampler(io.ComfyNode):
             description="Samples with the transition kernels that GRPO trains with. For SamplerCustomAdvanced.",
             search_aliases=["sde", "grpo", "eta", "stochastic sampler", "flow sde", "flow-grpo", "cps", "ddim eta"],
             inputs=[
-                io.Combo.Input("kernel", options=list(KERNELS), default="dance", tooltip=KERNEL_TIP),
-                io.Float.Input("eta", default=0.3, min=0.0, max=LARGEST_ETA, step=0.01, round=False, tooltip=ETA_TIP),
+                io.Combo.Input("kernel", options=list(KERNELS), default="dance", tooltip=kernel_tip()),
+                io.Float.Input(
+                    "eta",
+                    default=kernels.DANCE.default_eta,
+                    min=0.0,
+                    max=LARGEST_ETA,
+                    step=0.01,
+                    round=False,
+                    tooltip=eta_tip(),
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,

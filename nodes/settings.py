@@ -1,15 +1,16 @@
 """Settings of a run as widgets, made from the run description's own fields."""
 
-import typing
 from collections.abc import Iterator
 
 from annotated_types import Ge, Gt, Le, Lt
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
-from ..trainer.config import RunConfig, parse_config, preset, preset_names
+from ..trainer.config import RunConfig, parse_sections, preset, preset_names
+from ..trainer.objectives import DEFAULT, OBJECTIVES
+from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
-from ..trainer.utils.fields import rules
+from ..trainer.utils.fields import choices, rules
 from . import types
 from .types import CATEGORY, SettingsType
 
@@ -34,9 +35,9 @@ ADVANCED = (
     "objective.train_steps",
     "objective.step_fraction",
     "objective.clip_range",
-    "objective.advantage_clip",
-    "objective.combine",
-    "objective.normalize",
+    "advantage.clip",
+    "advantage.combine",
+    "advantage.normalize",
     "objective.updates",
     "objective.ratio",
     "objective.kl_weight",
@@ -51,7 +52,7 @@ ADVANCED = (
     "runtime.device",
 )
 """New ones go at the end: saved workflows keep values by position."""
-SECTIONS = ("rollout", "objective", "lora", "optimizer", "evaluation", "runtime")
+SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluation", "runtime")
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
 """Fields of `evaluation` that the training node's own sockets and boxes fill."""
 _STEP = {"optimizer.learning_rate": 1e-6, "objective.clip_range": 1e-6, "optimizer.weight_decay": 1e-5}
@@ -70,7 +71,8 @@ def input_name(setting: str) -> str:
 def widget(setting: str, advanced: bool) -> io.Input:
     """The widget of one setting, with its default, range and description."""
     section, name = setting.split(".")
-    field = RunConfig.model_fields[section].annotation.model_fields[name]
+    kind = OBJECTIVES[DEFAULT].Options if section == "objective" else RunConfig.model_fields[section].annotation
+    field = kind.model_fields[name]
     common = {
         "id": input_name(setting),
         "display_name": name,
@@ -79,8 +81,8 @@ def widget(setting: str, advanced: bool) -> io.Input:
         "advanced": advanced or None,
         "optional": advanced,
     }
-    if typing.get_origin(field.annotation) is typing.Literal:
-        return io.Combo.Input(options=list(typing.get_args(field.annotation)), **common)
+    if (options := choices(field)) is not None:
+        return io.Combo.Input(options=options, **common)
     if field.annotation is bool:
         return io.Boolean.Input(**common)
     if field.annotation is int:
@@ -109,19 +111,15 @@ def settings(data: dict, overrides: str) -> dict:
     Raises:
         BadInput: an unknown setting, a value that is not accepted, or one that belongs to another node.
     """
-    lines = list(_lines(overrides))
-    placeholders = {"prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]}
-    config = parse_config({**{name: data.get(name, {}) for name in SECTIONS}, **placeholders}, lines)
+    sections = parse_sections({name: data.get(name, {}) for name in SECTIONS}, list(_lines(overrides)))
     for field in _ELSEWHERE:
-        if getattr(config.evaluation, field):
+        if getattr(sections["evaluation"], field):
             raise BadInput(f"setting evaluation.{field} is given on the node GRPO Train LoRA, not here")
-    return config.model_dump(mode="json", include=set(SECTIONS))
+    return {name: section.model_dump(mode="json") for name, section in sections.items()}
 
 
 def _lines(overrides: str) -> Iterator[str]:
-    for line in overrides.splitlines():
-        if not line.strip() or line.strip().startswith("#"):
-            continue
+    for line in prompt_lines(overrides):
         section = line.split("=")[0].split(".")[0].strip()
         if section not in SECTIONS:
             raise BadInput(

@@ -1,23 +1,22 @@
-"""The training itself, and a look at any run: the run itself is a process of its own."""
+"""GRPO Train LoRA: the training itself is a process of its own."""
 
-import hashlib
-import io as memory_file
+from pathlib import Path
 
-import torch
-from comfy_api.latest import io, ui
-from comfy_execution.graph import ExecutionBlocker
+import folder_paths
+from comfy_api.latest import io
 
-from ..trainer.runs import launch
-from ..trainer.runs.directory import RunDirectory
 from ..trainer.utils.errors import BadInput
 from . import types
-from .host import runs, session
-from .host.folders import check_name, publish_lora, run_folder
-from .types import CATEGORY, Judges, ModelType, RewardType, RunType, SettingsType, connected
+from .host import inputs, memory, progress, results, runs
+from .host.folders import check_name
+from .types import CATEGORY, ModelType, RewardType, SettingsType, connected
 
-ALWAYS = float("nan")
-"""A fingerprint that equals nothing, not even itself: the node runs every time."""
-ACTIONS = ("look", "watch", "stop", "resume")
+BASE_MODEL = "(the base model)"
+MOST_PROCESSES = 64
+DESCRIPTIONS = ("reward", "settings", "evaluation_rewards")
+"""Sockets whose values are made at no cost, and with which most mistakes are found."""
+LOADED = ("grpo_model", "clip", "conditioning")
+"""Sockets behind which models are loaded."""
 
 
 class TrainLoRA(io.ComfyNode):
@@ -28,145 +27,66 @@ class TrainLoRA(io.ComfyNode):
             display_name="GRPO Train LoRA",
             category=CATEGORY,
             description=(
-                "Train a LoRA from rewards, in a process of its own. Queueing the same again goes on with the run of "
-                "that name, or gives its result; it never trains the same twice. Cancel stops it and keeps what was "
+                "Train a LoRA from rewards, in a process of its own. Queueing the same again continues the run of that "
+                "name, or gives its result; it never trains the same twice. Cancel stops it and keeps what was "
                 "learned."
             ),
-            search_aliases=["grpo", "train lora", "reinforcement learning", "rl", "reward training", "dancegrpo"],
+            search_aliases=[
+                "grpo", "rlhf", "dpo", "reinforcement learning", "rl", "human feedback", "preference", "vote",
+                "reward training", "reward model", "train lora", "lora", "fine-tune", "finetune", "dancegrpo",
+            ],
             is_output_node=True,
+            is_input_list=True,
             not_idempotent=True,
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            inputs=[
-                ModelType.Input("grpo_model", tooltip="The model that learns: GRPO Base Model or Demo Model."),
-                RewardType.Input("reward", tooltip="What is rewarded; several are mixed by Combine Rewards."),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="Encodes the prompts, so that the trainer loads no text encoder. Without it, the trainer "
-                    "takes those of the model's folder.",
-                ),
-                SettingsType.Input(
-                    "settings", optional=True, tooltip="GRPO Settings or GRPO Preset; without it, every default."
-                ),
-                RewardType.Input(
-                    "judges", optional=True, tooltip="Rewards that only watch: measured on the held-out prompts."
-                ),
-                io.String.Input(
-                    "name",
-                    default="my_lora",
-                    tooltip="Name of the run and its LoRA. With these settings it is one run for good: other settings "
-                    "need another name. Runs lie in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
-                ),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    dynamic_prompts=False,
-                    tooltip="Training prompts, one per line. Each iteration takes some of them.",
-                ),
-                io.String.Input(
-                    "held_out_prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    dynamic_prompts=False,
-                    tooltip="Prompts that are not trained on, one per line: they are judged before and after.",
-                ),
-                io.String.Input(
-                    "negative",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    dynamic_prompts=False,
-                    tooltip="Negative prompt, used where guidance_scale is not 1.",
-                ),
-                io.Boolean.Input(
-                    "wait",
-                    default=True,
-                    label_on="wait for the result",
-                    label_off="in the background",
-                    tooltip="Wait and show progress, or return at once and let GRPO Run look after it. Other prompts "
-                    "can be queued while a run is in the background.",
-                ),
-                io.Int.Input(
-                    "processes",
-                    default=1,
-                    min=1,
-                    max=64,
-                    tooltip="Processes that share the training: one per GPU.",
-                ),
-                io.String.Input(
-                    "gpus",
-                    default="",
-                    optional=True,
-                    advanced=True,
-                    tooltip="GPU numbers, such as 0,1: as many as processes. Empty takes those that ComfyUI sees.",
-                ),
-                io.Conditioning.Input(
-                    "conditioning",
-                    optional=True,
-                    tooltip="What every prompt carries beside its text, with a connected model: guidance, reference "
-                    "latents, a first frame, masks. The text in it is not used.",
-                ),
-            ],
-            outputs=_result_outputs(run_last=False),
-        )
+            inputs=[*_sockets(), *_widgets(), *_late_inputs()],
+            outputs=results.outputs(status_first=False),
+        )  # fmt: skip
 
+    # ComfyUI repeats a refusal at every input named here, so only one is. The other inputs are checked by
+    # `check_lazy_status`, still before anything is loaded.
     @classmethod
-    def validate_inputs(
-        cls,
-        name: str | None = None,
-        prompts: str | None = None,
-        held_out_prompts: str | None = None,
-        gpus: str | None = None,
-    ) -> bool | str:
-        # A value that arrives by wire is None here; what is looked at then is the rest.
+    def validate_inputs(cls, name: list[str | None] = (None,)) -> bool | str:
         try:
-            if name is not None:
-                check_name(name)
-            if prompts is not None:
-                runs.check_texts(prompts, held_out_prompts or "")
-            if gpus is not None:
-                session.gpu_numbers(gpus)
+            if name[0] is not None:  # else it arrives through a link
+                check_name(name[0])
         except BadInput as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, name: str | None = None, **_: object) -> float | str:
-        return _state_on_disk(name)
+    def fingerprint_inputs(cls, name: list[str | None] = (None,), **_: object) -> float | str:
+        return results.fingerprint(name[0])
 
     @classmethod
-    def execute(
-        cls,
-        grpo_model: dict,
-        reward: Judges,
-        name: str,
-        prompts: str,
-        wait: bool,
-        processes: int,
-        clip: object | None = None,
-        settings: dict | None = None,
-        judges: Judges | None = None,
-        held_out_prompts: str = "",
-        negative: str = "",
-        gpus: str = "",
-        conditioning: list | None = None,
-    ) -> io.NodeOutput:
-        connected(grpo_model, types.Model, "grpo_model")
-        connected(reward, Judges, "reward")
-        if settings is not None:
-            connected(settings, types.Settings, "settings")
-        if judges is not None:
-            connected(judges, Judges, "judges")
-        data = runs.describe(grpo_model, settings, reward, judges, prompts, held_out_prompts, negative)
-        source = "" if clip is None else cls._source_of("clip")
-        if conditioning is not None:
-            source += f"-{cls._source_of('conditioning')}"
-        run = runs.begin(name, data, clip, source, processes, session.parse_gpus(gpus, processes), conditioning)
-        if wait:
-            screen = session.Screen(cls.hidden.unique_id, run.config().runtime.iterations)
-            runs.wait_or_cancel(run, name, screen)
-        return _result(run, cls, run_last=False)
+    def check_lazy_status(cls, **given: list) -> list[str]:
+        """Names of the inputs to compute next: first descriptions, then what loads models."""
+        with progress.errors_on_node(cls.hidden.unique_id):
+            _check_widgets(given)
+            if waiting := _waiting(given, DESCRIPTIONS):
+                return waiting
+            runs.check_without_model(_description(given, {}), *_processes(given))
+            return _waiting(given, LOADED)
+
+    @classmethod
+    def execute(cls, **given: list) -> io.NodeOutput:
+        with progress.errors_on_node(cls.hidden.unique_id):
+            name, model = inputs.single(given["name"], "name"), inputs.single(given["grpo_model"], "grpo_model")
+            connected(model, types.Model, "grpo_model")
+            clip, conditioning = _optional(given, "clip"), _optional(given, "conditioning")
+            source = ""
+            if clip is not None:
+                source = cls._source_of("clip")
+                inputs.linked(clip, "clip", "CLIP")
+            if conditioning is not None:
+                source += f"-{cls._source_of('conditioning')}"
+                inputs.conditioning(conditioning, "conditioning")
+            data, (processes, gpus) = _description(given, model.section), _processes(given)
+            run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
+            if inputs.single(given["wait"], "wait"):
+                bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
+                progress.wait_or_cancel(run, name, bar)
+            return results.result(run, cls, status_first=False)
 
     @classmethod
     def _source_of(cls, name: str) -> str:
@@ -174,152 +94,157 @@ class TrainLoRA(io.ComfyNode):
         return runs.upstream_digest(graph.get_node, graph.get_node(cls.hidden.unique_id)["inputs"][name])
 
 
-class Run(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="DanceGRPO_Run",
-            display_name="GRPO Run",
-            category=CATEGORY,
-            description="Look at a training run, watch it to its end, stop it, or let it go on; and take its LoRA.",
-            search_aliases=["grpo run", "training status", "resume training", "stop training", "dancegrpo"],
-            is_output_node=True,
-            not_idempotent=True,
-            hidden=[io.Hidden.unique_id],
-            inputs=[
-                RunType.Input("run", optional=True, tooltip="From GRPO Train LoRA; or give its name below."),
-                io.String.Input("name", default="", optional=True, tooltip="Name of a run, where none is connected."),
-                io.Combo.Input(
-                    "action",
-                    options=list(ACTIONS),
-                    tooltip="look: its state now. watch: wait for its end (cancel ends the watching, not the run). "
-                    "stop: end it, keeping what was learned. resume: let a stopped or broken run go on.",
-                ),
-            ],
-            outputs=_result_outputs(run_last=True),
-        )
-
-    @classmethod
-    def validate_inputs(cls, name: str | None = None) -> bool | str:
-        try:
-            if name:
-                check_name(name)
-        except BadInput as error:
-            return str(error)
-        return True
-
-    @classmethod
-    def fingerprint_inputs(cls, **_: object) -> float:
-        return ALWAYS
-
-    @classmethod
-    def execute(cls, action: str, run: str | None = None, name: str = "") -> io.NodeOutput:
-        if run is None and not name:
-            raise BadInput("no run: connect one, or give its name")
-        if run is not None and name and name != run:
-            raise BadInput(f"run {run!r} is connected and the name is {name!r}: clear the name, or disconnect")
-        directory = runs.existing(run or name)
-        if action == "stop":
-            launch.stop(directory, grace=runs.GRACE)
-        elif action == "resume":
-            runs.resume(directory)
-        elif action == "watch":
-            runs.wait(directory, session.Screen(cls.hidden.unique_id, directory.config().runtime.iterations))
-        return _result(directory, cls, run_last=True)
+# -------------------------------------------------------------------------------------------------------------- schema
 
 
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-def _result_outputs(run_last: bool) -> list[io.Output]:
-    outputs = [
-        io.LoraModel.Output(display_name="lora_model", tooltip="The newest LoRA, for core's Load LoRA Model."),
-        io.LossMap.Output(
-            display_name="loss_map",
-            tooltip="Minus the mean reward per iteration, for core's Plot Loss Graph. (GRPO's own loss is about 0 by "
-            "construction.)",
+def _sockets() -> list[io.Input]:
+    return [
+        ModelType.Input("grpo_model", lazy=True, tooltip="The model that learns: GRPO Base Model or Demo Model."),
+        RewardType.Input("reward", lazy=True, tooltip="What is rewarded; Combine Rewards mixes several."),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            lazy=True,
+            tooltip="Encodes the prompts, so that the trainer loads no text encoder. Without it, the trainer uses "
+            "those of the model's folder.",
         ),
-        io.String.Output(
-            display_name="lora_name", tooltip="Its name in the lists of ComfyUI's LoRA loaders, once the run has ended."
+        SettingsType.Input(
+            "settings", optional=True, lazy=True, tooltip="GRPO Settings or GRPO Preset; without it, every default."
         ),
-        RunType.Output(display_name="run", tooltip="For GRPO Run."),
-        io.Image.Output(display_name="curve", tooltip="Rewards over the iterations."),
-        io.Image.Output(display_name="samples", tooltip="Before and after, or the newest samples."),
+        RewardType.Input(
+            "evaluation_rewards",
+            optional=True,
+            lazy=True,
+            tooltip="Rewards that are measured on the held-out prompts and not trained on.",
+        ),
     ]
-    if not run_last:
-        return outputs
-    run = outputs.pop(3)
-    return [io.String.Output(display_name="status", tooltip="State, rewards and time left."), *outputs, run]
 
 
-def _result(run: RunDirectory, cls: type[io.ComfyNode], run_last: bool) -> io.NodeOutput:
-    """What a run has to give now; nodes after an output that is not there yet are left out."""
-    name, running = run.path.name, launch.is_running(run)
-    text = runs.status_text(run, running)
-    samples = _samples(run)
-    absent = ExecutionBlocker(None)
-    lora = _lora(run)
-    values = runs.losses(run)
-    outputs = [
-        absent if lora is None else lora,
-        {"loss": values} if len(set(values)) > 1 else absent,  # core's plot divides by their range
-        absent if lora is None or running else publish_lora(run.lora_file, name),
-        name,
-        _or_absent(_curve(run)),
-        _or_absent(samples),
+def _widgets() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "name",
+            default="my_lora",
+            tooltip="Name of the run and its LoRA. It belongs to these settings: other settings need another name, but "
+            "more iterations extend the run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
+        ),
+        _text("prompts", "Training prompts, one per line; or a list of prompts. Each iteration uses some of them."),
+        _text(
+            "held_out_prompts",
+            "Prompts that are not trained on, one per line: images of them are scored before and after.",
+            default="",
+            optional=True,
+        ),
+        _text("negative", "Negative prompt, used where guidance_scale is not 1.", default="", optional=True),
+        io.Boolean.Input(
+            "wait",
+            default=True,
+            label_on="wait for the result",
+            label_off="in the background",
+            tooltip="Wait and show progress, or return at once and leave the run to GRPO Run. Other prompts can be "
+            "queued while a run is in the background.",
+        ),
+        io.Int.Input(
+            "processes", default=1, min=1, max=MOST_PROCESSES, tooltip="Processes that share the training: one per GPU."
+        ),
+        io.String.Input(
+            "gpus",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="GPU numbers, such as 0,1: as many as processes. Empty uses those that ComfyUI sees.",
+        ),
     ]
-    if run_last:
-        outputs = [text, *outputs[:3], *outputs[4:], name]
-    shown = {"text": (text,)}
-    if samples is not None:
-        shown |= ui.PreviewImage(samples, cls=cls).as_dict()
-    session.say(text, cls.hidden.unique_id)
-    return io.NodeOutput(*outputs, ui=shown)
 
 
-def _or_absent(value: torch.Tensor | None) -> object:
-    return ExecutionBlocker(None) if value is None else value
+def _late_inputs() -> list[io.Input]:
+    """Inputs after the widgets; saved workflows keep widget values by position, so new widgets go to the end."""
+    return [
+        io.Conditioning.Input(
+            "conditioning",
+            optional=True,
+            lazy=True,
+            tooltip="What every prompt carries beside its text, with a connected model: guidance, reference latents, a "
+            "first frame, masks. The text in it is not used.",
+        ),
+        io.Combo.Input(
+            "start_from",
+            options=[BASE_MODEL, *folder_paths.get_filename_list("loras")],
+            default=BASE_MODEL,
+            optional=True,
+            advanced=True,
+            tooltip="A LoRA to start from, instead of the base model alone: training continues to change it. It must "
+            "be made for this model, and of no higher rank than lora.rank.",
+        ),
+    ]
 
 
-def _lora(run: RunDirectory) -> dict[str, torch.Tensor] | None:
-    from safetensors.torch import load_file
-
-    return load_file(run.lora_file) if run.lora_file.exists() else None
+def _text(name: str, tooltip: str, **options: object) -> io.Input:
+    return io.String.Input(name, multiline=True, dynamic_prompts=False, tooltip=tooltip, **options)
 
 
-def _curve(run: RunDirectory) -> torch.Tensor | None:
-    from ..trainer.runs.report import draw_reward_curve
-
-    picture = draw_reward_curve(run.events(), (run.summary() or {}).get("evaluations", []))
-    return None if picture is None else _image(memory_file.BytesIO(picture))
+# -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _samples(run: RunDirectory) -> torch.Tensor | None:
-    both = run.path / "report" / "before_after.png"
-    picture = both if both.exists() and runs.is_finished(run) else runs.newest_sample(run)
-    return None if picture is None else _image(picture)
+def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
+    """Which of these sockets are connected to something that has not been computed yet."""
+    return [name for name in names if name in given and list(given[name]) == [None]]
 
 
-def _image(source: object) -> torch.Tensor:
-    """A picture as ComfyUI has images: `[1, H, W, 3]`."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(source) as picture:
-        array = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(array)[None]
+def _optional(given: dict[str, list], name: str, default: object = None) -> object:
+    """The one value of an optional input."""
+    return inputs.single(given[name], name) if name in given else default
 
 
-def _state_on_disk(name: str | None) -> float | str:
-    """Changes whenever the run of this name does."""
-    try:
-        run = RunDirectory(run_folder(name or ""))
-    except BadInput:
-        return ALWAYS
-    if launch.is_running(run):
-        return ALWAYS
-    status = run.path / "status.json"
-    return hashlib.sha256(status.read_bytes() if status.exists() else b"").hexdigest()
+def _prompts(given: dict[str, list], name: str) -> str:
+    """Text with a prompt per line; each text of a connected list, such as from Prompt Lines, has lines of its own."""
+    return "\n".join(inputs.text(text, name) for text in given.get(name, []))
 
 
-NODES = [TrainLoRA, Run]
+def _processes(given: dict[str, list]) -> tuple[int, list[int] | None]:
+    """Number of processes and their GPUs."""
+    processes = inputs.whole_number(inputs.single(given["processes"], "processes"), "processes", 1, MOST_PROCESSES)
+    return processes, memory.parse_gpus(inputs.text(_optional(given, "gpus", ""), "gpus"), processes)
+
+
+def _check_widgets(given: dict[str, list]) -> None:
+    check_name(inputs.single(given["name"], "name"))
+    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"))
+    _processes(given)
+    inputs.single(given["wait"], "wait")
+    _start_from(given)
+
+
+def _start_from(given: dict[str, list]) -> Path | None:
+    name = _optional(given, "start_from", BASE_MODEL)
+    if name == BASE_MODEL:
+        return None
+    file = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
+    if file is None:
+        raise BadInput(f"start_from is {str(name)[:100]!r}, which is not in ComfyUI's list of LoRAs: choose one of it")
+    return Path(file).absolute()
+
+
+def _description(given: dict[str, list], model: dict) -> dict:
+    """The plain data of the run description."""
+    reward, settings = inputs.single(given["reward"], "reward"), _optional(given, "settings")
+    evaluation_rewards = _optional(given, "evaluation_rewards")
+    connected(reward, types.Rewards, "reward")
+    if settings is not None:
+        connected(settings, types.Settings, "settings")
+    if evaluation_rewards is not None:
+        connected(evaluation_rewards, types.Rewards, "evaluation_rewards")
+    negative = inputs.text(_optional(given, "negative", ""), "negative")
+    return runs.describe(
+        model,
+        settings,
+        reward,
+        evaluation_rewards,
+        _prompts(given, "prompts"),
+        _prompts(given, "held_out_prompts"),
+        negative,
+        _start_from(given),
+    )
+
+
+NODES = [TrainLoRA]

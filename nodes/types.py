@@ -1,6 +1,7 @@
 """What flows between the nodes of this pack: parts of a run description, never loaded objects."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -10,17 +11,45 @@ from ..trainer.utils.errors import BadInput
 CATEGORY = "DanceGRPO"
 
 RewardType = io.Custom("REWARD")
-"""A `Judges`."""
+"""A `Rewards`."""
 ModelType = io.Custom("GRPO_MODEL")
 """A `Model`."""
 SettingsType = io.Custom("GRPO_SETTINGS")
 """A `Settings`."""
 RunType = io.Custom("GRPO_RUN")
-"""Names a run on disk."""
+"""The name of a run on disk."""
 
 
-class Model(dict):
-    """The `model` section of a run description, such as `{"family": "sd3", "path": "embedded"}`."""
+@dataclass(frozen=True)
+class Blueprint:
+    """What is needed to build a connected MODEL again without its weights.
+
+    Attributes:
+        kind: its class, a `BaseModel` of ComfyUI's.
+        config: ComfyUI's configuration of it.
+        sampling: its `model_sampling`, as nodes have changed it.
+    """
+
+    kind: type
+    config: Any
+    sampling: Any
+
+    @classmethod
+    def of(cls, model: Any) -> "Blueprint":
+        return cls(type(model.model), model.model.model_config, model.get_model_object("model_sampling"))
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model of a run.
+
+    Attributes:
+        section: the `model` section of a run description, such as `{"family": "sd3", "path": "embedded"}`.
+        blueprint: for a connected MODEL; None for a diffusers folder or the demo model.
+    """
+
+    section: dict
+    blueprint: Blueprint | None = None
 
 
 class Settings(dict):
@@ -28,18 +57,18 @@ class Settings(dict):
 
 
 @dataclass(frozen=True)
-class Judges:
+class Rewards:
     """The `rewards` list of a run description."""
 
     rewards: tuple[RewardConfig, ...]
 
     def description(self) -> list[dict]:
-        """Plain data for a run description; what is at its default is left out."""
+        """Plain data for a run description, without values that equal their defaults."""
         return [reward.model_dump(mode="json", exclude_defaults=True) for reward in self.rewards]
 
 
 def connected(value: object, kind: type, field: str) -> None:
-    """A workflow in API format may hold anything in place of a link, such as a model with paths of its choice.
+    """A workflow in API format may hold any literal in place of a link, such as a model with paths of its choice.
 
     Raises:
         BadInput: the value was not made by a node of this pack.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
@@ -33,12 +35,58 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+class Fault(NamedTuple):
+    """One refusal or error as ComfyUI reports it.
+
+    Attributes:
+        node: id of the node.
+        input: the widget or socket that it is shown at; None for an error while the node ran.
+        text: what is said.
+        kind: type of a refusal, or of the exception.
+    """
+
+    node: str
+    input: str | None
+    text: str
+    kind: str
+
+
 class PromptFailed(AssertionError):
-    """A prompt ended in an error; `details` is what ComfyUI says of it."""
+    """A prompt ended in an error.
+
+    Attributes:
+        details: the answer to a refused prompt, or the messages in the history of one that failed.
+    """
 
     def __init__(self, details: object) -> None:
         super().__init__(json.dumps(details, indent=1, default=str)[:4000])
         self.details = details
+
+    @property
+    def faults(self) -> list[Fault]:
+        """Every report a user gets, repeated ones too."""
+        if isinstance(self.details, dict):
+            return [
+                Fault(node, fault["extra_info"].get("input_name"), fault["details"], fault["type"])
+                for node, report in self.details.get("node_errors", {}).items()
+                for fault in report["errors"]
+            ]
+        return [
+            Fault(body["node_id"], None, body["exception_message"].strip(), body["exception_type"])
+            for kind, body in self.details
+            if kind == "execution_error"
+        ]
+
+
+def warnings_of_pack(output: str) -> list[str]:
+    """Warnings that code of this pack has caused, in what a server and its trainers printed.
+
+    A clone has the pack's name and often holds a virtual environment, whose packages are not the pack.
+    """
+    own = (
+        rf"(?:{re.escape(str(ROOT))}|\S*/custom_nodes/{PACK})/(?:__init__\.py|nodes/\S*|trainer/\S*):\d+: \w*Warning.*"
+    )
+    return re.findall(own, output)
 
 
 class Server:

@@ -19,10 +19,12 @@ from conftest import (
 
 from trainer import rewards
 from trainer.cli import main
-from trainer.config import GuardConfig
+from trainer.config import WatchdogConfig, parse_config
+from trainer.objectives import make_objective
 from trainer.rewards import Reward
+from trainer.runs import launch
 from trainer.runs.directory import RunDirectory
-from trainer.runs.watchdog import Guard
+from trainer.runs.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -78,14 +80,18 @@ def test_train_leaves_everything_and_a_second_train_only_reports(
     assert set(summary["eval"]["before"]["rewards"]) == {"brightness", "colorfulness", "mix"}
     assert [e["iteration"] for e in summary["evaluations"]] == [0, 2, 4]
     assert Path(summary["lora"]) == run / "lora.safetensors"
-    times = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+    def times() -> dict[Path, int]:
+        files = [path for path in run.rglob("*") if path.is_file() and path.name not in (".lock", ".owner")]
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    before = times()
     for words in (("train", file, "--output", run), ("resume", run)):
         code, output = program.run(*words)
         assert code == 0, output
         assert "finished: 4 iterations" in output
         assert "iteration 1/4" not in output
-    again = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert again == times, "nothing was trained or written"
+    assert times() == before, "nothing was trained or written"
 
 
 def test_same_seed_same_run(short: dict, program: Forks, tmp_path: Path) -> None:
@@ -114,21 +120,29 @@ def test_bad_input_is_exit_code_2_and_one_line(short: dict, tmp_path: Path, caps
         ("train", file, *out, "--set", "lora.targets=[attn.nothing]"): "'attn.nothing' matches no linear layer",
         ("train", file, *out, "--set", "prompts={file: /no/prompts.txt}"): "/no/prompts.txt cannot be read",
         ("train", file, *out, "--set", "prompts.conditions=/no/c.safetensors"): "/no/c.safetensors cannot be read",
-        ("resume", str(tmp_path)): "no run directory",
-        ("status", str(tmp_path)): "no run directory",
-        ("stop", str(tmp_path)): "no run directory",
+        ("train", file, *out, "--set", "evaluation={texts: [a red circle]}"): "'a red circle' is also trained on",
+        ("train", file, *out, "--set", "rollout.kernel=ddim"): "rollout.kernel is 'ddim'",
+        ("train", file, *out, "--set", "rewards.0.name=videoalign"): "reward 'videoalign'",
+        ("train", file, *out, "--set", "evaluation.rewards=[{name: hps-v2.1}]"): "reward 'hps-v2.1'",
+        ("train", file, *out, "--set", "objective.name=grop"): "objective 'grop' is unknown",
+        ("train", file, *out, "--set", "model.sharded=true"): "model.sharded is true",
+        ("train", file, *out, "--processes", "9"): "9 processes are more than the 8 images",
+        ("resume", str(tmp_path)): "is not a run directory",
+        ("status", str(tmp_path)): "is not a run directory",
+        ("stop", str(tmp_path)): "is not a run directory",
         ("encode", str(tmp_path / "missing.yaml"), "--output", str(tmp_path / "c")): "missing.yaml cannot be read",
         ("presets", "nope"): "'nope' is unknown",
         ("score", "brightness", picture, "--prompt", "a"): "no.png cannot be read",
         ("score", "taste", picture, "--prompt", "a"): "'taste' is unknown",
         ("score", "brightness", picture, "--prompt", "a", "--prompt", "b"): "2 prompts for 1 images",
     }
-    for number, (words, sentence) in enumerate(cases.items()):
-        place = [w.replace(str(tmp_path / "run"), str(tmp_path / f"run{number}")) if w == out[1] else w for w in words]
-        assert main(place) == 2, words
+    for words, sentence in cases.items():
+        assert main(list(words)) == 2, words
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, words
         assert sentence in errors[0], errors[0]
+        assert not (tmp_path / "run").exists(), "a description that is refused has no run directory"
+    assert main(["train", file, *out]) == 0, "the corrected description gets the directory"
 
 
 @pytest.mark.parametrize("words", [["paint"], [], ["train"], ["train", "x", "--processes", "0"], ["score", "a", "b"]])
@@ -143,8 +157,8 @@ def test_another_description_in_a_used_directory(short: dict, tmp_path: Path, ca
     file, run = str(write_description(tmp_path / "run.json", short)), tmp_path / "run"
     assert main(["train", file, "--output", str(run)]) == 0
     before = lora_of(run)
-    assert main(["train", file, "--output", str(run), "--set", "runtime.iterations=3"]) == 2
-    assert "runtime.iterations was 2 and is now 3" in capsys.readouterr().err
+    assert main(["train", file, "--output", str(run), "--set", "runtime.iterations=1"]) == 2
+    assert "runtime.iterations was 2 and is now 1" in capsys.readouterr().err
     assert_same_tensors(lora_of(run), before)
     assert RunDirectory(run).status()["state"] == "finished"
 
@@ -176,7 +190,7 @@ def test_encoded_prompts_train_as_the_text_encoder_does(
     def fail(*_: object) -> None:
         raise AssertionError("a text encoder was loaded")
 
-    monkeypatch.setattr(SD3Model, "encode", fail)
+    monkeypatch.setattr(SD3Model, "encode_pieces", fail)
     setting = f"prompts.conditions={conditions}"
     assert main(["train", file, "--output", str(tmp_path / "b"), "--set", setting]) == 0
     assert_same_tensors(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))
@@ -215,7 +229,7 @@ def test_presets_are_listed_and_printed_as_descriptions(tmp_path: Path, capsys: 
         (tmp_path / "preset.yaml").write_text(capsys.readouterr().out)
         from trainer.config import parse_config, preset, read_config
 
-        assert read_config(tmp_path / "preset.yaml") == parse_config(preset(name))
+        assert read_config(tmp_path / "preset.yaml") == parse_config(preset(name), base=tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- rewards that misbehave
@@ -261,7 +275,8 @@ def test_sample_without_a_finite_reward_is_dropped_and_counted(
     assert main(["train", str(file), "--output", str(run)]) == 0
     for event in results_of(run):
         assert event["dropped_samples"] == 1
-        assert event["actions"] == (2 * 4 - 1) * 4, "every other sample is trained at its 4 stochastic steps"
+        trained = event["objective"]["actions"]
+        assert trained == (2 * 4 - 1) * 4, "every other sample is trained at its 4 stochastic steps"
         assert 0 < event["rewards"]["odd"]["mean"] < 1, "the mean of the others"
     assert all(value.isfinite().all() for value in lora_of(run).values())
 
@@ -271,7 +286,7 @@ def test_too_many_dropped_samples_stop_the_run_with_a_reason(
 ) -> None:
     install(monkeypatch, one_bad(float("nan")))
     short["rewards"] = [{"name": "odd"}]
-    short["runtime"] |= {"iterations": 10, "guard": {"max_dropped": 3}}
+    short["runtime"] |= {"iterations": 10, "watchdog": {"max_dropped": 3}}
     file, run = write_description(tmp_path / "run.json", short), tmp_path / "run"
     assert main(["train", str(file), "--output", str(run)]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
@@ -289,7 +304,7 @@ def test_no_finite_reward_at_all_changes_nothing(short: dict, tmp_path: Path, mo
     file, run = write_description(tmp_path / "run.json", short), tmp_path / "run"
     assert main(["train", str(file), "--output", str(run)]) == 0
     for event in results_of(run):
-        assert (event["dropped_samples"], event["actions"], event["grad_norm"]) == (8, 0, None)
+        assert (event["dropped_samples"], event["objective"]["actions"], event["grad_norm"]) == (8, 0, None)
     assert all((value == 0).all() for name, value in lora_of(run).items() if "lora_B" in name)
 
 
@@ -309,7 +324,7 @@ def test_falling_reward_stops_the_run_with_its_best_lora(
     path = [0.0, 1.0, 2.0] + [-10.0 * i for i in range(1, 20)]
     install(monkeypatch, lambda scores, call: torch.linspace(-1, 1, 4).repeat(2) + path[call - 1])
     short["rewards"] = [{"name": "odd"}]
-    short["runtime"] |= {"iterations": 20, "guard": {"patience": 3}}
+    short["runtime"] |= {"iterations": 20, "watchdog": {"patience": 3}}
     file, run = write_description(tmp_path / "run.json", short), tmp_path / "run"
     assert main(["train", str(file), "--output", str(run)]) == 1
     error = capsys.readouterr().err
@@ -342,7 +357,7 @@ def test_failing_reward_fails_the_run_and_keeps_what_it_had(
     assert "has left" in (run.path / "error-0.txt").read_text()
     assert (run.status()["state"], run.status()["error"]) == ("failed", "the judge has left")
     assert run.load_checkpoint()[0].state["iteration"] == 1
-    assert not run.is_live()
+    assert not launch.is_running(run)
     install(monkeypatch, lambda scores, call: scores)
     assert main(["resume", str(run.path)]) == 0
     assert [event["iteration"] for event in results_of(run.path)] == [1, 2]
@@ -361,51 +376,55 @@ def test_a_full_device_says_what_helps(short: dict, tmp_path: Path, monkeypatch:
         assert word in run.status()["error"]
 
 
-# -------------------------------------------------------------------------------------------------------- the guard
+# ----------------------------------------------------------------------------------------------------- the watchdog
 
 
 def event(reward: float | None = 0.0, deviation: float = 0.0, norm: float | None = 1.0, **more: int) -> dict:
     return {
-        "rewards": {"r": {"mean": reward, "std": 1.0, "spread": 2.0}},
-        "ratio": {"mean_deviation": deviation},
+        "rewards": {"r": {"mean": reward, "std": 1.0, "group_std": 2.0}},
+        "objective": {"ratio": {"mean_deviation": deviation}},
+        "skipped_groups": 0,
         "grad_norm": norm,
         "dropped_samples": more.get("dropped", 0),
         "bad_updates": more.get("bad", 0),
     }
 
 
-def guard(**settings: float) -> Guard:
-    return Guard(GuardConfig(**settings), {"r": 1.0})
+GRPO = make_objective(parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "r"}]}))
 
 
-def verdicts(watcher: Guard, events: list[dict]) -> list[str | None]:
-    return [watcher.watch(e)[1] for e in events]
+def watchdog(weight: float = 1.0, **settings: float) -> Watchdog:
+    return Watchdog(WatchdogConfig(**settings), {"r": weight})
 
 
-def test_guard_lets_a_steady_run_go_on() -> None:
+def verdicts(watcher: Watchdog, events: list[dict]) -> list[str | None]:
+    return [watcher.watch(e, GRPO.alarm(e["objective"]))[1] for e in events]
+
+
+def test_watchdog_lets_a_steady_run_go_on() -> None:
     noisy = [event(reward=0.5 * (-1) ** i, deviation=0.1, norm=1 + i % 3) for i in range(100)]
-    assert verdicts(guard(), noisy) == [None] * 100
+    assert verdicts(watchdog(), noisy) == [None] * 100
 
 
-def test_guard_ratio_needs_patience_in_a_row() -> None:
+def test_watchdog_ratio_needs_patience_in_a_row() -> None:
     bad, good = event(deviation=0.6), event(deviation=0.4)
-    found = verdicts(guard(patience=3), [bad, bad, good, bad, bad, bad])
+    found = verdicts(watchdog(patience=3), [bad, bad, good, bad, bad, bad])
     assert found[:5] == [None] * 5
     assert found[5].startswith("collapse: the mean |ratio - 1| is 0.6, for 3 iterations in a row")
-    assert verdicts(guard(patience=1), [event(deviation=float("nan"))])[0].startswith("collapse")
+    assert verdicts(watchdog(patience=1), [event(deviation=float("nan"))])[0].startswith("collapse")
 
 
-def test_guard_gradient_against_its_running_median() -> None:
-    watcher = guard(patience=2, gradient_factor=10)
+def test_watchdog_gradient_against_its_running_median() -> None:
+    watcher = watchdog(patience=2, gradient_factor=10)
     assert verdicts(watcher, [event(norm=1e9), *[event(norm=n) for n in (1, 2, 1, 2, 1)]]) == [None] * 6
     found = verdicts(watcher, [event(norm=10.0), event(norm=30.0), event(norm=40.0)])
     assert found[:2] == [None, None]
     assert "the gradient norm is 40" in found[2]
-    assert verdicts(guard(patience=1), [event(norm=None)] * 10) == [None] * 10
+    assert verdicts(watchdog(patience=1), [event(norm=None)] * 9) == [None] * 9
 
 
-def test_guard_reward_is_measured_in_within_group_spreads() -> None:
-    watcher = guard(patience=1, reward_drop=1.0)
+def test_watchdog_reward_is_measured_in_within_group_spreads() -> None:
+    watcher = watchdog(patience=1, reward_drop=1.0)
     assert watcher.watch(event(0.0)) == (True, None)
     assert watcher.watch(event(2.0)) == (True, None)
     assert watcher.best == pytest.approx(0.2)  # one spread up, smoothed by 0.2
@@ -414,24 +433,24 @@ def test_guard_reward_is_measured_in_within_group_spreads() -> None:
     assert "1.69 standard deviations below its best" in watcher.watch(event(-9.0))[1]
 
 
-def test_guard_reward_with_a_negative_weight_is_better_when_lower() -> None:
-    watcher = Guard(GuardConfig(), {"r": -2.0})
+def test_watchdog_reward_with_a_negative_weight_is_better_when_lower() -> None:
+    watcher = watchdog(weight=-2.0)
     assert [watcher.watch(event(value))[0] for value in (1.0, 2.0, -5.0)] == [True, False, True]
 
 
-def test_guard_counts_dropped_samples_and_bad_updates_over_the_whole_run() -> None:
-    assert verdicts(guard(max_dropped=5), [event(dropped=3), event(), event(dropped=3)])[1:] == [
+def test_watchdog_counts_dropped_samples_and_bad_updates_over_the_whole_run() -> None:
+    assert verdicts(watchdog(max_dropped=5), [event(dropped=3), event(), event(dropped=3)])[1:] == [
         None,
         "6 samples had no finite reward (limit 5)",
     ]
-    found = verdicts(guard(max_bad_updates=1), [event(bad=1), event(bad=1)])
+    found = verdicts(watchdog(max_bad_updates=1), [event(bad=1), event(bad=1)])
     assert found[0] is None
     assert "2 updates had no finite loss or gradient (limit 1)" in found[1]
 
 
-def test_guard_state_goes_through_a_checkpoint() -> None:
+def test_watchdog_state_goes_through_a_checkpoint() -> None:
     events = [event(reward=-i, deviation=0.1 * i, norm=1.0 + i) for i in range(30)]
-    whole, first, second = guard(), guard(), guard()
+    whole, first, second = watchdog(), watchdog(), watchdog()
     expected = verdicts(whole, events)
     found = verdicts(first, events[:12])
     second.restore(json.loads(json.dumps(first.state())))

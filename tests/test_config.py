@@ -8,7 +8,18 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from trainer.config import RunConfig, Section, parse_config, preset, preset_names, read_config
+from trainer.config import (
+    RolloutConfig,
+    RunConfig,
+    Section,
+    parse_config,
+    parse_sections,
+    preset,
+    preset_names,
+    read_config,
+)
+from trainer.objectives import OBJECTIVES
+from trainer.objectives.grpo import GrpoOptions
 from trainer.utils.errors import BadInput
 
 MINIMAL = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "brightness"}]}
@@ -18,10 +29,15 @@ def minimal(**sections: object) -> dict:
     return copy.deepcopy({**MINIMAL, **sections})
 
 
+def sections() -> list[type[Section]]:
+    """All sections of the trainer."""
+    ours = [section for section in Section.__subclasses__() if section.__module__.startswith("trainer.")]
+    return [*ours, *(objective.Options for objective in OBJECTIVES.values())]
+
+
 def test_every_setting_has_a_description_and_a_default() -> None:
     without_default = set()
-    ours = [section for section in Section.__subclasses__() if section.__module__.startswith("trainer.")]
-    for section in ours:
+    for section in sections():
         for name, field in section.model_fields.items():
             nested = isinstance(field.default, BaseModel)
             if section is not RunConfig and not nested:
@@ -30,7 +46,7 @@ def test_every_setting_has_a_description_and_a_default() -> None:
             if field.is_required():
                 without_default.add(f"{section.__name__}.{name}")
     files = {"GraphModel.folder", "GraphModel.file", "GraphModel.vae_file", "GraphLora.file"}
-    assert without_default == {"RunConfig.prompts", "RunConfig.rewards", "RewardConfig.name"} | files
+    assert without_default == {"RewardConfig.name", "ObjectiveOptions.name"} | files
 
 
 def test_minimal_description_is_enough() -> None:
@@ -50,8 +66,8 @@ FAULTS = {
     "below range": ("rollout.steps=1", ["rollout.steps", "1", "greater than or equal to 2"]),
     "above range": ("optimizer.learning_rate=2", ["optimizer.learning_rate", "2", "less than or equal to 1"]),
     "NaN": ("rollout.shift=.nan", ["rollout.shift", "nan", "finite number"]),
-    "infinity": ("objective.advantage_clip=.inf", ["objective.advantage_clip", "inf", "finite number"]),
-    "NaN in a nested section": ("runtime.guard.reward_drop=.nan", ["runtime.guard.reward_drop", "nan", "finite"]),
+    "infinity": ("advantage.clip=.inf", ["advantage.clip", "inf", "finite number"]),
+    "NaN in a nested section": ("runtime.watchdog.reward_drop=.nan", ["runtime.watchdog.reward_drop", "nan", "finite"]),
     "group of one": ("rollout.group_size=1", ["rollout.group_size", "1", "greater than or equal to 2"]),
     "eta 0": ("rollout.eta=0", ["rollout.eta", "0", "greater than 0"]),
     "eta below 0": ("rollout.eta=-0.5", ["rollout.eta", "-0.5", "greater than 0"]),
@@ -61,10 +77,10 @@ FAULTS = {
     "empty prompt": ("prompts.texts=[a circle, '  ']", ["prompts", "empty prompt"]),
     "duplicate prompt": ("prompts.texts=[a circle, a square, a circle]", ["prompts", "'a circle'", "more than once"]),
     "duplicate held-out prompt": ("evaluation.texts=[a, a]", ["evaluation", "more than once"]),
-    "no rewards": ("rewards=[]", ["rewards", "at least 1"]),
+    "no rewards": ("rewards=[]", ["rewards", "nothing to learn"]),
     "the same reward twice": ("rewards=[{name: a}, {name: a}]", ["rewards", "more than once"]),
     "reward without a name": ("rewards=[{weight: 1}]", ["rewards.0.name", "missing"]),
-    "odd best_of_n": ("objective.best_of_n=3", ["objective.best_of_n", "3", "multiple of 2"]),
+    "odd best_of_n": ("advantage.best_of_n=3", ["advantage.best_of_n", "3", "multiple of 2"]),
     "one checkpoint": ("runtime.keep_checkpoints=1", ["runtime.keep_checkpoints", "1", "greater than or equal to 2"]),
     "section that is a number": ("rollout=5", ["rollout", "5", "dictionary"]),
 }
@@ -89,18 +105,21 @@ CONFLICTS = {
         ["rollout", "window of 2 from step 4", "first 5 of 6 steps"],
     ),
     "best_of_n above the group": (
-        ["rollout.group_size=4", "objective.best_of_n=6"],
-        ["objective.best_of_n 6", "rollout.group_size 4"],
+        ["rollout.group_size=4", "advantage.best_of_n=6"],
+        ["advantage.best_of_n 6", "rollout.group_size 4"],
     ),
     "updates that do not divide": (
         ["rollout.group_size=4", "rollout.prompts_per_iteration=3", "objective.updates=5"],
         ["objective.updates 5", "prompts_per_iteration 3", "4 trained images"],
     ),
     "updates against best_of_n": (
-        ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "objective.best_of_n=4", "objective.updates=3"],
+        ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "advantage.best_of_n=4", "objective.updates=3"],
         ["objective.updates 3", "4 trained images"],
     ),
-    "cps renoising more than all": (["rollout.kernel=cps", "rollout.eta=2"], ["rollout", "eta 2.0", "below 2"]),
+    "cps renoising more than all": (
+        ["rollout.kernel=cps", "rollout.eta=2"],
+        ["rollout", "eta 2 ", "kernel cps", "0 to 1"],
+    ),
 }
 
 
@@ -114,13 +133,47 @@ def test_settings_that_do_not_fit_together(conflict: str) -> None:
 
 def test_settings_at_the_edge_fit() -> None:
     edge = ["rollout.steps=5", "rollout.window.size=2", "rollout.window.start=2", "rollout.group_size=4"]
-    config = parse_config(minimal(), [*edge, "objective.best_of_n=4", "objective.updates=4"])
-    assert config.objective.best_of_n == config.rollout.group_size
+    config = parse_config(minimal(), [*edge, "advantage.best_of_n=4", "objective.updates=4"])
+    assert config.advantage.best_of_n == config.rollout.group_size
 
 
-def test_missing_sections_are_named() -> None:
-    with pytest.raises(BadInput, match=r"prompts is missing; rewards is missing"):
-        parse_config({})
+def test_prompts_and_rewards_are_asked_for() -> None:
+    with pytest.raises(BadInput, match="prompts names none: give them in exactly one of texts, file and shapes"):
+        parse_config({"rewards": MINIMAL["rewards"]})
+    with pytest.raises(BadInput, match="rewards names none"):
+        parse_config({"prompts": MINIMAL["prompts"]})
+
+
+def test_parts_of_a_description_validate_alone() -> None:
+    assert RolloutConfig.model_validate({"steps": 4}).steps == 4
+    found = parse_sections({"rollout": {"steps": 4}, "objective": {"updates": 3}}, ["rollout.eta=0.7", "lora.rank=2"])
+    assert (found["rollout"].steps, found["rollout"].eta, found["objective"].updates) == (4, 0.7, 3)
+    assert found["lora"].rank == 2
+    assert isinstance(found["objective"], GrpoOptions)
+    with pytest.raises(BadInput) as raised:
+        parse_sections({"rollout": {"steps": 1}, "objective": {"clip_range": 2}})
+    assert "rollout.steps is 1" in str(raised.value)
+    assert "objective.clip_range is 2" in str(raised.value)
+    with pytest.raises(BadInput, match="rolout is not a section"):
+        parse_sections({"rolout": {}})
+
+
+def test_objective_is_told_by_its_name() -> None:
+    config = parse_config(minimal(objective={"name": "grpo", "clip_range": 1e-3}))
+    assert config.objective == parse_config(minimal(), ["objective.clip_range=1e-3"]).objective
+    assert parse_config(config.model_dump(mode="json")) == config
+    assert yaml.safe_load(config.to_yaml())["objective"]["clip_range"] == 1e-3
+    for value, words in (
+        ("{name: grop}", "objective: objective 'grop' is unknown: choose one of grpo"),
+        ("{name: [grpo]}", "is unknown: choose one of grpo"),
+        ("{clip: 5}", "objective.clip is not a setting"),
+        ("{name: grpo, clip_range: 2}", "objective.clip_range is 2"),
+        ("grpo", "objective: it must be a section, not str"),
+        ("null", "objective: it must be a section, not NoneType"),
+    ):
+        with pytest.raises(BadInput) as raised:
+            parse_config(minimal(), [f"objective={value}"])
+        assert words in str(raised.value)
 
 
 # ------------------------------------------------------------------------------------------------------ overrides
@@ -149,7 +202,11 @@ def test_setting_to_null_removes() -> None:
     ("setting", "words"),
     [
         ("rollout.eta", ["'rollout.eta'", "section.field=value"]),
-        ("rollout.eta=[1", ["rollout.eta", "'[1'", "not a YAML value"]),
+        ("rollout.eta=[1", ["rollout.eta", "'[1'", "neither YAML nor JSON"]),
+        ("rollout.eta=[&a 1, *a]", ["rollout.eta", "'[&a 1, *a]'", "YAML alias in line 1, *a"]),
+        ("rollout.eta=" + "9" * 5000, ["rollout.eta", "a number of 5000 digits"]),
+        ("rewards.²=1", ["rewards.²", "index below 1"]),
+        ("a." * 20_000 + "b=1", ["a.a.a", "more sections inside each other"]),
         ("rewards.3.weight=1", ["rewards.3.weight", "3", "index below 1"]),
         ("rewards.first.weight=1", ["rewards.first.weight", "first", "index below 1"]),
         ("prompts.texts.0.size=1", ["prompts.texts.0.size", "0", "not a section"]),
@@ -186,10 +243,12 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
     [
         (None, ["cannot be read", "No such file"]),
         (b"rollout: [1", ["neither YAML nor JSON"]),
-        (b"\xff\xfe\x00", ["neither YAML nor JSON"]),
+        (b"\xff\xfe\x00", ["is not UTF-8 text", "byte 1"]),
+        (b"prompts: {shapes: 4, texts: &a [x], file: *a}", ["run.yaml", "YAML alias in line 1, *a"]),
+        (b"prompts: {shapes: 4}\nrewards: []\nprompts: {shapes: 5}\n", ["names 'prompts' twice, again in line 3"]),
         (b"", ["must be a mapping", "prompts"]),
         (b"- 1\n", ["must be a mapping", "prompts"]),
-        (b"prompts: {texts: [2020-01-01]}\nrewards: [{name: a}]\n", ["prompts.texts.0", "2020", "valid string"]),
+        (b"prompts: {texts: [2020-01-01, 3]}\nrewards: [{name: a}]\n", ["prompts.texts.1 is 3", "valid string"]),
     ],
 )
 def test_unreadable_description(tmp_path: Path, content: bytes | None, words: list[str]) -> None:
@@ -200,6 +259,24 @@ def test_unreadable_description(tmp_path: Path, content: bytes | None, words: li
         read_config(file)
     assert all(word in str(raised.value) for word in words), str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_json_description_is_read_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"prompts": {"texts": ["a 🦊"]}, "rewards": [{"name": "brightness"}]}))
+    assert "\\ud83e" in file.read_text()
+    assert read_config(file).prompts.texts == ["a 🦊"]
+    assert read_config(file, ['prompts.texts=["a \\ud83e\\udd8a fox"]']).prompts.texts == ["a 🦊 fox"]
+    assert read_config(file, ["prompts.texts=[no, 12:30, 2020-01-01]"]).prompts.texts == ["no", "12:30", "2020-01-01"]
+    with pytest.raises(BadInput, match=r"'a \\ud83e', in which a surrogate is not part of a pair"):
+        parse_config(minimal(prompts={"texts": ["a \ud83e"]}))
+
+
+def test_values_in_messages_are_short() -> None:
+    for setting in (f"rollout.kernel={'x' * 10**6}", f"{'x' * 10**6}=1", f"prompts.texts={['x' * 10**6] * 2}"):
+        with pytest.raises(BadInput) as raised:
+            parse_config(minimal(), [setting])
+        assert len(str(raised.value)) < 500
 
 
 def test_every_preset_is_a_complete_description() -> None:

@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 import yaml
 from conftest import ROOT
 
 from tools import reference
 from trainer.config import RewardConfig, preset_names
+from trainer.diffusion.kernels import KERNELS
 from trainer.rewards import REWARDS, reward_options
 from trainer.rewards.files import file_rule
 
@@ -28,6 +30,15 @@ def test_help_page_of_load_reward_says_what_each_needs() -> None:
         assert kind.licence in section
         for field in kind.Options.model_fields.values():
             assert not file_rule(field) or f"models/rewards/{field.default}" in section
+
+
+@pytest.mark.parametrize("name", reference.KERNEL_TABLES)
+def test_tables_of_the_kernels_are_what_the_registry_says(name: str) -> None:
+    page, table = (ROOT / name).read_text(encoding="utf-8"), reference.KERNEL_TABLES[name]()
+    assert table in page
+    assert [line.split("`")[1] for line in table.splitlines()[2:]] == list(KERNELS)
+    stale = page.replace("`dance-exact`", "`dance-old`")
+    assert reference.with_kernel_table(stale.replace(table.splitlines()[-1] + "\n", ""), table).count(table) == 1
 
 
 def test_rewards_page_has_a_line_and_a_section_for_each_and_an_example_that_is_accepted() -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from trainer.config import parse_config
-from trainer.evaluate import Mixture
 from trainer.loop import Trainer
+from trainer.objectives.advantage import Mixture
 from trainer.utils.distributed import Processes
 
 
@@ -15,7 +15,7 @@ def mixed(record: dict, weights: dict[str, float], units: dict[str, float]) -> f
 
 @pytest.mark.parametrize("combine", ["advantages", "sum"])
 def test_mix_is_in_spreads_of_the_base_model_before_and_after(tiny_description: dict, combine: str) -> None:
-    tiny_description["objective"]["combine"] = combine
+    tiny_description["advantage"] = {"combine": combine}
     trainer = Trainer(parse_config(tiny_description), None, Processes("cpu"))
     trainer.evaluate()
     trainer.iterate()
@@ -37,6 +37,6 @@ def test_one_reward_has_no_mix(tiny_description: dict) -> None:
 
 def test_mixture_of_an_image_without_a_score_is_none() -> None:
     columns = {"a": torch.tensor([1.0, torch.nan]), "b": torch.tensor([2.0, 3.0])}
-    values = Mixture({"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 4.0}).of(columns, {})
+    values = Mixture({"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 4.0}).of(columns)
     assert values[0] == 1 / 0.5 + 2 * 2 / 4.0
     assert values[1].isnan()

@@ -58,8 +58,8 @@ def test_numbers_of_the_paper_are_the_reference_scripts(name: str) -> None:
     )
     assert found == PAPER[name]
     assert rollout.kernel == ("ddim" if name == "paper-sd14" else "dance")
-    assert objective.best_of_n == (8 if name == "paper-hunyuanvideo" else None)
-    assert (objective.clip_range, objective.advantage_clip) == (1e-4, 5.0)
+    assert config.advantage.best_of_n == (8 if name == "paper-hunyuanvideo" else None)
+    assert (objective.clip_range, config.advantage.clip) == (1e-4, 5.0)
     assert (optimizer.weight_decay, optimizer.max_grad_norm, optimizer.betas) == (1e-4, 1.0, (0.9, 0.999))
     assert rollout.shared_noise
     assert config.runtime.seed == 42

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages import engine_for, experience_of, gradients_of, items_of, with_options
 from torch import Tensor
 
 from trainer.adapters import lora
-from trainer.config import LoraConfig, ModelConfig, ObjectiveConfig
+from trainer.config import ModelConfig
 from trainer.models import DiffusionModel
 from trainer.models.diffusers.sd3 import SD3Model
-from trainer.objectives.engine import Actions, Statistics, train
-from trainer.rollout import Plan, Prompting, Trajectories, decode, sample
+from trainer.objectives.base import Totals
+from trainer.objectives.engine import Engine
+from trainer.rollout import Execution, Plan, Prompting, Trajectories, sample
+from trainer.utils.errors import StopRequested
 
 CPU = torch.device("cpu")
 SHIFT, STEPS = 3.0, 5
@@ -42,12 +45,12 @@ def prompting(description: ModelConfig) -> Prompting:
 
 
 @pytest.fixture
-def learner(description: ModelConfig) -> SD3Model:
-    """The model with a LoRA that does something."""
+def engine(description: ModelConfig) -> Engine:
+    """The model with a LoRA that does something, and what trains it."""
     model = SD3Model.load(description, CPU)
-    lora.inject(model.module, LoraConfig(rank=2, alpha=4), model.default_targets, seed=0)
+    engine = engine_for(model, {"name": "grpo"}, lora={"rank": 2, "alpha": 4})
     nudge(model, 0.1, seed=1)
-    return model
+    return engine
 
 
 def nudge(model: DiffusionModel, size: float, seed: int) -> None:
@@ -66,7 +69,8 @@ def step_noise(step: int) -> Tensor:
 
 def roll(model: DiffusionModel, plan: Plan, prompting: Prompting, batch: int = 96, means: bool = False) -> Trajectories:
     initial = starts() if plan.shared_noise else starts()[PROMPT_OF]
-    return sample(model, plan, prompting, PROMPT_OF, initial, step_noise, batch=batch, keep_means=means)
+    plan = replace(plan, keep_means=means)
+    return sample(model, plan, prompting, PROMPT_OF, initial, step_noise, Execution(batch))
 
 
 def plan_of(stochastic: list[bool], shared_noise: bool = True, kernel: str = "dance", guidance: float = 1.0) -> Plan:
@@ -110,10 +114,10 @@ def test_ode_rollout_equals_the_diffusers_pipeline(
         ).images
 
     plan = plan_of([False] * STEPS, kernel="ode", guidance=guidance)
-    mine = sample(model, plan, prompting, torch.arange(PROMPTS), starts(), step_noise, batch=96)
+    mine = sample(model, plan, prompting, torch.arange(PROMPTS), starts(), step_noise, Execution())
     assert mine.final.std() > 0.1
     close(mine.final, generate("latent"), 1e-4)
-    images = decode(model, mine.final, 96)
+    images = model.decode(mine.final)
     assert images.std() > 1e-3
     close(images, generate("pt"), 1e-4)
 
@@ -130,7 +134,7 @@ def test_prompts_and_guidance_matter(model: SD3Model, prompting: Prompting) -> N
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize(
-    ("stochastic", "evaluations"),
+    ("stochastic", "forwards"),
     [
         (ALL, PROMPTS + (STEPS - 1) * PROMPTS * GROUP),
         (WINDOW, 2 * PROMPTS + 3 * PROMPTS * GROUP),
@@ -138,12 +142,12 @@ def test_prompts_and_guidance_matter(model: SD3Model, prompting: Prompting) -> N
     ],
 )
 def test_shared_prefix_changes_nothing_but_the_number_of_calls(
-    model: SD3Model, prompting: Prompting, stochastic: list[bool], evaluations: int, guidance: float
+    model: SD3Model, prompting: Prompting, stochastic: list[bool], forwards: int, guidance: float
 ) -> None:
     shared = roll(model, plan_of(stochastic, True, guidance=guidance), prompting, means=True)
     alone = roll(model, plan_of(stochastic, False, guidance=guidance), prompting, means=True)
-    assert shared.evaluations == evaluations
-    assert alone.evaluations == STEPS * PROMPTS * GROUP
+    assert shared.forwards == forwards
+    assert alone.forwards == STEPS * PROMPTS * GROUP
     close(shared.final, alone.final, 1e-5)
     if any(stochastic):
         for name in ("samples", "next_samples", "means", "log_probs"):
@@ -156,7 +160,7 @@ def test_model_is_called_exactly_as_often_as_counted(model: SD3Model, prompting:
         lambda module, args, kwargs: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     try:
-        counted = roll(model, plan_of(WINDOW), prompting, batch=4).evaluations
+        counted = roll(model, plan_of(WINDOW), prompting, batch=4).forwards
     finally:
         handle.remove()
     assert seen == [2, 2, 4, 2, 4, 2, 4, 2]
@@ -170,7 +174,6 @@ def test_batch_size_does_not_matter(model: SD3Model, prompting: Prompting, share
         other = roll(model, plan_of(ALL, shared), prompting, batch)
         close(whole.final, other.final, 1e-5)
         close(whole.log_probs, other.log_probs, 1e-5)
-    close(decode(model, whole.final, 96), decode(model, whole.final, 1), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ what is remembered
@@ -194,7 +197,7 @@ def test_steps_outside_the_window_are_deterministic(model: SD3Model, prompting: 
         asked.append(step)
         return step_noise(step)
 
-    kept = sample(model, plan_of(WINDOW), prompting, PROMPT_OF, starts(), noise, batch=96)
+    kept = sample(model, plan_of(WINDOW), prompting, PROMPT_OF, starts(), noise, Execution())
     assert asked == kept.steps == [1, 2]
     assert len(kept.samples) == len(kept.next_samples) == len(kept.log_probs) == 2
 
@@ -207,93 +210,96 @@ def test_steps_outside_the_window_are_deterministic(model: SD3Model, prompting: 
     close(kept.final, euler(euler(kept.next_samples[1], 3), 4), 1e-5)
 
 
-def test_rollout_can_be_interrupted_before_every_step(model: SD3Model, prompting: Prompting) -> None:
-    calls = []
-    sample(
-        model,
-        plan_of(ALL),
-        prompting,
-        PROMPT_OF,
-        starts(),
-        step_noise,
-        batch=96,
-        between_calls=lambda: calls.append(1),
-    )
-    assert len(calls) == STEPS
+def test_a_rollout_that_stops_early_is_the_beginning_of_the_whole(model: SD3Model, prompting: Prompting) -> None:
+    whole, part = roll(model, plan_of(ALL), prompting), roll(model, replace(plan_of(ALL), stop=2), prompting)
+    assert part.steps == [0, 1]
+    assert part.forwards == PROMPTS + PROMPTS * GROUP
+    for name in ("samples", "next_samples", "log_probs"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)[:2])
+    assert torch.equal(part.final, whole.samples[2]), "the latents at the third noise level"
+
+
+def test_every_step_is_reported_before_it_is_taken_and_may_be_the_last(model: SD3Model, prompting: Prompting) -> None:
+    seen: list[tuple] = []
+
+    def report(phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
+        seen.append((phase, step, steps, aligned))
+        if step == 3:
+            raise StopRequested
+
+    with pytest.raises(StopRequested):
+        sample(model, plan_of(ALL), prompting, PROMPT_OF, starts(), step_noise, Execution(report=report))
+    assert seen == [("rollout", step, STEPS, True) for step in range(4)]
 
 
 # ------------------------------------------------------------------------------------------------------------ update
 
 
-ADVANTAGES = torch.tensor([1.2, -0.4, -0.8, 0.3, 0.9, -1.2])
+ADVANTAGES = [1.2, -0.4, -0.8, 0.3, 0.9, -1.2]
 Grads = dict[str, Tensor]
 
 
 def update(
-    model: DiffusionModel, plan: Plan, prompting: Prompting, kept: Trajectories, config: ObjectiveConfig
-) -> tuple[Grads, Statistics]:
-    actions = Actions(plan, prompting, kept, PROMPT_OF)
+    engine: Engine, plan: Plan, prompting: Prompting, kept: Trajectories, **options: object
+) -> tuple[Grads, Totals]:
+    """Gradients and totals of all actions of a rollout."""
+    experience = experience_of(plan, prompting, kept, PROMPT_OF, ADVANTAGES)
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in kept.steps]
-    statistics = Statistics.zeros(CPU)
-    train(model, actions, ADVANTAGES, pairs, len(pairs), config, statistics, lambda: None)
-    gradients = {name: p.grad.clone() for name, p in lora.parameters(model.module).items()}
-    for parameter in lora.parameters(model.module).values():
-        parameter.grad = None
-    return gradients, statistics
+    totals = with_options(engine, options).accumulate(items_of(experience, pairs), experience)
+    return gradients_of(engine), totals
 
 
 @pytest.mark.parametrize("settings", [{}, {"ratio": "guard"}, {"kl_weight": 0.1}])
 @pytest.mark.parametrize(("stochastic", "predictions"), [(ALL, 2 + 3 * 6), (WINDOW, 2 + 6)])
 def test_sharing_the_first_stochastic_step_gives_the_same_gradient(
-    learner: SD3Model, prompting: Prompting, stochastic: list[bool], predictions: int, settings: dict
+    engine: Engine, prompting: Prompting, stochastic: list[bool], predictions: int, settings: dict
 ) -> None:
     plan = plan_of(stochastic)
-    kept = roll(learner, plan, prompting, means=True)
-    nudge(learner, 0.005, seed=2)
-    config = ObjectiveConfig(clip_range=0.5, **settings)
-    shared, with_sharing = update(learner, plan, prompting, kept, config)
-    alone, without = update(learner, replace(plan, shared_noise=False), prompting, kept, config)
-    models = 2 if config.kl_weight else 1  # the base model predicts too
-    assert with_sharing.evaluations == predictions * models
-    assert with_sharing.actions == without.actions == 6 * sum(stochastic)
-    assert without.evaluations == without.actions * models
+    kept = roll(engine.model, plan, prompting, means=True)
+    nudge(engine.model, 0.005, seed=2)
+    shared, with_sharing = update(engine, plan, prompting, kept, clip_range=0.5, **settings)
+    alone, without = update(engine, replace(plan, shared_noise=False), prompting, kept, clip_range=0.5, **settings)
+    models = 2 if "kl_weight" in settings else 1  # the base model predicts too
+    assert with_sharing.forwards == predictions * models
+    assert with_sharing.items == without.items == 6 * sum(stochastic)
+    assert without.forwards == without.items * models
     norm = torch.cat([g.flatten() for g in alone.values()]).norm()
-    assert with_sharing.largest > 2e-5
+    assert with_sharing.peaks["deviation"] > 2e-5
     assert norm > 1e-4
     for name, value in alone.items():
         assert (shared[name] - value).norm() < 1e-5 * norm, name
-    assert with_sharing.loss.item() == pytest.approx(without.loss.item(), abs=1e-5)
+    assert with_sharing.loss == pytest.approx(without.loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["dance", "dance-exact", "flow", "flow-exact", "cps"])
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
-def test_every_ratio_is_one_before_the_update(learner: SD3Model, prompting: Prompting, kernel: str, ratio: str) -> None:
+def test_every_ratio_is_one_before_the_update(engine: Engine, prompting: Prompting, kernel: str, ratio: str) -> None:
     plan = plan_of(ALL, kernel=kernel, guidance=2.0)
-    kept = roll(learner, plan, prompting, means=True)
-    _, statistics = update(learner, plan, prompting, kept, ObjectiveConfig(ratio=ratio, batch_size=5))
-    assert statistics.largest <= 1e-6
-    assert statistics.clipped == 0
-    assert statistics.actions == 24
+    kept = roll(engine.model, plan, prompting, means=True)
+    _, totals = update(engine, plan, prompting, kept, ratio=ratio, batch_size=5)
+    assert totals.peaks["deviation"] <= 1e-6
+    assert totals.sums["clipped"] == 0
+    assert totals.items == 24
 
 
 @pytest.mark.parametrize("change", [lambda plan: replace(plan, eta=0.55), lambda plan: replace(plan, kernel="flow")])
 def test_another_kernel_or_eta_in_replay_would_be_seen(
-    learner: SD3Model, prompting: Prompting, change: Callable[[Plan], Plan]
+    engine: Engine, prompting: Prompting, change: Callable[[Plan], Plan]
 ) -> None:
     plan = plan_of(ALL)
-    kept = roll(learner, plan, prompting)
-    _, statistics = update(learner, change(plan), prompting, kept, ObjectiveConfig())
-    assert statistics.largest > 1e-3
+    kept = roll(engine.model, plan, prompting)
+    _, totals = update(engine, change(plan), prompting, kept)
+    assert totals.peaks["deviation"] > 1e-3
 
 
-def test_base_is_the_reference_of_the_kl(learner: SD3Model, model: SD3Model, prompting: Prompting) -> None:
-    kept = roll(learner, plan_of(WINDOW), prompting)
-    _, statistics = update(learner, plan_of(WINDOW), prompting, kept, ObjectiveConfig(kl_weight=0.1))
-    total = 0.0
+def test_base_is_the_reference_of_the_kl(engine: Engine, model: SD3Model, prompting: Prompting) -> None:
+    kept = roll(engine.model, plan_of(WINDOW), prompting)
+    _, totals = update(engine, plan_of(WINDOW), prompting, kept, kl_weight=0.1)
+    expected = 0.0
     with torch.no_grad():
-        for place, step in enumerate(kept.steps):
+        for index, step in enumerate(kept.steps):
             rows, sigma = prompting.conditions.rows(PROMPT_OF), torch.full((6,), SIGMAS[step])
-            velocities = [m.predict(kept.samples[place], sigma, rows) for m in (learner, model)]
-            total += (velocities[0] - velocities[1]).square().mean((1, 2, 3)).sum().item()
-    assert total > 1e-3
-    assert statistics.kl.item() == pytest.approx(total, rel=1e-4)
+            velocities = [m.predict(kept.samples[index], sigma, rows) for m in (engine.model, model)]
+            expected += (velocities[0] - velocities[1]).square().mean((1, 2, 3)).sum().item()
+    assert expected > 1e-3
+    assert totals.sums["kl"] == pytest.approx(expected, rel=1e-4)

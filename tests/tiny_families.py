@@ -166,13 +166,21 @@ def build_sdxl(folder: Path) -> Path:
     return folder
 
 
+FLUX_VAE = {
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+
+
 def build_flux(folder: Path) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     clip, t5 = clip_tokenizer(folder / "tokenizer"), word_tokenizer(folder / "tokenizer_2", "T5TokenizerFast")
     FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),  # the file of FLUX.1 dev
-        vae=image_vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=image_vae(16, **FLUX_VAE),
         text_encoder=clip_text(clip),
         tokenizer=clip,
         text_encoder_2=t5_text(t5),
@@ -260,6 +268,21 @@ def llama_text(tokenizer: Any) -> torch.nn.Module:
     return stir(LlamaModel(config))
 
 
+def hunyuan_vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return stir(
+        AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+            up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+    )
+
+
 def build_hunyuan(folder: Path, pipeline: str = "HunyuanVideoPipeline", in_channels: int = 4) -> Path:
     import diffusers
     from diffusers.pipelines.hunyuan_video import pipeline_hunyuan_video
@@ -267,14 +290,6 @@ def build_hunyuan(folder: Path, pipeline: str = "HunyuanVideoPipeline", in_chann
     words = pipeline_hunyuan_video.DEFAULT_PROMPT_TEMPLATE["template"].split()
     llama = word_tokenizer(folder / "tokenizer", "LlamaTokenizerFast", words=tuple(dict.fromkeys(words)))
     clip = clip_tokenizer(folder / "tokenizer_2")
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        norm_num_groups=2,
-    )
     getattr(diffusers, pipeline)(
         text_encoder=llama_text(llama),
         tokenizer=llama,
@@ -294,7 +309,7 @@ def build_hunyuan(folder: Path, pipeline: str = "HunyuanVideoPipeline", in_chann
                 rope_axes_dim=(4, 6, 6),
             )
         ),
-        vae=stir(vae),
+        vae=hunyuan_vae(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
     ).save_pretrained(folder)
     return folder
@@ -337,16 +352,21 @@ def qwen_text(tokenizer: Any) -> torch.nn.Module:
     return stir(Qwen2_5_VLForConditionalGeneration(config))
 
 
+def qwen_vae() -> torch.nn.Module:
+    from diffusers import AutoencoderKLQwenImage
+
+    return stir(AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1))
+
+
 def build_qwen(folder: Path, edit: bool = False) -> Path:
     import diffusers
 
     tokenizer = word_tokenizer(folder / "tokenizer", "Qwen2TokenizerFast", QWEN_TOKENS)
-    vae = diffusers.AutoencoderKLQwenImage(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     parts = {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(  # the file of Qwen-Image
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         ),
-        "vae": stir(vae),
+        "vae": qwen_vae(),
         "text_encoder": qwen_text(tokenizer),
         "tokenizer": tokenizer,
         "transformer": stir(

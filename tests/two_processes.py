@@ -31,10 +31,10 @@ class SharedEncoding(Trainer):
 
     known: ClassVar[dict] = {}
 
-    def _encode(self, family: type) -> tuple:
-        key = (self.config.model.path, self.config.prompts.model_dump_json())
+    def _encode(self, *arguments: object) -> tuple:
+        key = (self.config.model.path, self.config.prompts.model_dump_json(), self.config.rollout.guidance_scale)
         if key not in self.known:
-            self.known[key] = super()._encode(family)
+            self.known[key] = super()._encode(*arguments)
         return self.known[key]
 
 

@@ -1,22 +1,34 @@
-"""The reference of settings and rewards, from their own fields: `python -m tools.reference [rewards|load-reward]`."""
+"""The reference of settings, rewards and kernels, from their own fields.
+
+`python -m tools.reference [rewards|load-reward]` prints a page; `python -m tools.reference kernels` writes the tables
+of the kernels into README.md and the help page of the sampler.
+"""
 
 import inspect
+import re
 import sys
 import types
 import typing
+from pathlib import Path
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from trainer.config import RunConfig
+from trainer.objectives import DEFAULT, OBJECTIVES
 from trainer.rewards.files import file_rule
-from trainer.utils.fields import rules
+from trainer.utils.fields import choices, rules
 
 HEAD = """# Settings of a run
 
 Every setting of a run description (YAML or JSON), with its default. Unknown keys are errors. Any setting can be given
 on the command line: `python -m trainer train run.yaml --set rollout.eta=0.5`. This page is made by `make docs`.
+"""
+OBJECTIVE_HEAD = f"""## objective
+
+How scored images become an update. `name` chooses the objective, `{DEFAULT}` where it is left out, and with it the
+other settings of this section.
 """
 _SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt: ("below", "lt")}
 
@@ -34,7 +46,7 @@ python -m trainer score clip image.png --prompt "a red fox" --set path=weights.b
 ```
 
 Scores of one reward are compared within the images of one prompt, so scale and offset do not matter there. Several
-rewards are mixed by their normalised advantages unless `objective.combine` says otherwise. The paper's authors advise
+rewards are mixed by their normalised advantages unless `advantage.combine` says otherwise. The paper's authors advise
 HPS-v2.1 and CLIP as 0.7 : 1.4, because HPS-v2.1 alone ends in glossy, over-saturated pictures:
 
 ```yaml
@@ -118,6 +130,47 @@ def node_markdown() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+KERNEL_TABLES = {
+    "README.md": lambda: kernel_table(_kernel_summary),
+    "web/docs/DanceGRPO_SDESampler.md": lambda: kernel_table(_kernel_formulas),
+}
+"""Pages with a table of the kernels, and what the table is."""
+
+
+def kernel_table(row: typing.Callable) -> str:
+    """A line per kernel, by a function that gives a kernel's cells by their headings."""
+    from trainer.diffusion.kernels import KERNELS
+
+    rows = [row(kernel) for kernel in KERNELS.values()]
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(cells.values()) for cells in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def _kernel_summary(kernel: typing.Any) -> dict[str, str]:
+    return {"kernel": f"`{kernel.name}`", "what it is": kernel.summary}
+
+
+def _kernel_formulas(kernel: typing.Any) -> dict[str, str]:
+    return {
+        "kernel": f"`{kernel.name}`",
+        "next latents, mean": kernel.mean,
+        "std": kernel.std,
+        "eta": "none" if kernel.deterministic else f"0 to {kernel.largest_eta:g}, usually {kernel.default_eta:g}",
+        "source": kernel.source,
+    }
+
+
+def with_kernel_table(page: str, table: str) -> str:
+    """A page with its table of the kernels, from the heading `| kernel |` to the last row, replaced."""
+    return re.sub(r"^\| kernel \|.*\n(\|.*\n)*", lambda _: table, page, count=1, flags=re.MULTILINE)
+
+
+def write_kernel_tables(root: Path) -> None:
+    for name, table in KERNEL_TABLES.items():
+        page = root / name
+        page.write_text(with_kernel_table(page.read_text(encoding="utf-8"), table()), encoding="utf-8")
+
+
 def _anchor(name: str) -> str:
     return name.replace(".", "")
 
@@ -126,6 +179,9 @@ def markdown() -> str:
     """The page docs/configuration.md."""
     parts = [HEAD]
     for name, field in RunConfig.model_fields.items():
+        if name == "objective":
+            parts += [OBJECTIVE_HEAD, *(_table(f"objective: {o.name}", o.Options) for o in OBJECTIVES.values())]
+            continue
         section, many = _section(field.annotation)
         parts.append(_table(f"{name}{'[]' if many else ''}", section))
     return "\n".join(parts)
@@ -166,7 +222,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _accepted(field: FieldInfo) -> str:
-    words = [_type(field.annotation)]
+    options = choices(field)
+    words = [_type(field.annotation) if options is None else ", ".join(f"`{option}`" for option in options)]
     for rule in rules(field):
         for kind, (word, attribute) in _SIGNS.items():
             if isinstance(rule, kind):
@@ -209,5 +266,8 @@ def _section(annotation: object) -> tuple[type[BaseModel] | None, bool]:
 
 
 if __name__ == "__main__":
-    pages = {"rewards": rewards_markdown, "load-reward": node_markdown}
-    print(pages.get(sys.argv[1] if len(sys.argv) > 1 else "", markdown)(), end="")
+    page = sys.argv[1] if len(sys.argv) > 1 else ""
+    if page == "kernels":
+        write_kernel_tables(Path(__file__).resolve().parents[1])
+    else:
+        print({"rewards": rewards_markdown, "load-reward": node_markdown}.get(page, markdown)(), end="")

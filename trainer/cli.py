@@ -1,6 +1,7 @@
-"""The command line: train, resume, status, stop, demo, encode, score, presets."""
+"""The command line: train, resume, status, stop, demo, encode, score, reward-server, presets."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -10,11 +11,12 @@ from .config import RewardConfig, parse_config, preset, preset_names, read_confi
 from .runs import launch
 from .runs.directory import RunDirectory
 from .train import BAD_INPUT, FAILED, FINISHED, run_description
-from .utils.errors import BadInput, RunFailed
+from .utils.errors import BadInput, RunFailed, cut
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 finished or stopped on request, 1 failed, 2 bad input."""
+    _make_printable()
     args = _parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever downloaded by a run
     try:
@@ -30,6 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
         return FAILED
 
 
+def _make_printable() -> None:
+    """Escape characters that the console's encoding lacks, such as an emoji on Windows, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Teach an image model what you like.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -41,8 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=_positive, default=1, help="processes on this host (one per GPU)")
     train.set_defaults(run=_train)
 
-    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed")
+    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed, or extend it")
     resume.add_argument("directory", type=Path)
+    resume.add_argument("--iterations", type=_positive, help="extend the run to so many iterations in all")
     resume.add_argument("--processes", type=_positive, default=1)
     resume.set_defaults(run=_resume)
 
@@ -78,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     server = commands.add_parser("reward-server", help="serve a reward to other programs and hosts")
     _reward_arguments(server)
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
-    server.add_argument("--port", type=_positive, default=8100)
+    server.add_argument("--port", type=_port, default=8100)
     server.set_defaults(run=_reward_server)
 
     presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
@@ -94,10 +104,15 @@ def _reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
+        raise argparse.ArgumentTypeError(f"{cut(text, 40)} is not a whole number from 1 on")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if _positive(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: they end at 65535")
+    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -115,12 +130,15 @@ def _words(overrides: list[str]) -> list[str]:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    config = RunDirectory.attach(args.directory).config()
-    return run_description(config, args.directory, ["resume", str(args.directory)], args.processes)
+    config, arguments = RunDirectory.attach(args.directory).config(), ["resume", str(args.directory)]
+    if args.iterations is not None:
+        arguments += ["--iterations", str(args.iterations)]
+        config = parse_config(config.model_dump(mode="json"), [f"runtime.iterations={args.iterations}"])
+    return run_description(config, args.directory, arguments, args.processes)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    config = parse_config(preset("demo"), [f"runtime.seed={args.seed}", *args.overrides])
+    config = parse_config(preset("demo"), [f"runtime.seed={args.seed}", *args.overrides], Path.cwd())
     output = args.output or Path("runs") / f"demo-{args.seed}"
     arguments = ["demo", "--seed", str(args.seed), "--output", str(output), *_words(args.overrides)]
     return run_description(config, output, arguments, args.processes)
@@ -128,7 +146,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     run = RunDirectory.attach(args.directory)
-    print(json.dumps({**run.status(), "live": run.is_live()}, indent=2))
+    print(json.dumps({**run.status(), "live": launch.is_running(run)}, indent=2))
     return FINISHED
 
 
@@ -142,43 +160,43 @@ def _stop(args: argparse.Namespace) -> int:
 
 def _encode(args: argparse.Namespace) -> int:
     from .models import model_class
-    from .prompts.conditions import all_pictures, all_texts, save_conditions
-    from .prompts.sets import evaluation_prompts, training_prompts
+    from .prompts.conditions import encode_into, prompts_to_encode
+    from .prompts.sets import read_prompts
     from .utils.distributed import Processes
 
     config = read_config(args.description, args.overrides)
     family = model_class(config.model)
-    training, held_out = training_prompts(config.prompts), evaluation_prompts(config.evaluation)
-    texts, pictures = all_texts(config, training, held_out), all_pictures(training, held_out)
-    device = Processes(config.runtime.device).device
-    save_conditions(args.output, texts, family.encode(config.model, texts, device, pictures))
-    print(f"{len(texts)} prompts encoded into {args.output}; name it in prompts.conditions")
+    wanted = prompts_to_encode(config, *read_prompts(config), with_negative=True)
+    encode_into(args.output, config, family, wanted, Processes(config.runtime.device).device, announce_from=0)
+    print(f"{len(wanted)} prompts encoded into {args.output}; name it in prompts.conditions")
     return FINISHED
 
 
 def _score(args: argparse.Namespace) -> int:
-    from .rewards import load_reward, score
-    from .utils.images import read_images
+    from .rewards import load_reward
+    from .score import score_files
 
     if len(args.prompt) not in (1, len(args.images)):
         raise BadInput(f"{len(args.prompt)} prompts for {len(args.images)} images: give one for all, or one for each")
     reward = load_reward(_reward_config(args))
     reward.load()
     prompts = args.prompt * len(args.images) if len(args.prompt) == 1 else args.prompt
-    for path, image, prompt in zip(args.images, read_images(args.images), prompts, strict=True):
-        try:
-            value = score(reward, image[None], [prompt])[0].item()
-        except ValueError as error:
-            raise BadInput(f"{path}: {error}") from error
-        print(f"{value:.6f}\t{path}\t{prompt}")
-    return FINISHED
+    code = FINISHED
+    for path, prompt, result in zip(args.images, prompts, score_files(reward, args.images, prompts), strict=True):
+        if isinstance(result, BadInput):
+            print(f"error: {result}", file=sys.stderr)
+            code = BAD_INPUT
+        else:
+            print(f"{result:.6f}\t{path}\t{' '.join(prompt.split())}")
+    return code
 
 
 def _reward_server(args: argparse.Namespace) -> int:
     from .rewards import load_reward
-    from .rewards.remote.server import serve
+    from .rewards.remote.server import check_port, serve
     from .utils.distributed import Processes
 
+    check_port(args.port)
     reward = load_reward(_reward_config(args))
     reward.load()
     return serve(reward, args.host, args.port, Processes("auto").device)

@@ -1,149 +1,182 @@
-"""Deterministic sampling on held-out prompts with fixed noise, and what the judges say of it."""
+"""Deterministic sampling on held-out prompts with fixed noise, and how the rewards score it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import rewards as judges
+from .check import Checked
+from .config import RunConfig
 from .models import DiffusionModel
-from .prompts.sets import PromptSet
-from .rollout import Calls, Plan, Prompting, decode, own, sample
+from .objectives.advantage import Mixture
+from .rollout import Execution, Plan, Prompting, sample, unmatched
+from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise
 
-SHOWN, SHOWN_VIDEOS = 24, 6  # kept for the pictures
+SHOWN, SHOWN_VIDEOS = 24, 6
+"""Prompts whose first image or video is kept for the pictures."""
 MIX = "mix"
-"""Among an evaluation's judges, the name of the trained rewards' mixture."""
+"""Among an evaluation's rewards, the name of the trained rewards' mixture."""
+Pair = tuple[int, int]
+"""(prompt, number of its image)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """
     Attributes:
-        rewards: mean per judge (None where no score was finite, here and below), and of their mixture.
-        spread: per judge, mean over prompts of the standard deviation among a prompt's images (None with one image).
-        categories: per judge, mean per category.
+        rewards: mean per reward (None where no score was finite, here and below), and of their mixture.
+        spread: per reward, mean over prompts of the standard deviation among a prompt's images (None with one image).
+        categories: per reward, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
+        texts: the prompts of these images.
     """
 
     rewards: dict[str, float | None]
     spread: dict[str, float | None]
     categories: dict[str, dict[str, float | None]]
     images: Tensor
+    texts: list[str]
 
     def record(self) -> dict:
         """Plain data, without the images."""
         return {"rewards": self.rewards, "spread": self.spread, "categories": self.categories}
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """What several rewards amount to together: the weighted sum that training raises.
-
-    Attributes:
-        weights: per trained reward.
-        units: what each is divided by before it is weighted; None for its spread in this evaluation. Training
-            normalises every reward within its group, so a spread of the base model's is the unit that fits.
+class Evaluator:
     """
-
-    weights: dict[str, float]
-    units: dict[str, float | None] | None = None
-
-    def of(self, columns: dict[str, Tensor], spread: dict[str, float | None]) -> Tensor:
-        """One value per image, NaN where one of the rewards is."""
-        units = self.units or spread
-        return sum(weight * columns[name] / (units[name] or 1.0) for name, weight in self.weights.items())
-
-
-@torch.no_grad()
-def evaluate(
-    model: DiffusionModel,
-    prompts: PromptSet,
-    prompting: Prompting,
-    rewards: dict[str, judges.Reward],
-    processes: Processes,
-    *,
-    steps: int,
-    shift: float | None,
-    guidance_scale: float,
-    images_per_prompt: int,
-    seed: int,
-    batch: int,
-    mixture: Mixture | None = None,
-    between_calls: Callable[[], None] = lambda: None,
-    calls: Calls = own,
-) -> Evaluation:
-    """Sample `images_per_prompt` images of each prompt, from noise that depends on the seed and the prompt's text.
-
     Args:
-        calls: how many images a process samples that has so many.
+        checked: held-out prompts and rewards.
+        prompting: conditions of the held-out prompts, on the CPU.
+        execution: of the forward passes. All images of a process are sampled in batches of its own, so it matches
+            images, not forward passes.
     """
-    plan = Plan(model.still_kernel, 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
-    pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
-    scores: list[tuple[int, dict[str, float]]] = []
-    shown: list[tuple[int, Tensor]] = []
-    most = min(SHOWN if len(model.latent_shape) == 3 else SHOWN_VIDEOS, len(prompts.texts))
-    picture = set(torch.linspace(0, len(prompts.texts) - 1, most).round().int().tolist())
-    mine = [pairs[i] for i in processes.share(len(pairs))]
-    own_images = len(mine)
-    mine += pairs[:1] * (calls(own_images) - own_images)  # sampled, not judged
-    for start in range(0, len(mine), batch):
-        part = mine[start : start + batch]
-        index = torch.tensor([p for p, _ in part])
-        initial = torch.stack([noise(model.latent_shape, seed, prompts.texts[p], k) for p, k in part])
-        conditions = prompting.conditions.rows(index).to(model.device)
-        here = Prompting(conditions, prompting.unconditional)
+
+    def __init__(
+        self,
+        config: RunConfig,
+        checked: Checked,
+        model: DiffusionModel,
+        prompting: Prompting,
+        processes: Processes,
+        execution: Execution,
+    ) -> None:
+        self.config, self.prompts, self.rewards = config, checked.held_out, checked.judges
+        self.model, self.prompting = model, prompting
+        self.processes, self.execution = processes, execution
+
+    @torch.no_grad()
+    def evaluate(self, first: dict | None = None) -> Evaluation:
+        """Sample and score the images of each held-out prompt, from noise that depends on seed and prompt alone.
+
+        Args:
+            first: record of the run's first evaluation, in whose units rewards are mixed; None if this is the first.
+        """
+        scores: list[tuple[int, dict[str, float]]] = []
+        shown: list[tuple[int, Tensor]] = []
+        batches = self._batches()
+        for number, (pairs, own) in enumerate(batches):
+            images = self._images(pairs, own, number, len(batches))
+            if images is None:
+                continue
+            texts, groups = [self.prompts.scored[p] for p, _ in pairs[:own]], [p for p, _ in pairs[:own]]
+            columns = {
+                name: score_by_group(reward, images, texts, groups).tolist() for name, reward in self.rewards.items()
+            }
+            for row, (p, k) in enumerate(pairs[:own]):
+                scores.append((p, {name: column[row] for name, column in columns.items()}))
+                if k == 0 and p in self._pictured():
+                    shown.append((p, images[row].cpu()))
+        for reward in self.rewards.values():
+            reward.idle()
+        scores, shown = self.processes.gather(scores), self.processes.gather(shown)
+        return self._summary(scores, shown, first)
+
+    def _batches(self) -> list[tuple[list[Pair], int]]:
+        """This process's images in batches, and how many of each are its own: the rest only keeps others company."""
+        size = self.execution.batch_size
+        pairs = [divmod(i, self.config.evaluation.images_per_prompt) for i in range(self._total())]
+        mine = [pairs[i] for i in self.processes.share(len(pairs))]
+        own = len(mine)
+        mine += pairs[:1] * (self.execution.match(own) - own)
+        return [(mine[i : i + size], min(max(own - i, 0), size)) for i in range(0, len(mine), size)]
+
+    def _total(self) -> int:
+        """Images of all processes."""
+        return len(self.prompts.texts) * self.config.evaluation.images_per_prompt
+
+    def _pictured(self) -> set[int]:
+        """Prompts whose first image is kept."""
+        count = len(self.prompts.texts)
+        most = min(SHOWN if len(self.model.latent_shape) == 3 else SHOWN_VIDEOS, count)
+        return set(torch.linspace(0, count - 1, most).round().int().tolist())
+
+    def _images(self, pairs: list[Pair], own: int, number: int, batches: int) -> Tensor | None:
+        """Images of one batch, those of this process's own alone."""
+
+        def report(phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
+            # Another process may have a batch less, so all are sure to be at the same step in the first batch alone.
+            together = aligned and number == 0 and self.processes.count <= self._total()
+            self.execution.report("evaluation", number * steps + step, batches * steps, aligned=together)
+
+        execution = replace(self.execution, match=unmatched, report=report)
+        index = torch.tensor([p for p, _ in pairs])
+        device, seed = self.model.device, self.config.evaluation.seed
+        start = [noise(self.model.latent_shape, seed, *self.prompts.identity(p), k) for p, k in pairs]
         sampled = sample(
-            model,
-            plan,
-            here,
-            torch.arange(len(part), device=model.device),
-            initial.to(model.device),
+            self.model,
+            self._plan(),
+            self.prompting.rows(index).to(device),
+            torch.arange(len(pairs), device=device),
+            torch.stack(start).to(device),
             no_noise,
-            batch=batch,
-            between_calls=between_calls,
+            execution,
         )
-        part = part[: max(0, own_images - start)]
-        if not part:
-            continue
-        images = decode(model, sampled.final[: len(part)], batch)
-        texts = [prompts.texts[p] for p, _ in part]
-        columns = {name: judges.score_or_nan(reward, images, texts).tolist() for name, reward in rewards.items()}
-        for row, (p, k) in enumerate(part):
-            scores.append((p, {name: column[row] for name, column in columns.items()}))
-            if k == 0 and p in picture:
-                shown.append((p, images[row].cpu()))
-    for reward in rewards.values():
-        reward.idle()
-    scores = processes.gather(scores)
-    shown = processes.gather(shown)
-    return _summary(prompts, list(rewards), scores, shown, mixture)
+        return self.model.decode(sampled.final[:own]) if own else None
+
+    def _plan(self) -> Plan:
+        config, rollout = self.config.evaluation, self.config.rollout
+        steps = config.steps or rollout.steps
+        guidance = rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        sigmas = self.model.sigmas(steps, rollout.shift)
+        return Plan("ode", 0.0, sigmas, [False] * steps, False, guidance)
+
+    def _mixture(self, spread: dict[str, float | None]) -> Mixture | None:
+        """The trained rewards as one number; None for fewer than two.
+
+        Args:
+            spread: of the run's first evaluation.
+        """
+        weights = {reward.name: reward.weight for reward in self.config.rewards}
+        if len(weights) < 2:
+            return None
+        return Mixture(weights, dict.fromkeys(weights, 1.0) if self.config.advantage.combine == "sum" else spread)
+
+    def _summary(self, scores: list, shown: list, first: dict | None) -> Evaluation:
+        owner = torch.tensor([p for p, _ in scores])
+        columns = {name: torch.tensor([row[name] for _, row in scores], dtype=torch.float64) for name in self.rewards}
+        spread = {name: _spread(column, owner) for name, column in columns.items()}
+        if mixture := self._mixture(first["spread"] if first else spread):
+            columns[MIX] = mixture.of(columns)
+            spread[MIX] = _spread(columns[MIX], owner)
+        names = self.prompts.categories
+        labels = sorted(set(names) - {""}, key=names.index)
+        label_of = [names[p] for p, _ in scores]
+        rows = {label: torch.tensor([each == label for each in label_of]) for label in labels}
+        categories = {
+            name: {label: _mean(column[here & column.isfinite()]) for label, here in rows.items()}
+            for name, column in columns.items()
+        }
+        means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
+        shown = sorted(shown, key=lambda pair: pair[0])
+        images = torch.stack([image for _, image in shown])
+        return Evaluation(means, spread, categories, images, [self.prompts.texts[p] for p, _ in shown])
 
 
 def no_noise(step: int) -> Tensor:
     """Deterministic trajectories have no stochastic step to draw noise for."""
     raise AssertionError(f"step {step} is deterministic")
-
-
-def _summary(prompts: PromptSet, names: list[str], scores: list, shown: list, mixture: Mixture | None) -> Evaluation:
-    owner = torch.tensor([p for p, _ in scores])
-    columns = {name: torch.tensor([row[name] for _, row in scores], dtype=torch.float64) for name in names}
-    spread = {name: _spread(column, owner) for name, column in columns.items()}
-    if mixture is not None:
-        columns[MIX] = mixture.of(columns, spread)
-        spread[MIX] = _spread(columns[MIX], owner)
-    labels = sorted(set(prompts.categories) - {""}, key=prompts.categories.index)
-    label_of = [prompts.categories[p] for p, _ in scores]
-    places = {label: torch.tensor([each == label for each in label_of]) for label in labels}
-    categories = {
-        name: {label: _mean(column[here & column.isfinite()]) for label, here in places.items()}
-        for name, column in columns.items()
-    }
-    means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
-    images = torch.stack([image for _, image in sorted(shown, key=lambda pair: pair[0])])
-    return Evaluation(means, spread, categories, images)
 
 
 def _spread(column: Tensor, owner: Tensor) -> float | None:

@@ -1,19 +1,24 @@
-"""What learns: the LoRA on a frozen model, its optimizer and its moving average."""
+"""The policy: a LoRA on a frozen model, its optimizer, its moving average and its older copy."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .adapters import lora
 from .adapters.average import MovingAverage
+from .adapters.start import start_weights
 from .config import RunConfig
 from .models import DiffusionModel
 from .utils.distributed import Processes
 from .utils.seeds import derive
+
+Weights = Literal["live", "base", "average", "old"]
+"""Those that learn; the base model's alone; their moving average; the copy that an objective keeps."""
 
 
 class Policy:
@@ -21,9 +26,10 @@ class Policy:
     Args:
         model: with a frozen base; gets the LoRA injected here.
         config: of the run.
+        keeps_old: keep a copy of the LoRA for `using("old")`; it begins as the LoRA does.
     """
 
-    def __init__(self, model: DiffusionModel, config: RunConfig) -> None:
+    def __init__(self, model: DiffusionModel, config: RunConfig, keeps_old: bool = False) -> None:
         self.model, self.config = model, config
         self.modules = lora.inject(
             model.module, config.lora, model.default_targets, derive(config.runtime.seed, "lora"), model.device
@@ -38,7 +44,67 @@ class Policy:
             weight_decay=config.optimizer.weight_decay,
         )
         self.average = MovingAverage(self.parameters, config.lora.ema_decay) if config.lora.ema_decay else None
+        self.old = {name: p.detach().clone() for name, p in self.parameters.items()} if keeps_old else None
         self.updates = 0
+        self._active: Weights = "live"
+        self._live: dict[str, Tensor] = {}
+
+    # --------------------------------------------------------------------------------------------- which weights
+
+    @contextmanager
+    def using(self, weights: Weights) -> Iterator[None]:
+        """Inside, the model runs with these weights, and without gradient unless they are the live ones.
+
+        Nothing is copied: parameters are pointed at other storage and back. So a backward pass afterwards finds the
+        live weights, also where gradient checkpointing computes activations again, and gradients stay where they are.
+        `average` is `live` where the run keeps no moving average.
+
+        Raises:
+            ValueError: `old` weights are not kept.
+        """
+        before = self._active
+        self._activate(weights)
+        try:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and weights == "live"):
+                yield
+        finally:
+            self._activate(before)
+
+    def _activate(self, weights: Weights) -> None:
+        if weights == "old" and self.old is None:
+            raise ValueError("the policy keeps no old weights")
+        if weights == self._active:
+            return
+        if self._active == "live":
+            self._live = {name: p.data for name, p in self.parameters.items()}
+        if (weights == "base") != (self._active == "base"):
+            lora.set_enabled(self.model.module, weights != "base")
+        tensors = {"average": self.average and self.average.weights, "old": self.old}.get(weights) or self._live
+        for name, parameter in self.parameters.items():
+            parameter.data = tensors[name]
+        self._active = weights
+
+    @torch.no_grad()
+    def update_old(self, decay: float = 0.0) -> None:
+        """old <- decay old + (1 - decay) live; 0 copies the live weights."""
+        for name, parameter in self.parameters.items():
+            self.old[name].lerp_(parameter, 1 - decay)
+
+    # ------------------------------------------------------------------------------------------------- learning
+
+    def start(self) -> None:
+        """Take over the weights of `lora.start_from`, where one is named.
+
+        Raises:
+            BadInput: the file is not a LoRA of what is trained.
+        """
+        config, model = self.config.lora, self.model
+        if config.start_from is None:
+            return
+        weights = start_weights(config, self.modules, model.lora_key, model.lora_aliases, self.parameters)
+        lora.load(model.module, weights)
+        if self.average:
+            self.average = MovingAverage(self.parameters, config.ema_decay)
 
     def step(self, processes: Processes) -> float | None:
         """One optimizer step with the gradients of all processes.
@@ -68,17 +134,10 @@ class Policy:
         """Of the next optimizer step."""
         config, whole = self.config.optimizer, self.config.runtime.iterations * self.config.objective.updates
         warm = min(1.0, (self.updates + 1) / config.warmup) if config.warmup else 1.0
-        left = max(0.0, 1 - self.updates / whole) if config.decay else 1.0
+        left = max(0.0, 1 - self.updates / whole) if config.schedule == "linear" else 1.0
         return config.learning_rate * warm * left
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the model runs with the moving average where there is one."""
-        if self.average is None:
-            yield
-            return
-        with lora.swapped(self.model.module, self.average.weights):
-            yield
+    # --------------------------------------------------------------------------------------- keeping and resuming
 
     def result(self) -> dict[str, Tensor]:
         """A copy of the weights a run ends with: the LoRA's, or their moving average where there is one."""
@@ -94,6 +153,8 @@ class Policy:
         tensors = {f"lora/{name}": parameter for name, parameter in self.parameters.items()}
         if self.average:
             tensors |= {f"average/{name}": value for name, value in self.average.weights.items()}
+        if self.old:
+            tensors |= {f"old/{name}": value for name, value in self.old.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"optimizer/{name}/{k}": v for k, v in self.optimizer.state.get(parameter, {}).items()}
         return tensors
@@ -103,6 +164,8 @@ class Policy:
         lora.load(self.model.module, {name: tensors[f"lora/{name}"] for name in self.parameters})
         if self.average:
             self.average.weights = {n: tensors[f"average/{n}"].to(p.device) for n, p in self.parameters.items()}
+        if self.old:
+            self.old = {n: tensors[f"old/{n}"].to(p.device) for n, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             prefix = f"optimizer/{name}/"
             moments = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

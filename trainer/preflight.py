@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from .adapters import lora
-from .diffusion import kernels
 from .models import DiffusionModel
-from .rollout import Plan, Prompting
+from .objectives import Objective
+from .objectives.advantage import Advantages
+from .objectives.base import Experience
+from .rollout import Execution, Plan, Prompting, sample
 from .utils.errors import RunFailed
 from .utils.seeds import noise
 
@@ -15,40 +17,66 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 COARSE = 0.05
 
 
-def check(model: DiffusionModel, plan: Plan, prompting: Prompting, clip_range: float) -> None:
-    """One prediction with and without gradient, and one action scored twice.
+def check(model: DiffusionModel, objective: Objective, prompting: Prompting, execution: Execution) -> None:
+    """One prediction with and without gradient, and what the objective itself looks at.
 
     Args:
+        objective: set up.
         prompting: of any prompts; the first is taken.
 
     Raises:
-        RunFailed: the two predictions differ, no gradient reaches the LoRA, or the ratio is not 1.
+        RunFailed: the two predictions differ, no gradient reaches the LoRA, or the objective cannot train it.
     """
-    step = next((i for i, flag in enumerate(plan.stochastic) if flag), 0)
-    first = torch.zeros(1, dtype=torch.long)
-    conditions = prompting.conditions.rows(first).to(model.device)
-    draw = lambda name: noise(model.latent_shape, 0, "opening", name)[None].to(model.device)  # noqa: E731
-    latents, levels = draw("latents"), torch.tensor([plan.sigmas[step]], device=model.device)
+    plan, prompting = objective.plan(model, 0), prompting.rows(torch.zeros(1, dtype=torch.long)).to(model.device)
+    _check_prediction(model, plan, prompting)
+    objective.preflight(_two_images(model, plan, prompting, execution))
 
-    def velocity() -> Tensor:
-        return model.velocity(latents, levels, conditions, plan.guidance_scale, prompting.unconditional)
+
+def _draw(model: DiffusionModel, *name: object) -> Tensor:
+    return noise(model.latent_shape, 0, "preflight", *name).to(model.device)
+
+
+def _check_prediction(model: DiffusionModel, plan: Plan, prompting: Prompting) -> None:
+    latents, levels = _draw(model, "latents")[None], torch.tensor([plan.sigmas[0]], device=model.device)
+
+    def predict() -> Tensor:
+        return model.predict_guided(latents, levels, prompting.conditions, plan.guidance_scale, prompting.unconditional)
 
     with torch.no_grad():
-        plain, sampled = model.plain(velocity), velocity()
-    trained = velocity()
+        plain = model.plain(predict)
+    trained = predict()
     _compare(plain, trained.detach(), model)
-    _require_gradient(trained, draw("direction"), model)
-    sigma, sigma_next = plan.sigmas[step], plan.sigmas[step + 1]
-    taken = kernels.step(plan.kernel, latents, sampled, sigma, sigma_next, plan.eta, noise=draw("step"))
-    again = kernels.step(
-        plan.kernel, latents, trained.detach(), sigma, sigma_next, plan.eta, next_sample=taken.next_sample
+    _require_gradient(trained, _draw(model, "direction")[None], model)
+
+
+def _two_images(model: DiffusionModel, plan: Plan, prompting: Prompting, execution: Execution) -> Experience:
+    """Two images of one prompt, after the first step that an iteration may train: one is better than the other."""
+    first = next((i for i, flag in enumerate(plan.stochastic) if flag), 0)
+    short = Plan(
+        plan.kernel,
+        plan.eta,
+        plan.sigmas[first : first + 2],
+        plan.stochastic[first : first + 1],
+        shared_noise=False,
+        guidance_scale=plan.guidance_scale,
+        keep_means=plan.keep_means,
     )
-    deviation = ((again.log_prob - taken.log_prob).exp() - 1).abs().max().item()
-    if deviation > clip_range:
-        raise RunFailed(
-            f"the same action scored twice has a ratio {deviation:.2g} off 1, which is beyond objective.clip_range "
-            f"{clip_range:g}: raise the clip range, or take float32 weights"
-        )
+    prompt_of = torch.zeros(2, dtype=torch.long, device=model.device)
+    draw = lambda name: torch.stack([_draw(model, name, i) for i in range(2)])  # noqa: E731
+    trajectories = sample(model, short, prompting, prompt_of, draw("start"), lambda _: draw("step"), execution)
+    advantages = Advantages.none(1, 2)
+    advantages.values[0] = torch.tensor([1.0, -1.0])
+    return Experience(
+        iteration=0,
+        plan=short,
+        prompting=prompting,
+        members=[(0, 0), (0, 1)],
+        prompt_of=prompt_of,
+        texts=["", ""],
+        trajectories=trajectories,
+        advantages=advantages,
+        active=torch.ones(1, 2, dtype=torch.bool),
+    )
 
 
 def _compare(plain: Tensor, trained: Tensor, model: DiffusionModel) -> None:

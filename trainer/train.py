@@ -4,13 +4,23 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config import RunConfig
 from .runs import launch
-from .runs.directory import RunDirectory
+from .runs.directory import RunDirectory, description_hash
+from .runs.failures import Failure, Failures, cause
+from .runs.launch import Ranks
+from .runs.lifeline import PARENT, FailureWatch, is_rank
+from .runs.memory import check_iteration
 from .runs.progress import Progress, closing
+from .runs.trackers import check_trackers
 from .utils.errors import BadInput, RunFailed
+
+if TYPE_CHECKING:
+    from .utils.distributed import Processes
 
 FINISHED, FAILED, BAD_INPUT = 0, 1, 2
 """Exit codes: finished or stopped on request, failed with one clear line, bad input."""
@@ -21,69 +31,227 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
 
     Args:
         output: run directory.
-        arguments: the command line that each started process is given.
+        arguments: this command line, for the record.
+
+    Raises:
+        BadInput: something the user gave cannot be accepted.
+        RunFailed: the run could not go on; the message names the rank where there are several.
     """
+    check_trackers(config)
+    world_size = int(os.environ["WORLD_SIZE"]) if is_rank() else processes
+    check_iteration(config, world_size)
+    _check(config, output, world_size)
     if processes > 1:
-        if launch.CHILD_MARK in os.environ:
-            os.environ[launch.LAUNCHER] = str(os.getpid())
-        run = RunDirectory.open(output, config, arguments)
-        if not _is_finished(run):
-            _say_starting(run, config, os.getpid())
-        run.release()
-        launch.run_and_wait(arguments, processes, run)
-        return _verdict(run)
+        return _run_ranks(config, output, arguments, processes)
+    if is_rank():
+        return _run_as_rank(config, output, arguments)
+    return _run_alone(config, RunDirectory(output), arguments)
+
+
+def _check(config: RunConfig, output: Path, world_size: int) -> None:
+    """Refuse a description that cannot run before it gets a run directory; one that has a directory was checked then.
+
+    Raises:
+        BadInput: it cannot run.
+    """
+    if (output / "run.yaml").exists() or (is_rank() and os.environ["RANK"] != "0"):
+        return
+    from .check import check_run
+
+    check_run(config, world_size)
+
+
+# ---------------------------------------------------------------------------------------------------- several processes
+
+
+def _run_ranks(config: RunConfig, output: Path, arguments: list[str], processes: int) -> int:
+    run = RunDirectory.open(output, config, arguments)
     try:
-        return _run_here(config, output, arguments)
-    except (BadInput, RunFailed):
-        # A launcher turns any code but 0 into its own report; the one who called it reads the status instead.
-        if launch.CHILD_MARK in os.environ and _is_worker():
+        if run.is_finished():
+            print(closing(run.summary(), run))
             return FINISHED
+        _say_starting(run, config, os.getpid())
+    finally:
+        run.release()
+    ranks, codes = launch.run_ranks(["resume", str(output)], processes, run)
+    return _verdict(run, ranks, codes)
+
+
+def _verdict(run: RunDirectory, ranks: Ranks, codes: list[int]) -> int:
+    """What became of a run whose ranks have all ended.
+
+    Raises:
+        BadInput, RunFailed: what the first failure was, and in which rank.
+    """
+    asked, status, failure = run.stop_requested(), run.status(), _failure(ranks, codes)
+    if status.get("state") in ("finished", "stopped"):
+        return FINISHED
+    if asked and failure is None:
+        _set_status(run, "stopped")
+        return FINISHED
+    failure = failure or Failure(0, "the training processes exited unexpectedly; see the output above")
+    if (status.get("state"), status.get("error")) != ("failed", failure.sentence):
+        _set_status(run, "failed", error=failure.sentence, bad_input=failure.bad_input)
+    raise BadInput(failure.sentence) if failure.bad_input else RunFailed(failure.sentence)
+
+
+def _failure(ranks: Ranks, codes: list[int]) -> Failure | None:
+    """The first cause: what a rank reported, or the signal that ended it."""
+    reported = cause(ranks.failures.reports())
+    if reported is not None and not reported.lost_peer:
+        return reported
+    for rank, number in ranks.killed_by.items():
+        name = signal.Signals(number).name
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return Failure(rank, f"rank {rank} was ended by {name}{hint}")
+    if reported is not None:
+        return reported
+    for rank, code in enumerate(codes):
+        if code > 0:
+            return Failure(rank, f"rank {rank} exited with code {code}; see the output above")
+    return None
+
+
+def _set_status(run: RunDirectory, state: str, **fields: object) -> None:
+    """Replace the status of a run whose processes have ended, unless another process has begun to work on it."""
+    if not (run.path / "run.yaml").is_file():
+        return
+    with suppress(BadInput, OSError):
+        run.acquire(timeout=5)
+        try:
+            run.write_status(state, progress=None, **fields)
+        finally:
+            run.release()
+
+
+def _run_as_rank(config: RunConfig, output: Path, arguments: list[str]) -> int:
+    """This process's part of a distributed run; a failure is told to the other ranks, which end as well."""
+    run, rank, failures = RunDirectory(output), int(os.environ["RANK"]), Failures.join()
+
+    def last_words() -> None:
+        if rank == 0:
+            failure = cause(failures.reports())
+            _write_failure(run, failure.sentence, failure.bad_input)
+            if PARENT not in os.environ:  # else the process that started this one says it
+                print(f"failed: {failure.sentence}", file=sys.stderr, flush=True)
+
+    watch = FailureWatch(failures.exist, last_words)
+    try:
+        code = _run_here(config, run, arguments)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must know
+        failures.report(Failure.of(rank, _origin(error), _sentence(error)))
+        failure = cause(failures.reports())
+        if rank == 0:
+            _write_failure(run, failure.sentence, failure.bad_input)
+        if PARENT not in os.environ:
+            print(f"failed: {failure.sentence}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(BAD_INPUT if failure.bad_input else FAILED)  # leaving Python's way could wait for the other ranks
+    watch.stop()
+    run.release()
+    return code
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The library's error behind one of this program's."""
+    return error.__cause__ if type(error) is RunFailed and error.__cause__ is not None else error
+
+
+# ---------------------------------------------------------------------------------------------------------- one process
+
+
+def _run_alone(config: RunConfig, run: RunDirectory, arguments: list[str]) -> int:
+    try:
+        return _run_here(config, run, arguments)
+    except Exception as error:
+        _write_failure(run, _sentence(error), isinstance(error, BadInput))
         raise
+    finally:
+        run.release()
 
 
-def _is_worker() -> bool:
-    """Whether a launcher of several processes started this one."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _run_here(config: RunConfig, run: RunDirectory, arguments: list[str]) -> int:
+    # The lock comes before the seconds of imports, so that whoever asks sees a run that is starting.
+    fault = None
+    if not is_rank() or os.environ["RANK"] == "0":
+        try:
+            run.take(config, arguments)
+            if not run.is_finished():
+                _say_starting(run, config, _launcher())
+        except BadInput as error:
+            fault = str(error)
+    from .utils.distributed import Processes
+
+    processes = Processes(config.runtime.device)
+    if fault := processes.broadcast(fault):
+        raise BadInput(fault)
+    code = _train_in(config, run, processes)
+    processes.close()  # only when all went well: others may still wait in a collective operation
+    return code
 
 
 def _launcher() -> int:
     """The process whose end ends the whole run."""
-    return int(os.environ.get(launch.LAUNCHER) or (os.getppid() if _is_worker() else os.getpid()))
-
-
-def _is_finished(run: RunDirectory) -> bool:
-    return (run.summary() or {}).get("state") == "finished"
+    return int(os.environ.get(PARENT) or (os.getppid() if is_rank() else os.getpid()))
 
 
 def _say_starting(run: RunDirectory, config: RunConfig, launcher: int) -> None:
-    """Replace what the status said of an earlier start.
+    """Replace what the status said of an earlier start, and say what became of a run that is extended.
 
     Args:
         launcher: the process whose end ends the whole run.
     """
+    run.claim()
     run.write_status(
         "starting",
         iteration=run.status().get("iteration", 0),
         iterations=config.runtime.iterations,
         error=None,
         bad_input=False,
+        progress=None,
         launcher=launch.identity(launcher),
+        description=description_hash(config),
     )
+    if run.extended_from is not None:
+        print(f"the run is extended from {run.extended_from} to {config.runtime.iterations} iterations")
+        if config.optimizer.schedule == "linear":
+            print("optimizer.schedule: the learning rate goes on as in the longer run, and falls to 0 at its end")
 
 
-def _verdict(run: RunDirectory) -> int:
-    """What became of a run whose processes have ended."""
-    # In this order: who ends a run by force writes "stopped" before the request is taken back.
-    asked, status = run.stop_requested(), run.status()
-    if status.get("state") in ("finished", "stopped"):
+def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> int:
+    if processes.broadcast(run.is_finished()):
+        if processes.is_main:
+            print(closing(run.summary(), run))
         return FINISHED
-    if asked and status.get("state") != "failed":
-        run.write_status("stopped")
+    _quiet()
+    from .objectives import make_objective
+
+    objective = make_objective(config)
+    line = lambda event: objective.line(event["objective"])  # noqa: E731
+    progress = Progress(config.runtime.iterations, line) if processes.is_main else None
+    try:
+        from .loop import Trainer
+
+        trainer = Trainer(config, run, processes, progress or (lambda event: None))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: setattr(trainer, "interrupted", True))
+        summary = trainer.train()
+    except KeyboardInterrupt:
+        if processes.is_main:
+            run.write_status("stopped", progress=None)
         return FINISHED
-    if status.get("state") != "failed":
-        run.write_status("failed", error="the processes of the run ended without a word; see the output above")
-    print(f"failed: {run.status().get('error')}", file=sys.stderr)
-    return BAD_INPUT if status.get("bad_input") else FAILED
+    except Exception as error:
+        if isinstance(error, (BadInput, RunFailed, OSError)):
+            raise
+        details = _write_details(run, processes.rank, error)
+        raise RunFailed(f"{type(error).__name__}: {_sentence(error)}{details}") from error
+    finally:
+        if progress is not None:
+            progress.close()
+    if processes.is_main:
+        print(closing(summary, run, lambda events: objective.closing([event["objective"] for event in events])))
+    return FINISHED
 
 
 def _quiet() -> None:
@@ -95,62 +263,26 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _run_here(config: RunConfig, output: Path, arguments: list[str]) -> int:
-    # The lock comes before the seconds of imports, so that who asks sees a run that is starting.
-    run, fault = RunDirectory(output), None
-    if not _is_worker() or os.environ["RANK"] == "0":
-        try:
-            run = RunDirectory.open(output, config, arguments)
-            if not _is_finished(run):
-                _say_starting(run, config, _launcher())
-        except BadInput as error:
-            fault = str(error)
-    from .utils.distributed import Processes
-
-    processes = Processes(config.runtime.device)
-    try:
-        if fault := processes.broadcast(fault):
-            raise BadInput(fault)
-        code = _train_in(config, run, processes)
-    finally:
-        run.release()
-    processes.close()  # only when all went well: others may still wait in a sum
-    return code
+def _write_failure(run: RunDirectory, sentence: str, bad_input: bool) -> None:
+    """Put the reason into the status, where the directory can be written and is this process's own."""
+    with suppress(RunFailed, OSError):
+        if not run.holds_lock:
+            return
+        run.write_status("failed", error=sentence, bad_input=bad_input, progress=None)
 
 
-def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> int:  # noqa: F821 - imported late
-    if _is_finished(run):
-        if processes.is_main:
-            print(closing(run.summary(), run))
-        return FINISHED
-    _quiet()
-    try:
-        from .loop import Trainer
-
-        progress = Progress(config.runtime.iterations) if processes.is_main else None
-        trainer = Trainer(config, run, processes, progress or (lambda event: None))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: setattr(trainer, "interrupted", True))
-        summary = trainer.train()
-    except KeyboardInterrupt:
-        if processes.is_main:
-            run.write_status("stopped")
-        return FINISHED
-    except Exception as error:
-        if processes.is_main:
-            run.write_status("failed", error=_sentence(error), bad_input=isinstance(error, BadInput))
-        if isinstance(error, (BadInput, RunFailed, OSError)):
-            raise
-        report = run.path / f"error-{processes.rank}.txt"
+def _write_details(run: RunDirectory, rank: int, error: BaseException) -> str:
+    """Keep the traceback beside the run; says where."""
+    report = run.path / f"error-{rank}.txt"
+    with suppress(RunFailed, OSError):
+        run.require_ownership()
         report.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        raise RunFailed(f"{type(error).__name__}: {_sentence(error)} (details in {report})") from error
-    if processes.is_main:
-        progress.close()
-        print(closing(summary, run))
-    return FINISHED
+        return f" (details in {report})"
+    return ""
 
 
 def _sentence(error: BaseException) -> str:
+    """What is wrong, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":
         return (

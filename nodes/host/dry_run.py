@@ -1,11 +1,10 @@
-"""A connected model without its weights: what its run would refuse, found out before anything makes room for it."""
+"""A connected model without its weights: finds out what its run would refuse before memory is freed for it."""
 
 import copy
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,38 +20,9 @@ from ...trainer.models import EntryConditions, check_kernel
 from ...trainer.models.comfy.conditions import Entry
 from ...trainer.models.comfy.model import ComfyModel
 from ...trainer.utils.errors import BadInput
-from ..types import Model
+from ..types import Blueprint
 
 META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """What is needed to build a MODEL again, but for its weights.
-
-    Attributes:
-        kind: its class, a `BaseModel` of ComfyUI's.
-        config: ComfyUI's configuration of it.
-        sampling: its `model_sampling`, as nodes have changed it.
-    """
-
-    kind: type
-    config: Any
-    sampling: Any
-
-    @classmethod
-    def of(cls, model: Any) -> "Blueprint":
-        return cls(type(model.model), model.model.model_config, model.get_model_object("model_sampling"))
-
-
-class Described(Model):
-    """The `model` section of a run description, with what only this process can know of the model."""
-
-    blueprint: Blueprint
-
-    def __deepcopy__(self, memo: dict) -> dict:
-        """A copy is plain data, as what is written down has to be."""
-        return copy.deepcopy(dict(self), memo)
 
 
 class Shell(ComfyModel):

@@ -1,50 +1,103 @@
-"""Prompts encoded by the CLIP of the graph, for a trainer that then loads no text encoder."""
+"""Prompts encoded by the CLIP of the graph, into a file that the trainer reads, so that it loads no text encoder."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import folder_paths
 import torch
 
 from ...trainer.config import RunConfig
-from ...trainer.models import Conditions, EntryConditions, model_class
+from ...trainer.models import Conditions, DiffusionModel, EntryConditions, model_class
 from ...trainer.models.comfy.conditions import Entry, check_entry, mapped
-from ...trainer.prompts.conditions import all_texts
-from ...trainer.prompts.sets import evaluation_prompts, training_prompts
-from ...trainer.utils.errors import BadInput
-from .session import check_interrupt
+from ...trainer.prompts.conditions import announcer, needs_negative, prompts_to_encode
+from ...trainer.prompts.sets import read_prompts
+from ...trainer.prompts.store import open_conditions, write_conditions
+from ...trainer.utils.errors import BadInput, shorten
+from .progress import check_interrupt
 
 
-def encode(clip: object, config: RunConfig, conditioning: list | None = None) -> tuple[list[str], Conditions]:
-    """Every text of a run and its conditions, one row each, on the CPU.
-
-    Args:
-        conditioning: CONDITIONING whose content beside the text goes with every text, for models of the graph.
+@contextmanager
+def encoded_prompts(clip: object, config: RunConfig, conditioning: list | None = None) -> Iterator[Path]:
+    """A temporary file with the conditions of a run's prompts, to be moved away; else it is deleted.
 
     Raises:
-        BadInput: the text encoders do not belong to the model, or a text is longer than the others can be padded to.
+        BadInput: as `write`.
     """
-    texts = list(
-        dict.fromkeys(all_texts(config, training_prompts(config.prompts), evaluation_prompts(config.evaluation)))
-    )
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = tempfile.NamedTemporaryFile(dir=folder, prefix="conditions-", suffix=".safetensors", delete=False)  # noqa: SIM115
+    handle.close()
+    path = Path(handle.name)
+    try:
+        write(path, clip, config, conditioning)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def write(path: Path, clip: object, config: RunConfig, conditioning: list | None = None) -> None:
+    """Encode every prompt of a run, one at a time, into a file of conditions.
+
+    The negative prompt is encoded only where guidance uses it.
+
+    Args:
+        conditioning: CONDITIONING whose content beside the text goes with every prompt, for models of the graph.
+
+    Raises:
+        BadInput: the text encoders do not belong to the model, the conditioning holds what cannot be stored, or the
+            disk has no room.
+    """
+    training, held_out = read_prompts(config)
+    keys = list(prompts_to_encode(config, training, held_out, needs_negative(config, held_out)))
+    texts = [text for text, _ in keys]
     if config.model.graph is not None:
         carried = _carried(conditioning)
-        return texts, EntryConditions.of([_entry(*_encoded(clip, text), carried) for text in texts])
-    embeds, pooled = [], []
-    for text in texts:
-        tokens, extra = _encoded(clip, text)
-        embeds.append(tokens.float().cpu())
-        pooled.append(extra.get("pooled_output"))
-    _require_equal_lengths(texts, embeds)
-    together = None if any(value is None for value in pooled) else torch.cat([value.float().cpu() for value in pooled])
-    family = model_class(config.model)
-    return texts, family.outside_conditions(config.model, torch.cat(embeds), together)
+        pieces = (EntryConditions.of([_entry(*_encoded(clip, text), carried)]) for text in texts)
+    else:
+        family = model_class(config.model)
+        pieces = (_row(family, config, *_encoded(clip, text)) for text in texts)
+    write_conditions(path, keys, pieces, announce=announcer(path, len(keys)))
+
+
+def first_row(path: Path) -> Conditions:
+    """The first prompt's conditions in a file."""
+    return open_conditions(path).rows(torch.tensor([0]))
+
+
+def applies_weights(clip: object) -> bool:
+    """Whether the CLIP takes `(word:1.5)` for a weight; encoders that are language models take it for text."""
+    return any(weight != 1.0 for weight in _weights(clip.tokenize("(a:1.5)")))
+
+
+def _weights(tokens: object) -> Iterator[float]:
+    """Second numbers of the tuples (token, weight, ...) in whatever a tokenizer gives."""
+    if isinstance(tokens, tuple) and len(tokens) > 1 and isinstance(tokens[1], int | float):
+        yield tokens[1]
+    elif isinstance(tokens, dict | list | tuple):
+        for part in tokens.values() if isinstance(tokens, dict) else tokens:
+            yield from _weights(part)
 
 
 def _encoded(clip: object, text: str) -> tuple[torch.Tensor, dict]:
-    """Token embeddings and what comes with them."""
+    """Token embeddings `[1, tokens, width]`, and what comes with them."""
     check_interrupt()
-    scheduled = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    try:
+        scheduled = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    except RecursionError as error:
+        raise BadInput(f"prompt {shorten(text)} nests parentheses too deep for clip") from error
     if len(scheduled) != 1:
         raise BadInput("clip changes over the sampling steps (hooks with a schedule), which training cannot follow")
     tokens, extra = scheduled[0]
     return tokens, extra
+
+
+def _row(family: type[DiffusionModel], config: RunConfig, tokens: torch.Tensor, extra: dict) -> Conditions:
+    """One prompt's conditions for a model of a diffusers folder."""
+    pooled = extra.get("pooled_output")
+    pooled = None if pooled is None else pooled.float().cpu()
+    return family.outside_conditions(config.model, tokens.float().cpu(), pooled)
 
 
 TEXT = ("pooled_output", "attention_mask", "num_tokens", "conditioning_lyrics", "t5xxl_ids", "t5xxl_weights")
@@ -61,7 +114,7 @@ def _carried(conditioning: list | None) -> Entry:
     """What a CONDITIONING holds beside its text.
 
     Raises:
-        BadInput: it has several parts, or something that is no data.
+        BadInput: it has several parts, or holds an object that cannot be stored.
     """
     if conditioning is None:
         return {}
@@ -73,13 +126,3 @@ def _carried(conditioning: list | None) -> Entry:
         carried["clip_vision_output"] = {name: getattr(seen, name, None) for name in names}
     check_entry(carried)
     return mapped(carried, lambda tensor: tensor.cpu())
-
-
-def _require_equal_lengths(texts: list[str], embeds: list[torch.Tensor]) -> None:
-    lengths = [value.shape[1] for value in embeds]
-    if len(set(lengths)) > 1:
-        longest = max(zip(lengths, texts, strict=True))
-        raise BadInput(
-            f"prompt {longest[1]!r} is encoded into {longest[0]} tokens and others into {min(lengths)}: all must have "
-            "the same length, so shorten it"
-        )

@@ -1,40 +1,15 @@
-"""Where runs and LoRAs lie in ComfyUI's output folder, and which names they may have."""
+"""Folders of runs, LoRAs and diffusers models, and the names that runs may have."""
 
 import json
 import os
-import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
 
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.files import write_atomically
-
-LONGEST_NAME = 64
-MOST_BYTES = 200
-"""File systems take 255 bytes, and a LoRA's name has a number and an ending besides."""
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³")}
-
-
-def check_name(name: str) -> str:
-    """A run's name, as it is.
-
-    Raises:
-        BadInput: it could be anything but the name of one folder, on whatever system.
-    """
-    accepted = (
-        f"a name has 1 to {LONGEST_NAME} letters, digits, spaces, '-', '_' and '.', and starts and ends with a letter "
-        "or digit"
-    )
-    if not isinstance(name, str):
-        raise BadInput(f"name is {name!r}, which is no text: {accepted}")
-    if len(name) > LONGEST_NAME or len(name.encode("utf-8", "replace")) > MOST_BYTES:
-        raise BadInput(f"name {name[:LONGEST_NAME]!r}... is too long: {accepted}")
-    if not re.fullmatch(r"\w[\w .-]*", name) or ".." in name or not name[-1].isalnum() or not name[0].isalnum():
-        raise BadInput(f"name {name!r} cannot be used: {accepted}")
-    if name.split(".")[0].strip().upper() in _DEVICES:
-        raise BadInput(f"name {name!r} cannot be used: it is the name of a device on Windows")
-    return name
+from ...trainer.utils.names import check_name
 
 
 def runs_folder() -> Path:
@@ -45,7 +20,7 @@ def run_folder(name: str) -> Path:
     """The folder of a run, which need not exist.
 
     Raises:
-        BadInput: the name cannot be one.
+        BadInput: the name cannot be used.
     """
     return runs_folder() / check_name(name)
 
@@ -55,7 +30,7 @@ def _loras_root() -> Path:
 
 
 def register_loras() -> None:
-    """Let ComfyUI list LoRAs of its output folder, where its own start has not done so."""
+    """Let ComfyUI list LoRAs of its output folder, if it does not yet."""
     listed = {Path(folder).resolve() for folder in folder_paths.get_folder_paths("loras")}
     if _loras_root() not in listed:
         folder_paths.add_model_folder_path("loras", str(_loras_root()))
@@ -66,6 +41,9 @@ def publish_lora(source: Path, name: str) -> str:
 
     Returns:
         its name in ComfyUI's list of LoRAs.
+
+    Raises:
+        BadInput: the file is damaged, or there are too many LoRAs of this name.
     """
     content = source.read_bytes()
     stem = f"{name}_{_iteration(source)}"
@@ -82,18 +60,37 @@ def publish_lora(source: Path, name: str) -> str:
     raise BadInput(f"there are too many LoRAs of the name {stem}; move some away")
 
 
-def _iteration(lora: Path) -> int:
-    from safetensors import safe_open
+def published_loras(name: str) -> list[Path]:
+    """The LoRA files that `publish_lora` has made for a run."""
+    return sorted((_loras_root() / "dancegrpo").glob(f"{name}_*.safetensors"))
 
-    with safe_open(lora, framework="pt") as file:
-        return json.loads(file.metadata()["dancegrpo"])["iteration"]
+
+def _iteration(lora: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(lora, framework="pt") as file:
+            return int(json.loads(file.metadata()["dancegrpo"])["iteration"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{lora} is damaged: it does not say which iteration it is from") from error
 
 
 def diffusers_folders() -> dict[str, Path]:
     """The diffusers folders in ComfyUI's model folders, by the name shown."""
-    found = {}
+    found: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths("diffusers"):
-        for folder, _, files in os.walk(root, followlinks=True):
-            if "model_index.json" in files:
-                found.setdefault(os.path.relpath(folder, root), Path(folder).resolve())
+        for name, folder in _below(Path(root)):
+            found.setdefault(name, folder)
     return dict(sorted(found.items()))
+
+
+def _below(root: Path) -> Iterator[tuple[str, Path]]:
+    """Folders below `root` with a model_index.json; nothing is looked for inside them, nor twice behind links."""
+    visited = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        if real in visited or "model_index.json" in files:
+            subfolders.clear()
+        if real not in visited and "model_index.json" in files:
+            yield os.path.relpath(folder, root), real
+        visited.add(real)

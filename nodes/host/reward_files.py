@@ -7,8 +7,9 @@ import folder_paths
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
-from ...trainer import rewards as judges
+from ...trainer import rewards as reward_models
 from ...trainer.config import RewardConfig
+from ...trainer.prompts.text import prompt_lines
 
 FOLDER = "rewards"
 LIMIT = 2**31
@@ -16,8 +17,8 @@ LONG = 60
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
-def option_widgets(kind: type[judges.Reward]) -> list[io.Input]:
-    """A widget per option of a reward; rewards that have nothing to set have none."""
+def option_widgets(kind: type[reward_models.Reward]) -> list[io.Input]:
+    """A widget per option of a reward."""
     return [_widget(name, field) for name, field in kind.Options.model_fields.items()]
 
 
@@ -41,7 +42,7 @@ def _widget(name: str, field: FieldInfo) -> io.Input:
 
 
 def _range(field: FieldInfo) -> dict[str, float]:
-    """The widget's limits; an open one is left to the option's own check."""
+    """The widget's limits; where there is none, the option's own check applies."""
     found = {"min": -LIMIT, "max": LIMIT}
     for rule in field.metadata:
         for key, end in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
@@ -50,32 +51,34 @@ def _range(field: FieldInfo) -> dict[str, float]:
     return found
 
 
-def option_values(kind: type[judges.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
+def option_values(kind: type[reward_models.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
     """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
     lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
-    return {name: _lines(value) if name in lists else value for name, value in widgets.items()}
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return {name: prompt_lines(value) if name in lists else value for name, value in widgets.items()}
 
 
 def _file_widget(name: str, default: str, rule: dict[str, Any], tip: str | None) -> io.Input:
-    """The files of models/rewards that fit; folders too where the reward takes one."""
+    """The files of models/rewards that fit; folders too where the reward takes one.
+
+    As with core's loaders, only what is there is listed, and ComfyUI refuses any other name at its own widget. What is
+    listed in place of a missing file tells where to put it.
+    """
     files = [Path(file) for file in folder_paths.get_filename_list(FOLDER)]
-    found = [file for file in files if file.suffix.lower() in rule["suffixes"]]
+    found = {file for file in files if file.suffix.lower() in rule["suffixes"]}
     if rule["folder"]:
-        found += {parent for file in files for parent in file.parents if parent != Path()}
-    names = sorted(path.as_posix() for path in found)
-    return io.Combo.Input(name, options=[default, *(n for n in names if n != default)], default=default, tooltip=tip)
+        found |= {parent for file in files for parent in file.parents if parent != Path()}
+    names = sorted(path.as_posix() for path in found - {Path(default)})
+    usual = [default] if not default or Path(default) in found else []
+    hint = [] if usual else [f"(missing: put it at models/rewards/{default})"]
+    return io.Combo.Input(name, options=[*usual, *names, *hint], default=default, tooltip=tip)
 
 
 def with_files(config: RewardConfig) -> RewardConfig:
-    """The same reward, its files found in ComfyUI's folders.
+    """The same reward with full paths of its files in ComfyUI's folders.
 
     Raises:
-        BadInput: a file is not there, or an option is not accepted.
+        BadInput: a file is missing, or an option is not accepted.
     """
-    config = judges.with_files_from(config, map(Path, folder_paths.get_folder_paths(FOLDER)))
-    judges.load_reward(config)  # looks at options and files, and reads no weights
+    config = reward_models.with_files_from(config, map(Path, folder_paths.get_folder_paths(FOLDER)))
+    reward_models.load_reward(config)  # looks at options and files, and reads no weights
     return config

@@ -1,71 +1,57 @@
-"""A run as the nodes see it: described, begun or attached to, waited for, and what it has to show."""
+"""A run as the nodes see it: its description, and starting, attaching to or resuming it."""
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from comfy.model_management import InterruptProcessingException
-
+from ...trainer.check import check_rewards, check_run
 from ...trainer.config import RunConfig, parse_config
-from ...trainer.models import check_kernel, model_class
+from ...trainer.prompts.sets import read_prompts
+from ...trainer.prompts.text import prompt_lines
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
-from ...trainer.runs.progress import duration, number, table
-from ...trainer.utils.errors import BadInput, RunFailed
-from ..types import Judges
-from . import dry_run, session
-from .folders import publish_lora, run_folder, runs_folder
-
-GRACE = 6.0
-"""Seconds a run has to stop by itself when the user cancels; its processes are ended then."""
-POLL = 0.5
-EXIT = 10.0
-"""Seconds given to the processes of an ended run to give their memory back, before the graph goes on."""
-LOG_LINES = 30
-
-
-def prompt_lines(text: str, field: str) -> list[str]:
-    """One prompt per line that is not blank.
-
-    Raises:
-        BadInput: a prompt is there twice.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    for line in lines:
-        if lines.count(line) > 1:
-            raise BadInput(f"{field} holds {line!r} more than once")
-    return lines
+from ...trainer.utils.errors import BadInput
+from ...trainer.utils.files import move_file
+from ..types import Blueprint, Rewards
+from . import dry_run, memory
+from .encoding import applies_weights, encoded_prompts, first_row
+from .folders import run_folder, runs_folder
 
 
 def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
     """Training prompts and held-out ones.
 
     Raises:
-        BadInput: no prompts, one that is there twice, or one that is held out and trained on.
+        BadInput: there are no prompts, one is repeated, or one is both held out and trained on.
     """
-    texts, tests = prompt_lines(prompts, "prompts"), prompt_lines(held_out, "held_out_prompts")
+    texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts:
         raise BadInput("prompts is empty: write one prompt per line")
     if shared := set(texts) & set(tests):
-        raise BadInput(f"held_out_prompts holds {min(shared)!r}, which is also in prompts; hold out others")
+        raise BadInput(f"held_out_prompts holds {min(shared)[:100]!r}, which is also in prompts; hold out others")
     return texts, tests
 
 
 def describe(
     model: dict,
     settings: dict | None,
-    rewards: Judges,
-    judges: Judges | None,
+    rewards: Rewards,
+    evaluation_rewards: Rewards | None,
     prompts: str,
     held_out: str,
     negative: str,
+    start_from: Path | None = None,
 ) -> dict:
     """The plain data of a run description.
 
+    Args:
+        model: its `model` section.
+        start_from: LoRA file that training starts from.
+
     Raises:
-        BadInput: no prompts, or prompts that are held out and trained on.
+        BadInput: there are no prompts, or one is both held out and trained on.
     """
     texts, tests = check_texts(prompts, held_out)
     data = dict(settings or {})
@@ -73,13 +59,15 @@ def describe(
     data["prompts"] = {"texts": texts, "negative": negative.strip()}
     data["rewards"] = rewards.description()
     data["evaluation"] = {**data.get("evaluation", {}), "texts": tests}
-    if judges is not None:
-        data["evaluation"]["rewards"] = judges.description()
+    if evaluation_rewards is not None:
+        data["evaluation"]["rewards"] = evaluation_rewards.description()
+    if start_from is not None:
+        data["lora"] = {**data.get("lora", {}), "start_from": str(start_from)}
     return data
 
 
 def upstream_digest(get_node: Callable[[str], dict], link: list) -> str:
-    """Stands for what an input is connected to: the nodes above it and their widgets, not their numbers."""
+    """Stands for what an input is connected to: the nodes above it with their widgets, whatever their ids are."""
     known: dict[str, list] = {}
 
     def describe_node(node_id: str) -> list:
@@ -102,9 +90,10 @@ def upstream_digest(get_node: Callable[[str], dict], link: list) -> str:
 
 
 def existing(name: str) -> RunDirectory:
-    """
+    """The run of this name.
+
     Raises:
-        BadInput: there is no run of this name.
+        BadInput: there is none.
     """
     folder = run_folder(name)
     if not (folder / "run.yaml").is_file():
@@ -124,58 +113,59 @@ def begin(
     processes: int,
     gpus: list[int] | None,
     conditioning: list | None = None,
+    blueprint: Blueprint | None = None,
 ) -> RunDirectory:
-    """The run of this name: attached to while it goes on or when it is finished, else started or resumed.
+    """The run of this name: started, resumed or extended; attached to while it goes on or when it is finished.
 
     Args:
         data: plain data of its description.
         clip: ComfyUI's text encoders; None leaves encoding to the trainer.
         clip_source: stands for where `clip` and `conditioning` come from.
         conditioning: CONDITIONING whose content beside the text goes with every prompt.
+        blueprint: of a connected model.
 
     Raises:
-        BadInput: whatever cannot be accepted; nothing has been started then.
+        BadInput: something cannot be accepted; nothing has been started.
     """
     folder = run_folder(name)
     file = folder / f"conditions-{clip_source}.safetensors"
     if clip is not None:
-        data = {**data, "prompts": {**data["prompts"], "conditions": str(file)}}
+        encoded = {"conditions": str(file), "weight_syntax": applies_weights(clip)}
+        data = {**data, "prompts": {**data["prompts"], **encoded}}
     config = parse_config(data)
     run = RunDirectory(folder)
     if (folder / "run.yaml").is_file():
         _refuse_changes(name, run, config)
-        if launch.is_running(run) or is_finished(run):
+        if launch.is_running(run):
+            _refuse_extension(name, run, config)
+            return run
+        if is_finished(run) and not _is_extended(run, config):
             return run
     _check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
         raise BadInput("conditioning goes with a connected model and clip: disconnect it, or connect them")
-    conditions = None
-    if clip is not None and not file.exists():
-        from .encoding import encode
-
-        conditions = encode(clip, config, conditioning)
-    if isinstance(data.get("model"), dry_run.Described):
-        dry_run.refuse(data["model"].blueprint, config, conditions and conditions[1])
-    _make_room(config, processes, gpus)
-    run = RunDirectory.open(folder, config, ["ComfyUI", name])
-    try:
-        if launch.is_started(run):  # another ComfyUI was faster
+    with ExitStack() as stack:
+        encoded = None
+        if clip is not None and not file.exists():
+            encoded = stack.enter_context(encoded_prompts(clip, config, conditioning))
+        if blueprint is not None:
+            dry_run.refuse(blueprint, config, encoded and first_row(encoded))
+        _make_room(config, processes, gpus)
+        run = RunDirectory.open(folder, config, ["ComfyUI", name])
+        stack.callback(run.release)
+        if launch.is_running(run):  # started by another ComfyUI in the meantime
             return run
-        if conditions is not None:
-            from ...trainer.prompts.conditions import save_conditions
-
-            save_conditions(file, *conditions)
+        if encoded is not None:
+            move_file(encoded, file)
         launch.start_run(run, processes, gpus)
-    finally:
-        run.release()
     return run
 
 
 def resume(run: RunDirectory) -> bool:
-    """Start a run again that was stopped or died; whether there was anything to do.
+    """Resume a run that was stopped or whose processes died; returns whether there was anything to do.
 
     Raises:
-        BadInput: there is no room for it, or something that it needs is gone.
+        BadInput: there is too little memory, or a file that the run needs is missing.
     """
     if launch.is_running(run) or is_finished(run):
         return False
@@ -185,13 +175,13 @@ def resume(run: RunDirectory) -> bool:
     if conditions is not None and not Path(conditions).is_file():
         raise BadInput(
             f"run {run.path.name!r} lacks {Path(conditions).name}, which holds its encoded prompts: queue its GRPO "
-            "Train LoRA again, which writes them anew and goes on"
+            "Train LoRA again, which encodes them again and resumes the run"
         )
     _check(config, processes, gpus)
     _make_room(config, processes, gpus)
     run.acquire()
     try:
-        if launch.is_started(run):
+        if launch.is_running(run):
             return False
         launch.start_run(run, processes, gpus)
     finally:
@@ -199,35 +189,53 @@ def resume(run: RunDirectory) -> bool:
     return True
 
 
+def _is_extended(run: RunDirectory, config: RunConfig) -> bool:
+    """Whether a description asks for more iterations than the run was made for."""
+    return config.runtime.iterations > run.config().runtime.iterations
+
+
+def _refuse_extension(name: str, run: RunDirectory, config: RunConfig) -> None:
+    if _is_extended(run, config):
+        raise BadInput(
+            f"run {name!r} goes on to iteration {run.config().runtime.iterations}: queue this again when it has ended, "
+            f"or stop it first, to extend it to {config.runtime.iterations}"
+        )
+
+
 def _refuse_changes(name: str, run: RunDirectory, config: RunConfig) -> None:
     if changes := run.changes(config):
         raise BadInput(
             f"name {name!r} belongs to a run with other settings: {'; '.join(changes[:5])}. Choose another name for a "
-            "new run, or set this back to go on with the old one"
+            "new run, or undo these changes to continue the old one"
         )
 
 
-def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
-    """What the trainer would refuse, said on the node at once."""
-    from ...trainer.loop import check_groups, check_media, check_prompts
-    from ...trainer.rewards import load_reward
+def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> None:
+    """Refuse what cannot be trained with any model, before a model is loaded.
 
-    check_kernel(model_class(config.model), config.model.family, config.rollout)
+    Args:
+        data: plain data of a run description; its `model` section is not looked at.
+
+    Raises:
+        BadInput: something cannot be accepted.
+    """
+    config = parse_config({**data, "model": {}})
+    check_rewards(config, processes, *read_prompts(config))
+    memory.require_gpus(gpus, processes)
+    _refuse_busy_gpus(gpus)
+
+
+def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
+    """Refuse on the node, before anything starts, what the trainer would refuse."""
+    check_run(config, processes, conditions_exist=False)
     if config.model.graph is not None and config.prompts.conditions is None:
         raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
-    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
-    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
-    check_groups(rewards, processes)
-    check_media(judges, config.model.frames)
-    check_prompts(judges, [*config.prompts.texts, *config.evaluation.texts])
-    if processes > config.rollout.prompts_per_iteration * config.rollout.group_size:
-        raise BadInput(f"{processes} processes are more than the images of an iteration")
-    session.require_gpus(gpus, processes)
+    memory.require_gpus(gpus, processes)
     _refuse_busy_gpus(gpus)
 
 
 def _refuse_busy_gpus(gpus: list[int] | None) -> None:
-    """Two runs on one GPU would both be slow, or out of memory."""
+    """Two runs on one GPU would both be slow, or run out of memory."""
     for folder in runs_folder().glob("*/status.json") if gpus else ():
         other = RunDirectory(folder.parent)
         shared = set(gpus) & set(other.status().get("gpus") or [])
@@ -238,120 +246,5 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
 
 
 def _make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
-    session.free_memory()
-    session.require_memory(config.model, gpus, processes, config.runtime.device == "cpu")
-
-
-# ------------------------------------------------------------------------------------------------------------ waiting
-
-
-def wait(run: RunDirectory, screen: session.Screen) -> None:
-    """Until the run has ended, showing how it goes.
-
-    Raises:
-        RunFailed: it failed or died; with the last lines of its log.
-        InterruptProcessingException: the user cancelled.
-    """
-    seen = None
-    while True:
-        session.check_interrupt()
-        running = launch.is_running(run)  # before its files are read: they are its last word then
-        stamp = _stamp(run)
-        if stamp != seen or not running:
-            seen = stamp
-            screen.show(run.status().get("iteration", 0), status_text(run, running), newest_sample(run))
-        if not running:
-            break
-        time.sleep(POLL)
-    launch.wait_for_exit(run, EXIT)
-    refuse_failure(run)
-
-
-def refuse_failure(run: RunDirectory) -> None:
-    """
-    Raises:
-        RunFailed: the run, which has ended, did not do so in peace.
-    """
-    state = run.status().get("state")
-    if state in ("finished", "stopped"):
-        return
-    reason = run.status().get("error") if state == "failed" else "its process ended without a word"
-    raise RunFailed(f"run {run.path.name!r} failed: {reason}\n{log_tail(run)}")
-
-
-def cancel(run: RunDirectory, name: str) -> None:
-    """End every process of a run; what it learned is kept, also as a LoRA that ComfyUI lists."""
-    launch.stop(run, grace=GRACE)
-    if run.lora_file.exists():
-        publish_lora(run.lora_file, name)
-
-
-def wait_or_cancel(run: RunDirectory, name: str, screen: session.Screen) -> None:
-    """`wait`, but a cancelled prompt ends the run."""
-    try:
-        wait(run, screen)
-    except InterruptProcessingException:
-        screen.say(f"run {name!r}: stopping")
-        cancel(run, name)
-        screen.say(status_text(run, running=False))
-        raise
-
-
-def _stamp(run: RunDirectory) -> tuple:
-    files = (run.path / "status.json", run.path / "events.jsonl")
-    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
-
-
-# ----------------------------------------------------------------------------------------------------- what it shows
-
-
-def status_text(run: RunDirectory, running: bool) -> str:
-    """State, rewards and time left, in a few lines."""
-    status, events = run.status(), run.events()
-    state, done, total = status.get("state", "starting"), status.get("iteration", 0), status.get("iterations", 0)
-    if not running and state in ("starting", "running", "stopping"):
-        state = "ended without a word; it can be resumed"
-    if not running and state == "stopped":
-        state = "stopped; it can be resumed"
-    lines = [f"run {run.path.name!r}: {state}"]
-    if total:
-        lines.append(f"iteration {done} of {total}")
-    if events:
-        first, last = events[0]["rewards"], events[-1]["rewards"]
-        lines += [f"{name} {number(value['mean'])} (was {number(first[name]['mean'])})" for name, value in last.items()]
-    if running and events and state == "running":
-        recent = [event["seconds"]["total"] for event in events[-20:]]
-        lines.append(f"{duration(sum(recent) / len(recent) * (total - done))} left")
-    if state == "failed":
-        lines.append(str(status.get("error")))
-    if not running and (summary := run.summary()):
-        lines.append(table(summary))
-    return "\n".join(line for line in lines if line)
-
-
-def log_tail(run: RunDirectory) -> str:
-    """The last lines of what the run printed."""
-    if not run.log_file.exists():
-        return ""
-    with run.log_file.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - 20_000))
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    return "\n".join(lines[-LOG_LINES:])
-
-
-def newest_sample(run: RunDirectory) -> Path | None:
-    """The newest picture of samples."""
-    pictures = list((run.path / "samples").glob("*.png"))
-    return max(pictures, key=lambda path: path.stat().st_mtime_ns, default=None)
-
-
-def losses(run: RunDirectory) -> list[float]:
-    """Minus the weighted mean reward of each iteration: the policy's own loss is about 0 by construction."""
-    weights = {reward.name: reward.weight for reward in run.config().rewards}
-    values = []
-    for event in run.events():
-        means = {name: event["rewards"][name]["mean"] for name in weights}
-        if None not in means.values():
-            values.append(-sum(weights[name] * mean for name, mean in means.items()))
-    return values
+    memory.free_memory()
+    memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu")

@@ -1,58 +1,67 @@
-"""What stands behind the score node: the judges at work, and their scores as text and as a picture."""
+"""Scoring images for the score node, and the scores as text and as a picture."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ...trainer import rewards as judges
+from ...trainer import rewards as reward_models
+from ...trainer.prompts.text import check_text, prompt_lines
 from ...trainer.rewards.base import ModelReward
-from ..types import Judges
+from ...trainer.utils.errors import BadInput
+from ...trainer.utils.media import to_tensor
+from ..types import Rewards
+from .progress import check_interrupt
 
 
 def split_prompts(text: str, count: int, what: str) -> list[str]:
-    """One prompt per image: a single line stands for all.
+    """One prompt per image; a single line is used for all.
 
     Raises:
-        ValueError: no line, or neither one nor one per image.
+        BadInput: there are neither one line nor one per image.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    check_text(text, "prompt")
+    lines = prompt_lines(text)
     if not lines:
-        raise ValueError("prompt is empty: write what the images should show")
+        raise BadInput("prompt is empty: write what the images should show")
     if len(lines) not in (1, count):
-        raise ValueError(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
+        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
     return lines if len(lines) == count else lines * count
 
 
 def score_all(
-    reward: Judges, items: Tensor, prompts: list[str], device: torch.device, make_room: Callable[[int], object]
+    reward: Rewards, items: Tensor, prompts: list[str], device: torch.device, make_room: Callable[[int], object]
 ) -> dict[str, Tensor]:
     """Raw scores `[B]` by the reward's name.
 
     Args:
         items: images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1].
-        device: where judges that are networks work.
-        make_room: called with the bytes that a judge needs there.
+        device: for rewards that are networks.
+        make_room: called with the bytes that such a reward needs there.
 
     Raises:
-        ValueError: a judge of videos is given images, or a prompt cannot be judged.
+        BadInput: a reward for videos is given images, or cannot score a prompt or an image.
     """
     scores = {}
     for config in reward.rewards:
-        judge = judges.load_reward(config)
-        if judge.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
-            raise ValueError(f"reward {config.name!r} judges videos: give it frames, with batch set to 'one video'")
-        judge.check_prompts(prompts)
-        network = _network(judge)
+        check_interrupt()
+        model = reward_models.load_reward(config)
+        if model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
+            raise BadInput(f"reward {config.name!r} scores videos: give it frames, with batch set to 'one video'")
+        network = _network(model)
         if network is not None:
             make_room(sum(p.numel() * p.element_size() for p in network.parameters()))
-        scores[config.name] = judges.score(judge, items if network is None else items.to(device), prompts)
+        try:
+            model.check_prompts(prompts)
+            scores[config.name] = reward_models.score(model, items if network is None else items.to(device), prompts)
+        except ValueError as error:
+            raise BadInput(f"reward {config.name!r}: {error}") from error
     return scores
 
 
-def _network(judge: judges.Reward) -> torch.nn.Module | None:
-    """A judge's network, read from its file; None for a rule."""
-    inner = judge.reward if isinstance(judge, judges.Threshold) else judge
+def _network(reward: reward_models.Reward) -> torch.nn.Module | None:
+    """A reward's network, read from its file; None for a rule."""
+    inner = reward.reward if isinstance(reward, reward_models.Threshold) else reward
     inner.load()
     return inner.module if isinstance(inner, ModelReward) else None
 
@@ -66,13 +75,13 @@ def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> 
     known = total[~total.isnan()]
     if len(known) == 0:
         return "\n".join([*lines, "no image has a score"])
-    spread = f", spread {known.std():.4g}" if len(known) > 1 else ""
+    std = f", std {known.std():.4g}" if len(known) > 1 else ""
     missing = f", {len(total) - len(known)} without a score" if len(known) < len(total) else ""
-    return "\n".join([*lines, f"mean {known.mean():.4g}{spread}{missing}, best is image {best_of(total) + 1}"])
+    return "\n".join([*lines, f"mean {known.mean():.4g}{std}{missing}, best is image {best_of(total) + 1}"])
 
 
 def best_of(scores: Tensor) -> int:
-    """The first of the highest; NaN stands for no score."""
+    """Index of the highest score, the first of equal ones; NaN stands for no score."""
     return int(scores.nan_to_num(-torch.inf).argmax())
 
 
@@ -81,6 +90,7 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image
 
     panels = dict(parts) if len(parts) == 1 else {**parts, "weighted sum": total}
     figure = Figure(figsize=(max(4.0, 0.3 * len(total)), 2.4 * len(panels)), dpi=110, layout="constrained")
@@ -93,5 +103,4 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
         axis.set(title=name, xlabel="image", xlim=(0.4, len(values) + 0.6))
         axis.xaxis.get_major_locator().set_params(integer=True)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return torch.from_numpy(pixels).float()[None] / 255
+    return to_tensor(Image.fromarray(np.asarray(canvas.buffer_rgba()))).movedim(0, -1)[None]

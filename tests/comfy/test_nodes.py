@@ -9,15 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_host import PACK, ROOT, PromptFailed, Server
+from comfy_host import PACK, ROOT, Fault, PromptFailed, Server, warnings_of_pack
 from PIL import Image
 
 NODE_IDS = re.findall(r'node_id="(DanceGRPO_\w+)"', "".join(p.read_text() for p in (ROOT / "nodes").glob("*.py")))
-
-
-@pytest.fixture(scope="module")
-def info(comfy: Server) -> dict:
-    return comfy.get("/object_info")
 
 
 def test_it_loads_without_a_warning(comfy: Server) -> None:
@@ -27,7 +22,22 @@ def test_it_loads_without_a_warning(comfy: Server) -> None:
     assert "Error while calling comfy_entrypoint" not in comfy.output
     start = comfy.output[: comfy.output.index("To see the GUI go to")]
     own = [line for line in start.splitlines() if re.search("WARNING|ERROR|Traceback", line)]
-    assert [line for line in own if "User settings" not in line and "--multi-user" not in line] == []
+    assert [line for line in own if PACK in line or "dancegrpo" in line.lower()] == []
+    assert warnings_of_pack(start) == []
+
+
+def test_the_packages_of_a_virtual_environment_in_the_clone_are_not_the_pack() -> None:
+    own = [
+        f"/base/custom_nodes/{PACK}/nodes/rewards.py:7: UserWarning: one",
+        f"{ROOT}/trainer/loop.py:12: DeprecationWarning: two",
+        f"/base/custom_nodes/{PACK}/__init__.py:1: FutureWarning: three",
+    ]
+    others = [
+        f"{ROOT}/.venv/lib/python3.12/site-packages/torch/nn.py:3: UserWarning: four",
+        f"/home/me/{PACK}/.venv/lib/python3.12/site-packages/trainer/nodes/x.py:3: UserWarning: five",
+        f"/home/me/comfy/{PACK}/nodes/rewards.py is not a warning",
+    ]
+    assert warnings_of_pack("\n".join([*others, *own, *others])) == own
 
 
 def test_every_node_is_there_with_words_for_everything(info: dict) -> None:
@@ -102,6 +112,14 @@ def refusal(comfy: Server, prompt: dict) -> str:
     return str(caught.value)
 
 
+def only_fault(comfy: Server, prompt: dict) -> Fault:
+    """The one report that a user gets."""
+    with pytest.raises(PromptFailed) as caught:
+        comfy.run(prompt)
+    (fault,) = caught.value.faults
+    return fault
+
+
 def test_scores_are_text_plot_and_floats(comfy: Server) -> None:
     prompt = scoring()
     prompt["total"] = {"class_type": "PreviewAny", "inputs": {"source": ["score", 0]}}
@@ -158,9 +176,16 @@ def test_every_node_that_takes_a_name_refuses_one_that_leads_elsewhere(comfy: Se
 def test_a_file_that_is_missing_is_said_before_anything_runs(comfy: Server) -> None:
     prompt = scoring(reward__reward="pickscore")
     prompt["reward"]["inputs"] |= PICKSCORE
-    with pytest.raises(PromptFailed, match="reward 'pickscore': path .* is not in") as failed:
+    with pytest.raises(PromptFailed) as failed:
         comfy.run(prompt)
-    assert list(failed.value.details["node_errors"]) == ["reward"]
+    (fault,) = failed.value.faults
+    assert (fault.node, fault.input, fault.kind) == ("reward", "reward.path", "value_not_in_list")
+    hint = "(missing: put it at models/rewards/pickscore/model.safetensors)"
+    assert fault.text == f"reward.path: 'pickscore/model.safetensors' not in ['{hint}']"
+    prompt["reward"]["inputs"]["reward.path"] = hint  # it can be chosen, for want of another
+    fault = only_fault(comfy, prompt)
+    assert fault.node == "reward"
+    assert fault.text.startswith(f"reward 'pickscore': path '{hint}' is not in {comfy.base}")
 
 
 class Trap:
@@ -218,20 +243,36 @@ def test_a_lora_name_leads_nowhere_else(comfy: Server, name: str) -> None:
         },
         "shown": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}},
     }
-    assert "not in" in refusal(comfy, prompt)
-    prompt["lora"]["inputs"] |= {"lora_name": "(from the lora socket)", "start_percent": 0.9}
-    assert "the start below the end" in refusal(comfy, prompt)
+    fault = only_fault(comfy, prompt)
+    assert (fault.node, fault.input) == ("lora", "lora_name")
+    assert "not in" in fault.text
+
+
+def test_two_numbers_that_do_not_fit_are_one_report_before_the_model_is_made(comfy: Server) -> None:
+    inputs = {"lora_name": "(from the lora socket)", "strength": 1.0, "start_percent": 0.9, "end_percent": 0.5}
+    prompt = {
+        "demo": {"class_type": "DanceGRPO_DemoModel", "inputs": {}},
+        "model": {"class_type": "ModelSamplingSD3", "inputs": {"model": ["demo", 0], "shift": 2.3456}},  # not cached
+        "lora": {"class_type": "DanceGRPO_ApplyLoRAOverSigmas", "inputs": inputs | {"model": ["model", 0]}},
+        "shown": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}},
+    }
+    with pytest.raises(PromptFailed) as failed:
+        comfy.run(prompt)
+    (fault,) = failed.value.faults
+    assert (fault.node, fault.text) == ("lora", "start_percent is 0.9 and end_percent 0.5: start must be below end")
+    (error,) = [body for kind, body in failed.value.details if kind == "execution_error"]
+    assert "model" not in error["executed"]
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step 2"),
-        ({"kernel": "cps", "eta": 2.5}, "eta is 2.5: cps takes 0 to below 2"),
-        ({"kernel": "ddim", "eta": 1.5}, "eta is 1.5: ddim takes 0 to 1"),
+        ({"kernel": "cps", "eta": 2.5}, "eta 2.5 is outside the range of kernel cps: 0 to 1"),
+        ({"kernel": "ddim", "eta": 1.5}, "eta 1.5 is outside the range of kernel ddim: 0 to 1"),
         ({"eta": -0.1}, "eta is -0.1: it must lie in 0 to 10"),
         ({"eta": float("nan")}, "eta is nan"),
-        ({"kernel": "heun"}, "kernel is 'heun': choose one of dance"),
+        ({"kernel": "heun"}, "kernel 'heun' is unknown; choose one of dance"),
     ],
 )
 def test_what_the_sampler_cannot_do_is_refused_before_anything_runs(comfy: Server, changes: dict, says: str) -> None:

@@ -313,7 +313,7 @@ def test_a_dead_process_raises_with_the_end_of_its_log_and_the_run_goes_on(comfy
         process.send_signal(signal.SIGKILL)
     messages = comfy.wait(prompt)["status"]["messages"]
     said = next(body["exception_message"] for kind, body in messages if kind == "execution_error")
-    assert "'dead' failed: its process ended without a word" in said
+    assert "'dead' failed: its processes exited unexpectedly; see the log below" in said
     assert "the last words" in said
     done = len(iterations(comfy, "dead"))
     comfy.run(graph("dead", LONG, wait=False))
@@ -356,13 +356,13 @@ def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) ->
     [
         ({"prompts": " \n "}, "prompts is empty"),
         ({"held_out_prompts": "a red circle"}, "which is also in prompts"),
-        ({"processes": 64}, "64 processes are more than the images of an iteration"),
+        ({"processes": 64}, "64 processes are more than the"),
         ({"gpus": "0;rm"}, "give numbers separated by commas"),
         # A workflow may hold anything in place of a link: none of it becomes a part of the run.
         ({"grpo_model": {"family": "sd3", "path": str(ROOT)}}, "grpo_model must be connected to a node of this pack"),
         ({"settings": {"evaluation": {"file": str(ROOT / "README.md")}}}, "settings must be connected"),
         ({"reward": {"rewards": [{"name": "shapes"}]}}, "reward must be connected"),
-        ({"judges": {"rewards": [{"name": "shapes"}]}}, "judges must be connected"),
+        ({"evaluation_rewards": {"rewards": [{"name": "shapes"}]}}, "evaluation_rewards must be connected"),
     ],
 )
 def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, inputs: dict, says: str) -> None:

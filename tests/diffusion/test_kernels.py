@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion import kernels
+from trainer.diffusion.process import FLOW, VP
 
 STOCHASTIC = ["dance", "dance-exact", "flow", "flow-exact", "cps"]
 EXACT = ["dance-exact", "flow-exact", "cps"]
@@ -189,7 +190,15 @@ def test_without_eta_every_kernel_is_the_ode(kernel: str) -> None:
         assert step.log_prob.tolist() == [0, 0]
 
 
-def test_ode_needs_no_noise_and_is_no_action() -> None:
+@pytest.mark.parametrize("kernel", [*STOCHASTIC, "ddim"])
+def test_without_eta_no_noise_is_needed(kernel: str) -> None:
+    x, v, z = draws(2, 3, 4)
+    step = kernels.step(kernel, x, v, 0.8, 0.6, 0.0)
+    assert torch.equal(step.next_sample, kernels.step(kernel, x, v, 0.8, 0.6, torch.zeros(2), noise=z).next_sample)
+    assert torch.equal(kernels.step(kernel, x, v, 0.8, 0.6, torch.zeros(2)).next_sample, step.next_sample)
+
+
+def test_ode_needs_no_noise_and_has_no_density() -> None:
     x, v, z = draws(2, 3, 4)
     step = kernels.step("ode", x, v, 1.0, 0.8, 0.3)
     torch.testing.assert_close(step.next_sample, x - 0.2 * v)
@@ -269,12 +278,17 @@ def test_wrong_arguments_are_named() -> None:
         with pytest.raises(ValueError, match="exactly one"):
             kernels.step("dance", x, v, 1.0, 0.8, 0.3, **wrong)
         with pytest.raises(ValueError, match="exactly one"):
-            kernels.ddim_step(x, v, 0.5, 0.7, 1.0, **wrong)
+            kernels.step("ddim", x, v, 0.7, 0.5, 1.0, **wrong)
     with pytest.raises(ValueError, match="exactly one"):
         kernels.step("ode", x, v, 1.0, 0.8, 0.3, noise=z, next_sample=x)
 
 
 # -------------------------------------------------------------------------------------------------------------- ddim
+
+
+def level(alpha_bar: Tensor) -> float:
+    """The noise level of a cumulative signal level."""
+    return (1 - alpha_bar.double()).sqrt().item()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
@@ -290,27 +304,63 @@ def test_ddim_equals_diffusers(eta: float) -> None:
         expected = scheduler.step(epsilon, t, x, eta=eta, variance_noise=z).prev_sample
         following = t - 100
         alpha_next = scheduler.alphas_cumprod[following] if following >= 0 else scheduler.final_alpha_cumprod
-        step = kernels.ddim_step(x, epsilon, scheduler.alphas_cumprod[t], alpha_next, eta, noise=z)
+        sigma, sigma_next = level(scheduler.alphas_cumprod[t]), level(alpha_next)
+        step = kernels.step("ddim", x, epsilon, sigma, sigma_next, eta, noise=z)
         torch.testing.assert_close(step.next_sample, expected, rtol=1e-4, atol=1e-5)
         assert (step.std > 0).all() == (eta > 0 and following >= 0)
-        replay = kernels.ddim_step(
-            x, epsilon, scheduler.alphas_cumprod[t], alpha_next, eta, next_sample=step.next_sample
-        )
+        replay = kernels.step("ddim", x, epsilon, sigma, sigma_next, eta, next_sample=step.next_sample)
         assert torch.equal(replay.log_prob, step.log_prob)
         assert step.log_prob.isfinite().all()
 
 
 def test_ddim_without_eta_needs_no_noise() -> None:
     x, epsilon, z = draws(2, 3)
-    step = kernels.ddim_step(x, epsilon, 0.5, 0.7, 0.0)
-    assert torch.equal(step.next_sample, kernels.ddim_step(x, epsilon, 0.5, 0.7, 0.0, noise=z).next_sample)
+    step = kernels.step("ddim", x, epsilon, 0.7, 0.5, 0.0)
+    assert torch.equal(step.next_sample, kernels.step("ddim", x, epsilon, 0.7, 0.5, 0.0, noise=z).next_sample)
     assert step.log_prob.tolist() == [0, 0]
 
 
 def test_ddim_log_prob_is_the_mean_normal_density() -> None:
     x, epsilon, z = draws(2, 3, 4)
-    step = kernels.ddim_step(x, epsilon, 0.3, 0.6, 1.0, noise=z)
+    step = kernels.step("ddim", x, epsilon, math.sqrt(0.7), math.sqrt(0.4), 1.0, noise=z)
     std = math.sqrt((1 - 0.6) / (1 - 0.3) * (1 - 0.3 / 0.6))
     mean = math.sqrt(0.6) * (x - math.sqrt(0.7) * epsilon) / math.sqrt(0.3) + math.sqrt(0.4 - std**2) * epsilon
     expected = torch.distributions.Normal(mean, std).log_prob(mean + std * z).mean((1, 2))
     torch.testing.assert_close(step.log_prob, expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- registry
+
+
+def test_the_registry_holds_the_kernels_under_their_names() -> None:
+    assert list(kernels.KERNELS) == [*STOCHASTIC, "ddim", "ode"]
+    assert all(kernel.name == name for name, kernel in kernels.KERNELS.items())
+    assert kernels.stochastic() == [*STOCHASTIC, "ddim"]
+    assert (kernels.stochastic(FLOW), kernels.stochastic(VP)) == (STOCHASTIC, ["ddim"])
+    assert [name for name, kernel in kernels.KERNELS.items() if kernel.deterministic] == ["ode"]
+
+
+def test_a_kernel_is_taken_by_name_or_itself() -> None:
+    x, v, z = draws(2, 3)
+    named, itself = (kernels.step(kernel, x, v, 0.8, 0.6, 0.5, noise=z) for kernel in ("cps", kernels.CPS))
+    assert torch.equal(named.next_sample, itself.next_sample)
+
+
+@pytest.mark.parametrize(("kernel", "largest"), [("dance", 10), ("flow-exact", 10), ("cps", 1), ("ddim", 1)])
+def test_eta_is_bounded_by_the_kernel(kernel: str, largest: float) -> None:
+    chosen = kernels.named(kernel)
+    chosen.check_eta(0.0)
+    chosen.check_eta(chosen.default_eta)
+    chosen.check_eta(largest)
+    for wrong in (-0.1, largest + 0.01, math.nan):
+        with pytest.raises(ValueError, match=f"outside the range of kernel {kernel}: 0 to {largest}"):
+            chosen.check_eta(wrong)
+
+
+def test_ode_takes_any_eta_and_ignores_it() -> None:
+    kernels.named("ode").check_eta(5.0)
+
+
+def test_a_kernels_own_default_lies_in_its_range() -> None:
+    with pytest.raises(ValueError, match="kernel x: 0 <= default_eta"):
+        kernels.Kernel("x", FLOW, kernels.CPS.coefficients, 1.5, 1.0, mean="", std="", summary="")

@@ -18,8 +18,8 @@ from trainer.models.diffusers.family import DiffusersModel
 from trainer.models.diffusers.hunyuan_video import HunyuanVideoModel
 from trainer.models.diffusers.qwen_image import QwenImageModel
 from trainer.models.diffusers.single_file import load_network, network_weights
-from trainer.prompts.conditions import save_conditions
 from trainer.prompts.sets import training_prompts
+from trainer.prompts.store import write_conditions
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 
@@ -167,7 +167,7 @@ def test_conditions_of_another_model_are_refused(
     folders: dict[str, Path], tmp_path: Path, tensors: dict, words: str
 ) -> None:
     file = tmp_path / "conditions.safetensors"
-    save_conditions(file, ["a circle", ""], Conditions(tensors))
+    write_conditions(file, [("a circle", ""), ("", "")], [Conditions(tensors)])
     with pytest.raises(BadInput, match=words):
         trainer({"family": "flux", "path": str(folders["flux"])}, {}, {"texts": ["a circle"], "conditions": str(file)})
 

@@ -79,6 +79,6 @@ def test_ratios_of_a_bfloat16_base(tmp_path: Path, rollout: int, update: int, ca
     assert {p.dtype for p in trainer.policy.parameters.values()} == {torch.float32}
     assert {p.dtype for n, p in trainer.model.module.named_parameters() if "lora" not in n} == {torch.bfloat16}
     assert all(event["grad_norm"] > 0 for event in events)
-    deviation = max(event["ratio"]["max_deviation_before_update"] for event in events)
+    deviation = max(event["objective"]["ratio"]["max_deviation_before_update"] for event in events)
     assert deviation < 1e-2
     assert (deviation > 1e-5) == ("warning" in capsys.readouterr().err)

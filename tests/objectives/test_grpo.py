@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from stages import engine_for, experience_of, gradients_of, items_of
 from torch import Tensor, nn
 
-from trainer.adapters import lora
-from trainer.config import LoraConfig, ObjectiveConfig
 from trainer.models import Conditions, DiffusionModel
-from trainer.objectives.engine import Actions, Statistics, split, train
-from trainer.objectives.grpo import clipped_objective, guarded_ratio, probability_ratio, velocity_kl
-from trainer.rollout import Plan, Prompting, Trajectories, sample
+from trainer.objectives.base import Experience, Totals, split_updates
+from trainer.objectives.engine import Engine
+from trainer.objectives.grpo import GrpoOptions, clipped_objective, guarded_ratio, probability_ratio, velocity_kl
+from trainer.rollout import Execution, Plan, Prompting, Trajectories, sample
 
 WIDTH, PROMPTS, GROUP, ETA = 4, 2, 3, 0.6
 SIGMAS = [1.0, 0.8, 0.55, 0.25, 0.0]
@@ -87,20 +87,18 @@ def test_velocity_kl_is_the_mean_square_of_each_row() -> None:
 
 
 class LinearModel(DiffusionModel):
-    """velocity = W x + sigma c, with a LoRA on W."""
+    """velocity = W x + sigma c."""
 
     default_targets = ("proj",)
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.module = nn.ModuleDict({"proj": nn.Linear(WIDTH, WIDTH, bias=False)}).requires_grad_(False)
-        lora.inject(self.module, LoraConfig(rank=2, alpha=4), self.default_targets, seed=1)
-        for parameter in lora.parameters(self.module).values():
-            parameter.data = 0.3 * torch.randn_like(parameter)
 
     check = load = encode = classmethod(lambda cls, *_: None)
     latent_shape = (WIDTH,)
-    decode = lora_key = None
+    decode = None
+    lora_key = lambda self, name: name  # noqa: E731
 
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         return self.module["proj"](latents) + sigma[:, None] * conditions.tensors["c"]
@@ -108,16 +106,19 @@ class LinearModel(DiffusionModel):
 
 @dataclass
 class Scene:
-    model: LinearModel
-    actions: Actions
-    advantages: Tensor
+    engine: Engine
+    experience: Experience
     pairs: list[tuple[int, int]]
 
 
-def scene(kernel: str, shared_noise: bool = True) -> Scene:
-    """A rollout, after which the LoRA has moved on a little."""
-    model, generator = LinearModel(), torch.Generator().manual_seed(3)
-    plan = Plan(kernel, ETA, SIGMAS, [True, True, True, False], shared_noise)
+def scene(kernel: str, shared_noise: bool = True, **options: object) -> Scene:
+    """A rollout with a LoRA on W, after which the LoRA has moved on a little."""
+    generator = torch.Generator().manual_seed(3)
+    engine = engine_for(LinearModel(), {"clip_range": 0.5, **options}, lora={"rank": 2, "alpha": 4})
+    model, parameters = engine.model, engine.policy.parameters.values()
+    for parameter in parameters:
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    plan = Plan(kernel, ETA, SIGMAS, [True, True, True, False], shared_noise, keep_means=True)
     prompting = Prompting(Conditions({"c": torch.randn(PROMPTS, WIDTH, generator=generator)}))
     prompt_of = torch.arange(PROMPTS).repeat_interleave(GROUP)
     initial = torch.randn(PROMPTS if shared_noise else PROMPTS * GROUP, WIDTH, generator=generator)
@@ -128,27 +129,25 @@ def scene(kernel: str, shared_noise: bool = True) -> Scene:
         prompt_of,
         initial,
         lambda _: torch.randn(PROMPTS * GROUP, WIDTH, generator=generator),
-        batch=4,
-        keep_means=True,
+        Execution(4),
     )
-    for parameter in lora.parameters(model.module).values():
+    for parameter in parameters:
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    advantages = torch.tensor([1.5, -0.5, -1.0, 0.7, 0.9, -1.6])
-    actions = Actions(plan, prompting, kept, prompt_of)
+    experience = experience_of(plan, prompting, kept, prompt_of, [1.5, -0.5, -1.0, 0.7, 0.9, -1.6])
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in range(3) if (t + s) % 4]
-    return Scene(model, actions, advantages, pairs)
+    return Scene(engine, experience, pairs)
 
 
-def weights(model: LinearModel) -> dict[str, np.ndarray]:
-    return {name: p.detach().double().numpy() for name, p in lora.parameters(model.module).items()}
+def weights(engine: Engine) -> dict[str, np.ndarray]:
+    return {name: p.detach().double().numpy() for name, p in engine.policy.parameters.items()}
 
 
 def reference_loss(
-    stage: Scene, moved: dict[str, np.ndarray], kernel: str, config: ObjectiveConfig
+    stage: Scene, moved: dict[str, np.ndarray], kernel: str, config: GrpoOptions
 ) -> tuple[float, list[float]]:
     """The loss of the stored actions under other weights, in plain float64 sums; also every ratio."""
-    kept: Trajectories = stage.actions.trajectories
-    base = stage.model.module["proj"].base_layer.weight.double().numpy()
+    kept: Trajectories = stage.experience.trajectories
+    base = stage.engine.model.module["proj"].base_layer.weight.double().numpy()
     down, up = (next(v for k, v in moved.items() if part in k) for part in ("lora_A", "lora_B"))
     current = base + 4 / 2 * up @ down
     total, ratios = 0.0, []
@@ -156,7 +155,7 @@ def reference_loss(
         sigma, after = SIGMAS[s], SIGMAS[s + 1]
         dt = after - sigma
         x, stored = kept.samples[s, t].double().numpy(), kept.next_samples[s, t].double().numpy()
-        shift = sigma * stage.actions.prompting.conditions.tensors["c"][t // GROUP].double().numpy()
+        shift = sigma * stage.experience.prompting.conditions.tensors["c"][t // GROUP].double().numpy()
         v, v_base = current @ x + shift, base @ x + shift
         x0, x1 = x - sigma * v, x + (1 - sigma) * v
         if kernel == "dance":
@@ -172,13 +171,17 @@ def reference_loss(
             difference, scale = (difference + drift) * std, 1 / -dt
         ratio = math.exp(difference)
         ratios.append(ratio)
-        total += brute_force(ratio, stage.advantages[t].item(), config.clip_range) * scale
+        total += (
+            brute_force(ratio, stage.experience.advantages.values[divmod(t, GROUP)].item(), config.clip_range) * scale
+        )
         total += config.kl_weight * np.mean((v - v_base) ** 2)
     return total / len(stage.pairs), ratios
 
 
-def gradients(model: DiffusionModel) -> dict[str, np.ndarray]:
-    return {name: p.grad.double().numpy().copy() for name, p in lora.parameters(model.module).items()}
+def trained(stage: Scene) -> tuple[dict[str, np.ndarray], Totals]:
+    """The gradient of all actions, and what the engine counts."""
+    totals = stage.engine.accumulate(items_of(stage.experience, stage.pairs), stage.experience)
+    return {name: g.double().numpy() for name, g in gradients_of(stage.engine).items()}, totals
 
 
 @pytest.mark.parametrize("shared_noise", [True, False])
@@ -194,18 +197,16 @@ def gradients(model: DiffusionModel) -> dict[str, np.ndarray]:
     ],
 )
 def test_gradient_of_the_update_equals_finite_differences(kernel: str, settings: dict, shared_noise: bool) -> None:
-    stage = scene(kernel, shared_noise)
-    config = ObjectiveConfig(**{"clip_range": 0.5, **settings, "batch_size": 3})
-    start = weights(stage.model)
+    stage = scene(kernel, shared_noise, **settings, batch_size=3)
+    config, start = stage.engine.objective.options, weights(stage.engine)
     loss, ratios = reference_loss(stage, start, kernel, config)
     deviations = np.abs(np.array(ratios) - 1)
     assert deviations.max() > 1e-3
     bound = int((deviations > config.clip_range).sum())
     assert bound == 0 if config.clip_range == 0.5 else 0 < bound < len(ratios)
 
-    statistics = Statistics.zeros(torch.device("cpu"))
-    train(stage.model, stage.actions, stage.advantages, stage.pairs, len(stage.pairs), config, statistics, lambda: None)
-    for name, found in gradients(stage.model).items():
+    gradients, totals = trained(stage)
+    for name, found in gradients.items():
         expected = np.zeros_like(found)
         for place in np.ndindex(*found.shape):
             sides = []
@@ -215,57 +216,32 @@ def test_gradient_of_the_update_equals_finite_differences(kernel: str, settings:
                 sides.append(reference_loss(stage, moved, kernel, config)[0])
             expected[place] = (sides[0] - sides[1]) / 2e-6
         np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
-    assert statistics.loss.item() / len(stage.pairs) == pytest.approx(loss, rel=1e-4, abs=1e-5)
-    assert statistics.actions == len(ratios)
-    assert statistics.clipped.item() == bound
-    assert statistics.largest.item() == pytest.approx(deviations.max(), rel=1e-3)
-    assert statistics.ratio_sum.item() == pytest.approx(sum(ratios), rel=1e-5)
+    assert totals.loss / len(stage.pairs) == pytest.approx(loss, rel=1e-4, abs=1e-5)
+    assert totals.items == len(ratios)
+    assert totals.sums["clipped"] == bound
+    assert totals.peaks["deviation"] == pytest.approx(deviations.max(), rel=1e-3)
+    assert totals.sums["ratio"] == pytest.approx(sum(ratios), rel=1e-5)
 
 
-def test_update_does_not_depend_on_how_it_is_divided() -> None:
-    def run(parts: list[slice], batch_size: int) -> dict[str, np.ndarray]:
-        stage = scene("dance")
-        config = ObjectiveConfig(clip_range=0.5, batch_size=batch_size)
-        statistics = Statistics.zeros(torch.device("cpu"))
-        for part in parts:
-            train(
-                stage.model,
-                stage.actions,
-                stage.advantages,
-                stage.pairs[part],
-                len(stage.pairs),
-                config,
-                statistics,
-                lambda: None,
-            )
-        return gradients(stage.model)
-
-    whole = run([slice(None)], 96)
-    for other in (run([slice(None)], 1), run([slice(0, 5), slice(5, None)], 4)):
+def test_update_does_not_depend_on_the_size_of_its_batches() -> None:
+    whole, _ = trained(scene("dance"))
+    for size in (1, 4):
+        other, _ = trained(scene("dance", batch_size=size))
         for name, value in whole.items():
             np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_steps_to_the_objective_raise_it() -> None:
-    stage, config = scene("dance"), ObjectiveConfig(clip_range=0.5)
-    before = weights(stage.model)
-    train(
-        stage.model,
-        stage.actions,
-        stage.advantages,
-        stage.pairs,
-        len(stage.pairs),
-        config,
-        Statistics.zeros("cpu"),
-        lambda: None,
-    )
-    after = {name: before[name] - 1e-3 * value for name, value in gradients(stage.model).items()}
+    stage = scene("dance")
+    config, before = stage.engine.objective.options, weights(stage.engine)
+    gradients, _ = trained(stage)
+    after = {name: before[name] - 1e-3 * value for name, value in gradients.items()}
     assert reference_loss(stage, after, "dance", config)[0] < reference_loss(stage, before, "dance", config)[0]
 
 
 def test_updates_share_out_every_trajectory_once() -> None:
     groups = [[(p, g) for g in range(4)] for p in range(4)]
-    assert split(groups, 2) == [groups[0] + groups[1], groups[2] + groups[3]]
-    halves = split(groups[:3], 2)
+    assert split_updates(groups, 2) == [groups[0] + groups[1], groups[2] + groups[3]]
+    halves = split_updates(groups[:3], 2)
     assert halves == [[(p, g) for p in range(3) for g in part] for part in ((0, 1), (2, 3))]
-    assert split([[], groups[1], groups[2][:2], []], 1) == [groups[1] + groups[2][:2]]
+    assert split_updates([[], groups[1], groups[2][:2], []], 1) == [groups[1] + groups[2][:2]]

@@ -234,7 +234,7 @@ def test_a_long_prompt_is_cut_and_reported_once(name: str, tmp_path: Path, capsy
     assert score(judge, image, [long]) == score(judge, image, [longer])
     score(judge, image, [long])
     words = capsys.readouterr().err
-    assert words.count("82 tokens, of which the reward reads 77") == 1
+    assert words.count("82 tokens, of which the reward model reads 77") == 1
     assert words.count("warning") == 2
     score(judge, image, ["dog " * 75])  # just fits
     assert capsys.readouterr().err == ""
@@ -255,6 +255,71 @@ def test_half_precision_is_near(tmp_path: Path) -> None:
         assert next(judge.module.parameters()).dtype == getattr(torch, dtype)
         assert half.dtype == torch.float32
         assert 0 < abs(half - full) < 0.05
+
+
+# --------------------------------------------------------------------------------------------------------- the tokens
+
+SPECIAL = {
+    "cat’s": [49406, 2368, 728, 503, 338, 49407],  # a curly quote stays one
+    "cat's": [49406, 2368, 568, 49407],
+    "A  Photo\tof\n\nCATS ": [49406, 320, 1125, 539, 3989, 49407],
+}
+
+
+def test_pickscore_cleans_prompts_as_transformers_does(tmp_path: Path) -> None:
+    tested = pickscore(tmp_path)
+    for prompt, wanted in SPECIAL.items():
+        assert tested.tokens([prompt])[0].tolist() == wanted + [0] * (77 - len(wanted)), prompt
+    (entity,) = tested.tokens(["salt &amp; pepper"]).tolist()
+    begin = entity.index(261)
+    assert (entity[0], entity[begin : begin + 4]) == (49406, [261, 6259, 282, 8253])
+    assert entity[begin + 4 :] == [49407] + [0] * (77 - begin - 5)
+    (composed,), (decomposed,) = tested.tokens(["caf\u00e9"]).tolist(), tested.tokens(["cafe\u0301"]).tolist()
+    assert composed == decomposed
+
+
+def test_pickscore_tokens_are_those_of_transformers_own_tokenizer(tmp_path: Path) -> None:
+    """Built from the vocabulary that open_clip carries."""
+    from open_clip.tokenizer import SimpleTokenizer
+    from transformers import CLIPTokenizerFast
+
+    plain = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(word, word): number for word, number in plain.encoder.items()}
+    merges = [f"{first} {second}" for first, second in plain.bpe_ranks]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    theirs = CLIPTokenizerFast(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"))
+    tested = pickscore(tmp_path)
+    prompts = [*SPECIAL, "salt &amp; pepper", "“quoted”… text—with dashes", "naïve CAFÉ", "日本の猫 🦊🦊", "l'été d’or",
+               "100,000 km/h", "it’s we're I'd", "&lt;b&gt;", "Ⅷ ½ ²", "dog " * 90]  # fmt: skip
+    for prompt in prompts:
+        wanted = theirs(prompt, truncation=True, max_length=77).input_ids
+        assert tested.tokens([prompt])[0, : len(wanted)].tolist() == wanted, prompt
+
+
+def test_other_rewards_clean_prompts_as_open_clip_does(tmp_path: Path) -> None:
+    for tested in (hps(tmp_path), clip(tmp_path)):
+        assert torch.equal(tested.tokens(["salt &amp; pepper"]), tested.tokens(["salt & pepper"]))
+        assert torch.equal(tested.tokens(["cat’s"]), tested.tokens(["cat's"]))
+
+
+def test_clip_cleans_prompts_as_its_folder_says(tmp_path: Path) -> None:
+    plain = clip(tmp_path)
+    folder = tmp_path / "clip"
+    config = json.loads((folder / "open_clip_config.json").read_text())
+
+    def cleaned(**settings: object) -> Reward:
+        text = {**TINY["text_cfg"], "tokenizer_kwargs": settings}
+        changed = {**config, "model_cfg": {**config["model_cfg"], "text_cfg": text}}
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        return reward("clip", path=str(folder))
+
+    wanted = plain.tokens(["a cat"])
+    assert torch.equal(cleaned(clean="canonicalize").tokens(["A_cat!?"]), wanted)
+    assert not torch.equal(plain.tokens(["A_cat!?"]), wanted)
+    with pytest.raises(BadInput, match="tokenizer settings .*clean.*magic.* are unknown"):
+        cleaned(clean="magic")
 
 
 # ---------------------------------------------------------------------------------------------------------- the files
@@ -321,6 +386,38 @@ def test_clip_from_one_file_needs_its_architecture(tmp_path: Path) -> None:
             reward("clip", path=str(tmp_path / "weights.bin"), architecture=architecture)
 
 
+def test_numbers_beside_the_weights_are_ignored(tmp_path: Path) -> None:
+    """OpenAI's own state dicts hold them."""
+    image, tested = picture((40, 30))[None], clip(tmp_path)
+    wanted = score(tested, image, ["a dog"])
+    numbers = {key: torch.tensor(77) for key in ("input_resolution", "context_length", "vocab_size")}
+    torch.save({**WEIGHTS, **numbers}, tmp_path / "clip" / "open_clip_pytorch_model.bin")
+    assert score(reward("clip", path=str(tmp_path / "clip")), image, ["a dog"]) == wanted
+
+
+def test_a_tower_of_timm_does_not_fetch_weights(tmp_path: Path, no_network: None) -> None:
+    clip(tmp_path)
+    folder = tmp_path / "clip"
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"] = {"timm_model_name": "resnet18", "timm_model_pretrained": True,
+                                         "timm_pool": "", "timm_proj": "linear", "image_size": 28}  # fmt: skip
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"open_clip_pytorch_model.bin is not the CLIP model of its configuration"):
+        reward("clip", path=str(folder)).load()
+
+
+@pytest.mark.parametrize("mode", ["squash", "shortest", "longest"])
+@pytest.mark.parametrize("size", [*SIZES.values(), (3, 400), (1, 1)])
+def test_clip_prepares_images_with_a_gradient_as_others(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    tested = clip(tmp_path, resize_mode=mode)
+    tested.load()
+    image = torch.nn.functional.avg_pool2d(picture(size)[None], 3, 1, 1)
+    wanted = tested.pixels(image)
+    found = tested.pixels(image.clone().requires_grad_())
+    assert found.requires_grad
+    torch.testing.assert_close(found.detach(), wanted, rtol=0, atol=0.04)
+
+
 def test_clip_prepares_images_as_its_folder_says(tmp_path: Path) -> None:
     image = picture((40, 20))
     wide = clip(tmp_path, resize_mode="longest", mean=[0.5] * 3, std=[0.5] * 3)
@@ -346,12 +443,18 @@ def test_a_folder_that_is_no_open_clip_model_is_bad_input(tmp_path: Path) -> Non
     for text, words in {
         "{": "cannot be read as an open_clip configuration",
         "[]": "cannot be read as an open_clip configuration",
-        json.dumps({"model_cfg": {}}): "describes no CLIP model",
-        json.dumps({"model_cfg": {**config["model_cfg"], "text_cfg": {"hf_model_name": "x"}}}): "no CLIP text tower",
+        "[" * 10**5: "cannot be read as an open_clip configuration",
+        json.dumps({"model_cfg": {}}): "does not describe a CLIP model",
+        json.dumps({"model_cfg": {**config["model_cfg"], "text_cfg": {"hf_model_name": "x"}}}): "is not CLIP's own",
     }.items():
         (folder / "open_clip_config.json").write_text(text)
         with pytest.raises(BadInput, match=words):
             reward("clip", path=str(folder))
+    for change in ({"unknown": 1}, {"embed_dim": "x"}, {"vision_cfg": {"layers": -1, "width": "x"}}):
+        changed = {**config, "model_cfg": {**config["model_cfg"], **change}}
+        (folder / "open_clip_config.json").write_text(json.dumps(changed))
+        with pytest.raises(BadInput, match="open_clip refuses the configuration of"):
+            reward("clip", path=str(folder)).load()
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(BadInput, match=r"holds no open_clip_pytorch_model\.bin"):

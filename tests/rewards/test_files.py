@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,27 @@ from trainer.cli import main
 from trainer.config import RewardConfig, Section
 from trainer.loop import check_groups, check_media
 from trainer.models.diffusers.sd3 import SD3Model
-from trainer.rewards import REWARDS, load_reward, score, score_or_nan, with_files_from
-from trainer.rewards.base import ModelReward, Reward, TextCache
-from trainer.rewards.files import build, check_sha256, file_option, file_rule, fill, locate, read_weights, rename
+from trainer.rewards import REWARDS, Threshold, load_reward, score, score_or_nan, with_files_from
+from trainer.rewards.base import ModelReward, Reward
+from trainer.rewards.clip.text import TextCache
+from trainer.rewards.files import (
+    build,
+    check_sha256,
+    file_option,
+    file_rule,
+    fill,
+    locate,
+    read_weights,
+    rename,
+    stored_elements,
+)
 from trainer.utils.errors import BadInput
 
 
 class Linear(ModelReward):
     """Mean colour through a linear layer in a file."""
 
-    name, typical_range, chunk = "linear", (-1.0, 1.0), 2
+    name, typical_range, batch_size = "linear", (-1.0, 1.0), 2
 
     class Options(Section):
         path: str = file_option("linear/weights.pt", "the weights of the test")
@@ -35,7 +47,7 @@ class Linear(ModelReward):
         fill(module, read_weights(path), path, "a linear reward")
         return module
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert len(images) <= 2
         return self.module(images.mean((2, 3)))[:, 0] * self.options.scale
 
@@ -113,6 +125,34 @@ def test_wrong_content_is_one_sentence(weights: Path, tmp_path: Path) -> None:
         linear(tmp_path / "list.pt").load()
 
 
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_file_is_one_sentence_or_still_whole(form: str, tmp_path: Path) -> None:
+    shapes = {"first.weight": (8, 3), "first.bias": (8,), "second.weight": (1, 8), "second.bias": (1,)}
+    whole, dice = {key: torch.rand(shape) for key, shape in shapes.items()}, random.Random(0)
+    path = tmp_path / ("damaged.safetensors" if form == "safetensors" else "damaged.pt")
+    if form == "safetensors":
+        save_file(whole, path)
+    else:
+        torch.save(whole, path, _use_new_zipfile_serialization=form == "zip")
+    content, refused = path.read_bytes(), 0
+    for _ in range(200):
+        damaged = bytearray(content)
+        for _ in range(dice.choice((1, 3, 30))):
+            damaged[dice.randrange(len(content))] = dice.randrange(256)
+        path.write_bytes(damaged[: dice.choice((len(content), dice.randrange(len(content))))])
+        module = nn.ModuleDict({"first": nn.Linear(3, 8), "second": nn.Linear(8, 1)})
+        try:
+            fill(module, read_weights(path), path, "a test")
+            assert stored_elements(path) == 41
+        except BadInput as error:
+            refused += 1
+            assert str(path) in str(error)
+            assert str(error).isprintable()
+            assert len(str(error)) < 1000
+    assert refused > 100
+
+
 def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple:
@@ -127,6 +167,7 @@ def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
 def test_every_key_must_be_there_and_no_other(tmp_path: Path) -> None:
     good = {"weight": torch.ones(1, 3), "bias": torch.zeros(1)}
     cases = {
+        r"weight is of type torch.int64, expected torch.float32": {**good, "weight": torch.ones(1, 3).long()},
         "it lacks bias": {"weight": good["weight"]},
         "it holds other, which does not belong there": {**good, "other": torch.ones(1)},
         r"weight has the shape \[1, 4\], expected \[1, 3\]": {**good, "weight": torch.ones(1, 4)},
@@ -152,6 +193,21 @@ def test_scores_in_chunks_and_half_precision_files(tmp_path: Path, weights: Path
     linear(weights).idle()
 
 
+def test_room_is_asked_for_before_weights_move_to_an_accelerator(weights: Path) -> None:
+    asked: list[tuple[int, str, str]] = []
+    reward = linear(weights)
+    inner = Threshold(reward, 0.5)  # hands the hook on
+    inner.register_memory_hook(
+        lambda size, device: asked.append((size, device.type, next(reward.module.parameters()).device.type))
+    )
+    assert inner.memory() == 4 * (3 + 1)
+    for device in ("cpu", "meta", "meta"):
+        reward.score(torch.rand(2, 3, 8, 8, device=device), ["x"] * 2)
+    assert asked == [(16, "meta", "cpu")]
+    assert REWARDS["brightness"]().memory() == 0
+    REWARDS["brightness"]().register_memory_hook(lambda size, device: None)
+
+
 def test_videos_through_a_judge_of_images(weights: Path) -> None:
     videos = [torch.rand(3, 3, 8, 8), torch.rand(17, 3, 8, 4)]
     judge = linear(weights)
@@ -174,7 +230,7 @@ def test_a_judge_of_videos_takes_no_images() -> None:
 
     assert score(Length(), [torch.rand(3, 3, 8, 8), torch.rand(5, 3, 4, 4)], ["a", "b"]).tolist() == [3, 5]
     assert score(Length(), torch.rand(2, 4, 3, 8, 8), ["a", "b"]).tolist() == [4, 4]
-    with pytest.raises(ValueError, match="length judges videos, not images"):
+    with pytest.raises(ValueError, match="'length' scores videos, not images"):
         score(Length(), torch.rand(2, 3, 8, 8), ["a", "b"])
 
 
@@ -252,7 +308,9 @@ def test_text_features_are_computed_once_and_long_prompts_reported_once(capsys: 
     assert cache(["a b c"], cpu).tolist() == [[5]]
     assert asked == ["a b", "a b c"]
     warned = capsys.readouterr().err.splitlines()
-    assert warned == ["warning: the prompt 'a b c' has 3 tokens, of which the reward reads 2; the rest is not judged"]
+    assert warned == [
+        "warning: the prompt 'a b c' has 3 tokens, of which the reward model reads 2; the rest is not considered"
+    ]
 
 
 def test_a_file_is_known_by_its_sha256(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 from clip_reference import TINY, open_clip_shapes, random_weights, to_transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer.config import RewardConfig
@@ -163,12 +163,50 @@ def test_objects_and_masks_are_those_of_transformers(folder: Path) -> None:
         assert max((mask.bool() == other).float().mean() for other in masks) > 0.98, segment
 
 
+def test_buffers_of_published_files_are_ignored(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """Older transformers wrote the table of relative positions; the loss's class weights may be missing."""
+    import shutil
+
+    shutil.copytree(folder / "detector", tmp_path / "detector")
+    file = tmp_path / "detector" / "model.safetensors"
+    weights = load_file(file)
+    tables = [key for key in weights if key.endswith("relative_position_bias_table")]
+    assert tables
+    older = weights | {key.replace("bias_table", "index"): torch.zeros(16, 16, dtype=torch.long) for key in tables}
+    del older["criterion.empty_weight"]
+    save_file(older, file, metadata={"format": "pt"})
+    capfd.readouterr()
+    changed, plain = reward(folder, detector=str(tmp_path / "detector")), reward(folder)
+    for tested in (changed, plain):
+        tested.load()
+    for key, value in plain.module.named_parameters():
+        assert torch.equal(dict(changed.module.named_parameters())[key], value), key
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+    save_file({**older, "model.other.weight": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="model.other.weight is missing or does not belong there"):
+        reward(folder, detector=str(tmp_path / "detector")).load()
+    del older["class_predictor.weight"]
+    save_file(older, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="class_predictor.weight is missing or does not belong there"):
+        reward(folder, detector=str(tmp_path / "detector")).load()
+
+
 def test_wrong_files_are_bad_input(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "other.jsonl").write_text('{"text": "x"}\n')
-    with pytest.raises(BadInput, match="other.jsonl is no list of GenEval's prompts"):
-        reward(folder, prompts=str(tmp_path / "other.jsonl"))
+    clause = {"class": "dog", "count": 1}
+    for text in (
+        '{"text": "x"}',
+        "[" * 10**5,
+        json.dumps({"prompt": "a", "include": []}),
+        json.dumps({"prompt": "a", "include": [{"class": "dog"}]}),
+        json.dumps({"prompt": "a", "include": [{**clause, "count": 0}]}),
+        json.dumps({"prompt": "a", "include": [{**clause, "position": ["left of", 0]}]}),
+        json.dumps({"prompt": "a", "include": [clause], "exclude": [{"class": "dog", "count": 0}]}),
+    ):
+        (tmp_path / "other.jsonl").write_text(text + "\n")
+        with pytest.raises(BadInput, match="other.jsonl is not a list of GenEval's prompts"):
+            reward(folder, prompts=str(tmp_path / "other.jsonl"))
     (tmp_path / "detector").mkdir()
-    with pytest.raises(BadInput, match="detector is no Mask2Former"):
+    with pytest.raises(BadInput, match="detector is not a Mask2Former"):
         reward(folder, detector=str(tmp_path / "detector")).load()
     with pytest.raises(BadInput, match="has the wrong type of file"):
         reward(folder, detector=str(folder / "clip.safetensors"))

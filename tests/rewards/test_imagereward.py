@@ -115,6 +115,18 @@ def test_a_long_prompt_is_cut_and_reported_once(tmp_path: Path, capsys: pytest.C
     assert [line.split(" has ")[1][:9] for line in words] == ["36 tokens", "92 tokens"]
 
 
+def test_the_state_dict_that_the_original_class_writes_gives_the_same_scores(tmp_path: Path) -> None:
+    """Its BLIP has two projections for contrastive training; scoring does not use them."""
+    image, prompt = pictures(1, 40, 60), next(iter(PROMPTS))
+    wanted = score(reward(tmp_path), image, [prompt])
+    heads = {f"blip.{side}_proj.{kind}": torch.rand(size) for side, width in (("vision", 16), ("text", 24))
+             for kind, size in (("weight", (256, width)), ("bias", (256,)))}  # fmt: skip
+    assert torch.equal(score(reward(tmp_path, {**WEIGHTS, **heads}), image, [prompt]), wanted)
+    for stranger in ("blip.itm_head.weight", "blip.vision_proj.scale", "vision_proj.weight"):
+        with pytest.raises(BadInput, match=f"it holds {stranger}, which does not belong there"):
+            reward(tmp_path, {**WEIGHTS, stranger: torch.ones(1)}).load()
+
+
 def test_every_key_of_the_original_has_its_place() -> None:
     assert all(new_name(key) for key in shapes())
     assert len({new_name(key) for key in shapes()}) == len(shapes())
@@ -144,6 +156,10 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     less = {key: value for key, value in WEIGHTS.items() if key != "mlp.layers.7.bias"}
     with pytest.raises(BadInput, match=r"ImageReward.pt is not ImageReward v1.0: it lacks mlp.layers.7.bias"):
         reward(tmp_path, less).load()
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
+    options = {"path": str(tmp_path / "ImageReward.pt"), "vocabulary": str(tmp_path / "vocab.txt")}
+    with pytest.raises(BadInput, match="vocab.txt is not the vocabulary of bert-base-uncased: it is not a text"):
+        load_reward(RewardConfig(name="imagereward", options=options)).load()
     save_file(WEIGHTS, tmp_path / "ImageReward.safetensors")
     with pytest.raises(BadInput, match=r"vocabulary .*no.txt' does not exist; vocab.txt of"):
         options = {"path": str(tmp_path / "ImageReward.safetensors"), "vocabulary": str(tmp_path / "no.txt")}

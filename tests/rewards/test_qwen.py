@@ -124,7 +124,7 @@ def test_hpsv3_takes_newer_names_and_refuses_others(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="it holds transformer.x, which does not belong there"):
         preference(tmp_path, {**PREFERENCE, "transformer.x": torch.ones(1)}).load()
     short = {k: v[:19].clone() if k.endswith("embed_tokens.weight") else v for k, v in PREFERENCE.items()}
-    with pytest.raises(BadInput, match="its token table has 19 rows"):
+    with pytest.raises(BadInput, match="its token embedding has 19 rows"):
         preference(tmp_path, short).load()
 
 
@@ -240,7 +240,7 @@ def test_videos_of_different_lengths_and_one_network_for_all(tmp_path: Path, mon
         judge.idle()
         alone = torch.cat([score(judge, [video], [prompt]) for video, prompt in zip(batch, prompts, strict=True)])
         torch.testing.assert_close(together[name], alone, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="judges videos, not images"):
+    with pytest.raises(ValueError, match="scores videos, not images"):
         score(judges["videoalign"], VIDEO, ["cat"] * 9)
     with pytest.raises(ValueError, match="a video of 1 frames is too short"):
         score(judges["videoalign"], [VIDEO[:1]], ["cat"])
@@ -251,7 +251,7 @@ def test_incomplete_lora_is_refused(tmp_path: Path) -> None:
     for gone in ("lora_A", "lora_B", "base_layer"):
         key = f"base_model.model.model.layers.1.mlp.up_proj.{gone}" + ("" if gone == "base_layer" else ".default")
         less = {name: value for name, value in written.items() if name != f"{key}.weight"}
-        with pytest.raises(BadInput, match="is no complete LoRA"):
+        with pytest.raises(BadInput, match="is not a complete LoRA"):
             merge_lora(less, tmp_path)
     assert merge_lora(PLAIN, tmp_path) is PLAIN
 
@@ -276,10 +276,10 @@ def test_every_key_of_the_published_file_has_its_place_at_full_size(
         original = reference.shapes(words, sizes) | {"rm_head.weight": (1, 1536)}
         file = reference.with_lora(original)
     assert len(file) == count
-    network = build(lambda: network.QwenNetwork(judge.sizes, words, judge.make_head(judge)))
+    built = build(lambda: network.QwenNetwork(judge.sizes, words, judge.make_head(judge)))
     expected = {network.new_name(key, "rm_head"): shape for key, shape in original.items()}
     assert expected.pop("") == original["lm_head.weight"]
-    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == expected
+    assert {key: tuple(value.shape) for key, value in built.state_dict().items()} == expected
     meta = {key: torch.empty(shape, device="meta") for key, shape in file.items()}
     assert {key: tuple(value.shape) for key, value in merge_lora(meta, Path("x")).items()} == original
 

@@ -64,6 +64,25 @@ def test_colorfulness_is_hasler_and_suesstrunks() -> None:
     assert scores("colorfulness", red) == pytest.approx([0.3 * math.hypot(1, 0.5)], rel=1e-5)
 
 
+def test_images_too_small_for_a_spread_have_none() -> None:
+    red = torch.tensor([1.0, 0, 0])[:, None, None]
+    assert scores("colorfulness", red[None]) == pytest.approx([0.3 * math.hypot(1, 0.5)])
+    two = torch.stack([red[:, 0], 1 - red[:, 0]], 2)  # red beside cyan: opponents 1, -1 and 0.5, -0.5
+    spread = math.hypot(2**0.5, 0.5**0.5)
+    assert scores("colorfulness", two[None]) == pytest.approx([spread], rel=1e-5)
+    for size in ((1, 1), (2, 9), (9, 2), (3, 3)):
+        assert scores("sharpness", torch.rand(2, 3, *size)) == [0, 0]
+    three = torch.zeros(1, 3, 3, 4)
+    three[..., 1, 1] = 1  # the Laplacian of the two inner pixels is -4 and 1
+    assert scores("sharpness", three) == pytest.approx([5 / 2**0.5], rel=1e-5)
+
+
+def test_a_jpeg_has_a_longest_side() -> None:
+    assert scores("jpeg-size", torch.zeros(1, 3, 1, 65_500))[0] > 0
+    with pytest.raises(ValueError, match="an image of 65501 x 1 is too long for a JPEG file of 65500 pixels"):
+        scores("jpeg-size", torch.zeros(1, 3, 1, 65_501))
+
+
 def test_sharpness_is_the_spread_of_the_laplacian() -> None:
     batch = images()
     expected = []
@@ -142,7 +161,7 @@ def test_scores_of_the_wrong_shape_are_an_error() -> None:
         def score(self, images: Tensor, prompts: list[str]) -> Tensor:
             return images.mean((1, 2, 3))[:1]
 
-    with pytest.raises(ValueError, match=r"broken gave scores of shape \(1,\) for 4 images"):
+    with pytest.raises(ValueError, match=r"'broken' gave scores of shape \(1,\) for 4 images"):
         score(Broken(), images(), [PROMPT] * 4)
 
 

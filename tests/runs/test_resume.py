@@ -17,8 +17,8 @@ from conftest import PROMPTS, ROOT, Child, Forks, assert_same_tensors, lora_of, 
 from safetensors.torch import load_file
 
 from trainer import train
-from trainer.runs.launch import kill_tree, stop
 from trainer.runs.directory import RunDirectory
+from trainer.runs.launch import kill_tree, stop
 
 ITERATIONS = 80
 
@@ -34,7 +34,7 @@ def uninterrupted(tiny_sd3: Path, program: Forks, tmp_path_factory: pytest.TempP
         "rewards": [{"name": "brightness"}, {"name": "colorfulness", "weight": 0.5}],
         "objective": {"updates": 2},
         "lora": {"rank": 4, "alpha": 8, "ema_decay": 0.5},
-        "optimizer": {"learning_rate": 1e-3, "warmup": 10, "decay": True},
+        "optimizer": {"learning_rate": 1e-3, "warmup": 10, "schedule": "linear"},
         "evaluation": {"texts": ["a green circle", "a red square"], "images_per_prompt": 2, "every": 10},
         "runtime": {"iterations": ITERATIONS, "seed": 3, "device": "cpu", "samples_every": 20},
     }

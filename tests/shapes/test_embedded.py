@@ -9,7 +9,7 @@ from trainer.config import ModelConfig, parse_config, preset
 from trainer.diffusion.schedules import sigma_schedule
 from trainer.models import SD3Model, model_class
 from trainer.prompts.sets import evaluation_prompts, training_prompts
-from trainer.rollout import Plan, Prompting, decode, sample
+from trainer.rollout import Plan, Prompting, sample
 from trainer.shapes import WEIGHTS
 from trainer.shapes.checker import check
 from trainer.shapes.prompts import TASKS
@@ -36,9 +36,7 @@ def test_diffusers_makes_the_same_pictures_from_the_words() -> None:
     for guidance_scale in (1.0, 2.0):
         plan = Plan("ode", 0.0, sigma_schedule(steps, SHIFT), [False] * steps, False, guidance_scale)
         prompting = Prompting(conditions.rows(torch.tensor([0, 1])), conditions.rows(torch.tensor([2])))
-        ours = decode(
-            model, sample(model, plan, prompting, torch.arange(2), initial, lambda _: initial, batch=2).final, 2
-        )
+        ours = model.decode(sample(model, plan, prompting, torch.arange(2), initial, lambda _: initial).final)
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             WEIGHTS, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
         )
@@ -80,7 +78,7 @@ def test_base_model_knows_the_world_and_often_errs() -> None:
     sigmas = sigma_schedule(steps, config.rollout.shift)
     plan = Plan("ode", 0.0, sigmas, [False] * steps, False, config.rollout.guidance_scale)
     initial = torch.stack([noise(model.latent_shape, 1, text) for text in texts[:-1]])
-    images = decode(model, sample(model, plan, prompting, rows, initial, lambda _: initial, batch=64).final, 64)
+    images = model.decode(sample(model, plan, prompting, rows, initial, lambda _: initial).final)
     right = check(images, texts[:-1])[1].mean().item()
     assert 0.5 < right < 0.75
 

@@ -1,7 +1,6 @@
 """The adapter that learns: inject it, read and write its weights, save it under the names ComfyUI loads."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,31 +52,13 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if f".{ADAPTER}." in name and ".lora_" in name}
 
 
-@contextmanager
-def disabled(module: nn.Module) -> Iterator[None]:
-    """Inside, the network is the base model."""
+def set_enabled(module: nn.Module, enabled: bool) -> None:
+    """Let the LoRA take part in forward passes, or leave the network the base model."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [child for child in module.modules() if isinstance(child, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
-@contextmanager
-def swapped(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the LoRA has other weights, such as their moving average."""
-    live = parameters(module)
-    kept = {name: p.detach().clone() for name, p in live.items()}
-    load(module, weights)
-    try:
-        yield
-    finally:
-        load(module, kept)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer.enable_adapters(enabled)
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The mathematics of sampling: kernels, schedules."""
+"""The mathematics of sampling: processes, transition kernels, deterministic solvers and schedules."""

@@ -1,9 +1,7 @@
 """Model families. A new family is one file that registers itself in `FAMILIES`."""
 
-from pathlib import Path
-
 from ..config import ModelConfig, RolloutConfig
-from ..shapes import WEIGHTS
+from ..diffusion import kernels
 from ..utils.errors import BadInput
 from .base import Conditions, DiffusionModel
 from .comfy.conditions import EntryConditions
@@ -12,9 +10,9 @@ from .diffusers.flux import FluxModel
 from .diffusers.hunyuan_video import HunyuanVideoModel, SkyReelsModel
 from .diffusers.qwen_image import QwenImageEditModel, QwenImageModel
 from .diffusers.sd3 import SD3Model
-from .diffusers.size import BYTES, parameter_count
 from .diffusers.stable_diffusion import SDXLModel, StableDiffusionModel
 from .diffusers.wan import WanModel
+from .memory import weight_bytes
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
     family.family: family
@@ -45,21 +43,29 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
     return FAMILIES[config.family]
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """Memory that the network and the VAE take as they are loaded; 0 for folders without safetensors files."""
-    if config.graph is not None:
-        files = {config.graph.file, config.graph.vae_file}
-        return sum(Path(file).stat().st_size for file in files)
-    folder = WEIGHTS if config.path == "embedded" else Path(config.path)
-    network = sum(parameter_count(folder / name) for name in ("transformer", "unet"))
-    return network * BYTES[config.dtype] + parameter_count(folder / "vae") * BYTES[config.vae_dtype]
+def model_bytes(config: ModelConfig, processes: int = 1) -> int:
+    """Device memory of a process for the model: its weights, and decoding at its peak; nothing is loaded.
+
+    Args:
+        processes: of the run.
+    """
+    return weight_bytes(config, processes) + FAMILIES[config.family].decode_bytes(config)
 
 
 def check_kernel(family: type[DiffusionModel] | DiffusionModel, name: str, rollout: RolloutConfig) -> None:
-    """Raise BadInput where the kernel does not fit what the family's models predict."""
-    if rollout.kernel not in family.kernels:
-        fitting = ", ".join(kernel for kernel in family.kernels if kernel != "ode")
+    """Raise BadInput where the kernel is one for another process than the family's, if that is known yet."""
+    if rollout.kernel not in kernels.stochastic(family.process):
+        fitting = ", ".join(kernels.stochastic(family.process))
         raise BadInput(f"rollout.kernel is {rollout.kernel!r}: models of family {name} take {fitting}")
 
 
-__all__ = ["FAMILIES", "Conditions", "DiffusionModel", "EntryConditions", "check_kernel", "model_class", "weight_bytes"]
+__all__ = [
+    "FAMILIES",
+    "Conditions",
+    "DiffusionModel",
+    "EntryConditions",
+    "check_kernel",
+    "model_bytes",
+    "model_class",
+    "weight_bytes",
+]

@@ -1,1 +1,45 @@
-"""How scored samples become a gradient."""
+"""Objectives: how scored samples become a gradient. A new one is one file, registered in `OBJECTIVES`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from .awm import Awm
+from .base import Objective, ObjectiveOptions
+from .dpo import Dpo
+from .grpo import Grpo
+from .nft import Nft
+from .reward_gradient import RewardGradient
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (Grpo, Nft, Awm, Dpo, RewardGradient)
+}
+DEFAULT = Grpo.name
+
+
+def make_objective(config: RunConfig) -> Objective:
+    """The objective that a run description names; nothing is loaded."""
+    return OBJECTIVES[config.objective.name](config)
+
+
+def _options(value: Any) -> Any:
+    """Options of the class that `name` stands for; without a name, those of the default objective."""
+    if isinstance(value, ObjectiveOptions):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"it must be a section, not {type(value).__name__}")
+    name = value.get("name", DEFAULT)
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name].Options.model_validate(value)
+
+
+ObjectiveSection = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(_options)]
+"""The section `objective` of a run description: the options of any registered objective, told apart by `name`."""
+
+__all__ = ["DEFAULT", "OBJECTIVES", "Objective", "ObjectiveOptions", "ObjectiveSection", "make_objective"]

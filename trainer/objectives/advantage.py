@@ -2,9 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from ..utils.section import Section
+
+
+class AdvantageConfig(Section):
+    """How the rewards of a group of images become advantages."""
+
+    combine: Literal["advantages", "sum", "gdpo"] = Field(
+        "advantages", description="Mix rewards by normalised advantages, by raw sum, or by GDPO."
+    )
+    normalize: Literal["group", "global-std", "global"] = Field(
+        "group", description="Mean and std: of the group, group mean with the std of all images, or of all (DDPO)."
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest absolute advantage.")
+    std_floor: Annotated[float, Field(gt=0)] = Field(1e-6, description="Groups with a smaller std are skipped.")
+    best_of_n: int | None = Field(None, ge=2, multiple_of=2, description="Train on the best and worst of each group.")
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,30 @@ class Advantages:
     skipped: Tensor
     dropped: Tensor
     spread: dict[str, float]
+
+    @classmethod
+    def none(cls, prompts: int, group: int) -> "Advantages":
+        """Of images that are not ranked: all 0, and nothing skipped or dropped."""
+        values = torch.zeros(prompts, group)
+        return cls(values, torch.zeros(prompts, dtype=torch.bool), torch.zeros_like(values, dtype=torch.bool), {})
+
+
+def advantages_of(rewards: Mapping[str, Tensor], weights: Mapping[str, float], config: AdvantageConfig) -> Advantages:
+    """`group_advantages` under the settings of a run."""
+    return group_advantages(
+        rewards,
+        weights=weights,
+        combine=config.combine,
+        normalize=config.normalize,
+        floor=config.std_floor,
+        clip=config.clip,
+    )
+
+
+def active_images(advantages: Advantages, config: AdvantageConfig) -> Tensor:
+    """`[P, G]` bool, the images that are trained on: not dropped, in no skipped group, best or worst where asked."""
+    active = ~advantages.dropped & ~advantages.skipped[:, None]
+    return best_of_n(advantages.values, config.best_of_n, active) if config.best_of_n else active
 
 
 def group_advantages(
@@ -54,7 +96,7 @@ def group_advantages(
     table = {name: value.double() for name, value in table.items()}
     valid = torch.stack([value.isfinite() for value in table.values()]).all(0)
     weight = {name: (weights or {}).get(name, 1.0) for name in table}
-    spread = {name: _mean_spread(value, valid) for name, value in table.items()}
+    spread = mean_group_std(table)
     if combine == "sum":
         total = sum(weight[name] * torch.where(valid, value, 0.0) for name, value in table.items())
         values, flat = _normalize(total, valid, normalize, floor)
@@ -113,9 +155,18 @@ def _group_std(value: Tensor, valid: Tensor) -> Tensor:
     return variance.sqrt()
 
 
-def _mean_spread(value: Tensor, valid: Tensor) -> float:
-    ranked = valid.sum(1) > 1
-    return _group_std(value, valid)[ranked].mean().item() if ranked.any() else 0.0
+def mean_group_std(rewards: Mapping[str, Tensor]) -> dict[str, float]:
+    """Per reward, the mean over groups of the std inside a group; images without all rewards are left out.
+
+    Args:
+        rewards: `[P, G]` float64 each.
+    """
+    if not rewards:
+        return {}
+    valid = torch.stack([value.isfinite() for value in rewards.values()]).all(0)
+    several = valid.sum(1) > 1
+    stds = {name: _group_std(value, valid)[several] for name, value in rewards.items()}
+    return {name: std.mean().item() if len(std) else 0.0 for name, std in stds.items()}
 
 
 def _normalize(value: Tensor, valid: Tensor, mode: str, floor: float) -> tuple[Tensor, Tensor]:
@@ -131,3 +182,23 @@ def _normalize(value: Tensor, valid: Tensor, mode: str, floor: float) -> tuple[T
         flat = (std <= floor * mean.abs().clamp(min=1)).expand_as(flat)
     normalized = torch.where(valid & ~flat, (value - mean) / (std + floor), 0.0)
     return normalized, flat[:, 0]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several rewards as one number: the sum of weight x reward / unit, which is what training raises.
+
+    Wherever "the reward" of a run is spoken of, it is this number.
+
+    Attributes:
+        weights: per trained reward.
+        units: what each is divided by; training normalises every reward within its group, so the std of a reward
+            under the base model is the unit that fits. 0 and None stand for 1.
+    """
+
+    weights: Mapping[str, float]
+    units: Mapping[str, float | None]
+
+    def of(self, rewards: Mapping[str, Tensor] | Mapping[str, float]) -> Tensor | float:
+        """One value for the values of the rewards; NaN where one of them is."""
+        return sum(weight * rewards[name] / (self.units[name] or 1.0) for name, weight in self.weights.items())

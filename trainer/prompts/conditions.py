@@ -1,85 +1,204 @@
-"""Encoded prompts: from the model's own text encoders, or from a file written beforehand."""
+"""The conditions of a run: encoded when it starts, or taken from a file written beforehand."""
 
-import json
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..config import RunConfig
-from ..models import Conditions, DiffusionModel, EntryConditions
-from ..models.comfy.conditions import packed, unpacked
-from ..utils.errors import BadInput
-from ..utils.files import write_atomically
+from ..models import Conditions, DiffusionModel
+from ..models.base import ENCODED_AT_ONCE
+from ..utils.distributed import Processes
+from ..utils.errors import BadInput, cut, shorten
 from .sets import PromptSet
+from .store import StoredConditions, open_conditions, write_conditions
+from .text import Key
+
+GIB = 2**30
+WORTH_MENTIONING = GIB
+"""Conditions of this size are announced before they are encoded."""
 
 
-def all_texts(config: RunConfig, training: PromptSet, held_out: PromptSet) -> list[str]:
-    """Every text a run needs encoded: training prompts, held-out prompts, the negative prompt."""
-    return [*training.texts, *held_out.texts, config.prompts.negative]
+@dataclass(frozen=True)
+class RunConditions:
+    """
+    Attributes:
+        training, held_out: a row per prompt of the two sets; they stay in files.
+        unconditional: the negative prompt's row, on the CPU; None where the run uses no guidance.
+    """
+
+    training: StoredConditions
+    held_out: StoredConditions
+    unconditional: Conditions | None
 
 
-def all_pictures(training: PromptSet, held_out: PromptSet) -> list[Path | None]:
-    """The picture of each of those texts; the negative prompt has none."""
-    return [*training.pictures, *held_out.pictures, None]
+def needs_negative(config: RunConfig, held_out: PromptSet) -> bool:
+    """Whether training or evaluation uses classifier-free guidance, and so the negative prompt."""
+    scales = [config.rollout.guidance_scale]
+    if held_out.texts and config.evaluation.guidance_scale is not None:
+        scales.append(config.evaluation.guidance_scale)
+    return any(scale != 1.0 for scale in scales)
+
+
+def prompts_to_encode(
+    config: RunConfig, training: PromptSet, held_out: PromptSet, with_negative: bool
+) -> dict[Key, Path | None]:
+    """Every distinct prompt of a run, with its picture; the negative prompt, which has none, gets another's."""
+    wanted = dict(zip([*training.keys, *held_out.keys], [*training.pictures, *held_out.pictures], strict=True))
+    if with_negative:
+        wanted.setdefault(_negative(config), training.pictures[0])
+    return wanted
+
+
+def _negative(config: RunConfig) -> Key:
+    return config.prompts.negative, ""
 
 
 def conditions_for(
     config: RunConfig,
     family: type[DiffusionModel],
-    texts: list[str],
-    device: torch.device,
-    pictures: list[Path | None] | None = None,
-) -> Conditions:
-    """One row per text.
+    training: PromptSet,
+    held_out: PromptSet,
+    processes: Processes,
+    folder: Path | None,
+) -> RunConditions:
+    """The conditions of a run's prompts.
+
+    Where the description names no file of them, each process encodes a part of the prompts into a file that all read;
+    it is deleted when the process ends. All processes must call this together.
+
+    Args:
+        folder: where such files go, on a disk that all processes share; None for a temporary folder.
 
     Raises:
-        BadInput: the conditions file cannot be read, does not fit the model or lacks a text.
+        BadInput: the conditions file cannot be read, does not fit the model, or lacks a prompt; or the text encoders
+            cannot be loaded, or there is no room for what they give.
     """
+    with_negative = needs_negative(config, held_out)
+    wanted = prompts_to_encode(config, training, held_out, with_negative)
     if config.prompts.conditions is None:
-        return family.encode(config.model, texts, device, pictures)
-    known, conditions = load_conditions(Path(config.prompts.conditions))
-    if isinstance(conditions, EntryConditions) and config.model.graph is None:
-        raise BadInput(f"prompts.conditions {config.prompts.conditions} is for family comfy, a model of a graph")
-    family.check_conditions(config.model, conditions)
-    place = {text: row for row, text in enumerate(known)}
-    for text in texts:
-        if text not in place:
-            raise BadInput(f"prompts.conditions {config.prompts.conditions} holds no conditions for {text!r}")
-    return conditions.rows(torch.tensor([place[text] for text in texts]))
-
-
-def save_conditions(path: Path, texts: list[str], conditions: Conditions) -> None:
-    """Write conditions with the texts they belong to."""
-    from safetensors.torch import save
-
-    notes = {"texts": json.dumps(texts)}
-    if isinstance(conditions, EntryConditions):
-        entries = tuple(conditions.entries[i] for i in conditions.index.tolist())
-        tensors, notes["entries"] = packed(entries)
+        stored = _encode_together(config, family, wanted, processes, folder)
     else:
-        tensors = {name: value.contiguous() for name, value in conditions.tensors.items()}
-    write_atomically(path, save(tensors, notes))
+        stored = _from_file(config, family, wanted)
+    if config.model.sharded and stored.is_ragged:
+        raise BadInput("model.sharded takes prompts that are all encoded into the same number of tokens")
+    row_of = {key: row for row, key in enumerate(stored.keys)}
+    unconditional = stored.rows(torch.tensor([row_of[_negative(config)]])) if with_negative else None
+    training_rows, held_out_rows = ([row_of[key] for key in prompts.keys] for prompts in (training, held_out))
+    return RunConditions(stored.select(training_rows), stored.select(held_out_rows), unconditional)
 
 
-def load_conditions(path: Path) -> tuple[list[str], Conditions]:
-    """The texts of a file and their conditions.
+def check_conditions(config: RunConfig, family: type[DiffusionModel], training: PromptSet, held_out: PromptSet) -> None:
+    """Look whether the file `prompts.conditions` fits the model and holds every prompt; nothing large is read.
 
     Raises:
-        BadInput: it is no such file.
+        BadInput: as `conditions_for`.
     """
-    from safetensors import SafetensorError, safe_open
+    _from_file(config, family, prompts_to_encode(config, training, held_out, needs_negative(config, held_out)))
 
+
+def encode_into(
+    path: Path,
+    config: RunConfig,
+    family: type[DiffusionModel],
+    wanted: dict[Key, Path | None],
+    device: torch.device,
+    announce_from: int = WORTH_MENTIONING,
+) -> None:
+    """Encode prompts with the model's own text encoders, piece by piece, into a file of conditions.
+
+    Args:
+        announce_from: the size in bytes from which on it is said before the rest is encoded.
+
+    Raises:
+        BadInput: the text encoders cannot be loaded, or the disk has no room for the conditions.
+    """
+    texts, pictures = [text for text, _ in wanted], list(wanted.values())
+    pieces = family.encode_pieces(config.model, texts, pictures, config.prompts.negative, device)
+    write_conditions(path, list(wanted), pieces, announce=announcer(path, len(wanted), announce_from))
+
+
+def announcer(path: Path, count: int, announce_from: int = WORTH_MENTIONING) -> Callable[[int], None]:
+    """Says how much the conditions of `count` prompts will take, and raises BadInput if the disk has no room."""
+
+    def announce(size: int) -> None:
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise BadInput(
+                f"the conditions of {count} prompts take about {size / GIB:.1f} GiB, and {path.parent} has "
+                f"{free / GIB:.1f} GiB free: make room, or use fewer prompts"
+            )
+        if size >= announce_from:
+            size_text = f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+            print(f"encoding {count} prompts: their conditions take about {size_text} in {path}", file=sys.stderr)
+
+    return announce
+
+
+def _from_file(config: RunConfig, family: type[DiffusionModel], wanted: dict[Key, Path | None]) -> StoredConditions:
+    path = Path(config.prompts.conditions)
+    stored = open_conditions(path)
+    if stored.has_entries and config.model.graph is None:
+        raise BadInput(f"prompts.conditions {path} was encoded for a model of a ComfyUI graph (family comfy)")
+    family.check_conditions(config.model, stored.rows(torch.tensor([0])))
+    known = set(stored.keys)
+    for key, picture in wanted.items():
+        if key not in known:
+            which = f"the negative prompt {shorten(key[0])}" if key == _negative(config) else shorten(key[0])
+            with_picture = f" with image {cut(str(picture), 100)}" if key[1] else ""
+            raise BadInput(f"prompts.conditions {path} holds no conditions for {which}{with_picture}: encode again")
+    return stored
+
+
+# ----------------------------------------------------------------------------------------------- encoded at the start
+
+
+def _encode_together(
+    config: RunConfig,
+    family: type[DiffusionModel],
+    wanted: dict[Key, Path | None],
+    processes: Processes,
+    folder: Path | None,
+) -> StoredConditions:
+    """Every process encodes a share of the prompts, in the batches that one process would make."""
+    folder, temporary = (folder, None) if folder else _temporary_folder(processes)
+    path = folder / f"encoded-{processes.rank}.safetensors"
+    batches = processes.share(-(-len(wanted) // ENCODED_AT_ONCE))
+    mine = dict(list(wanted.items())[batches.start * ENCODED_AT_ONCE : batches.stop * ENCODED_AT_ONCE])
+    fault = None
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata()
-            texts = json.loads(notes["texts"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if "entries" in notes:
-            conditions = EntryConditions.of(unpacked(tensors, notes["entries"]))
-        else:
-            conditions = Conditions(tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"conditions file {path} cannot be read: {error}") from error
-    if len(texts) != len(conditions) or any(len(value) != len(texts) for value in conditions.tensors.values()):
-        raise BadInput(f"conditions file {path} does not hold one row per text")
-    return texts, conditions
+        if mine:
+            encode_into(path, config, family, mine, processes.device)
+    except BadInput as error:
+        fault = str(error)
+    results = processes.gather([(fault, str(path) if mine else None)])
+    if faults := [fault for fault, _ in results if fault]:
+        raise BadInput(faults[0])
+    paths = [Path(path) for _, path in results if path]
+    stored = open_conditions(*paths)
+    if mine:
+        weakref.finalize(stored.files[paths.index(path)], _remove, path, temporary)
+    if processes.is_main:
+        for leftover in set(folder.glob("encoded-*.safetensors")) - set(paths):  # of a run that was killed
+            _remove(leftover)
+    return stored
+
+
+def _temporary_folder(processes: Processes) -> tuple[Path, Path]:
+    folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="dancegrpo-") if processes.is_main else None))
+    return folder, folder
+
+
+def _remove(path: Path, folder: Path | None = None) -> None:
+    """Delete a file of this run, and its folder once that is empty."""
+    try:
+        path.unlink(missing_ok=True)
+        if folder is not None:
+            folder.rmdir()
+    except OSError:  # Windows keeps a file that another process has open; the next start replaces it
+        pass

@@ -1,48 +1,112 @@
-"""Prompts from a run description: their texts, the categories they are reported in, and their pictures."""
+"""The prompts of a run: their texts, images and categories, from a description or from files.
+
+Files by the ending of their name:
+
+- `.txt` or none: one prompt per line; blank lines and lines that begin with `#` are left out.
+- `.csv`: a header with `prompt`, and where wanted `category` and `image`.
+- `.jsonl`: a JSON object per line with `prompt`, and where wanted `category` and `image`.
+- `.json`: a list of such objects, or of texts.
+
+`image` names a first frame or source image, relative to the file.
+"""
 
 import csv
+import hashlib
 import io
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..config import EvaluationConfig, PromptsConfig
-from ..utils.errors import BadInput
+from ..config import EvaluationConfig, PromptsConfig, RunConfig
+from ..utils.documents import parse_json, read_text
+from ..utils.errors import BadInput, cut, shorten
+from ..utils.media import check_image
+from .text import Key, check_text, clean, first_repeated, numbered_lines, same_text, without_weights
+
+MAX_BYTES = 256 * 2**20
+"""The largest prompt file that is read."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Texts without duplicates, and for each a category ('' where there is none) and a first frame or source image."""
+    """N prompts without duplicates; an edit instruction may come again with another image.
+
+    Attributes:
+        texts: what the model is conditioned on.
+        categories: what evaluation groups them by; '' for none.
+        pictures: first frame or source image of each; None where it has none.
+        digests: of those images' files, '' where there is none.
+        scored: what reward models are given: the texts, without ComfyUI's prompt weights where those are in use.
+    """
 
     texts: list[str]
     categories: list[str]
     pictures: list[Path | None] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+    scored: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.pictures:
-            object.__setattr__(self, "pictures", [None] * len(self.texts))
+        count = len(self.texts)
+        for name, default in (("pictures", [None] * count), ("digests", [""] * count), ("scored", self.texts)):
+            if not getattr(self, name):
+                object.__setattr__(self, name, default)
+
+    @property
+    def keys(self) -> list[Key]:
+        return list(zip(self.texts, self.digests, strict=True))
+
+    def identity(self, number: int) -> tuple[str, ...]:
+        """A prompt's part of the name of its evaluation noise: the same in every set, wherever the files lie."""
+        digest = self.digests[number]
+        return (self.texts[number], digest) if digest else (self.texts[number],)
+
+
+def read_prompts(config: RunConfig, training: PromptSet | None = None) -> tuple[PromptSet, PromptSet]:
+    """Training prompts and held-out prompts, of which there may be none.
+
+    Args:
+        training: those of an objective that brings its own; None reads the section `prompts`.
+
+    Raises:
+        BadInput: as `training_prompts`; or a held-out prompt is also trained on.
+    """
+    weighted = config.prompts.weight_syntax
+    training = training or training_prompts(config.prompts)
+    held_out = evaluation_prompts(config.evaluation, weighted)
+    if weighted:
+        without_weights(config.prompts.negative)
+    known = {(same_text(text), digest) for text, digest in training.keys}
+    for text, digest in held_out.keys:
+        if (same_text(text), digest) in known:
+            raise BadInput(
+                f"held-out prompt {shorten(text)} is also a training prompt: evaluation prompts must be others"
+            )
+    return training, held_out
 
 
 def training_prompts(config: PromptsConfig) -> PromptSet:
     """The prompts a run trains on.
 
     Raises:
-        BadInput: a file that cannot be read, is empty or repeats a prompt.
+        BadInput: a file cannot be read, holds no prompt, repeats one, or names an image that cannot be used.
     """
-    if config.shapes:
-        return _shapes(config.shapes, held_out=False)
-    return (
-        _read(Path(config.file), "prompts.file") if config.file else PromptSet(config.texts, [""] * len(config.texts))
-    )
+    return _prompts(config, "prompts", held_out=False, weighted=config.weight_syntax)
 
 
-def evaluation_prompts(config: EvaluationConfig) -> PromptSet:
-    """The held-out prompts; may be none."""
+def evaluation_prompts(config: EvaluationConfig, weighted: bool = False) -> PromptSet:
+    """The held-out prompts; may be none.
+
+    Args:
+        weighted: whether they carry ComfyUI's prompt weights.
+    """
+    return _prompts(config, "evaluation", held_out=True, weighted=weighted)
+
+
+def _prompts(config: PromptsConfig | EvaluationConfig, section: str, held_out: bool, weighted: bool) -> PromptSet:
     if config.shapes:
-        return _shapes(config.shapes, held_out=True)
-    if config.file:
-        return _read(Path(config.file), "evaluation.file")
-    return PromptSet(config.texts, [""] * len(config.texts))
+        return _shapes(config.shapes, held_out)
+    entries = _read(Path(config.file), f"{section}.file {config.file}") if config.file else map(_Entry, config.texts)
+    return _as_set(list(entries), weighted)
 
 
 def _shapes(per_task: int, held_out: bool) -> PromptSet:
@@ -52,64 +116,154 @@ def _shapes(per_task: int, held_out: bool) -> PromptSet:
     return PromptSet(texts, [parse(text).task for text in texts])
 
 
-def _read(path: Path, field: str) -> PromptSet:
-    try:
-        text = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{field} {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    entries = _csv(text, path) if path.suffix.lower() == ".csv" else _lines(text, path)
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class _Entry:
+    text: str
+    category: str = ""
+    picture: Path | None = None
+    digest: str = ""
+
+
+def _as_set(entries: list[_Entry], weighted: bool) -> PromptSet:
+    texts = [entry.text for entry in entries]
+    return PromptSet(
+        texts,
+        [entry.category for entry in entries],
+        [entry.picture for entry in entries],
+        [entry.digest for entry in entries],
+        [without_weights(text) for text in texts] if weighted else texts,
+    )
+
+
+def _read(path: Path, what: str) -> list[_Entry]:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise BadInput(f"{what}: prompts are read from .txt (one per line), .csv, .jsonl and .json files")
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{what} is not a file")
+    if path.is_file() and path.stat().st_size > MAX_BYTES:
+        raise BadInput(f"{what} is larger than {MAX_BYTES >> 20} MiB")
+    entries = _READERS[suffix](read_text(path, what), path)
     if not entries:
-        raise BadInput(f"{field} {path} holds no prompt")
-    seen: dict[str, int] = {}
-    for number, entry in enumerate(entries, start=1):
-        if entry[0] in seen:
-            raise BadInput(f"{field} {path} repeats the prompt {entry[0]!r} (entries {seen[entry[0]]} and {number})")
-        seen[entry[0]] = number
-    return PromptSet(*map(list, zip(*entries, strict=True)))
+        raise BadInput(f"{what} holds no prompt")
+    if pair := first_repeated((same_text(entry.text), entry.digest) for entry in entries):
+        numbers = f"entries {pair[0] + 1} and {pair[1] + 1}"
+        with_picture = " with the same image" if entries[pair[0]].picture else ""
+        raise BadInput(f"{what} repeats the prompt {shorten(entries[pair[0]].text)}{with_picture} ({numbers})")
+    return entries
 
 
-Entry = tuple[str, str, Path | None]
-"""Text, category and picture of a prompt."""
+def _read_lines(text: str, path: Path) -> list[_Entry]:
+    lines = numbered_lines(text)
+    if lines and (form := _other_form(text, lines)):
+        raise BadInput(f"{path} {form}; a .txt file holds one prompt per line")
+    return [_Entry(line) for _, line in lines]
 
 
-def _lines(text: str, path: Path) -> list[Entry]:
+def _other_form(text: str, lines: list[tuple[int, str]]) -> str | None:
+    """What a text is, where it is not one prompt per line."""
+    first = lines[0][1]
+    if "\0" in text:
+        return "is not UTF-8 text: it holds NUL characters"
+    if first.lower().startswith(("<!doctype", "<html", "<?xml", "{\\rtf")):
+        return f"holds markup ({cut(first, 20)})"
+    if first in ("[", "{") or _is_json(text) or all(_is_json(line) for _, line in lines[:10]):
+        return "holds JSON: name it .json, or .jsonl with an object per line"
+    columns = [column.strip(' "').lower() for column in first.split(",")]
+    if len(columns) > 1 and "prompt" in columns and set(columns) <= _COLUMNS:
+        return "begins with a CSV header: name it .csv"
+    return None
+
+
+def _is_json(text: str) -> bool:
+    if text.strip()[:1] not in ("[", "{"):
+        return False
+    try:
+        parse_json(text, "it")
+    except BadInput:
+        return False
+    return True
+
+
+def _read_json_lines(text: str, path: Path) -> list[_Entry]:
+    images = _Images(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if path.suffix.lower() != ".jsonl":
-        return [(line.strip(), "", None) for _, line in lines]
-    return [_json_entry(line, path, number) for number, line in lines]
+    return [_json_entry(parse_json(line, f"{path} line {n}"), f"{path} line {n}", images) for n, line in lines]
 
 
-def _json_entry(line: str, path: Path, number: int) -> Entry:
+def _read_json(text: str, path: Path) -> list[_Entry]:
+    records, images = parse_json(text, str(path)), _Images(path)
+    if not isinstance(records, list):
+        raise BadInput(f"{path} is not a JSON list of prompts")
+    return [_json_entry(record, f"{path} entry {n}", images) for n, record in enumerate(records, start=1)]
+
+
+def _json_entry(record: Any, where: str, images: "_Images") -> _Entry:
+    if isinstance(record, str):
+        return _entry(record, "", "", where, images)
+    if not isinstance(record, dict) or "prompt" not in record:
+        raise BadInput(f"{where} is not a JSON object with 'prompt'")
+    return _entry(record["prompt"], record.get("category", ""), record.get("image", ""), where, images)
+
+
+_COLUMNS = {"prompt", "category", "image"}
+
+
+def _read_csv(text: str, path: Path) -> list[_Entry]:
+    table, images = csv.DictReader(io.StringIO(text, newline=""), strict=True), _Images(path)
     try:
-        record = json.loads(line)
-        fields = record["prompt"], record.get("category", ""), record.get("image", "")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} line {number} is not a JSON object with 'prompt'") from error
-    return _entry(*fields, path, number)
-
-
-def _csv(text: str, path: Path) -> list[Entry]:
-    table = csv.DictReader(io.StringIO(text), strict=True)
-    columns = [name.strip() for name in table.fieldnames or []]
-    if "prompt" not in columns or not set(columns) <= {"prompt", "category", "image"}:
-        raise BadInput(f"{path} has the columns {', '.join(columns)}: it takes prompt, and may have category and image")
-    table.fieldnames = columns
-    try:
+        columns = [name.strip() for name in table.fieldnames or []]
+        table.fieldnames = columns
+        if "prompt" not in columns or not set(columns) <= _COLUMNS or len(set(columns)) < len(columns):
+            names = cut(", ".join(columns), 200) or "(none)"
+            raise BadInput(f"{path} has the columns {names}: it takes prompt, and may have category and image, once")
         rows = [(table.line_num, row) for row in table]
     except csv.Error as error:
-        raise BadInput(f"{path} line {table.line_num} is not CSV: {error}") from error
+        raise BadInput(f"{path} line {max(table.reader.line_num, 1)} is not CSV: {error}") from error
     for number, row in rows:
         if None in row or None in row.values():
             raise BadInput(f"{path} line {number} does not have {len(columns)} columns")
-    return [_entry(row["prompt"], row.get("category", ""), row.get("image", ""), path, n) for n, row in rows]
+    return [
+        _entry(row["prompt"], row.get("category", ""), row.get("image", ""), f"{path} line {number}", images)
+        for number, row in rows
+    ]
 
 
-def _entry(text: object, category: object, picture: object, path: Path, number: int) -> Entry:
-    if not isinstance(text, str) or not text.strip() or not isinstance(category, str) or not isinstance(picture, str):
-        raise BadInput(
-            f"{path} line {number}: 'prompt' must be a text that is not empty, and 'category' and 'image' texts"
-        )
-    file = path.parent / picture.strip() if picture.strip() else None
-    if file is not None and not file.is_file():
-        raise BadInput(f"{path} line {number}: there is no image {str(file)!r}")
-    return text.strip(), category.strip(), file
+def _entry(text: Any, category: Any, picture: Any, where: str, images: "_Images") -> _Entry:
+    if not isinstance(text, str) or not clean(text) or not isinstance(category, str) or not isinstance(picture, str):
+        raise BadInput(f"{where}: 'prompt' must be a text that is not empty, and 'category' and 'image' texts")
+    check_text(text, where)
+    name = picture.strip()
+    return _Entry(clean(text), clean(category), *(images.find(name, where) if name else ()))
+
+
+class _Images:
+    """Images named in a prompt file: checked, and identified by their content.
+
+    Args:
+        path: of the prompt file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path.parent
+        self.known: dict[str, tuple[Path, str]] = {}
+
+    def find(self, name: str, where: str) -> tuple[Path, str]:
+        """An image's path and digest.
+
+        Raises:
+            BadInput: there is no such image, or it is not one that can be read.
+        """
+        if name not in self.known:
+            file = self.folder / name
+            if "\0" in name or not file.is_file():
+                raise BadInput(f"{where}: there is no image {shorten(str(file))}")
+            check_image(file, f"{where}: image {cut(str(file), 200)}")
+            self.known[name] = file, hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        return self.known[name]
+
+
+_READERS = {"": _read_lines, ".txt": _read_lines, ".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_json}

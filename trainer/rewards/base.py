@@ -1,9 +1,9 @@
-"""The interface behind which every reward stands."""
+"""The interface of all rewards, and the base class of those that are networks."""
 
 import importlib.util
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -12,26 +12,30 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..utils.errors import BadInput
-from .files import check_files
+from .files import check_files, file_rule, stored_elements
+
+MemoryHook = Callable[[int, torch.device], object]
+"""Called with the bytes that are about to be allocated, and the device."""
 
 
 class NoOptions(Section):
-    """A reward that has nothing to set."""
+    """Options of a reward that has none."""
 
 
 class Reward(ABC):
-    """A judge of images or of videos.
+    """A score for each image or video.
 
-    Making one looks at its options and files and loads nothing; `load` does that.
+    The constructor checks options and files and loads nothing; `load` does that.
 
     Attributes:
         name: its name in run descriptions.
         typical_range: where its scores usually lie.
-        media: what it looks at. A judge of images sees a video frame by frame.
-        groupwise: whether it compares the images of a prompt with each other, so that a score depends on the batch.
-        licence: of its weights, where it has any.
+        media: what it scores. An image reward scores a video frame by frame.
+        groupwise: whether it compares the images of a prompt, so that a score depends on the rest of the batch.
+        differentiable: whether `score` can carry a gradient back to the pixels.
+        licence: of its weights, if it has any.
         packages: what must be installed for it beyond this pack's own requirements.
-        Options: what can be set; fields made by `files.file_option` name files.
+        Options: its settings; fields made by `files.file_option` name files.
 
     Raises:
         BadInput: a file or a package is missing.
@@ -41,6 +45,7 @@ class Reward(ABC):
     typical_range: ClassVar[tuple[float, float]]
     media: ClassVar[Literal["image", "video"]] = "image"
     groupwise: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False
     licence: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[Section]] = NoOptions
@@ -54,40 +59,55 @@ class Reward(ABC):
 
     @abstractmethod
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores, `[B]` float32, one per image; deterministic, and independent of the rest unless `groupwise`.
+        """Scores, `[B]` float32; deterministic, and independent of the rest of the batch unless `groupwise`.
+
+        NaN means that an image has no score; its sample is dropped and counted.
 
         Args:
-            images: `[B, 3, H, W]` float in [0, 1]; a judge of videos takes a list of B `[F, 3, H, W]`.
+            images: `[B, 3, H, W]` float in [0, 1]; a video reward takes a list of B `[F, 3, H, W]`. If they require
+                a gradient and the reward is `differentiable`, pixels are not rounded, and the scores carry the graph.
             prompts: B texts.
+
+        Raises:
+            ValueError: the reward cannot score images of this size.
+            RunFailed: a server that does the scoring is unreachable.
         """
 
     def check_prompts(self, prompts: list[str]) -> None:  # noqa: B027 - most rewards take any text
-        """Raise ValueError if this reward cannot judge images of one of the prompts."""
+        """Raise ValueError if this reward cannot score images of one of the prompts."""
 
     def load(self) -> None:  # noqa: B027 - most rewards have no weights
-        """Read the weights into CPU memory, once; `score` does it where it has not been done.
+        """Read the weights into CPU memory; `score` does it if it has not been done.
 
         Raises:
             BadInput: a file does not hold what it should.
         """
 
     def idle(self) -> None:  # noqa: B027 - most rewards hold no memory
-        """Leave the accelerator's memory to others until the next `score`."""
+        """Move the weights to the CPU until the next `score`."""
+
+    def memory(self) -> int:
+        """Bytes that the weights take on the device; activations come on top."""
+        return 0
+
+    def register_memory_hook(self, hook: MemoryHook) -> None:  # noqa: B027 - most rewards hold no memory
+        """Have `hook(bytes, device)` called before weights move to an accelerator, so that it can free memory."""
 
 
 class ModelReward(Reward):
-    """A reward that is a network in a file; it works on the device that the images are on."""
+    """A reward that is a network with weights in files; it runs on the device that the images are on."""
 
-    chunk: ClassVar[int] = 16
+    batch_size: ClassVar[int] = 16
     module: nn.Module | None = None
+    memory_hook: MemoryHook | None = None
 
     @abstractmethod
     def build(self) -> nn.Module:
         """The network with its weights, float32 on the CPU."""
 
     @abstractmethod
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Scores of at most `chunk` images; the network is loaded and on their device."""
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Scores of at most `batch_size` images; the network is loaded and on their device."""
 
     def load(self) -> None:
         if self.module is None:
@@ -99,74 +119,46 @@ class ModelReward(Reward):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weights and of the network's arithmetic."""
         return getattr(torch, getattr(self.options, "dtype", "float32"))
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        self.load()
-        self.module.to(images.device)
-        with torch.no_grad():
-            places = range(0, len(prompts), self.chunk)
-            parts = [self.judge(images[i : i + self.chunk], prompts[i : i + self.chunk]) for i in places]
+        self.move_to(images.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            starts = range(0, len(prompts), self.batch_size)
+            parts = [
+                self.score_batch(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in starts
+            ]
         return torch.cat(parts)
 
+    def move_to(self, device: torch.device) -> None:
+        """Load the network, and move it to a device that has been asked for room."""
+        self.load()
+        parameter = next(self.module.parameters(), None)
+        moves = parameter is not None and parameter.device != device
+        if moves and device.type != "cpu" and self.memory_hook is not None:
+            self.memory_hook(self.memory(), device)
+        self.module.to(device)
 
-def dtype_option(default: str = "float32") -> str:
-    """The field of an option for the type of the weights."""
-    return Field(
-        default, description="Type of the weights and of the network's arithmetic; the final score is float32."
-    )
+    def memory(self) -> int:
+        """Bytes of the weights: of the network once it is loaded, before that at most as many as its files hold."""
+        if self.module is None:
+            return self.stored_elements() * self.dtype.itemsize
+        return sum(tensor.nbytes for tensor in (*self.module.parameters(), *self.module.buffers()))
+
+    def stored_elements(self) -> int:
+        """How many numbers the files of the network hold."""
+        rules = {name: file_rule(field) for name, field in type(self.options).model_fields.items()}
+        names = [name for name, rule in rules.items() if rule and rule.weights]
+        return sum(stored_elements(Path(getattr(self.options, name))) for name in names)
+
+    def register_memory_hook(self, hook: MemoryHook) -> None:
+        self.memory_hook = hook
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class TextCache:
-    """Text features, computed once per prompt and kept on the CPU.
-
-    Args:
-        encode: features `[N, D]` of N texts.
-        limit: tokens that the network reads.
-        count: tokens of a text; prompts of more than `limit` are reported, once each.
-    """
-
-    def __init__(self, encode: Callable[[list[str]], Tensor], limit: int, count: Callable[[str], int]) -> None:
-        self.encode, self.limit, self.count = encode, limit, count
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, prompts: list[str], device: torch.device) -> Tensor:
-        """Features `[B, D]` float32, a row per prompt."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
-        for prompt in new:  # one by one, so that a score does not depend on what else was asked for
-            self._warn(prompt)
-            self.known[prompt] = self.encode([prompt])[0].float().cpu()
-        return torch.stack([self.known[prompt] for prompt in prompts]).to(device)
-
-    def _warn(self, prompt: str) -> None:
-        if (count := self.count(prompt)) > self.limit:
-            words = f"{count} tokens, of which the reward reads {self.limit}"
-            print(f"warning: the prompt {prompt[:60]!r} has {words}; the rest is not judged", file=sys.stderr)
-
-
-class Threshold(Reward):
-    """1 where another reward is above a value, else 0: the paper's binary reward."""
-
-    name = "threshold"
-    typical_range = (0.0, 1.0)
-
-    def __init__(self, reward: Reward, threshold: float) -> None:
-        super().__init__()
-        self.reward, self.threshold = reward, threshold
-        self.media, self.groupwise = reward.media, reward.groupwise
-
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        scores = self.reward.score(images, prompts)
-        return (scores > self.threshold).float().where(scores.isfinite(), scores)
-
-    def check_prompts(self, prompts: list[str]) -> None:
-        self.reward.check_prompts(prompts)
-
-    def load(self) -> None:
-        self.reward.load()
-
-    def idle(self) -> None:
-        self.reward.idle()
+def dtype_option(default: str = "float32") -> str:
+    """The option for the type of a network's weights."""
+    return Field(default, description="Type of the weights and of the network's arithmetic; scores are float32.")

@@ -1,6 +1,7 @@
-"""The files a reward needs: how an option names one, where it is looked for, and how weights are read from it."""
+"""The files of rewards: how an option names one, where it is looked for, and how weights are read from it."""
 
 import hashlib
+import math
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -31,12 +32,17 @@ class FileRule:
     suffixes: tuple[str, ...]
     folder: bool = False
 
+    @property
+    def weights(self) -> bool:
+        """Whether it names a file of weights."""
+        return self.suffixes == WEIGHTS
+
 
 def file_option(default: str, description: str, suffixes: tuple[str, ...] = WEIGHTS, folder: bool = False) -> Any:
     """The field of an option that names a file, or a folder.
 
     Args:
-        default: its usual place under `models/rewards/`; empty where there is none.
+        default: its usual place under `models/rewards/`; empty if there is none.
         description: what it is and where it comes from.
     """
     rule = {"suffixes": list(suffixes), "folder": folder}
@@ -54,7 +60,7 @@ def file_rule(field: FieldInfo) -> FileRule | None:
 def locate(name: str, folders: Iterable[Path]) -> Path | None:
     """The first file or folder of that name inside one of the folders.
 
-    A name cannot lead out of them; a link that somebody has put there may, as for ComfyUI's other models.
+    A name cannot lead out of them; a symbolic link inside them may, as for ComfyUI's other models.
 
     Args:
         name: relative path, such as `hpsv2/HPS_v2.1_compressed.pt`.
@@ -87,7 +93,7 @@ def located(options: Section, reward: str, folders: Iterable[Path]) -> dict[str,
 
 
 def check_files(options: Section, reward: str) -> None:
-    """Raise BadInput where an option names a file that is not there or of another type."""
+    """Raise BadInput if an option names a file that does not exist or is of another type."""
     for name, field in type(options).model_fields.items():
         rule, value = file_rule(field), getattr(options, name)
         if rule is None or not value:
@@ -113,12 +119,11 @@ def check_sha256(path: Path, expected: str, what: str) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a PyTorch file; nothing in the file is ever run.
+    """The tensors of a safetensors file or of a PyTorch file; nothing in the file is executed.
 
     Raises:
         BadInput: it cannot be read, holds more than plain data, or holds no tensors.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -127,23 +132,48 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNPICKLING as error:
         raise BadInput(f"{path} is damaged or holds more than plain weights, and is not read for safety") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} cannot be read as weights, it may be cut short: {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not found or not all(_is_weight(*entry) for entry in found.items()):
         raise BadInput(f"{path} holds no mapping from names to tensors")
     prefix = "module." if all(key.startswith("module.") for key in found) else ""  # written by distributed training
     return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
+def _is_weight(key: object, value: object) -> bool:
+    return isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def stored_elements(path: Path, start: str = "") -> int:
+    """How many numbers the tensors of a file of weights hold.
+
+    Args:
+        start: count only tensors whose names start with this.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    if path.suffix.lower() != ".safetensors":
+        return sum(value.numel() for key, value in read_weights(path).items() if key.startswith(start))
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in names)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path} cannot be read as weights, it may be cut short: {error}") from error
 
 
 def rename(weights: dict[str, Tensor], rule: Callable[[str], str | None], path: Path, what: str) -> dict[str, Tensor]:
     """Weights under other names.
 
     Args:
-        rule: the new name of a key; an empty one leaves it out, None says it does not belong there.
+        rule: the new name of a key; an empty one drops it, None says that it does not belong there.
 
     Raises:
         BadInput: a key does not belong there.
@@ -160,12 +190,12 @@ def fill(
     weights: dict[str, Tensor],
     path: Path,
     what: str,
-    type_of: Callable[[str], torch.dtype] = lambda key: torch.float32,
+    dtype_of: Callable[[str], torch.dtype] = lambda key: torch.float32,
 ) -> None:
     """Give a module its weights; every key must be there, and no other.
 
     Args:
-        type_of: the type a tensor of that name is converted to.
+        dtype_of: the type that a tensor of that name is converted to.
 
     Raises:
         BadInput: a key is missing or too many, or has another shape.
@@ -179,7 +209,9 @@ def fill(
         if weights[key].shape != value.shape:
             found, wanted = list(weights[key].shape), list(value.shape)
             raise BadInput(f"{path} is not {what}: {key} has the shape {found}, expected {wanted}")
-    full = {key: value.to(type_of(key)) if value.is_floating_point() else value for key, value in weights.items()}
+        if weights[key].is_complex() or weights[key].is_floating_point() != value.is_floating_point():
+            raise BadInput(f"{path} is not {what}: {key} is of type {weights[key].dtype}, expected {value.dtype}")
+    full = {key: value.to(dtype_of(key)) if value.is_floating_point() else value for key, value in weights.items()}
     module.load_state_dict(full, strict=True, assign=True)
 
 
@@ -192,4 +224,6 @@ def build(factory: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    """The first of a list of keys, shortened, in one line."""
+    shown = ", ".join("".join(c if c.isprintable() else "?" for c in key[:80]) for key in keys[:3])
+    return shown + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

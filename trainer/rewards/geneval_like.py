@@ -1,22 +1,24 @@
-"""What GenEval asks, answered by the same kind of detector in transformers; not the official figure."""
+"""GenEval's questions, answered by the same kind of detector in transformers; not the official metric."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.nn.functional import normalize as unit
 
 from ..config import Section
 from ..utils.errors import BadInput
-from .base import ModelReward
-from .clip.contrastive import architecture, open_clip_network, tokenizer
+from .base import Dtype, ModelReward, dtype_option
+from .clip.contrastive import architecture, open_clip_network
 from .clip.layout import from_transformers
-from .files import build, file_option, fill, read_weights
+from .clip.text import tokenizer
+from .files import build, file_option, fill, read_weights, stored_elements
 from .preprocess import normalize, shortest_and_crop, to_pil
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -24,30 +26,32 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 OTHER_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, MARGIN, MOST = 384, 0.1, 16
+UNUSED = r"relative_position_index$|^criterion\.empty_weight$"
+"""Buffers of published files: a table that transformers computes itself, and class weights of the training loss."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object in an image: left, top, right, bottom in pixels, and its mask `[H, W]` bool."""
+    """A detected object: left, top, right, bottom in pixels, and its mask `[H, W]` bool."""
 
     box: tuple[float, float, float, float]
     mask: Tensor
 
 
 class GenEvalLike(ModelReward):
-    """GenEval's questions (which objects, how many, which colours, where) by a Mask2Former in transformers: a stand-in.
+    """GenEval's questions (which objects, how many, which colours, where) answered by transformers' Mask2Former.
 
-    Not GenEval's official figure, which needs its own detector and environment (see external-scorers.md): this detector
-    is of the same family with other weights, and its confidences mean something else, so `threshold` and `counting` are
-    to be adjusted on images you have looked at. Every prompt must be one of GenEval's; `graded` gives part of the score
-    for part of what was asked, which teaches more than right or wrong.
+    This is not GenEval's official metric, which needs its own detector and environment (see external-scorers.md). The
+    detector is of the same family with other weights, and its confidences have another scale, so adjust `threshold` and
+    `counting` on images you have looked at. Every prompt must be one of GenEval's; `graded` gives part of the score
+    for part of what was asked, which is a denser signal than right or wrong.
     """
 
     name = "geneval-like"
     typical_range = (0.0, 1.0)
     licence = "MIT; detector: see its page"
     network = "ViT-L-14-quickgelu"
-    chunk = 4
+    batch_size = 4
 
     class Options(Section):
         detector: str = file_option(
@@ -66,9 +70,14 @@ class GenEvalLike(ModelReward):
             "prompts/evaluation_metadata.jsonl of djghosh13/geneval on GitHub.",
             suffixes=(".jsonl",),
         )
-        threshold: Annotated[float, Field(gt=0, lt=1)] = Field(0.3, description="Confidence that counts as seen.")
-        counting: Annotated[float, Field(gt=0, lt=1)] = Field(0.9, description="The same where things are counted.")
+        threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
+            0.3, description="Confidence from which an object is detected."
+        )
+        counting: Annotated[float, Field(gt=0, lt=1)] = Field(
+            0.9, description="The same for prompts that ask for a number of objects."
+        )
         graded: bool = Field(True, description="Give part of the score for part of what was asked; else 0 or 1.")
+        dtype: Dtype = dtype_option()
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)
@@ -78,7 +87,10 @@ class GenEvalLike(ModelReward):
     def check_prompts(self, prompts: list[str]) -> None:
         for prompt in prompts:
             if prompt not in self.asked:
-                raise ValueError(f"{prompt!r} is none of the prompts of {self.options.prompts}")
+                raise ValueError(f"{prompt[:100]!r} is none of the prompts of {self.options.prompts}")
+
+    def stored_elements(self) -> int:
+        return super().stored_elements() + stored_elements(Path(self.options.detector) / "model.safetensors")
 
     def build(self) -> nn.Module:
         path, config, what = Path(self.options.clip), architecture(self.network), "OpenAI's CLIP ViT-L/14"
@@ -87,30 +99,35 @@ class GenEvalLike(ModelReward):
         fill(clip, from_transformers(read_weights(path), path, what), path, what)
         return nn.ModuleDict({"clip": clip, "detector": load_detector(Path(self.options.detector))})
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.check_prompts(prompts)
         return torch.tensor(
-            [self._judge(image, self.asked[prompt]) for image, prompt in zip(images, prompts, strict=True)]
+            [self._score(image, self.asked[prompt]) for image, prompt in zip(images, prompts, strict=True)]
         )
 
-    def _judge(self, image: Tensor, question: dict[str, Any]) -> float:
+    def _score(self, image: Tensor, question: dict[str, Any]) -> float:
         least = self.options.counting if question.get("tag") == "counting" else self.options.threshold
         found = self.detect(image, least)
         grade = graded if self.options.graded else right
         return grade(found, question, lambda objects, name: self.color(image, objects, name))
 
     def detect(self, image: Tensor, least: float) -> dict[str, list[Found]]:
-        """Objects by name, surest first, at most 16 of each."""
+        """Objects by name, the most confident first, at most 16 of each.
+
+        Args:
+            least: confidence from which an object is detected.
+        """
         from PIL import Image
 
         picture = to_pil(image[None])[0].resize((SIDE, SIDE), Image.Resampling.BILINEAR)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
         pixels = normalize(pixels.permute(2, 0, 1).float() / 255, MEAN, STD)[None].to(image.device)
-        output = self.module["detector"](pixel_values=pixels)
-        masks = interpolate(output.masks_queries_logits, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
-        shares = output.class_queries_logits[0].softmax(-1)[:, :-1]
-        values, places = shares.flatten().topk(len(shares))
-        masks, labels = masks[places // shares.shape[1]], places % shares.shape[1]
+        output = self.module["detector"](pixel_values=pixels.to(self.dtype))
+        masks = output.masks_queries_logits.float()
+        masks = interpolate(masks, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]
+        probabilities = output.class_queries_logits[0].float().softmax(-1)[:, :-1]
+        values, chosen = probabilities.flatten().topk(len(probabilities))
+        masks, labels = masks[chosen // probabilities.shape[1]], chosen % probabilities.shape[1]
         inside = (masks > 0).flatten(1).float()
         values = values * (masks.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
         full = interpolate((masks > 0).float()[None], image.shape[-2:], mode="nearest")[0].bool()
@@ -126,33 +143,39 @@ class GenEvalLike(ModelReward):
         """The colour of each object, by CLIP, on grey."""
         crops = [cut_out(image, found) for found in objects]
         pixels = torch.cat([normalize(shortest_and_crop(crop[None], self.size)) for crop in crops]).to(image.device)
-        features = unit(self.module["clip"].encode_image(pixels), dim=-1)
+        features = unit(self.module["clip"].encode_image(pixels.to(self.dtype)).float(), dim=-1)
         return [COLORS[i] for i in (features @ self._colors_of(name, image.device).T).argmax(1).tolist()]
 
     def _colors_of(self, name: str, device: torch.device) -> Tensor:
         if name not in self.colors:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
-            features = unit(self.module["clip"].encode_text(tokenizer()(texts, context_length=77).to(device)), dim=-1)
+            tokens = tokenizer()(texts, context_length=77).to(device)
+            features = unit(self.module["clip"].encode_text(tokens).float(), dim=-1)
             self.colors[name] = unit(features.view(len(COLORS), len(TEMPLATES), -1).mean(1), dim=-1).cpu()
         return self.colors[name].to(device)
 
 
 def load_detector(folder: Path) -> nn.Module:
-    """The Mask2Former of a folder.
+    """The Mask2Former of a folder, float32 on the CPU.
 
     Raises:
         BadInput: it holds another model.
     """
     from transformers import Mask2FormerForUniversalSegmentation
 
+    class Detector(Mask2FormerForUniversalSegmentation):
+        _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [UNUSED]
+        _keys_to_ignore_on_load_missing: ClassVar[list[str]] = [UNUSED]
+
     try:
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        model, info = Detector.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise BadInput(f"{folder} is no Mask2Former: {' '.join(str(error).split())[:200]}") from error
-    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise BadInput(f"{folder} is no Mask2Former: {wrong[0]} is missing or does not belong there")
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise BadInput(f"{folder} is not a Mask2Former: {' '.join(str(error).split())[:200]}") from error
+    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if wrong:
+        raise BadInput(f"{folder} is not a Mask2Former: {wrong[0]} is missing or does not belong there")
     return model
 
 
@@ -163,10 +186,20 @@ def read_questions(path: Path) -> dict[str, dict[str, Any]]:
         BadInput: the file is another one.
     """
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return {entry["prompt"]: {**entry, "include": list(entry["include"])} for entry in entries}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path} is no list of GenEval's prompts: {error!r}") from error
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return {str(entry["prompt"]): _checked(entry) for entry in entries}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path} is not a list of GenEval's prompts: {repr(error)[:200]}") from error
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the file, if every clause names a class and a number of objects."""
+    for number, clause in enumerate(entry["include"]):
+        if clause["count"] < 1 or ("position" in clause and not 0 <= clause["position"][1] < number):
+            raise ValueError(f"clause {number + 1} of {entry['prompt']!r}")
+    if any(clause["count"] < 1 or not clause["class"] for clause in entry.get("exclude", [])) or not entry["include"]:
+        raise ValueError(f"the clauses of {entry['prompt']!r}")
+    return entry
 
 
 def cut_out(image: Tensor, found: Found) -> Tensor:
@@ -185,7 +218,7 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
 
 
 def right(found: dict[str, list[Found]], question: dict, color_of: Any) -> float:
-    """1 where everything asked for is there, by GenEval's rules, else 0.
+    """1 if everything asked for is there, by GenEval's rules, else 0.
 
     Args:
         color_of: the colours of objects of a name.
@@ -205,7 +238,7 @@ def right(found: dict[str, list[Found]], question: dict, color_of: Any) -> float
 
 
 def graded(found: dict[str, list[Found]], question: dict, color_of: Any) -> float:
-    """Mean over what is asked for: numbers and colours by how far off they are, places right or wrong."""
+    """Mean over what is asked for: counts and colours by how far off they are, positions right or wrong."""
     parts: list[float] = []
     groups: list[list[Found]] = []
     for clause in question["include"]:
@@ -226,12 +259,12 @@ def _of(found: dict[str, list[Found]], clause: dict) -> list[Found]:
     return found.get(OTHER_NAMES.get(clause["class"], clause["class"]), [])
 
 
-def _nearness(number: int, wanted: int) -> float:
-    return max(0.0, 1 - abs(wanted - number) / wanted)
+def _nearness(count: int, wanted: int) -> float:
+    return max(0.0, 1 - abs(wanted - count) / wanted)
 
 
 def relations(first: Found, second: Found) -> set[str]:
-    """Where the first object lies seen from the second, with a margin of a tenth of their sizes (GenEval)."""
+    """Where the first object lies relative to the second, with a margin of a tenth of their sizes (GenEval)."""
     offsets, moved = [], []
     for axis in (0, 1):
         (a0, a1), (b0, b1) = ((found.box[axis], found.box[axis + 2]) for found in (first, second))

@@ -1,7 +1,6 @@
 """ImageReward v1.0: human preference by a BLIP model that reads the prompt beside the image (arXiv 2304.05977)."""
 
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -11,11 +10,22 @@ from ..config import Section
 from ..utils.errors import BadInput
 from .base import Dtype, ModelReward, dtype_option
 from .clip.aesthetic import LinearHead
+from .clip.text import warn_truncated
 from .files import build, file_option, fill, read_weights, rename
 from .preprocess import normalize, shortest_and_crop
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 TOKENS = 35
+UNUSED = frozenset(
+    {
+        "blip.vision_proj.weight",
+        "blip.vision_proj.bias",
+        "blip.text_proj.weight",
+        "blip.text_proj.bias",
+        "blip.text_encoder.embeddings.position_ids",
+    }
+)
+"""Tensors of the published file that scoring does not use: heads for contrastive training, and 0, 1, 2, ..."""
 
 _VISION = (
     (r"cls_token", "embeddings.class_embedding"),
@@ -30,13 +40,14 @@ _VISION = (
 
 
 class ImageReward(ModelReward):
-    """Human preference, ImageReward v1.0: about 0 on average and 1 in spread.
+    """Human preference, ImageReward v1.0: mean 0 and standard deviation 1 on its authors' images.
 
-    A good metric and a fair member of a mixture. Alone it corrupts images when FLUX is trained on it, as the paper's
-    authors report. It reads the first 35 tokens of a prompt.
+    A good metric, and useful in a mixture. Alone it corrupts images when FLUX is trained on it, as the paper's authors
+    report. It reads the first 35 tokens of a prompt.
     """
 
     name = "imagereward"
+    differentiable = True
     typical_range = (-2.2, 2.0)
     licence = "Apache-2.0"
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -56,7 +67,7 @@ class ImageReward(ModelReward):
 
     def build(self) -> nn.Module:
         path, what = Path(self.options.path), "ImageReward v1.0"
-        self.tokenizer, self.warned = self._tokenizer(), set()
+        self.tokenizer, self.warned = self._tokenizer(), set[str]()
         module = build(self._network)
         fill(module, rename(read_weights(path), new_name, path, what), path, what)
         return module
@@ -82,7 +93,10 @@ class ImageReward(ModelReward):
         from tokenizers import BertWordPieceTokenizer
 
         path = Path(self.options.vocabulary)
-        words = path.read_text(encoding="utf-8").splitlines()
+        try:
+            words = path.read_text(encoding="utf-8").splitlines()
+        except ValueError as error:
+            raise BadInput(f"{path} is not the vocabulary of bert-base-uncased: it is not a text in UTF-8") from error
         missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word not in words]
         if missing or len(words) + 2 != self.text["vocab_size"]:
             expected = self.text["vocab_size"] - 2
@@ -93,7 +107,7 @@ class ImageReward(ModelReward):
         tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
         return tokenizer
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         pixels = normalize(shortest_and_crop(images, self.size)).to(self.dtype)
         seen = self.module["vision"](pixel_values=pixels).last_hidden_state
         tokens, mask = self._tokens(prompts)
@@ -106,28 +120,27 @@ class ImageReward(ModelReward):
         return (self.module["mlp"](read[:, 0]).float()[:, 0] - MEAN) / STD
 
     def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token numbers and mask, `[B, 35]` long."""
+        """Token ids and attention mask, `[B, 35]` long."""
         tokens, mask = torch.zeros(2, len(prompts), TOKENS, dtype=torch.long)
         for row, prompt in enumerate(prompts):
-            numbers = self.tokenizer.encode(prompt).ids
-            if len(numbers) > TOKENS:
-                self._warn(prompt, len(numbers))
-                numbers = [*numbers[: TOKENS - 1], numbers[-1]]
-            tokens[row, : len(numbers)] = torch.tensor(numbers)
-            mask[row, : len(numbers)] = 1
+            ids = self.tokenizer.encode(prompt).ids
+            if len(ids) > TOKENS:
+                self._warn(prompt, len(ids))
+                ids = [*ids[: TOKENS - 1], ids[-1]]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
         return tokens, mask
 
     def _warn(self, prompt: str, count: int) -> None:
         if prompt not in self.warned:
             self.warned.add(prompt)
-            words = f"{count} tokens, of which the reward reads {TOKENS}"
-            print(f"warning: the prompt {prompt[:60]!r} has {words}; the rest is not judged", file=sys.stderr)
+            warn_truncated(prompt, count, TOKENS)
 
 
 def new_name(key: str) -> str | None:
-    """Where a tensor of ImageReward.pt goes: the same network in transformers."""
-    if key == "blip.text_encoder.embeddings.position_ids":
-        return ""  # 0, 1, 2, ...
+    """The name of a tensor of ImageReward.pt in `ImageReward._network`: empty if unused, None if it is unknown."""
+    if key in UNUSED:
+        return ""
     if key.startswith("blip.text_encoder."):
         return key.replace("blip.text_encoder", "text")
     if key.startswith("mlp."):

@@ -13,10 +13,10 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 class TextRendering(Reward):
-    """Words in the image: 1 where the text in quotes in the prompt can be read, less by each letter that is wrong.
+    """Words in the image: 1 if the text in quotes in the prompt can be read, less for each wrong letter.
 
-    One minus the edit distance between what is read and what is asked for, per letter, without spaces and capitals, as
-    Flow-GRPO has it. The reader is RapidOCR, which brings its models along and runs on the CPU; Flow-GRPO uses
+    One minus the edit distance between the text that is read and the text asked for, per letter, ignoring spaces and
+    capitals, as in Flow-GRPO. The reader is RapidOCR, which brings its models along and runs on the CPU; Flow-GRPO uses
     PaddleOCR, so the formula is the same and figures differ a little. Every prompt needs a text in double quotes. Its
     packages: `pip install rapidocr onnxruntime`; nothing is downloaded when they are used.
     """
@@ -48,7 +48,7 @@ class TextRendering(Reward):
 
 
 def target(prompt: str) -> str:
-    """The first text in double quotes, without spaces, in small letters.
+    """The first text in double quotes, without spaces, in lower case.
 
     Raises:
         ValueError: there is none.
@@ -56,11 +56,11 @@ def target(prompt: str) -> str:
     for match in _QUOTED.finditer(prompt):
         if words := _bare(match[1] or match[2] or ""):
             return words
-    raise ValueError(f"{prompt!r} holds no text in double quotes that an image could show")
+    raise ValueError(f"{prompt[:100]!r} holds no text in double quotes that an image could show")
 
 
 def similarity(found: str, wanted: str) -> float:
-    """1 - distance / letters, in [0, 1]; 1 where `wanted` is part of what was found.
+    """1 - edit distance / letters, in [0, 1]; 1 if `wanted` is part of what was found.
 
     Args:
         wanted: as `target` gives it.
@@ -72,7 +72,7 @@ def similarity(found: str, wanted: str) -> float:
 
 
 def distance(first: str, second: str) -> int:
-    """Letters to insert, leave out or replace until the texts are equal (Levenshtein)."""
+    """The edit distance (Levenshtein): letters to insert, delete or replace until the texts are equal."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         corner, row[0] = row[0], i

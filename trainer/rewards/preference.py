@@ -1,202 +1,121 @@
-"""Your own taste: votes on your own images, fitted into a line through CLIP's features."""
+"""What one person likes, from their votes on pairs of images: a Bradley-Terry model on image features."""
 
-import csv
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import Section
 from ..utils.errors import BadInput
-from ..utils.images import read_images
-from .clip.aesthetic import ClipLargeReward
-from .files import file_option
+from ..utils.media import read_image
+from ..votes.analysis import comparisons
+from ..votes.fit import Fit, agreement, enough, fit
+from ..votes.pixels import PixelFeatures
+from ..votes.store import Collection
+from .base import Dtype, ModelReward, dtype_option
+from .files import WEIGHTS
 
-FOLDS = 5
+PIXELS = "pixels"
+FEWEST = 2
 
 
-class Preference(ClipLargeReward):
-    """Your own taste, from your votes: pairs of images (better, worse), or images with scores.
+class Preference(ModelReward):
+    """What you like, learned from your votes on pairs of images.
 
-    The votes are a CSV file with the columns `better,worse` or `image,score`, or a JSON list of objects with those
-    keys. Images are named relative to that file and lie in its folder or below. A linear head on CLIP ViT-L/14 is
-    fitted to them when the reward is first used: by logistic regression of pairs (Bradley-Terry), or by ridge
-    regression of scores. It then says how often a fit agrees with votes left out of it; near 50% it has learned
-    nothing, and more votes are needed. Some dozens are a beginning. The prompt is not looked at, so add a judge that
-    looks at it. Nothing is written, and the same votes give the same scores.
+    The votes are a collection: a folder with `images/` and `votes.csv`. Collections are made and voted on in ComfyUI
+    (docs/votes.md); a hand-written one needs the columns `better` and `worse`, with names of files in `images/`. When
+    the reward is first used, a Bradley-Terry model on image features is fitted to the votes, and the share of votes
+    that a fit predicts without having seen them is printed with its 95% interval. Near 50% it has learned nothing.
+    Nothing is written, and the same votes give the same scores. The prompt is ignored, so add a reward that reads it.
 
-    A file `models/rewards/preference/votes.csv`, with the images beside it:
+    The features are those of a backbone: `pixels` needs no file and describes colours and layout (260 numbers, see
+    trainer/votes/pixels.py); a CLIP or SigLIP vision model describes what an image shows, too.
 
-    ```
-    better,worse
-    fox_3.png,fox_1.png
-    fox_2.png,fox_1.png
-    ```
-
-    `python -m trainer score preference new.png --prompt "a red fox" --files ComfyUI/models/rewards` fits it and says
-    how far the votes agree.
+    `python -m trainer score preference new.png --prompt "a red fox" --set collection=my_votes` fits and scores.
     """
 
     name = "preference"
-    typical_range = (-2.0, 2.0)
-    licence = "CLIP: MIT"
-    weights: Tensor | None = None
+    typical_range = (-3.0, 3.0)
+    differentiable = True
+    fitted: Fit | None = None
 
-    class Options(ClipLargeReward.Options):
-        votes: str = file_option("preference/votes.csv", "CSV or JSON file of your votes.", suffixes=(".csv", ".json"))
-        shrinkage: Annotated[float, Field(gt=0)] = Field(
-            0.1, description="Weight of the penalty on large weights; more of it where votes are few or contradict."
+    class Options(Section):
+        collection: str = Field(
+            "",
+            description="Collection of votes: its name in ComfyUI, else its folder.",
+            json_schema_extra={"votes": "collection"},
         )
+        backbone: str = Field(
+            PIXELS,
+            description="Where the features come from: pixels, which needs no file; or a CLIP or SigLIP vision model: "
+            "its name in models/clip_vision, clip-vit-l for the file of the reward aesthetic, else the path of a file.",
+            json_schema_extra={"votes": "backbone"},
+        )
+        dtype: Dtype = dtype_option()
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
-        self.votes = read_votes(Path(self.options.votes))
+        if not self.options.collection:
+            raise BadInput("reward 'preference' needs a collection of votes, and collection is empty")
+        check_backbone(self.options.backbone)
+        self.collection = Collection(Path(self.options.collection))
+        self.ledger = self.collection.ledger()
+        winners = self.ledger.counts()["winners"]
+        if winners < FEWEST:
+            raise BadInput(
+                f"collection {self.collection.name!r} holds {winners} votes with a winner; at least {FEWEST} are "
+                "needed, and some dozens to be of use"
+            )
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
-        if self.weights is None:
-            self._learn(images.device)
-        return self.features(self.module, images) @ self.weights[:-1].to(images.device) + self.weights[-1].item()
+    def build(self) -> nn.Module:
+        return load_backbone(self.options.backbone)
 
-    def _learn(self, device: torch.device) -> None:
-        names = list(dict.fromkeys(name for vote in self.votes for name in vote if isinstance(name, Path)))
-        features = torch.cat([self.features(self.module, image[None].to(device)).cpu() for image in read_images(names)])
-        table = dict(zip(names, features.double(), strict=True))
-        self.weights, agreement = learn(self.votes, table, self.options.shrinkage)
-        share = "too few to test" if agreement is None else f"agrees with {agreement:.0%} of those left out of a fit"
-        print(f"preference: {len(self.votes)} votes of {self.options.votes}: {share}", file=sys.stderr)
+    def weight_files(self) -> list[Path]:
+        """Files that hold the network's weights."""
+        return [] if self.options.backbone == PIXELS else [Path(self.options.backbone)]
+
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Utilities; 0 is that of the mean features of the images that were voted on."""
+        if self.fitted is None:
+            self.fitted = self._fit(images.device)
+        weights, center = (images.new_tensor(v, dtype=torch.float32) for v in (self.fitted.weights, self.fitted.center))
+        return (self.module(images) - center) @ (weights / self.fitted.scale)
+
+    def _fit(self, device: torch.device) -> Fit:
+        names, votes = comparisons(self.ledger)
+        files = [self.collection.image_file(name) for name in names]
+        with torch.no_grad():  # one by one, since they are of many sizes
+            features = torch.cat([self.module(read_image(file)[None].to(device)).cpu() for file in files])
+        table = features.double().numpy()
+        for complaint in self.ledger.complaints:
+            print(f"warning: {self.collection.name}: {complaint}", file=sys.stderr)
+        words = enough(agreement(table, votes), self.ledger.counts()["winners"])
+        print(f"preference: {len(votes)} votes of {self.collection.name}: {words}", file=sys.stderr)
+        return fit(table, votes)
 
 
-Vote = tuple[Path, Path] | tuple[Path, float]
-"""(better, worse) or (image, score)."""
+def check_backbone(name: str) -> None:
+    """Raise BadInput unless it is `pixels` or a file that may hold weights."""
+    if name == PIXELS:
+        return
+    if not Path(name).is_file() or Path(name).suffix.lower() not in WEIGHTS:
+        raise BadInput(
+            f"reward 'preference': backbone {name!r} is neither {PIXELS} nor a file of a CLIP or SigLIP vision model "
+            f"({', '.join(WEIGHTS)})"
+        )
 
 
-def read_votes(path: Path) -> list[Vote]:
-    """The votes of a file, all of one kind.
+def load_backbone(name: str) -> nn.Module:
+    """A network that turns images `[B, 3, H, W]` in [0, 1] into features `[B, D]` float32.
 
     Raises:
-        BadInput: it is of another form, too short, or names images that are not there.
+        BadInput: a file holds no network that can be used.
     """
-    rows = _rows(path)
-    keys = ("better", "worse") if rows and "better" in rows[0] else ("image", "score")
-    votes: list[Vote] = []
-    for place, row in enumerate(rows, 1):
-        if set(row) != set(keys):
-            raise BadInput(f"{path}: vote {place} holds {', '.join(map(str, row))}; it must hold {' and '.join(keys)}")
-        if keys[0] == "better":
-            votes.append((_image(path, place, row["better"]), _image(path, place, row["worse"])))
-        else:
-            votes.append((_image(path, place, row["image"]), _score(path, place, row["score"])))
-    if len(votes) < 2:
-        raise BadInput(f"{path} holds {len(votes)} votes; at least 2 are needed, and some dozens to be of use")
-    if keys[0] == "image" and len({score for _, score in votes}) == 1:
-        raise BadInput(f"{path}: every image has the same score, so there is nothing to learn")
-    return votes
+    if name == PIXELS:
+        return PixelFeatures()
+    from .clip.vision import load_vision_encoder
 
-
-def _rows(path: Path) -> list[dict]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if path.suffix.lower() == ".json" else list(csv.DictReader(text.splitlines()))
-    except (OSError, ValueError, csv.Error) as error:
-        raise BadInput(f"{path} cannot be read as votes: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BadInput(f"{path} is no list of votes with the keys better and worse, or image and score")
-    return rows
-
-
-def _image(path: Path, place: int, name: Any) -> Path:
-    relative = Path(str(name))
-    if relative.is_absolute() or ".." in relative.parts:
-        raise BadInput(f"{path}: vote {place} names {str(name)!r}; images must lie in the folder of the votes")
-    if not (path.parent / relative).is_file():
-        raise BadInput(f"{path}: vote {place} names the image {str(name)!r}, which is not there")
-    return path.parent / relative
-
-
-def _score(path: Path, place: int, value: Any) -> float:
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = float("nan")
-    if score - score != 0:  # neither NaN nor infinite
-        raise BadInput(f"{path}: vote {place} has the score {value!r}, which is no finite number")
-    return score
-
-
-# ------------------------------------------------------------------------------------------------------------ the fit
-
-
-def learn(votes: list[Vote], features: dict[Path, Tensor], shrinkage: float) -> tuple[Tensor, float | None]:
-    """Weights `[D + 1]` float32 (the last is the offset), and the agreement with votes left out (None: too few).
-
-    Args:
-        features: `[D]` float64 per image.
-    """
-    if isinstance(votes[0][1], Path):
-        differences = torch.stack([features[better] - features[worse] for better, worse in votes])
-        weights = fit_pairs(differences, shrinkage)
-        hits = [differences[test] @ fit_pairs(differences[train], shrinkage) for train, test in _folds(len(votes))]
-        agreement = (torch.cat(hits) > 0).double().mean().item() if hits else None
-        return torch.cat([weights, torch.zeros(1)]).float(), agreement
-    inputs = torch.stack([features[image] for image, _ in votes])
-    targets = torch.tensor([score for _, score in votes], dtype=torch.float64)
-    found = [(_line(inputs[test], fit_scores(inputs[train], targets[train], shrinkage)), targets[test])
-             for train, test in _folds(len(votes))]  # fmt: skip
-    hits = [_concordance(guess, truth) for guess, truth in found]
-    hits = [hit for hit in hits if hit is not None]
-    return fit_scores(inputs, targets, shrinkage).float(), sum(hits) / len(hits) if hits else None
-
-
-def fit_pairs(differences: Tensor, shrinkage: float) -> Tensor:
-    """The w that minimises sum log(1 + exp(-w d)) + shrinkage / 2 |w|^2 over pairs, by Newton's method.
-
-    Args:
-        differences: `[N, D]` float64, features of the better image less those of the worse.
-    """
-    weights = torch.zeros(differences.shape[1], dtype=torch.float64)
-    identity = torch.eye(len(weights), dtype=torch.float64)
-    for _ in range(50):
-        wrong = torch.sigmoid(-differences @ weights)
-        gradient = shrinkage * weights - differences.T @ wrong
-        if gradient.norm() < 1e-10:
-            break
-        curvature = shrinkage * identity + differences.T @ ((wrong * (1 - wrong))[:, None] * differences)
-        weights = weights - torch.linalg.solve(curvature, gradient)
-    return weights
-
-
-def fit_scores(inputs: Tensor, targets: Tensor, shrinkage: float) -> Tensor:
-    """Ridge regression of standardised scores: w of |X w + b - y|^2 + shrinkage |w|^2, and b.
-
-    Args:
-        inputs: `[N, D]` float64.
-        targets: `[N]` float64.
-    """
-    targets = (targets - targets.mean()) / targets.std().clamp(min=1e-12)
-    centre = inputs.mean(0)
-    centered = inputs - centre
-    identity = torch.eye(inputs.shape[1], dtype=torch.float64)
-    weights = torch.linalg.solve(centered.T @ centered + shrinkage * identity, centered.T @ targets)
-    return torch.cat([weights, -(weights @ centre)[None]])
-
-
-def _line(inputs: Tensor, weights: Tensor) -> Tensor:
-    return inputs @ weights[:-1] + weights[-1]
-
-
-def _folds(count: int) -> list[tuple[Tensor, Tensor]]:
-    """Which votes a fit sees and which it is tested on; none where there are too few."""
-    if count < 2 * FOLDS:
-        return []
-    place = torch.arange(count) % FOLDS
-    return [(torch.where(place != fold)[0], torch.where(place == fold)[0]) for fold in range(FOLDS)]
-
-
-def _concordance(guess: Tensor, truth: Tensor) -> float | None:
-    """Share of pairs of different scores that are in the right order."""
-    order = (guess[:, None] - guess).sign() * (truth[:, None] - truth).sign()
-    ranked = truth[:, None] > truth
-    return (order[ranked] > 0).double().mean().item() if ranked.any() else None
+    return load_vision_encoder(Path(name))

@@ -1,22 +1,34 @@
-"""What reward models do to an image before they look at it."""
+"""Image preprocessing of reward models: rounding, resizing, cropping, normalizing.
+
+Reward models were trained on image files, so pixels are rounded to 256 values first and resized as the original code
+does it, by Pillow. Images that require a gradient are not rounded, and resized by PyTorch with the same filter.
+"""
 
 import torch
 from torch import Tensor
 
+from ..utils.media import to_bytes, to_picture, to_tensor
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LONG = 16
+"""How many times longer than wide an image may be to be resized as a whole."""
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Pixels rounded to the 256 values of an image file, `[..., 3, H, W]` uint8: reward models were taught on files."""
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+def luma(images: Tensor) -> Tensor:
+    """Perceived brightness, `[B, H, W]` in [0, 1]."""
+    return torch.einsum("bchw,c->bhw", images.float(), images.new_tensor(LUMA, dtype=torch.float32))
+
+
+def rounded(images: Tensor) -> Tensor:
+    """Pixels rounded to 256 values, float32 in [0, 1]; as they are if they require a gradient."""
+    return images.float() if images.requires_grad else to_bytes(images).float() / 255
 
 
 def to_pil(images: Tensor) -> list:
     """`[B, 3, H, W]` in [0, 1] as PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(array) for array in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
+    return [to_picture(image) for image in images]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> Tensor:
@@ -25,30 +37,42 @@ def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 
 
+def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
+    """Float images `[..., 3, H, W]` resized with antialiasing, neither rounded nor clamped; gradients flow."""
+    from torchvision.transforms.functional import InterpolationMode
+    from torchvision.transforms.functional import resize as torchvision_resize
+
+    return torchvision_resize(images.float(), [height, width], InterpolationMode(mode), antialias=True)
+
+
 def shortest_and_crop(images: Tensor, size: int, crop: str = "torchvision") -> Tensor:
-    """The shortest side resized to `size` (PIL, bicubic), the middle cropped: `[B, 3, size, size]` in [0, 1].
+    """The shortest side resized to `size` (bicubic), the middle cropped: `[B, 3, size, size]` in [0, 1].
 
     Args:
         crop: where the crop begins if the margin is odd: `torchvision` rounds half to even, `transformers` down.
     """
     from PIL import Image
 
-    results = []
-    for picture in to_pil(images):
-        width, height = picture.size
-        short = min(width, height)
-        width, height = (size if side == short else int(size * side / short) for side in (width, height))
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (_margin(side - size, crop) for side in (width, height))
-        results.append(_to_tensor(picture.crop((left, top, left + size, top + size))))
-    return torch.stack(results).to(images.device)
+    images = trimmed(images)
+    short = min(images.shape[-2:])
+    height, width = (size if side == short else int(size * side / short) for side in images.shape[-2:])
+    top, left = (_margin(side - size, crop) for side in (height, width))
+    if images.requires_grad:
+        return resize(images, height, width)[..., top : top + size, left : left + size]
+    box = (left, top, left + size, top + size)
+    pictures = [picture.resize((width, height), Image.Resampling.BICUBIC).crop(box) for picture in to_pil(images)]
+    return torch.stack([to_tensor(picture) for picture in pictures]).to(images.device)
+
+
+def trimmed(images: Tensor) -> Tensor:
+    """`[..., H, W]`, the middle of an image that is more than `LONG` times longer than wide.
+
+    The crop that follows looks at the middle only, and resizing all of a very long image would fill the memory.
+    """
+    limit = LONG * min(images.shape[-2:])
+    top, left = (max(0, side - limit) // 2 for side in images.shape[-2:])
+    return images[..., top : top + limit, left : left + limit]
 
 
 def _margin(excess: int, crop: str) -> int:
     return round(excess / 2) if crop == "torchvision" else excess // 2
-
-
-def _to_tensor(picture: object) -> Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -6,18 +6,24 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 from ..utils.errors import BadInput
 from .directory import RunDirectory
+from .failures import Failures
+from .lifeline import PARENT
 
 START_FILE = Path(__file__).resolve().parents[1] / "__main__.py"
-CHILD_MARK = "DANCEGRPO_LAUNCHED"
-LAUNCHER = "DANCEGRPO_LAUNCHER"
-"""In the processes of a run in the background: which process is at their root."""
 ENDED = ("finished", "stopped", "failed")
+PATIENCE = 5.0
+"""Seconds the ranks of a run have to stop when asked; they are ended then."""
+GRACE = 3.0
+"""Seconds the other ranks have to end by themselves after one has failed."""
+POLL = 0.1
 _started: dict[int, subprocess.Popen] = {}
-"""Processes of this one's own, which stay in the process table until they are asked after."""
+"""Children of this process, which stay in the process table until they are asked after."""
 _NOT_INHERITED = (
     "RANK",
     "LOCAL_RANK",
@@ -26,96 +32,183 @@ _NOT_INHERITED = (
     "MASTER_ADDR",
     "MASTER_PORT",
     "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_USE_AGENT_STORE",
     "GROUP_RANK",
     "ROLE_RANK",
     "PYTORCH_CUDA_ALLOC_CONF",
+    PARENT,
+)
+_OWN_GROUP: dict[str, object] = (
+    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
 )
 
 
-def command(arguments: list[str], processes: int) -> list[str]:
-    """The argument list that runs this program in one process or several on this host."""
-    if processes == 1:
-        return [sys.executable, str(START_FILE), *arguments]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *launcher, str(START_FILE), *arguments]
+def command(arguments: list[str]) -> list[str]:
+    """The argument list that runs this program."""
+    return [sys.executable, str(START_FILE), *arguments]
 
 
 def environment(gpus: list[int] | None = None) -> dict[str, str]:
     """The child's environment: nothing of another launcher's, unbuffered UTF-8 output, only the named GPUs."""
     variables = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", CHILD_MARK: "1"}
+    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     if gpus is not None:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpus)
     return variables
 
 
-def run_and_wait(arguments: list[str], processes: int, run: RunDirectory) -> int:
-    """Run in the foreground; an interrupt asks the run to stop, and its end is waited for here."""
-    child = subprocess.Popen(command(arguments, processes), env=environment(), stdin=subprocess.DEVNULL)
+# ------------------------------------------------------------------------------------------ the ranks of one host's run
 
-    def ask(number: int, frame: object) -> None:
-        run.request_stop()
-        if number == signal.SIGTERM:  # a terminal sends SIGINT to the whole foreground group by itself
-            child.send_signal(number)
+
+class Ranks:
+    """The processes of a distributed run on this host, and the store that they meet at, which this process holds.
+
+    They end when this process ends, however it ends (`lifeline`).
+
+    Args:
+        arguments: the command line of each.
+        count: how many.
+
+    Attributes:
+        failures: what they report.
+        killed_by: ranks that a signal ended which did not come from here, with its number.
+    """
+
+    def __init__(self, arguments: list[str], count: int) -> None:
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.failures, self.killed_by = Failures(self._store), {}
+        shared = environment() | {
+            PARENT: str(os.getpid()),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self._store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, not in rank 0
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+        self._children = [
+            subprocess.Popen(
+                command(arguments),
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                **_OWN_GROUP,
+            )
+            for rank in range(count)
+        ]
+
+    def wait(self, stop_requested: Callable[[], bool]) -> list[int]:
+        """Until all have ended; returns their exit codes.
+
+        When one fails, or when they do not stop in time after a stop was requested, the others are killed.
+        """
+        deadline = None
+        while None in (codes := [child.poll() for child in self._children]):
+            if deadline is None and any(codes):
+                deadline = time.monotonic() + GRACE
+                self.killed_by = {rank: -code for rank, code in enumerate(codes) if code is not None and code < 0}
+            if deadline is None and stop_requested():
+                deadline = time.monotonic() + PATIENCE
+            if deadline is not None and time.monotonic() > deadline:
+                self.kill()
+            time.sleep(POLL)
+        if deadline is None:
+            self.killed_by = {rank: -code for rank, code in enumerate(codes) if code < 0}
+        return codes
+
+    def kill(self) -> None:
+        """End all of them now."""
+        for child in self._children:
+            child.kill()
+
+
+def run_ranks(arguments: list[str], count: int, run: RunDirectory) -> tuple[Ranks, list[int]]:
+    """Run in the foreground. SIGINT and SIGTERM request a stop, and a second one ends the ranks at once.
+
+    Returns:
+        the ranks, which have all ended, and their exit codes.
+    """
+    signals: list[int] = []
+    ranks = Ranks(arguments, count)
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            ranks.kill()
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop_requested() -> bool:
+        if signals and run.path.is_dir():
+            run.request_stop()  # again, should a rank that has just started have taken it for an old one
+        return bool(signals) or run.stop_requested()
+
     try:
-        return child.wait()
+        return ranks, ranks.wait(stop_requested)
     finally:
+        ranks.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def start(arguments: list[str], processes: int, log: Path, gpus: list[int] | None = None) -> int:
+# ------------------------------------------------------------------------------------------------- runs in background
+
+
+def start(arguments: list[str], log: Path, gpus: list[int] | None = None) -> int:
     """Start detached, output going to a log file; returns the process id.
 
     The child outlives this process: it has its own session (or process group on Windows) and no pipe to us.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    own_session = (
-        {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-    )
     with log.open("ab") as output:
         child = subprocess.Popen(
-            command(arguments, processes),
+            command(arguments),
             env=environment(gpus),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            **own_session,
+            **_OWN_GROUP,
         )
     _started[child.pid] = child
     return child.pid
 
 
 def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = None) -> None:
-    """Start or resume a run in the background. The caller holds its lock, and gives it back right after.
+    """Start or resume a run in the background. The caller holds its lock, and releases it right after.
 
     Args:
         processes: how many share the run.
         gpus: the GPUs they see; None leaves it to the environment.
     """
-    pid = start(["resume", str(run.path), "--processes", str(processes)], 1, run.log_file, gpus)
+    pid = start(["resume", str(run.path), "--processes", str(processes)], run.log_file, gpus)
     # Until the new process has imported what it needs and holds the lock, this is what tells that the run is on.
     run.write_status(
-        "starting", error=None, bad_input=False, launcher=identity(pid), processes=processes, gpus=gpus or []
+        "starting",
+        error=None,
+        bad_input=False,
+        progress=None,
+        launcher=identity(pid),
+        processes=processes,
+        gpus=gpus or [],
     )
 
 
 def is_running(run: RunDirectory) -> bool:
-    """Whether a process works on the run, from the moment it was started."""
-    return run.is_live() or is_started(run)
+    """Whether another process works on the run, from the moment it was started; the one question about liveness.
 
-
-def is_started(run: RunDirectory) -> bool:
-    """Whether the process that was started last for the run is at work, though it may not hold its lock yet."""
+    A caller that holds the run's lock itself asks about the others.
+    """
     status = run.status()
     # A process may live on after its run has ended, and do other work.
-    return status.get("state") not in ENDED and _lives(status.get("launcher"))
+    started = status.get("state") not in ENDED and _is_alive(status.get("launcher"))
+    return started or bool(run.is_locked_elsewhere())
 
 
-def _lives(process: dict[str, object] | None) -> bool:
-    """Whether a process of this host is there and is still the same one."""
+def _is_alive(process: dict[str, object] | None) -> bool:
+    """Whether a process of this host exists and is still the same one."""
     import psutil
 
     if not process or process.get("host") != socket.gethostname():
@@ -131,35 +224,6 @@ def _lives(process: dict[str, object] | None) -> bool:
         return False
 
 
-def wait_for_exit(run: RunDirectory, patience: float) -> bool:
-    """Whether the processes of a run that has ended are gone, and with them the memory they held, within seconds."""
-    launcher = run.status().get("launcher")
-    deadline = time.monotonic() + patience
-    while _lives(launcher) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return not _lives(launcher)
-
-
-def stop(run: RunDirectory, grace: float = 8.0) -> bool:
-    """Ask a run to stop, and end its processes when it has not within `grace` seconds.
-
-    Returns:
-        whether it was running. Its newest checkpoint and LoRA stay; it can be resumed.
-    """
-    if not is_running(run):
-        return False
-    launcher = run.status().get("launcher")
-    if run.is_live():  # one that is only starting would take the request for an old one, and has nothing to lose
-        run.request_stop()
-        deadline = time.monotonic() + grace
-        while (run.is_live() or _lives(launcher)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    if run.is_live() or _lives(launcher):
-        _end(run)
-    run.stop_file.unlink(missing_ok=True)
-    return True
-
-
 def identity(pid: int) -> dict[str, object]:
     """What tells a process from every other, also from a later one of the same number and one on another host."""
     import psutil
@@ -167,21 +231,56 @@ def identity(pid: int) -> dict[str, object]:
     return {"pid": pid, "host": socket.gethostname(), "created": psutil.Process(pid).create_time()}
 
 
+def wait_for_exit(run: RunDirectory, patience: float) -> bool:
+    """Whether the processes of a run that has ended are gone, and with them the memory they held, within seconds."""
+    launcher = run.status().get("launcher")
+    deadline = time.monotonic() + patience
+    while _is_alive(launcher) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    return not _is_alive(launcher)
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+
+def stop(run: RunDirectory, grace: float = 8.0) -> bool:
+    """Ask a run to stop, and end its processes when it has not within `grace` seconds.
+
+    Returns:
+        whether it was running. Its newest checkpoint and LoRA stay; it can be resumed.
+
+    Raises:
+        BadInput: the run directory cannot be written, or the run is on another host and has not stopped.
+    """
+    if not is_running(run):
+        return False
+    launcher = run.status().get("launcher")
+    if run.is_locked_elsewhere() is not False:  # one that is only starting has nothing to lose, and does not listen yet
+        run.request_stop()
+        deadline = time.monotonic() + grace
+        while (run.is_locked_elsewhere() or _is_alive(launcher)) and time.monotonic() < deadline:
+            time.sleep(POLL)
+    if run.is_locked_elsewhere() or _is_alive(launcher):
+        _end(run)
+    run.stop_file.unlink(missing_ok=True)
+    return True
+
+
 def _end(run: RunDirectory) -> None:
     """End a run that did not stop when asked."""
     launcher = run.status().get("launcher") or {}
     if launcher.get("host") not in (None, socket.gethostname()):
         raise BadInput(f"the run is on host {launcher['host']} and has not stopped yet; end it there")
-    if _lives(launcher):
+    if _is_alive(launcher):
         kill_tree(launcher["pid"])
     run.acquire(timeout=10)
     if run.status().get("state") not in ENDED:
-        run.write_status("stopped")
+        run.write_status("stopped", progress=None)
     run.release()
 
 
 def kill_tree(pid: int) -> None:
-    """End a process and all its descendants, collected first because launchers re-parent them."""
+    """End a process and all its descendants, which are collected first because orphans get another parent."""
     import psutil
 
     try:

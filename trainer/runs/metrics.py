@@ -1,10 +1,11 @@
-"""What an iteration leaves behind: its event, and the summary of a run."""
+"""Figures of an iteration: seconds per phase, rewards, memory."""
 
 import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -31,56 +32,39 @@ class Clock:
 
 
 def reward_record(table: dict[str, Tensor], advantages: Advantages) -> dict[str, dict[str, float | None]]:
-    """Per reward: mean and standard deviation over all images, and the mean spread inside a group."""
+    """Per reward: mean and standard deviation over all images, and the mean standard deviation inside a group."""
     return {name: _moments(values, advantages.spread[name]) for name, values in table.items()}
 
 
-def ratio_record(every: dict[str, float], first: dict[str, float]) -> dict[str, float]:
-    """How far probability ratios were from 1, in all updates of an iteration and in its first."""
-    count = max(every["actions"], 1)
-    return {
-        "mean": every["ratio_sum"] / count if every["actions"] else 1.0,
-        "mean_deviation": every["deviation_sum"] / count,
-        "max_deviation": every["largest"],
-        "max_deviation_before_update": first["largest"],
-    }
+def _moments(values: Tensor, group_std: float) -> dict[str, float | None]:
+    finite = values[values.isfinite()]
+    if len(finite) == 0:
+        return {"mean": None, "std": None, "group_std": 0.0}
+    std = finite.std().item() if len(finite) > 1 else 0.0
+    return {"mean": finite.mean().item(), "std": std, "group_std": group_std}
 
 
 def without_nan(value: object) -> object:
-    """Plain data in which numbers that are not finite are None, as JSON has it."""
+    """Plain data in which numbers that are not finite are None, because JSON has no word for them."""
     if isinstance(value, dict):
         return {name: without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def warn_of_ratio(event: dict, clip_range: float) -> None:
-    """Say so when rollout and update do not agree on what the model predicts."""
-    deviation = event["ratio"]["max_deviation_before_update"]
-    if deviation is not None and deviation > clip_range / 10:
-        print(
-            f"warning: iteration {event['iteration']}: before the first update a ratio is {deviation:.2g} from 1, "
-            f"above a tenth of the clip range {clip_range:g}",
-            file=sys.stderr,
-        )
-
-
 def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in MB: of the GPU where there is one, else of this process."""
+    """Largest memory so far in MiB: allocated on the GPU where there is one, else resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
         import psutil
 
         return psutil.Process().memory_info().peak_wset / 2**20
+    if sys.platform == "linux":
+        # Not ru_maxrss, which a program inherits from the process that started it.
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def _moments(values: Tensor, spread: float) -> dict[str, float | None]:
-    finite = values[values.isfinite()]
-    if len(finite) == 0:
-        return {"mean": None, "std": None, "spread": 0.0}
-    std = finite.std().item() if len(finite) > 1 else 0.0
-    return {"mean": finite.mean().item(), "std": std, "spread": spread}

@@ -1,56 +1,80 @@
 """What a run prints: a progress bar on a terminal, plain lines otherwise, and a table at the end."""
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from .directory import RunDirectory
 
+PROGRESS_INTERVAL = 30.0
+"""Seconds between two lines about a phase of an iteration, where there is no terminal."""
+
 
 class Progress:
-    """Listens to a run's events.
+    """Listens to a run's events and prints them.
 
     Args:
         iterations: of the whole run; a resumed run begins with some of them done.
+        line: a few words of the objective about an event.
     """
 
-    def __init__(self, iterations: int) -> None:
-        self.iterations, self.seconds, self.seen, self.bar = iterations, 0.0, 0, None
+    def __init__(self, iterations: int, line: Callable[[dict], str] = lambda event: "") -> None:
+        self.iterations, self.line = iterations, line
+        self.seconds, self.seen, self.bar = 0.0, 0, None
+        self.said, self.rewards = time.monotonic(), ""
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(total=iterations, unit="it", dynamic_ncols=True)
 
     def __call__(self, event: dict) -> None:
-        if "evaluation" in event:
+        """Take in an iteration's event, `{"evaluation": record}`, or `{"progress": {"phase", "done", "total"}}`."""
+        if "progress" in event:
+            self._take_progress(**event["progress"])
+        elif "evaluation" in event:
             values = ", ".join(f"{name} {number(value)}" for name, value in event["evaluation"]["rewards"].items())
             self._say(f"held-out at iteration {event['evaluation']['iteration']}: {values}")
-            return
-        text = " ".join(f"{name} {number(value['mean'])}" for name, value in event["rewards"].items())
+        else:
+            self._take_iteration(event)
+
+    def _take_iteration(self, event: dict) -> None:
+        self.rewards = " ".join(f"{name} {number(value['mean'])}" for name, value in event["rewards"].items())
         if self.bar is not None:
-            self._advance_bar(event["iteration"], text)
+            self._advance_bar(event["iteration"])
             return
         self.seconds, self.seen = self.seconds + event["seconds"]["total"], self.seen + 1
         left = self.seconds / self.seen * (self.iterations - event["iteration"])
-        print(
-            f"iteration {event['iteration']}/{self.iterations}  {text}  {event['seconds']['total']:.2f} s"
-            f"  ratio off by {event['ratio']['max_deviation_before_update'] or 0:.1e} before, clipped"
-            f" {event['clip_fraction']:.0%}  {duration(left)} left",
-            flush=True,
-        )
+        words = [
+            f"iteration {event['iteration']}/{self.iterations}",
+            self.rewards,
+            f"{event['seconds']['total']:.2f} s",
+            self.line(event),
+            f"{duration(left)} left",
+        ]
+        self._say("  ".join(word for word in words if word))
 
-    def _advance_bar(self, iteration: int, text: str) -> None:
+    def _advance_bar(self, iteration: int) -> None:
         if self.bar.n == 0 and iteration > 1:
             self.bar.initial = self.bar.n = iteration - 1  # what a resumed run had already
-        self.bar.set_postfix_str(text)
+        self.bar.set_postfix_str(self.rewards)
         self.bar.update(iteration - self.bar.n)
 
+    def _take_progress(self, phase: str, done: int, total: int) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{self.rewards} {phase} {done}/{total}".strip())
+        elif time.monotonic() - self.said >= PROGRESS_INTERVAL:
+            self._say(f"{phase} {done} of {total}")
+
     def _say(self, text: str) -> None:
+        self.said = time.monotonic()
         if self.bar is not None:
             self.bar.write(text)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Leave the terminal as it was."""
         if self.bar is not None:
             self.bar.close()
 
@@ -69,13 +93,14 @@ def table(summary: dict) -> str:
         return ""
     lines = [f"{'held-out score':28s} {'before':>8s} {'after':>8s} {'change':>8s}"]
     for name, value in before["rewards"].items():
-        lines.append(_row(name, value, after["rewards"][name]))
-        spread = before["spread"][name]
-        if spread and None not in (value, after["rewards"][name]):
-            gain = (after["rewards"][name] - value) / spread
-            lines.append(f"{'  in within-prompt spreads':28s} {'':8s} {'':8s} {gain:+8.2f}")
-        for category, share in before["categories"][name].items():
-            lines.append(_row(f"  {category}", share, after["categories"][name][category]))
+        last = after["rewards"].get(name)
+        lines.append(_row(name, value, last))
+        spread = before.get("spread", {}).get(name)
+        if spread and None not in (value, last):
+            lines.append(f"{'  in within-prompt std':28s} {'':8s} {'':8s} {(last - value) / spread:+8.2f}")
+        later = after.get("categories", {}).get(name, {})
+        for category, share in before.get("categories", {}).get(name, {}).items():
+            lines.append(_row(f"  {category}", share, later.get(category)))
     return "\n".join(lines)
 
 
@@ -89,8 +114,12 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def closing(summary: dict, run: RunDirectory) -> str:
-    """The last words of a run."""
+def closing(summary: dict, run: RunDirectory, sentences: Callable[[list[dict]], list[str]] = lambda events: []) -> str:
+    """What is printed at the end of a run.
+
+    Args:
+        sentences: of the objective, from all events.
+    """
     events = run.events()
     pace = sum(e["seconds"]["total"] for e in events) / len(events) if events else 0.0
     lines = [
@@ -98,10 +127,9 @@ def closing(summary: dict, run: RunDirectory) -> str:
         "",
         f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
     ]
-    if events:
-        deviation = max(event["ratio"]["max_deviation_before_update"] or 0.0 for event in events)
-        lines.append(f"model evaluations per image {events[-1]['evaluations_per_image']:.2f}")
-        lines.append(f"largest deviation of a ratio from 1 before an iteration's first update {deviation:.1e}")
+    if events and "forwards_per_image" in events[-1]:
+        lines.append(f"network forward passes per image {events[-1]['forwards_per_image']:.2f}")
+    lines += sentences(events)
     lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]
     return "\n".join(lines).strip()
 

@@ -3,60 +3,118 @@
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
-from . import report
 from ..config import RunConfig
-from ..utils.files import write_atomically, write_json
 from ..policy import Policy
+from ..utils.errors import RunFailed
+from ..utils.files import write_atomically, write_json
+from ..utils.media import save_video
+from . import report
 from .directory import Checkpoint, RunDirectory
-from ..utils.video import save_video
+from .trackers import Trackers
+
+STATUS_INTERVAL = 1.0
+"""Seconds between two writes of the progress to the status."""
+LISTENER_INTERVAL = 0.2
+"""Seconds between two reports of the progress to the listener."""
 
 
-class Keeper:
-    """
+class Recorder:
+    """Writes what the training loop hands over. Only one process of a run writes; in the others every call is free.
+
     Args:
         run: where to write; None keeps nothing.
         config: the run's description.
-        policy: whose LoRA is saved.
+        policy: whose LoRA is saved; may be set later, before anything but the status and the progress is recorded.
         writes: whether this process is the one that writes.
+        listener: is handed the progress, as `{"progress": {"phase", "done", "total"}}`, in the process that writes.
     """
 
-    def __init__(self, run: RunDirectory | None, config: RunConfig, policy: Policy, writes: bool) -> None:
-        self.run, self.config, self.policy = run, config, policy
-        self.writes = writes and run is not None
+    def __init__(
+        self,
+        run: RunDirectory | None,
+        config: RunConfig,
+        policy: Policy | None,
+        writes: bool,
+        listener: Callable[[dict], None] = lambda event: None,
+    ) -> None:
+        self.run, self.config, self.policy, self.listener = run, config, policy, listener
+        self.speaks, self.writes = writes, writes and run is not None
+        self.state, self._written, self._reported = "starting", -STATUS_INTERVAL, -LISTENER_INTERVAL
+        self.trackers = Trackers(run, config) if self.writes else None
+
+    # --------------------------------------------------------------------------------------- status and events
 
     def status(self, state: str, iteration: int, error: str | None = None) -> None:
+        """Replace the status.
+
+        Args:
+            state: one of `directory.STATES`.
+            iteration: iterations done and saved.
+        """
+        self.state = state
         if self.writes:
             total = self.config.runtime.iterations
-            self.run.write_status(state, iteration=iteration, iterations=total, error=error)
+            self.run.write_status(state, iteration=iteration, iterations=total, error=error, progress=None)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Say how far a phase of the iteration is, such as `rollout`, 2 of 10; may be called at any rate.
+
+        Raises:
+            RunFailed: the run directory was deleted or replaced.
+        """
+        now, progress = time.monotonic(), {"phase": phase, "done": done, "total": total}
+        if self.speaks and now - self._reported >= LISTENER_INTERVAL:
+            self._reported = now
+            self.listener({"progress": progress})
+        if self.writes and now - self._written >= STATUS_INTERVAL:
+            self._written = now
+            self.run.write_status(self.state, progress=progress)
 
     def event(self, event: dict) -> None:
+        """Append the event of an iteration to the log."""
         if self.writes:
             self.run.append_event(event)
+            self.trackers.event(event)
 
     # -------------------------------------------------------------------------------------------- pictures
 
-    def rollout_picture(self, images: Tensor, iteration: int) -> None:
-        """The first groups of this process, a row for every 12 images or group, every `samples_every` iterations.
+    def rollout_picture(self, images: Tensor, iteration: int, prompts: list[str]) -> None:
+        """The first groups of this process, a row per group of up to 12 images, every `samples_every` iterations.
 
         Args:
-            images: `[N, 3, H, W]`, or videos `[N, F, 3, H, W]`, of which the first group is shown.
+            images: `[N, 3, H, W]`, or videos `[N, F, 3, H, W]`, of which the first group is shown; in [0, 1].
+            prompts: N texts.
         """
         every = self.config.runtime.samples_every
         if self.writes and every and iteration % every == 0:
             group = min(self.config.rollout.group_size, 12)
-            shown = images[: group if images.ndim == 5 else 4 * group].cpu()
-            self._show(self.run.path / "samples" / f"rollout_{iteration:06d}.png", shown, group, largest=96)
+            count = group if images.ndim == 5 else 4 * group
+            path = self.run.path / "samples" / f"rollout_{iteration:06d}.png"
+            self._show(path, images[:count].cpu(), group, largest=96)
+            self.trackers.pictures("rollout", images[:group].cpu(), prompts[:group], iteration)
 
-    def evaluation_picture(self, images: Tensor, iteration: int) -> None:
+    def evaluation(self, record: dict, images: Tensor, prompts: list[str]) -> None:
+        """Scores and pictures of the held-out prompts.
+
+        Args:
+            record: as in the summary, with `iteration` and `rewards`.
+            images: `[N, 3, H, W]` or `[N, F, 3, H, W]` in [0, 1], one per shown prompt.
+            prompts: N texts.
+        """
         if self.writes:
-            self._show(self._evaluation_path(iteration), images, columns=6, largest=160)
+            self._show(self._evaluation_path(record["iteration"]), images, columns=6, largest=160)
+            self.trackers.evaluation(record)
+            self.trackers.pictures("evaluation", images, prompts, record["iteration"])
 
     def _show(self, path: Path, images: Tensor, columns: int, largest: int) -> None:
         """A grid of images; of videos a grid that moves, and as the picture its middle frame."""
+        self.run.require_ownership()
         if images.ndim == 5:
             frames = [report.grid(frame, columns, largest) for frame in images.unbind(1)]
             save_video(path.with_suffix(".mp4"), frames, self.config.model.fps)
@@ -71,16 +129,26 @@ class Keeper:
 
     def best(self, iteration: int, weights: dict[str, Tensor]) -> None:
         """Keep weights as the best so far."""
-        if self.writes:
+        if self.writes and _are_finite(weights):
+            self.run.require_ownership()
             self.policy.save_lora(self.run.path / "best.safetensors", weights, self._metadata(iteration))
 
     def newest(self, iteration: int, state: dict) -> None:
-        """Checkpoint, then LoRA."""
+        """Write checkpoint, then LoRA.
+
+        Raises:
+            RunFailed: a weight is not finite; nothing has been written. Every process raises it.
+        """
+        tensors, result = self.policy.tensors(), self.policy.result()
+        if not _are_finite(tensors) or not _are_finite(result):
+            raise RunFailed(
+                f"a weight of the LoRA is not finite after iteration {iteration}: lower optimizer.learning_rate, "
+                "optimizer.weight_decay or lora.alpha; the last checkpoint and LoRA, which are finite, are kept"
+            )
         if not self.writes:
             return
-        keep = self.config.runtime.keep_checkpoints
-        self.run.save_checkpoint(iteration, Checkpoint(self.policy.tensors(), state), keep)
-        self.policy.save_lora(self.run.path / "lora.safetensors", self.policy.result(), self._metadata(iteration))
+        self.run.save_checkpoint(iteration, Checkpoint(tensors, state), self.config.runtime.keep_checkpoints)
+        self.policy.save_lora(self.run.lora_file, result, self._metadata(iteration))
 
     def fall_back_to_best(self) -> str:
         """Make the best LoRA the run's result; says what lora.safetensors holds now."""
@@ -88,7 +156,8 @@ class Keeper:
         if best is None or not best.exists():
             return "lora.safetensors holds the newest LoRA"
         if self.writes:
-            write_atomically(self.run.path / "lora.safetensors", best.read_bytes())
+            self.run.require_ownership()
+            write_atomically(self.run.lora_file, best.read_bytes())
         return "lora.safetensors holds the best LoRA"
 
     def _metadata(self, iteration: int) -> dict[str, str]:
@@ -118,16 +187,19 @@ class Keeper:
         return checkpoint
 
     def _set_aside(self) -> None:
-        """Before a run starts over, keep the LoRA that can be learned again only in time."""
-        learned = self.run.path / "lora.safetensors"
-        if learned.exists():
-            os.replace(learned, self.run.path / "lora-before-restart.safetensors")
+        """Set the existing LoRA aside before restarting; retraining it would be expensive."""
+        self.run.require_ownership()
+        if self.run.lora_file.exists():
+            os.replace(self.run.lora_file, self.run.path / "lora-before-restart.safetensors")
             print("warning: the run starts over; its LoRA is kept in lora-before-restart.safetensors", file=sys.stderr)
 
     def begin(self, iteration: int) -> None:
-        """Forget what a resumed run will do again."""
-        if self.writes:
-            self.run.keep_events(iteration)
+        """Drop events after the checkpoint; the resumed run writes them again."""
+        if not self.writes:
+            return
+        if damaged := self.run.keep_events(iteration):
+            print(f"warning: events.jsonl held {damaged} damaged lines, which are left out", file=sys.stderr)
+        self.trackers.begin(iteration)
 
     def finish(self, state: str, iteration: int, seconds: float, evaluations: list[dict], error: str | None) -> dict:
         """Write report and status; returns the summary."""
@@ -141,10 +213,11 @@ class Keeper:
                 "after": evaluations[-1] if len(evaluations) > 1 else None,
             },
             "evaluations": evaluations,
-            "lora": str((self.run.path / "lora.safetensors").resolve()) if self.run else None,
+            "lora": str(self.run.lora_file.resolve()) if self.run else None,
             "lora_modules": len(self.policy.modules),
         }
         if self.writes:
+            self.run.require_ownership()
             folder = self.run.path / "report"
             report.reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
             pictures = [self._evaluation_path(e["iteration"]) for e in (evaluations or [{"iteration": 0}])]
@@ -153,4 +226,9 @@ class Keeper:
                 report.before_after(first, last, folder / "before_after.png")
             write_json(folder / "summary.json", summary)
             self.status(state, iteration, error)
+            self.trackers.close()
         return summary
+
+
+def _are_finite(tensors: dict[str, Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in tensors.values())

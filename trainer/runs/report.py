@@ -2,14 +2,23 @@
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..utils.files import write_atomically
+from ..utils.media import to_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from PIL.Image import Image
+
+POINTS = 500
+"""Points of a curve; more are averaged, because a figure is not wider."""
 
 
-def grid(images: Tensor, columns: int, largest: int = 160) -> "PIL.Image.Image":  # noqa: F821 - PIL is imported late
+def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
     """Images side by side as one picture, small ones enlarged without smoothing.
 
     Args:
@@ -17,8 +26,6 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "PIL.Image.Image":
         columns: images per row.
         largest: wanted edge of one image in pixels.
     """
-    from PIL import Image
-
     factor = max(1, largest // max(images.shape[-2:]))
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     height, width, gap = images.shape[-2], images.shape[-1], 4
@@ -27,10 +34,11 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "PIL.Image.Image":
     for i, image in enumerate(images):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         canvas[:, top : top + height, left : left + width] = image
-    return Image.fromarray((canvas * 255).round().byte().permute(1, 2, 0).numpy())
+    return to_picture(canvas)
 
 
-def save_picture(path: Path, picture: "PIL.Image.Image") -> None:  # noqa: F821
+def save_picture(path: Path, picture: "Image") -> None:
+    """Write a PNG file atomically."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
@@ -59,7 +67,7 @@ def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> Non
 
 
 def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | None:
-    """A panel per judge: mean over the images of each iteration with its within-group spread, and the evaluations.
+    """A panel per reward: mean over the images of each iteration with its within-group std, and the evaluations.
 
     Returns:
         a PNG file's content; None without any figures.
@@ -73,23 +81,42 @@ def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | No
         return None
     figure = Figure(figsize=(5 * len(names), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        points = [
-            (e["iteration"], e["rewards"][name]) for e in events if e["rewards"].get(name, {}).get("mean") is not None
-        ]
-        if points:
-            x = [iteration for iteration, _ in points]
-            mean = [value["mean"] for _, value in points]
-            low = [value["mean"] - value["spread"] for _, value in points]
-            high = [value["mean"] + value["spread"] for _, value in points]
-            axis.fill_between(x, low, high, alpha=0.15, color="tab:blue", linewidth=0)
-            axis.plot(x, mean, color="tab:blue", linewidth=1.2, label="training images")
-        held_out = [(e["iteration"], e["rewards"][name]) for e in evaluations if e["rewards"][name] is not None]
-        if held_out:
-            axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out, deterministic")
-        axis.set(title=name, xlabel="iteration")
-        axis.grid(alpha=0.3)
-        if points or held_out:
-            axis.legend(fontsize=8)
+        training = thinned(reward_points(events, name))
+        held_out = [(e["iteration"], e["rewards"][name]) for e in evaluations if e["rewards"].get(name) is not None]
+        _draw_panel(axis, name, training, held_out)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _draw_panel(axis: "Axes", name: str, training: list[tuple[float, ...]], held_out: list[tuple[int, float]]) -> None:
+    if training:
+        x, mean, std = zip(*training, strict=True)
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        axis.fill_between(x, low, high, alpha=0.15, color="tab:blue", linewidth=0)
+        axis.plot(x, mean, color="tab:blue", linewidth=1.2, label="training images")
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held-out, deterministic")
+    axis.set(title=name, xlabel="iteration")
+    axis.grid(alpha=0.3)
+    if training or held_out:
+        axis.legend(fontsize=8)
+
+
+def reward_points(events: list[dict], name: str) -> list[tuple[float, float, float]]:
+    """Iteration, mean and within-group std of a reward, where it has a mean."""
+    found = ((event["iteration"], event["rewards"].get(name, {})) for event in events)
+    return [
+        (iteration, value["mean"], value.get("group_std") or 0.0)
+        for iteration, value in found
+        if value.get("mean") is not None
+    ]
+
+
+def thinned(points: list[tuple[float, ...]], limit: int = POINTS) -> list[tuple[float, ...]]:
+    """At most `limit` points: the averages of equally many neighbours each; few points stay as they are."""
+    if len(points) <= limit:
+        return points
+    edges = [len(points) * i // limit for i in range(limit + 1)]
+    parts = [points[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return [tuple(sum(column) / len(part) for column in zip(*part, strict=True)) for part in parts]

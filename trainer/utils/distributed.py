@@ -1,4 +1,4 @@
-"""One process or many: who am I, and sums and lists over all of us. Thin over accelerate."""
+"""One process or many: rank, and sums and lists over all ranks. Thin over accelerate."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Processes:
-    """The processes that share a run; with one, every call is the identity."""
+    """The processes that share a run; with one, every call is the identity.
+
+    With several, every method but `share` is collective: all of them must call it, in the same order.
+    """
 
     def __init__(self, device: str = "auto") -> None:
         self.state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
@@ -22,19 +25,19 @@ class Processes:
         return self.rank == 0
 
     def share(self, total: int) -> range:
-        """This process's part of `total` items: contiguous, and as even as can be."""
+        """This rank's part of `total` items: contiguous, and as even as possible."""
         return range(total * self.rank // self.count, total * (self.rank + 1) // self.count)
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """The lists of all processes, in order of rank."""
+        """The lists of all ranks joined, in order of rank."""
         return list(items) if self.count == 1 else gather_object(items)
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's value."""
+        """The value of rank 0."""
         return value if self.count == 1 else broadcast_object_list([value])[0]
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Add tensors up over all processes, in place, in one message."""
+        """Add tensors up over all ranks, in place, in one message."""
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([t.flatten() for t in tensors])
@@ -43,7 +46,7 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def most(self, number: int) -> int:
-        """The largest of all processes' numbers."""
+        """The largest of all ranks' numbers."""
         if self.count == 1:
             return number
         value = torch.tensor([number], device=self.device)
@@ -51,11 +54,13 @@ class Processes:
         return int(value.item())
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
+        """Whether the flag is up in any rank."""
         return bool(self.most(int(flag)))
 
     def wait(self) -> None:
+        """Until all ranks are here."""
         self.state.wait_for_everyone()
 
     def close(self) -> None:
+        """Leave the process group."""
         self.state.destroy_process_group()

@@ -1,8 +1,38 @@
 """Constraints of a settings field, for widgets and the reference pages."""
 
 import typing
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from pydantic import GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, core_schema
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """In `Annotated[str, OneOf(names)]`: a text that must be one of the names of a registry, as it is at that moment.
+
+    Attributes:
+        names: gives the names.
+    """
+
+    names: Callable[[], list[str]]
+
+    def check(self, value: str) -> str:
+        if value not in self.names():
+            raise PydanticCustomError("one_of", "choose one of {names}", {"names": ", ".join(map(repr, self.names()))})
+        return value
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def choices(field: FieldInfo) -> list[str] | None:
+    """What a field chooses from: the values of its `Literal` or the names of its `OneOf`; None where it is free."""
+    if typing.get_origin(field.annotation) is typing.Literal:
+        return list(typing.get_args(field.annotation))
+    return next((rule.names() for rule in rules(field) if isinstance(rule, OneOf)), None)
 
 
 def rules(field: FieldInfo) -> list:

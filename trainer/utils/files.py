@@ -1,11 +1,15 @@
 """Files that are there whole or not at all."""
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -14,12 +18,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: the disk is full or not writable; what stood at `path` is untouched.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that appears at `path` when the block ends, and leaves nothing if the block raises.
+
+    Raises:
+        OSError: the disk is full or not writable; what stood at `path` is untouched.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -38,6 +52,23 @@ def _replace(temporary: str, path: Path) -> None:
         except PermissionError:
             time.sleep(0.1)
     os.replace(temporary, path)
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Move a file, also to another disk; `target` appears whole or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; both files are untouched then.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _replace(str(source), target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with source.open("rb") as content, atomic_file(target) as file:
+            shutil.copyfileobj(content, file)
+        source.unlink()
 
 
 def write_json(path: Path, data: Any) -> None:

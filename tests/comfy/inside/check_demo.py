@@ -65,4 +65,4 @@ def test_vae_encodes(demo: SimpleNamespace, trained: object) -> None:
 
 def test_what_the_trainer_gets_describes_the_same_model(pack: object) -> None:
     value = pack("nodes.demo").DemoModel.execute().result[3]
-    assert pack("trainer.config").ModelConfig(**value).path == "embedded"
+    assert pack("trainer.config").ModelConfig(**value.section).path == "embedded"

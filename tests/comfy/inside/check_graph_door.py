@@ -15,6 +15,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
+from learning import assert_same_learning, newest_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,6 +105,12 @@ def native(name: str) -> str:
     return f"joint_blocks.{block}.{PAIRS[layer]}.lora_{rest}"
 
 
+def in_comfyui(name: str) -> str:
+    """A name of `Policy.tensors`, with the LoRA parameter in it under ComfyUI's name."""
+    kind, parameter, *rest = name.split("/")
+    return "/".join([kind, native(parameter), *rest])
+
+
 def patched(model: Any, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that core's own loader makes of the model with a LoRA file."""
     loaded, _ = comfy.sd.load_lora_for_models(model, None, dict(lora), 1.0, 0)
@@ -125,15 +132,18 @@ def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleName
         assert abs(a["loss"] - b["loss"]) < 1e-5
         assert abs(a["rewards"]["colorfulness"]["mean"] - b["rewards"]["colorfulness"]["mean"]) < 1e-4
         assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-2 * a["grad_norm"]
-        assert b["ratio"]["max_deviation_before_update"] < 1e-6
-    print([(a["loss"], b["loss"], a["grad_norm"], b["grad_norm"]) for a, b in zip(events, again, strict=True)])
+        assert b["objective"]["ratio"]["max_deviation_before_update"] < 1e-6
     assert any(abs(event["loss"]) > 1e-4 for event in events), "losses of zero would equal each other"
     lora = pack("trainer.adapters.lora")
     both = [patched(demo.model, lora.comfy_weights(t.policy.result(), 8, t.model.lora_key)) for t in (one, other)]
     assert "not loaded" not in caplog.text.lower()
     assert both[0].keys() == both[1].keys()
-    for key, value in both[0].items():
-        assert (value - both[1][key]).abs().max() < 1e-4, key
+    assert_same_learning(
+        {in_comfyui(name): value for name, value in one.policy.tensors().items()}, other.policy.tensors()
+    )
+    base = demo.model.model.state_dict()
+    changes = [torch.cat([(values[key] - base[key]).flatten() for key in sorted(values)]) for values in both]
+    assert (changes[0] - changes[1]).norm() < 0.05 * changes[0].norm()
 
 
 @pytest.mark.parametrize("weights", ["float8_e4m3fn", "bfloat16"])
@@ -174,8 +184,9 @@ def base_model(pack: object, files: SimpleNamespace, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(node, "hidden", hidden, raising=False)
 
     def call(**inputs: object) -> dict:
+        """The `model` section of a run description."""
         values = {"family": "sd3", "width": 64, "height": 64, "dtype": "bfloat16"} | inputs
-        return node.execute("(none in models/diffusers)", **values).args[0]
+        return node.execute("(none in models/diffusers)", **values).args[0].section
 
     return call
 
@@ -216,7 +227,7 @@ def test_the_node_carries_files_shift_and_loras(pack, demo, files, loaded, base_
     rollout, entries = pack("trainer.rollout"), pack("trainer.models").EntryConditions
     plan = rollout.Plan("ode", 0.0, trained.sigmas(4, 3.0), [False] * 4, False)
     prompting = rollout.Prompting(entries.of([entry] * 4))
-    ours = rollout.sample(trained, plan, prompting, torch.arange(4), noise, lambda step: None, batch=4).final
+    ours = rollout.sample(trained, plan, prompting, torch.arange(4), noise, lambda step: None).final
     assert (ours - core).abs().max() < 1e-4
     images = trained.decode(ours)
     assert (images.movedim(1, -1) - vae.decode(demo.model.model.process_latent_out(core))).abs().max() < 1e-3
@@ -330,13 +341,13 @@ class Clip:
 
 def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model, monkeypatch) -> None:
     runs, reached = pack("nodes.host.runs"), []
-    monkeypatch.setattr(pack("nodes.host.session"), "free_memory", lambda: reached.append(1))
+    monkeypatch.setattr(pack("nodes.host.memory"), "free_memory", lambda: reached.append(1))
     monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
-    given = base_model(model=loaded[0], vae=loaded[1])
+    given, blueprint = base_model(model=loaded[0], vae=loaded[1]), pack("nodes.types").Blueprint.of(loaded[0])
     data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}
 
     def begin() -> None:
-        runs.begin("x", data, Clip(100), "source", 1, None)
+        runs.begin("x", data, Clip(100), "source", 1, None, blueprint=blueprint)
 
     with refused(pack, "does not take what clip and conditioning give .* numbers for a token and is given 100"):
         begin()
@@ -405,9 +416,8 @@ def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
     shared = [event for event in pack("trainer.runs.directory").RunDirectory(output).events() if "loss" in event]
     assert len(alone) == len(shared) == 3
     for one, two in zip(alone, shared, strict=True):
-        assert one["actions"] == two["actions"] > 0
-        print(one["loss"], two["loss"], one["grad_norm"], two["grad_norm"])
-        assert one["loss"] == pytest.approx(two["loss"], abs=1e-7)  # about 1e-5 themselves
+        assert one["objective"]["actions"] == two["objective"]["actions"] > 0
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
         assert one["rewards"]["colorfulness"] == pytest.approx(two["rewards"]["colorfulness"], abs=1e-5)
     lora = load_file(output / "lora.safetensors")
@@ -415,8 +425,6 @@ def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
         trainer.policy.result(), config.lora.alpha, trainer.model.lora_key
     )
     assert lora.keys() == ours.keys()
-    assert max(value.abs().max() for name, value in lora.items() if "lora_B" in name) > 1e-3, "nothing was learned"
-    for name, value in ours.items():
-        torch.testing.assert_close(value, lora[name], rtol=0, atol=1e-5)
+    assert_same_learning(trainer.policy.tensors(), newest_checkpoint(output))
     names = comfy.lora.model_lora_keys_unet(demo.model.model, {})
     assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), names)) == len(lora) // 3 > 0

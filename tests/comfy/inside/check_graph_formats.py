@@ -98,7 +98,7 @@ def probe(pack: Any, demo: Any) -> Any:
 
     def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
         parameters = pack("trainer.adapters.lora").parameters(model.module)
-        output = model.velocity(draw(1), torch.tensor([0.9, 0.4]), conditions)
+        output = model.predict_guided(draw(1), torch.tensor([0.9, 0.4]), conditions)
         gradients = torch.autograd.grad((output * draw(2)).sum(), list(parameters.values()), allow_unused=True)
         found = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
         return output.detach(), found
@@ -182,7 +182,7 @@ def test_a_scaled_file_goes_from_the_graph_into_training(
     trainer.train()
     event = next(event for event in events if "loss" in event)
     assert event["bad_updates"] == 0
-    assert event["ratio"]["max_deviation_before_update"] < 1e-5
+    assert event["objective"]["ratio"]["max_deviation_before_update"] < 1e-5
     ups = [value for name, value in trainer.policy.parameters.items() if "lora_B" in name]
     assert {value.dtype for value in ups} == {torch.float32}
     assert sum(value.abs().sum() for value in ups) > 0, "nothing was learned"

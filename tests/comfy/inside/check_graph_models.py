@@ -20,6 +20,7 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
+from stages import engine_for, experience_of, gradients_of, items_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -347,7 +348,7 @@ class Trained:
     plan: Any
     prompting: Any
     noise: Tensor
-    config: Any
+    engine: Any
 
     def wake(self, scale: float = 0.2) -> None:
         """Give the LoRA weights that do something."""
@@ -364,24 +365,22 @@ def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) ->
         family="comfy", graph=graph, height=height, width=width, frames=frames, **settings
     )
     model = schedule.ComfyModel(patcher, None, config)
-    lora = pack("trainer.adapters.lora")
-    lora_config = config_module.LoraConfig(rank=2, alpha=6)
-    lora.inject(model.module, lora_config, model.default_targets, seed=0)
-    kernel = "dance" if model.predicts_flow else "ddim"
+    engine = engine_for(model, {"batch_size": 4, "clip_range": 0.99}, pack, lora={"rank": 2, "alpha": 6})
+    kernel = pack("trainer.diffusion.kernels").stochastic(model.process)[0]
     sigmas = model.sigmas(STEPS, None)
     plan = rollout.Plan(kernel, 0.3, sigmas, [True] * (STEPS - 1) + [False], False, 2.0)
     conditions = models.EntryConditions.of([entry(case, 1), entry(case, 2)])
     prompting = rollout.Prompting(conditions, models.EntryConditions.of([entry(case, 3)]))
     noise = torch.stack([draw(*model.latent_shape, seed=4), draw(*model.latent_shape, seed=5)])
-    return Trained(case, model, lora, plan, prompting, noise, lora_config)
+    return Trained(case, model, pack("trainer.adapters.lora"), plan, prompting, noise, engine)
 
 
 def deterministic(pack: Callable, trained: Trained) -> Tensor:
     """The trainer's rollout without added noise."""
     rollout = pack("trainer.rollout")
-    still = rollout.Plan(trained.model.still_kernel, 0.0, trained.plan.sigmas, [False] * STEPS, False, 2.0)
+    still = rollout.Plan("ode", 0.0, trained.plan.sigmas, [False] * STEPS, False, 2.0)
     return rollout.sample(
-        trained.model, still, trained.prompting, torch.arange(2), trained.noise, lambda step: None, batch=8
+        trained.model, still, trained.prompting, torch.arange(2), trained.noise, lambda step: None, rollout.Execution()
     ).final
 
 
@@ -417,9 +416,7 @@ def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.
     trained.wake()
     learned = deterministic(pack, trained)
     assert relative(learned, base) > 1e-2, "the LoRA does nothing, so this test would see nothing"
-    weights = trained.lora.comfy_weights(
-        trained.lora.parameters(trained.model.module), trained.config.alpha, trained.model.lora_key
-    )
+    weights = trained.lora.comfy_weights(trained.lora.parameters(trained.model.module), 6, trained.model.lora_key)
     names = comfy.lora.model_lora_keys_unet(reference.model, {})
     with caplog.at_level(logging.WARNING):
         patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(weights)), names)
@@ -433,28 +430,28 @@ def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.
     assert ratio_deviation(pack, trained) < 1e-6
 
 
-def ratio_deviation(pack: Callable, trained: Trained) -> float:
-    """How far the ratio of any action is off 1 before an update, and the forward pass that training makes."""
-    update, rollout, config = pack("trainer.objectives.engine"), pack("trainer.rollout"), pack("trainer.config")
-    prompt_of = torch.arange(2)
+def experience(pack: Callable, trained: Trained, plan: Any, advantages: list[float], dtype: torch.dtype) -> Any:
+    """A rollout of both prompts, ready to be trained on."""
+    rollout, prompt_of = pack("trainer.rollout"), torch.arange(2)
     kept = rollout.sample(
         trained.model,
-        trained.plan,
+        plan,
         trained.prompting,
         prompt_of,
         trained.noise,
         lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)]),
-        batch=8,
+        rollout.Execution(),
     )
-    actions = update.Actions(trained.plan, trained.prompting, kept, prompt_of)
-    statistics = update.Statistics.zeros(CPU)
+    return experience_of(plan, trained.prompting, kept, prompt_of, advantages, pack, dtype)
+
+
+def ratio_deviation(pack: Callable, trained: Trained) -> float:
+    """How far the ratio of any action is off 1 before an update, and the forward pass that training makes."""
+    sampled = experience(pack, trained, trained.plan, [1.0, -1.0], torch.float32)
     pairs = [(i, step) for i in range(2) for step in range(STEPS - 1)]
-    objective = config.ObjectiveConfig(batch_size=4)
-    advantages = torch.tensor([1.0, -1.0])
-    update.train(trained.model, actions, advantages, pairs, len(pairs), objective, statistics, lambda: None)
-    gradients = [p.grad for p in trained.lora.parameters(trained.model.module).values()]
-    assert any(g is not None and g.any() for g in gradients)
-    return statistics.largest.item()
+    totals = trained.engine.accumulate(items_of(sampled, pairs, pack), sampled)
+    assert any(gradient.any() for gradient in gradients_of(trained.engine).values())
+    return totals.peaks["deviation"]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.detected is not None], ids=str)
@@ -496,47 +493,34 @@ def wide(value: Any) -> Any:
 
 PAIRS = [(0, 0), (1, 1)]
 """Two actions (trajectory, step), of different prompts and noise levels."""
-ADVANTAGES = torch.tensor([1.0, -0.6], dtype=torch.float64)
+ADVANTAGES = [1.0, -0.6]
 
 
 def rolled_out(pack: Callable, trained: Trained) -> Any:
     """Two steps of two prompts, scored while the LoRA does nothing."""
-    rollout, update, plan = pack("trainer.rollout"), pack("trainer.objectives.engine"), trained.plan
-    short = rollout.Plan(plan.kernel, plan.eta, plan.sigmas[:3], [True, True], False, plan.guidance_scale)
-    kept = rollout.sample(
-        trained.model,
-        short,
-        trained.prompting,
-        torch.arange(2),
-        trained.noise,
-        lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)]),
-        batch=8,
-    )
-    return update.Actions(short, trained.prompting, kept, torch.arange(2))
+    plan = trained.plan
+    short = replace(plan, sigmas=plan.sigmas[:3], stochastic=[True, True])
+    return experience(pack, trained, short, ADVANTAGES, torch.float64)
 
 
-def gradient_of(pack: Callable, trained: Trained, actions: Any) -> list[Tensor]:
+def gradient_of(pack: Callable, trained: Trained, sampled: Any) -> list[Tensor]:
     """The gradient of an update's objective."""
-    update, objective = (
-        pack("trainer.objectives.engine"),
-        pack("trainer.config").ObjectiveConfig(batch_size=4, clip_range=0.99),
-    )
-    statistics = update.Statistics.zeros(CPU)
-    update.train(trained.model, actions, ADVANTAGES, PAIRS, len(PAIRS), objective, statistics, lambda: None)
-    parameters = trained.lora.parameters(trained.model.module).values()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    trained.engine.accumulate(items_of(sampled, PAIRS, pack), sampled)
+    return list(gradients_of(trained.engine).values())
 
 
 @torch.no_grad()
-def objective_of(pack: Callable, trained: Trained, actions: Any) -> float:
+def objective_of(pack: Callable, trained: Trained, sampled: Any) -> float:
     """Minus the mean of ratio times advantage: the objective where nothing is clipped, written out again."""
-    step, kept, plan, losses = pack("trainer.diffusion.kernels").step, actions.trajectories, actions.plan, []
+    step, kept, plan, losses = pack("trainer.diffusion.kernels").step, sampled.trajectories, sampled.plan, []
     for (i, place), advantage in zip(PAIRS, ADVANTAGES, strict=True):
         latents, level = kept.samples[place, i : i + 1], torch.tensor([plan.sigmas[place]])
         conditions = trained.prompting.conditions.rows(torch.tensor([i]))
-        velocity = trained.model.velocity(latents, level, conditions, 2.0, trained.prompting.unconditional)
+        prediction = trained.model.predict_guided(latents, level, conditions, 2.0, trained.prompting.unconditional)
         sigmas = plan.sigmas[place], plan.sigmas[place + 1]
-        again = step(plan.kernel, latents, velocity, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1])
+        again = step(
+            plan.kernel, latents, prediction, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1]
+        )
         losses.append(-(again.log_prob - kept.log_probs[place, i]).exp() * advantage)
     return torch.cat(losses).mean().item()
 
@@ -548,10 +532,10 @@ def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(p
         trained.model.module.double()
         trained.noise = trained.noise.double()
     with InFloat64():
-        actions = rolled_out(pack, plain)
+        sampled = rolled_out(pack, plain)
         plain.wake(0.02)
         checked.wake(0.02)
-        ours, again = gradient_of(pack, plain, actions), gradient_of(pack, checked, actions)
+        ours, again = gradient_of(pack, plain, sampled), gradient_of(pack, checked, sampled)
         for a, b in zip(ours, again, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
         parameters = list(plain.lora.parameters(plain.model.module).values())
@@ -564,7 +548,7 @@ def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(p
             with torch.no_grad():
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter += sign * step * direction
-            values.append(objective_of(pack, plain, actions))
+            values.append(objective_of(pack, plain, sampled))
     difference = (values[0] - values[1]) / (2 * step)
     print(f"{case}: {slope:.10g} {difference:.10g} {abs(slope - difference) / abs(difference):.1e}")
     assert abs(values[0] + 0.2) > 1e-6, "ratios of 1 would not tell one action from another"
@@ -595,17 +579,18 @@ def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable,
     check, failed = pack("trainer.preflight").check, pack("trainer.utils.errors").RunFailed
     case = next(case for case in CASES if case.core == "Flux")
     trained = graph_model(pack, case, new_patcher(case))
-    model, plan, prompting = trained.model, trained.plan, trained.prompting
-    check(model, plan, prompting, 1e-4)
+    engine, model = trained.engine, trained.model
+    arguments = (model, engine.objective, trained.prompting, engine.execution)
+    check(*arguments)
     with monkeypatch.context() as changed:
         changed.setattr(model, "plain", lambda call: call() * 1.01)
         with pytest.raises(failed, match="computes something else in training than in sampling"):
-            check(model, plan, prompting, 1e-4)
+            check(*arguments)
     with monkeypatch.context() as changed:
-        real = model.velocity
-        changed.setattr(model, "velocity", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
+        real = model.predict_guided
+        changed.setattr(model, "predict_guided", lambda *a: real(*a).detach() + 0 * torch.ones(1, requires_grad=True))
         with pytest.raises(failed, match="the gradient reaches 0 of the LoRA's"):
-            check(model, plan, prompting, 1e-4)
+            check(*arguments)
 
 
 def described(
@@ -614,16 +599,15 @@ def described(
     """What *GRPO Base Model* and *GRPO Train LoRA* know of a model before its run."""
     height, width, frames = case.size
     graph = {"folder": "x", "file": "x", "vae_file": "x", "scheduler": "simple", "sigmas": sigmas}
-    kernel = (
-        "dance" if pack("trainer.models.comfy.load").predicts_flow(patcher.model.model_sampling, SAMPLING) else "ddim"
-    )
+    process = pack("trainer.models.comfy.load").process_of(patcher.model.model_sampling, SAMPLING)
+    kernel = pack("trainer.diffusion.kernels").stochastic(process)[0]
     data = {
         "model": {"family": "comfy", "graph": graph, "height": height, "width": width, "frames": frames},
         "prompts": {"texts": ["any"]},
         "rewards": [{"name": "colorfulness"}],
         "rollout": {"kernel": kernel},
     }
-    return pack("nodes.host.dry_run").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
+    return pack("nodes.types").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
 
 
 def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable, case: Case, monkeypatch) -> None:

@@ -109,7 +109,9 @@ def test_a_lora_of_another_model_is_refused(pack, demo) -> None:
 
 def test_the_node_needs_a_lora(pack, demo) -> None:
     node = pack("nodes.lora").ApplyLoRAOverSigmas
-    with pytest.raises(ValueError, match="wire a LORA_MODEL"):
+    with pytest.raises(ValueError, match="connect a LORA_MODEL"):
         node.execute(demo.model, pack("nodes.lora").FROM_SOCKET, 1.0, 0.0, 0.8)
-    assert "below the end" in node.validate_inputs(start_percent=0.8, end_percent=0.2)
-    assert node.validate_inputs(start_percent=0.2, end_percent=None) is True
+    with pytest.raises(ValueError, match="start_percent is 0.8 and end_percent 0.2: start must be below end"):
+        node.check_lazy_status(start_percent=0.8, end_percent=0.2)
+    assert node.check_lazy_status(start_percent=0.2, end_percent=0.8) == ["model"]
+    assert node.check_lazy_status(start_percent=0.2, end_percent=0.8, model=demo.model) == []

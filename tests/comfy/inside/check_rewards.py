@@ -65,7 +65,7 @@ def test_the_table_and_the_plot(pack, load) -> None:
     scoring, parts = pack("nodes.host.scoring"), score(pack, load("brightness"))
     text = scoring.score_table(parts, parts["brightness"], ["a", "b", "c"])
     assert text.splitlines()[0] == "1: 0.2  a"
-    assert text.splitlines()[-1] == "mean 0.5667, spread 0.3512, best is image 2"
+    assert text.splitlines()[-1] == "mean 0.5667, std 0.3512, best is image 2"
     plot = scoring.bar_plot(parts, parts["brightness"])
     assert plot.ndim == 4
     assert plot.shape[-1] == 3
@@ -76,7 +76,7 @@ def test_the_table_and_the_plot(pack, load) -> None:
 def test_an_image_without_a_score_is_left_out(pack) -> None:
     scoring, scores = pack("nodes.host.scoring"), torch.tensor([0.5, torch.nan, 0.7])
     last = scoring.score_table({"a": scores}, scores, ["x"] * 3).splitlines()[-1]
-    assert last == "mean 0.6, spread 0.1414, 1 without a score, best is image 3"
+    assert last == "mean 0.6, std 0.1414, 1 without a score, best is image 3"
     assert scoring.score_table({"a": scores[1:2]}, scores[1:2], ["x"]).splitlines()[-1] == "no image has a score"
     assert scoring.bar_plot({"a": scores}, scores).isfinite().all()
 
@@ -180,16 +180,16 @@ def test_options_become_widgets(pack, settable, tmp_path, monkeypatch) -> None:
 
 
 def test_a_judge_of_videos_is_not_given_images(pack, film) -> None:
-    reward = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="film"),))
-    with pytest.raises(ValueError, match="'film' judges videos"):
+    reward = pack("nodes.types").Rewards((pack("trainer.config").RewardConfig(name="film"),))
+    with pytest.raises(ValueError, match="'film' scores videos"):
         score(pack, reward)
-    with pytest.raises(ValueError, match="'film' judges videos"):
+    with pytest.raises(ValueError, match="'film' scores videos"):
         single = torch.zeros(1, 1, 3, 16, 16)
         pack("nodes.host.scoring").score_all(reward, single, ["a"], torch.device("cpu"), lambda size: None)
 
 
 def test_a_judge_of_videos_scores_frames(pack, film) -> None:
-    reward = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="film"),))
+    reward = pack("nodes.types").Rewards((pack("trainer.config").RewardConfig(name="film"),))
     frames = GREY.movedim(-1, 1)[None]
     scores = pack("nodes.host.scoring").score_all(reward, frames, ["a"], torch.device("cpu"), lambda size: None)
     assert scores["film"].tolist() == pytest.approx([GREY.mean().item()])

@@ -80,7 +80,6 @@ def test_the_trajectory_is_the_trainers(pack, demo, sampler, sample, noise, kern
         torch.zeros(4, dtype=torch.long),
         noise,
         lambda i: sampling.step_noise(noise, 3, 0, SIGMAS.tolist()[i], "cpu"),
-        batch=4,
     )
     seen = []
     latents = sample(
@@ -278,17 +277,45 @@ def test_a_models_noise_scale_scales_latents_and_noise_alike(sampler, kernel) ->
 
 
 @pytest.mark.parametrize(
-    ("kernel", "eta", "flow", "words"),
+    ("kernel", "eta", "process", "words"),
     [
-        ("ddim", 0.5, True, "this is a flow model"),
-        ("dance", 0.3, False, "choose ddim or ode"),
-        ("ddim", 1.5, False, "ddim takes 0 to 1"),
-        ("cps", 2.0, True, "cps takes 0 to below 2"),
+        ("ddim", 0.5, "FLOW", "this is a flow model: choose one of dance, .*cps, ode$"),
+        ("dance", 0.3, "VP", "this model predicts epsilon or v: choose one of ddim, ode$"),
+        ("ddim", 1.5, "VP", "eta 1.5 is outside the range of kernel ddim: 0 to 1"),
+        ("cps", 2.0, "FLOW", "eta 2 is outside the range of kernel cps: 0 to 1"),
     ],
 )
-def test_a_kernel_that_does_not_fit_is_refused_in_words(pack, kernel, eta, flow, words) -> None:
+def test_a_kernel_that_does_not_fit_is_refused_in_words(pack, kernel, eta, process, words) -> None:
     with pytest.raises(ValueError, match=words):
-        pack("nodes.sampling").check_kernel(kernel, eta, flow)
+        pack("nodes.sampling").check_kernel(kernel, eta, getattr(pack("trainer.diffusion.process"), process))
+
+
+def test_a_kernel_registered_in_the_trainer_is_a_choice_of_the_nodes_and_samples(pack, sampler, monkeypatch) -> None:
+    kernels, frozen = pack("trainer.diffusion.kernels"), pack("trainer.diffusion.kernels.base").frozen_image
+    new = kernels.Kernel(
+        name="renoise",
+        process=pack("trainer.diffusion.process").FLOW,
+        coefficients=lambda sigma, sigma_next, eta: frozen(sigma, sigma_next, torch.zeros_like(sigma)),
+        default_eta=0.5,
+        largest_eta=0.5,
+        mean="(1 - s') x0",
+        std="s'",
+        summary="all noise fresh at every step",
+    )
+    monkeypatch.setitem(kernels.KERNELS, "renoise", new)
+    choice = pack("nodes.sampling").SDESampler.define_schema().inputs[0]
+    assert choice.options == list(kernels.KERNELS)
+    assert "renoise (flow): (1 - s') x0; std s'" in choice.tooltip
+    assert "renoise" in pack("nodes.settings").widget("rollout.kernel", advanced=False).options
+    image, x = torch.full((2, 4, 6, 6), 0.5), torch.randn(2, 4, 6, 6)
+    model = stub(Flow(), lambda x, sigma: image)
+
+    def run(kernel: str, eta: float) -> torch.Tensor:
+        chosen = sampler(kernel=kernel, eta=eta)
+        return chosen.sampler_function(model, x, SIGMAS[:4], disable=True, **chosen.extra_options)
+
+    assert largest(run("renoise", 0.5), run("cps", 1.0)) < 1e-6  # which renoises fully too
+    assert largest(run("renoise", 0.5), run("cps", 0.5)) > 1e-2
 
 
 # ------------------------------------------------------------------------------------------------------ group noise

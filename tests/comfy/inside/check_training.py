@@ -38,7 +38,7 @@ def trained(pack: object, output: Path) -> SimpleNamespace:
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     file = output / "lora.safetensors"
     policy.save_lora(file, policy.result(), {"dancegrpo": '{"iteration": 7}'})
-    return SimpleNamespace(model=model, file=file, lora=pack("trainer.adapters.lora"))
+    return SimpleNamespace(model=model, file=file, policy=policy)
 
 
 def velocity(model: object, x: torch.Tensor, sigma: torch.Tensor, cond: list) -> torch.Tensor:
@@ -64,7 +64,7 @@ def test_lora_file_gives_the_same_output_in_comfyui_and_the_trainer(pack, demo, 
         {"embeds": cond[0][0].expand(4, -1, -1), "pooled": cond[0][1]["pooled_output"].expand(4, -1)}
     )
     expected = trained.model.predict(noise, sigma, conditions)
-    with trained.lora.disabled(trained.model.module):
+    with trained.policy.using("base"):
         base = trained.model.predict(noise, sigma, conditions)
     assert (velocity(patched, noise, sigma, cond) - expected).abs().max() < 1e-4
     assert (expected - base).abs().max() > 1e-2, "the LoRA does nothing, so this test would see nothing"
@@ -235,9 +235,9 @@ def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
     ],
 )
 def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: str) -> None:
-    judges = pack("nodes.types").Judges((pack("trainer.config").RewardConfig(name="shapes"),))
+    rewards = pack("nodes.types").Rewards((pack("trainer.config").RewardConfig(name="shapes"),))
     with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
-        pack("nodes.host.runs").describe({"family": "sd3"}, None, judges, None, prompts, held_out, "")
+        pack("nodes.host.runs").describe({"family": "sd3"}, None, rewards, None, prompts, held_out, "")
 
 
 @pytest.mark.parametrize(
@@ -246,12 +246,12 @@ def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: s
 )
 def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -> None:
     with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
-        pack("nodes.host.session").parse_gpus(text, processes)
+        pack("nodes.host.memory").parse_gpus(text, processes)
 
 
 def test_gpus_are_read(pack) -> None:
-    assert pack("nodes.host.session").parse_gpus(" 3, 1 ", 2) == [3, 1]
-    assert pack("nodes.host.session").parse_gpus("", 2) is None
+    assert pack("nodes.host.memory").parse_gpus(" 3, 1 ", 2) == [3, 1]
+    assert pack("nodes.host.memory").parse_gpus("", 2) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -309,19 +309,19 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
 
 
 def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    host, model = pack("nodes.host.session"), pack("trainer.config").ModelConfig()
+    host, model = pack("nodes.host.memory"), pack("trainer.config").ModelConfig()
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* takes 0\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* take 0\.6 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 8 * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* takes 10\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* take 12\.3 GiB"):
         host.require_memory(model, None, 20, on_cpu=False)
 
 
 def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     host, graph = (
-        pack("nodes.host.session"),
+        pack("nodes.host.memory"),
         {"folder": "x", "file": str(tmp_path / "a"), "vae_file": str(tmp_path / "a")},
     )
     with (tmp_path / "a").open("wb") as file:
@@ -332,7 +332,7 @@ def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: (8 if device == gpu else 6) * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 6 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* takes 12\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* take 12\.5 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
 
 

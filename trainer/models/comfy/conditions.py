@@ -1,6 +1,5 @@
-"""Conditions as ComfyUI has them: an entry per prompt, with whatever its text encoders and nodes gave."""
+"""Conditions as ComfyUI's CONDITIONING: an entry per prompt, with whatever text encoders and nodes put into it."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +11,16 @@ from ...utils.errors import BadInput
 from ..base import Conditions
 
 Entry = dict[str, Any]
-"""By name: tensors (one row where they are of one prompt), numbers, texts, None, lists and dicts of them."""
+"""By name: tensors (with a batch of one where they belong to the prompt), numbers, texts, None, lists and dicts."""
 
 
 @dataclass(frozen=True)
 class EntryConditions(Conditions):
-    """Conditions that need not have equal shapes, so that texts of any length go as they are.
+    """Conditions of N rows whose shapes may differ, so that texts of any length need no padding.
 
     Attributes:
         tensors: unused.
-        entries: the distinct ones.
+        entries: the distinct entries; several rows may share one.
         index: `[N]` long on the CPU, the entry of each row.
     """
 
@@ -32,14 +31,14 @@ class EntryConditions(Conditions):
     @classmethod
     def of(cls, entries: list[Entry]) -> "EntryConditions":
         """One row per entry."""
-        return cls({}, tuple(entries), torch.arange(len(entries)))
+        return cls({}, entries=tuple(entries), index=torch.arange(len(entries)))
 
     def __len__(self) -> int:
         return len(self.index)
 
     def rows(self, index: Tensor) -> "EntryConditions":
-        kept, place = self.index[index.cpu()].unique(return_inverse=True)
-        return EntryConditions({}, tuple(self.entries[i] for i in kept.tolist()), place)
+        kept, inverse = self.index[index.cpu()].unique(return_inverse=True)
+        return EntryConditions({}, entries=tuple(self.entries[i] for i in kept.tolist()), index=inverse)
 
     def to(self, device: torch.device) -> "EntryConditions":
         moved: dict[int, Tensor] = {}
@@ -49,19 +48,19 @@ class EntryConditions(Conditions):
                 moved[id(value)] = value.to(device)
             return moved[id(value)]
 
-        return EntryConditions({}, tuple(mapped(entry, move) for entry in self.entries), self.index)
+        return EntryConditions({}, entries=tuple(mapped(entry, move) for entry in self.entries), index=self.index)
 
     def joined(self, other: "EntryConditions") -> "EntryConditions":
         index = torch.cat([self.index, other.index + len(self.entries)])
-        return EntryConditions({}, (*self.entries, *other.entries), index)
+        return EntryConditions({}, entries=(*self.entries, *other.entries), index=index)
 
     def with_pictures_of(self, other: Conditions) -> "EntryConditions":
         return self
 
     def groups(self) -> Iterator[tuple[Tensor, Entry]]:
-        """The rows of each entry, and a copy of it, because models scale some of it in place.
+        """Each entry with the indices of its rows. Entries are copied, because some models scale them in place.
 
-        Entries are not stacked: some models take sums over all that they are given, such as its number of tokens.
+        Entries are not batched: some models sum over the whole batch, for example to count its tokens.
         """
         for number, entry in enumerate(self.entries):
             rows = (self.index == number).nonzero().flatten()
@@ -70,7 +69,7 @@ class EntryConditions(Conditions):
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same with every tensor changed."""
+    """A copy of nested lists and dicts in which `change` has been applied to every tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -80,13 +79,13 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# ---------------------------------------------------------------------------------------------------------- plain data
 
 
 def check_entry(entry: Entry) -> None:
     """
     Raises:
-        BadInput: it carries something that is no data, such as a ControlNet.
+        BadInput: it carries an object that cannot be stored, such as a ControlNet.
     """
 
     def walk(value: Any, name: str) -> None:
@@ -97,47 +96,41 @@ def check_entry(entry: Entry) -> None:
             for part in value:
                 walk(part, name)
         elif not (value is None or isinstance(value, Tensor | bool | int | float | str)):
-            raise BadInput(f"conditioning carries {name!r} ({type(value).__name__}), which training cannot follow")
+            raise BadInput(
+                f"conditioning carries {name!r} ({type(value).__name__}), which cannot be stored for training: "
+                "disconnect the node that adds it"
+            )
 
     for name, value in entry.items():
         walk(value, name)
 
 
-def packed(entries: tuple[Entry, ...]) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, each once, and JSON that says where they belong."""
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
+def as_data(value: Any, tensor: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """An entry as JSON data that `from_data` turns back; every value is labelled with its kind.
 
-    def pack(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            if id(value) not in names:
-                names[id(value)] = f"t{len(names)}"
-                tensors[names[id(value)]] = value.detach().cpu().contiguous().clone()
-            return {"tensor": names[id(value)]}
-        if isinstance(value, dict):
-            return {"dict": {name: pack(part) for name, part in value.items()}}
-        if isinstance(value, list | tuple):
-            return {"list": [pack(part) for part in value]}
-        return {"value": value}
-
-    return tensors, json.dumps([pack(entry) for entry in entries])
+    Args:
+        tensor: gives the JSON data that stands for a tensor.
+    """
+    if isinstance(value, Tensor):
+        return {"tensor": tensor(value)}
+    if isinstance(value, dict):
+        return {"dict": {name: as_data(part, tensor) for name, part in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list": [as_data(part, tensor) for part in value]}
+    return {"value": value}
 
 
-def unpacked(tensors: dict[str, Tensor], text: str) -> list[Entry]:
-    """The inverse of `packed`.
+def from_data(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
+    """The inverse of `as_data`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not of that form.
+        AttributeError, KeyError, TypeError, ValueError: it is not of that form.
     """
-
-    def unpack(node: dict) -> Any:
-        ((kind, value),) = node.items()
-        if kind == "tensor":
-            return tensors[value]
-        if kind == "dict":
-            return {name: unpack(part) for name, part in value.items()}
-        if kind == "list":
-            return [unpack(part) for part in value]
-        return value
-
-    return [unpack(node) for node in json.loads(text)]
+    ((kind, value),) = data.items()
+    if kind == "tensor":
+        return tensor(value)
+    if kind == "dict":
+        return {name: from_data(part, tensor) for name, part in value.items()}
+    if kind == "list":
+        return [from_data(part, tensor) for part in value]
+    return value

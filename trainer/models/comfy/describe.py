@@ -16,7 +16,7 @@ import torch
 from ...config import GraphModel, ModelConfig
 from ...shapes import WEIGHTS
 from ...utils.errors import BadInput
-from .load import attention_layers, check_vae, describe_sampling, latent_shape, predicts_flow, require_version
+from .load import attention_layers, check_vae, describe_sampling, latent_shape, process_of, require_version
 
 LORA_LOADERS = ("LoraLoader", "LoraLoaderModelOnly")
 REPEATABLE = "connect core's Load Diffusion Model or Load Checkpoint (and Load VAE), or choose a diffusers folder"
@@ -54,7 +54,7 @@ def describe(
     vae_loader, vae_file = _vae(vae, vae_node)
     _refuse_other_patches(model)
     sampling = model.get_model_object("model_sampling")
-    predicts_flow(sampling, comfy.model_sampling)
+    process_of(sampling, comfy.model_sampling)
     attention_layers(model.model.diffusion_model)
     check_vae(vae, model.model.latent_format)
     return {

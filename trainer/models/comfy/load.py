@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import GraphModel, GraphSampling, ModelConfig
+from ...diffusion.process import FLOW, VP, Process
 from ...utils.errors import BadInput
 
 
@@ -93,8 +94,8 @@ def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- what fits
 
 
-def predicts_flow(sampling: Any, kinds: ModuleType) -> bool:
-    """Whether a `model_sampling` is that of a flow model; else it is one of noise levels x0 + s noise.
+def process_of(sampling: Any, kinds: ModuleType) -> Process:
+    """The process of a `model_sampling`: FLOW for a flow model, VP for one of noise levels x0 + s noise.
 
     Raises:
         BadInput: it is neither.
@@ -103,9 +104,9 @@ def predicts_flow(sampling: Any, kinds: ModuleType) -> bool:
     if getattr(sampling, "noise_scale", 1.0) != 1.0 or getattr(sampling, "zsnr", False):
         raise BadInput(f"the model's noise ({names[1]}) is scaled or has zero signal at its end: it cannot be trained")
     if isinstance(sampling, kinds.CONST) and "IMG_TO_IMG_FLOW" not in names and "ModelSamplingAV" not in names:
-        return True
+        return FLOW
     if isinstance(sampling, kinds.EPS) and "IMG_TO_IMG" not in names:
-        return False
+        return VP
     raise BadInput(f"the model's sampling ({', '.join(names[1:3])}) is neither that of flow nor of noise prediction")
 
 
@@ -152,6 +153,16 @@ def check_vae(vae: Any, latent_format: Any) -> None:
             f"the VAE makes {vae.spacial_compression_decode()} pixels of a latent and the model is made for "
             f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to it"
         )
+    if type(getattr(vae.first_stage_model, "decoder", None)).__name__ == "VideoDecoder":
+        raise BadInput(
+            "the VAE is that of Stable Video Diffusion, which mixes the images of a batch: connect the VAE that "
+            "belongs to the model"
+        )
+
+
+def decodes_with_noise(vae: Any) -> bool:
+    """Whether the VAE draws random noise while it decodes, as those of LTX-Video do from version 0.9.1 on."""
+    return type(vae.first_stage_model).__module__.startswith("comfy.ldm.lightricks.vae")
 
 
 OLDEST = (0, 20, 0)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ...config import ModelConfig
-from ...diffusion.kernels import DIFFUSION_KERNELS, KERNELS
+from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
@@ -20,11 +21,12 @@ from .load import (
     attention_layers,
     check_offload,
     check_vae,
+    decodes_with_noise,
     latent_shape,
     load_network,
     load_vae,
     open_mixed_layers,
-    predicts_flow,
+    process_of,
     require_version,
 )
 
@@ -34,8 +36,8 @@ WEIGHT_FILES = (".safetensors", ".sft")
 class ComfyModel(DiffusionModel):
     """A model behind ComfyUI's `BaseModel`, image or video.
 
-    Flow models go by the flow kernels. Models that predict noise, v or the image go by `ddim`; ComfyUI holds their
-    latents as x0 + s noise, this pack as that divided by sqrt(1 + s^2), and sigma = s / sqrt(1 + s^2).
+    Flow models are of the process FLOW, models that predict noise, v or the image of VP. ComfyUI holds the latents of
+    the latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
 
     Args:
         patcher: ComfyUI's `ModelPatcher`, loaded, without patches.
@@ -48,24 +50,23 @@ class ComfyModel(DiffusionModel):
     family = "comfy"
     needs_opening_check = True
     default_targets = ()
-    kernels = (*KERNELS, *DIFFUSION_KERNELS)  # of any; an instance has its own
+    process = None  # an instance has that of its checkpoint
 
     def __init__(self, patcher: Any, vae: Any, config: ModelConfig) -> None:
         self.patcher, self.vae, self.config = patcher, vae, config
         self.base, self.module = patcher.model, patcher.model.diffusion_model
         self.comfy = _modules()
         self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
-        self.predicts_flow = predicts_flow(self.base.model_sampling, self.comfy.model_sampling)
-        self.kernels = tuple(KERNELS if self.predicts_flow else DIFFUSION_KERNELS)
-        self.still_kernel = "ode" if self.predicts_flow else "ddim"
+        self.process = process_of(self.base.model_sampling, self.comfy.model_sampling)
         self.module.requires_grad_(False)
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
-        self._keys = set(self.comfy.lora.model_lora_keys_unet(self.base, {}))
+        self._keys = self.comfy.lora.model_lora_keys_unet(self.base, {})
         self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
         self._shape = latent_shape(self.base.latent_format, config)
         if vae is not None:
             check_vae(vae, self.base.latent_format)
+            vae.first_stage_model.requires_grad_(False)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
         self._is_resident = False
@@ -92,7 +93,7 @@ class ComfyModel(DiffusionModel):
         return model
 
     @classmethod
-    def encode(cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: Any = None) -> Conditions:
+    def encode_pieces(cls, config: ModelConfig, *_: Any) -> Conditions:
         raise BadInput("family comfy loads no text encoder: connect the graph's clip, which encodes the prompts")
 
     @classmethod
@@ -113,7 +114,7 @@ class ComfyModel(DiffusionModel):
     def predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions) -> Tensor:
         return self._predict(latents, sigma, conditions, "positive")
 
-    def velocity(
+    def predict_guided(
         self,
         latents: Tensor,
         sigma: Tensor,
@@ -129,7 +130,7 @@ class ComfyModel(DiffusionModel):
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, branch: str) -> Tensor:
         level = sigma.float().double()
-        scale = torch.ones_like(level) if self.predicts_flow else (1 - level**2).rsqrt()
+        scale = self.process.k_scale(level)
         sigmas = (level * scale).float()
         noisy = latents * _column(scale.float(), latents)
         self._make_resident()
@@ -201,7 +202,7 @@ class ComfyModel(DiffusionModel):
         if graph is not None and graph.sigmas is not None:
             return self._given(graph.sigmas, steps)
         scheduler = graph.scheduler if graph is not None else None
-        if scheduler is None and self.predicts_flow and shift is not None:
+        if scheduler is None and self.process is FLOW and shift is not None:
             return sigma_schedule(steps, shift)
         known = self.comfy.samplers.SCHEDULER_NAMES
         if scheduler is not None and scheduler not in known:
@@ -215,24 +216,45 @@ class ComfyModel(DiffusionModel):
             raise BadInput(f"there are {len(values)} sigmas, and {steps} steps take {steps + 1}: make them equal")
         if values[-1] != 0 or any(a <= b for a, b in zip(values[:-1], values[1:], strict=True)):
             raise BadInput(f"sigmas must fall from step to step and end at 0: they are {[round(v, 4) for v in values]}")
-        if not self.predicts_flow:
-            return [value / (1 + value**2) ** 0.5 for value in values]
-        if values[0] > 1:
+        levels = [self.process.from_k_sigma(value) for value in values]
+        if levels[0] > 1:
             raise BadInput(f"sigmas begin with {values[0]}, and those of a flow model are at most 1")
-        return values
+        return levels
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode_batch(self, latents: Tensor) -> Tensor:
         self._is_resident = False  # ComfyUI makes room for the VAE
-        pixels = self.vae.decode(self.base.process_latent_out(latents)).to(latents.device, torch.float32)
-        images = pixels.clamp(0, 1).movedim(-1, -3).contiguous()
+        scaled = self.base.process_latent_out(latents)
+        if decodes_with_noise(self.vae):
+            pixels = torch.cat([self._decode_with_fixed_noise(part) for part in scaled.split(1)])
+        else:
+            pixels = self.vae.decode(scaled)
+        images = rearrange(pixels.to(latents.device, torch.float32).clamp(0, 1), "... h w c -> ... c h w").contiguous()
         return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
+
+    def _decode_with_fixed_noise(self, latents: Tensor) -> Tensor:
+        """The VAE's noise is the same for every image, whatever was drawn before or is decoded beside it."""
+        devices = [self.vae.device] if self.vae.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            return self.vae.decode(latents)
+
+    def encode_image_batch(self, images: Tensor) -> Tensor:
+        self._is_resident = False
+        pixels = rearrange(images, "... c h w -> ... h w c")
+        if self.vae.latent_dim == 2:
+            latents = self.vae.encode(pixels)
+        else:  # it takes one video at a time, as frames
+            latents = torch.cat([self.vae.encode(video if video.ndim == 4 else video[None]) for video in pixels])
+        return self.base.process_latent_in(latents.to(images.device, torch.float32))
 
     def lora_key(self, module_name: str) -> str:
         key = f"diffusion_model.{module_name}"
         if key not in self._keys:
             raise BadInput(f"lora.targets: ComfyUI has no LoRA key for {module_name!r} of this model")
         return key
+
+    def lora_aliases(self, module_name: str) -> list[str]:
+        return [name for name, weight in self._keys.items() if weight == f"diffusion_model.{module_name}.weight"]
 
 
 def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:

@@ -1,5 +1,6 @@
 """What families from a diffusers folder share: checks, loading, text encoding, schedules."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,23 +9,15 @@ from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...diffusion.schedules import sigma_schedule
+from ...utils.allocation import peak_bytes
 from ...utils.errors import BadInput
-from ..base import PICTURE, Conditions, DiffusionModel, matching, require_files
-from .folders import (
-    check_quantization,
-    check_weights,
-    load_vae,
-    open_picture,
-    quantization,
-    read_json,
-    vae_dtype,
-    vae_scale,
-)
-from .latents import rows_and_zeros, together
+from ...utils.media import open_image
+from ..base import ENCODED_AT_ONCE, PICTURE, Conditions, DiffusionModel, matching, require_files
+from .folders import check_quantization, check_weights, quantization, read_json
+from .latents import together
 from .sharding import shard
 from .single_file import load_network
-
-ENCODED_AT_ONCE = 16
+from .vae import IMAGE_VAES, check_vae, decode, encode, load_vae, vae_dtype, vae_on_meta, vae_scale
 
 
 class DiffusersModel(DiffusionModel):
@@ -39,6 +32,7 @@ class DiffusersModel(DiffusionModel):
         guidance: embedded guidance where the description gives none; None where the family has no such input.
         condition_widths: fields of the network's configuration that hold the width of each condition.
         condition_masks: conditions without a width of their own.
+        vae_classes: the VAE classes a folder of it may name.
         video: whether latents have a time axis.
     """
 
@@ -50,6 +44,7 @@ class DiffusersModel(DiffusionModel):
     guidance: ClassVar[float | None] = None
     condition_widths: ClassVar[dict[str, str]] = {}
     condition_masks: ClassVar[tuple[str, ...]] = ()
+    vae_classes: ClassVar[tuple[str, ...]] = IMAGE_VAES
     video: ClassVar[bool] = False
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
@@ -83,6 +78,7 @@ class DiffusersModel(DiffusionModel):
         if network.get("_class_name") != cls.network_class:
             found = f"{folder / cls.component} holds a {network.get('_class_name')}"
             raise BadInput(f"model.path: {found}, and family {cls.family} takes {cls.network_class}")
+        check_vae(folder, cls.vae_classes, cls.family)
         check_weights(config, folder, cls.component)
         check_quantization(config)
         if config.embedded_guidance is not None and not cls.takes_guidance(network):
@@ -176,10 +172,12 @@ class DiffusersModel(DiffusionModel):
         network.requires_grad_(False)
         if config.sharded:
             network = shard(network, device)
-        vae = load_vae(cls.folder(config), config, device).requires_grad_(False)
-        if all(parameter.ndim < 5 for parameter in vae.parameters()):
-            vae = vae.to(memory_format=torch.channels_last)
-        return cls(network, vae, config)
+        return cls(network, load_vae(cls.folder(config), config, device), config)
+
+    @classmethod
+    def on_meta(cls, config: ModelConfig) -> "DiffusersModel":
+        """The model without weights, on PyTorch's meta device: it computes shapes alone."""
+        return cls(cls.skeleton(config), vae_on_meta(cls.folder(config), config), config)
 
     @classmethod
     def _load_network(cls, config: ModelConfig, device: torch.device) -> nn.Module:
@@ -205,35 +203,34 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     @torch.no_grad()
-    def encode(
-        cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
-    ) -> Conditions:
-        pictures = pictures or [None] * len(prompts)
+    def encode_pieces(
+        cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
+    ) -> Iterator[Conditions]:
         cls._check_pictures(config, prompts, pictures)
         require_files(cls.folder(config), list(cls.encoder_components(config)), cls.family)
         pipeline = cls._encoders(config, device)
-        conditions = cls.encode_rows(pipeline, config, prompts, pictures)
+        for start in range(0, len(prompts), ENCODED_AT_ONCE):
+            some = slice(start, start + ENCODED_AT_ONCE)
+            yield cls.encode_rows(pipeline, config, prompts[some], pictures[some], negative)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return conditions
 
     @classmethod
     def encode_rows(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str
     ) -> Conditions:
-        """All prompts' conditions; a picture's tensors are zeros for the negative prompt, which has none."""
-        starts = range(0, len(prompts), ENCODED_AT_ONCE)
-        texts = together([cls.encode_batch(pipeline, config, prompts[i : i + ENCODED_AT_ONCE]) for i in starts])
+        """Conditions of at most ENCODED_AT_ONCE prompts."""
+        texts = together([cls.encode_prompts(pipeline, config, prompts)])
         if not cls.takes_pictures(config):
             return texts
-        seen = [cls.encode_picture(pipeline, config, open_picture(path)) for path in pictures[:-1]]
-        return Conditions(texts.tensors | rows_and_zeros(seen))
+        seen = together([Conditions(cls.encode_picture(pipeline, config, open_image(path))) for path in pictures])
+        return Conditions(texts.tensors | seen.tensors)
 
     @classmethod
     def _check_pictures(cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None]) -> None:
         takes = cls.takes_pictures(config)
-        for prompt, picture in zip(prompts[:-1], pictures[:-1], strict=True):  # the last is the negative prompt
+        for prompt, picture in zip(prompts, pictures, strict=True):
             if takes and picture is None:
                 raise BadInput(f"prompt {prompt!r} has no image, and {cls.family} in {config.path} needs one for each")
             if picture is not None and not takes:
@@ -259,7 +256,7 @@ class DiffusersModel(DiffusionModel):
         return pipeline.to(device)
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         """Conditions of some prompts, by the pipeline's own encoders."""
         raise NotImplementedError
 
@@ -277,6 +274,20 @@ class DiffusersModel(DiffusionModel):
     def encoder_components(cls, config: ModelConfig) -> tuple[str, ...]:
         """Components that encode prompts, and their pictures."""
         return cls.encoders + (cls.picture_encoders(config) if cls.takes_pictures(config) else ())
+
+    # ------------------------------------------------------------------------------------------------- images
+
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        return decode(self.vae, latents)
+
+    def encode_image_batch(self, images: Tensor) -> Tensor:
+        return encode(self.vae, images)
+
+    @classmethod
+    def decode_bytes(cls, config: ModelConfig) -> int:
+        model = cls.on_meta(config)
+        latents = torch.zeros(model.decode_batch_size, *model.latent_shape, device="meta")
+        return peak_bytes(lambda: model.decode_batch(latents))
 
     # ----------------------------------------------------------------------------------------------- sampling
 

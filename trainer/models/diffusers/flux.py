@@ -8,8 +8,8 @@ from torch import Tensor
 from ...config import ModelConfig
 from ..base import Conditions
 from .family import DiffusersModel
-from .folders import vae_scale
 from .latents import pack, unpack
+from .vae import vae_scale
 
 T5_TOKENS = 512
 
@@ -31,7 +31,7 @@ class FluxModel(DiffusersModel):
         return 2 * vae_scale(vae), None
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=T5_TOKENS)
         return Conditions({"embeds": embeds, "pooled": pooled})
 
@@ -60,12 +60,6 @@ class FluxModel(DiffusersModel):
         rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)
         grid = torch.cartesian_prod(rows, columns)
         return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1).float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        images = self.vae.decode(scaled.to(self.vae.dtype), return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
 
     def lora_key(self, module_name: str) -> str:
         # Native layers fuse q, k and v, and ComfyUI documents diffusers' names for this family.

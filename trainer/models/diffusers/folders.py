@@ -1,4 +1,4 @@
-"""Reading a diffusers folder: configurations, the VAE, quantised weights; and prompts' pictures."""
+"""Reading a diffusers folder: configurations, quantised weights."""
 
 import importlib.util
 import json
@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
-from ...utils.images import read_images
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,56 +21,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadInput(f"model.path: {path} cannot be read as JSON: {error}") from error
-
-
-def vae_scale(config: dict[str, Any]) -> int:
-    """Pixels per latent along each side: one halving between the VAE's resolution levels."""
-    levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
-    return 2 ** (len(levels) - 1)
-
-
-def vae_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
-    """The type the VAE decodes in on this device."""
-    if config.vae_dtype != "auto":
-        return getattr(torch, config.vae_dtype)
-    return torch.bfloat16 if _is_fast_in_bfloat16(device) else torch.float32
-
-
-def _is_fast_in_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Other processors convert every number there and back, which is slower than float32.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def load_vae(folder: Path, config: ModelConfig, device: torch.device) -> nn.Module:
-    """The folder's VAE on the device, in `config.vae_dtype`.
-
-    Raises:
-        BadInput: its configuration names no autoencoder of diffusers.
-    """
-    import diffusers
-
-    name = str(read_json(folder / "vae" / "config.json").get("_class_name"))
-    vae_class = getattr(diffusers, name, None) if name.startswith("Autoencoder") else None
-    if vae_class is None:
-        raise BadInput(f"model.path: {folder / 'vae/config.json'} names {name!r}, which is no autoencoder of diffusers")
-    dtype = vae_dtype(config, device)
-    vae = vae_class.from_pretrained(folder / "vae", dtype=dtype, local_files_only=True, use_safetensors=True)
-    return vae.to(device)
-
-
-def open_picture(path: Path) -> Any:
-    """An RGB image of PIL; transparency is laid on white.
-
-    Raises:
-        BadInput: it is missing or no image.
-    """
-    from PIL import Image
-
-    (pixels,) = read_images([path])
-    return Image.fromarray((pixels * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def check_weights(config: ModelConfig, folder: Path, component: str) -> None:

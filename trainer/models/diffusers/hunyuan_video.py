@@ -4,13 +4,13 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
 from ..base import PICTURE, Conditions, Rows
 from .family import DiffusersModel
-from .latents import as_frames
 
 
 class HunyuanVideoModel(DiffusersModel):
@@ -24,6 +24,7 @@ class HunyuanVideoModel(DiffusersModel):
     condition_widths = {"embeds": "text_embed_dim", "pooled": "pooled_projection_dim"}
     condition_masks = ("mask",)
     default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    vae_classes = ("AutoencoderKLHunyuanVideo",)
     video = True
 
     @classmethod
@@ -32,7 +33,7 @@ class HunyuanVideoModel(DiffusersModel):
         return spatial, vae.get("temporal_compression_ratio", 4)
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, pooled, mask = pipeline.encode_prompt(prompts)
         return Conditions({"embeds": embeds, "pooled": pooled, "mask": mask})
 
@@ -58,11 +59,6 @@ class HunyuanVideoModel(DiffusersModel):
 
     def network_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
         return latents
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        return as_frames(self.vae.decode(scaled, return_dict=False)[0])
 
     def lora_key(self, module_name: str) -> str | Rows:
         config = self.module.config
@@ -92,9 +88,9 @@ class SkyReelsModel(HunyuanVideoModel):
         return {f"{PICTURE}latents": moments.mode()[:, :, 0] * vae.config.scaling_factor}
 
     def network_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
-        first = conditions.tensors[f"{PICTURE}latents"].to(latents)
-        later = first.new_zeros(*latents.shape[:2], latents.shape[2] - 1, *latents.shape[3:])
-        return torch.cat([latents, torch.cat([first.unsqueeze(2), later], dim=2)], dim=1)
+        first = rearrange(conditions.tensors[f"{PICTURE}latents"].to(latents), "b c h w -> b c 1 h w")
+        later_frames = (0, 0, 0, 0, 0, latents.shape[2] - 1)
+        return torch.cat([latents, nn.functional.pad(first, later_frames)], dim=1)
 
 
 _DOUBLE = re.compile(r"transformer_blocks\.(\d+)\.(.+)")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...utils.media import open_image
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
-from .folders import open_picture
-from .latents import as_frames, pack, standard_moments, together, unpack
+from .latents import pack, together, unpack
 
 _NEGATIVE = f"{PICTURE}negative_"
 
@@ -24,6 +24,7 @@ class QwenImageModel(DiffusersModel):
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "joint_attention_dim"}
     condition_masks = ("mask",)
+    vae_classes = ("AutoencoderKLQwenImage",)
     default_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -51,7 +52,7 @@ class QwenImageModel(DiffusersModel):
         ]
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         return _with_mask(*pipeline.encode_prompt(prompts))
 
     @property
@@ -74,6 +75,9 @@ class QwenImageModel(DiffusersModel):
         )[0]
         return unpack(velocity[:, : tokens.shape[1]], self.latent_shape).float()
 
+    def encode_image_batch(self, images: Tensor) -> Tensor:
+        return super().encode_image_batch(images)[:, :, 0]  # its VAE is one for videos
+
     def source_tokens(self, conditions: Conditions) -> list[Tensor]:
         """Tokens of the pictures that the image is made from."""
         return []
@@ -84,12 +88,6 @@ class QwenImageModel(DiffusersModel):
         mixed = pack(super().guided(positive, negative, scale))
         mixed = mixed * (wanted.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True))
         return unpack(mixed, self.latent_shape)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        latents = latents.unsqueeze(2)  # its VAE is one for videos
-        mean, std = standard_moments(self.vae.config, latents)
-        return as_frames(self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0])
 
     def lora_key(self, module_name: str) -> str:
         return f"diffusion_model.{module_name}"  # the native names are diffusers'
@@ -116,19 +114,19 @@ class QwenImageEditModel(QwenImageModel):
 
     @classmethod
     def encode_rows(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None]
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str
     ) -> Conditions:
         texts, rows = [], []
-        for prompt, path in zip(prompts[:-1], pictures[:-1], strict=True):
-            picture = pipeline.image_processor.resize(open_picture(path), config.height, config.width)
+        for prompt, path in zip(prompts, pictures, strict=True):
+            picture = pipeline.image_processor.resize(open_image(path), config.height, config.width)
             texts.append(_with_mask(*pipeline.encode_prompt([prompt], [picture])))
             # What the negative prompt says depends on the picture it is read with.
-            negative = _with_mask(*pipeline.encode_prompt([prompts[-1]], [picture]))
+            without = _with_mask(*pipeline.encode_prompt([negative], [picture]))
             pixels = pipeline.image_processor.preprocess(picture, config.height, config.width).unsqueeze(2)
             latents = pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None)
-            rows.append(Conditions({_NEGATIVE + name: value for name, value in negative.tensors.items()}))
+            rows.append(Conditions({_NEGATIVE + name: value for name, value in without.tensors.items()}))
             rows[-1].tensors[f"{PICTURE}latents"] = latents[:, :, 0]
-        return _equally_long(together([*texts, _zeros(texts[0])]), together([*rows, _zeros(rows[0])]))
+        return Conditions(together(texts).tensors | together(rows).tensors)
 
     def source_tokens(self, conditions: Conditions) -> list[Tensor]:
         return [pack(conditions.tensors[f"{PICTURE}latents"].float())]
@@ -151,17 +149,3 @@ def _with_mask(embeds: Tensor, mask: Tensor | None) -> Conditions:
     """The pipeline leaves out a mask of ones."""
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
     return Conditions({"embeds": embeds, "mask": mask})
-
-
-def _zeros(conditions: Conditions) -> Conditions:
-    return Conditions({name: torch.zeros_like(value) for name, value in conditions.tensors.items()})
-
-
-def _equally_long(texts: Conditions, pictures: Conditions) -> Conditions:
-    """Both branches' texts padded to one length, so that they can share a batch."""
-    count = len(texts)
-    padded = dict(pictures.tensors)
-    for name, value in texts.tensors.items():
-        pair = together([Conditions({name: value}), Conditions({name: pictures.tensors[_NEGATIVE + name]})])
-        padded[name], padded[_NEGATIVE + name] = pair.tensors[name].split(count)
-    return Conditions(padded)

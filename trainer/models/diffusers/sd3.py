@@ -11,7 +11,8 @@ from ...shapes import WEIGHTS
 from ...utils.errors import BadInput
 from ..base import Conditions
 from .family import DiffusersModel
-from .folders import read_json, vae_scale
+from .folders import read_json
+from .vae import vae_scale
 
 T5_TOKENS = 256
 
@@ -70,7 +71,7 @@ class SD3Model(DiffusersModel):
         return pipeline
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         # Without T5 the text is CLIP's tokens alone, as in ComfyUI.
         length = T5_TOKENS if pipeline.text_encoder_3 is not None else 0
         device = pipeline.text_encoder.device
@@ -105,13 +106,6 @@ class SD3Model(DiffusersModel):
             return_dict=False,
         )[0]
         return velocity.float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        scaled = scaled.to(self.vae.dtype, memory_format=torch.channels_last)
-        images = self.vae.decode(scaled, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1).contiguous()
 
     def lora_key(self, module_name: str) -> str:
         # Native layers fuse q, k and v, and ComfyUI documents diffusers' names for this family.

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...diffusion.kernels import DIFFUSION_KERNELS
+from ...diffusion.process import VP
 from ...utils.errors import BadInput
 from ..base import Conditions
 from .family import DiffusersModel
-from .folders import read_json, vae_scale
+from .folders import read_json
+from .vae import vae_scale
 
 
 class StableDiffusionModel(DiffusersModel):
@@ -25,8 +26,7 @@ class StableDiffusionModel(DiffusersModel):
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "cross_attention_dim"}
     default_targets = ("to_q", "to_k", "to_v", "to_out.0")
-    kernels = tuple(DIFFUSION_KERNELS)
-    still_kernel = "ddim"
+    process = VP
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
         super().__init__(module, vae, config)
@@ -48,7 +48,7 @@ class StableDiffusionModel(DiffusersModel):
             raise BadInput("model.path: the scheduler has rescale_betas_zero_snr, whose first level ddim cannot leave")
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, _ = pipeline.encode_prompt(prompts, pipeline.text_encoder.device, 1, False)
         return Conditions({"embeds": embeds})
 
@@ -81,12 +81,6 @@ class StableDiffusionModel(DiffusersModel):
         """What the UNet takes beside the text."""
         return None
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-        images = self.vae.decode(scaled, return_dict=False)[0]
-        return (images.float() / 2 + 0.5).clamp(0, 1)
-
     def lora_key(self, module_name: str) -> str:
         native = native_name(module_name, self.module.config.layers_per_block)
         if native is None:
@@ -108,7 +102,7 @@ class SDXLModel(StableDiffusionModel):
         return super().widths(network) | {"pooled": pooled}
 
     @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )

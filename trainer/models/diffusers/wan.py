@@ -1,6 +1,5 @@
 """Wan 2.1: text to video, first frame to video, and single images."""
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from ...utils.errors import BadInput
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
 from .folders import read_json
-from .latents import as_frames, standard_moments
 
 TEXT_TOKENS = 512
 _RENAMED = {
@@ -45,6 +43,7 @@ class WanModel(DiffusersModel):
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "text_dim"}
     default_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    vae_classes = ("AutoencoderKLWan",)
     video = True
 
     @classmethod
@@ -80,13 +79,7 @@ class WanModel(DiffusersModel):
         return ("vae", "image_encoder", "image_processor") if semantic else ("vae",)
 
     @classmethod
-    def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
-        if importlib.util.find_spec("ftfy") is None:
-            raise BadInput("family wan encodes prompts with the package 'ftfy', which is not installed")
-        return super()._encoders(config, device)
-
-    @classmethod
-    def encode_batch(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
+    def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
         embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS)
         return Conditions({"embeds": embeds})
 
@@ -125,11 +118,6 @@ class WanModel(DiffusersModel):
             return_dict=False,
         )[0]
         return velocity.float()
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        mean, std = standard_moments(self.vae.config, latents)
-        return as_frames(self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0])
 
     def lora_key(self, module_name: str) -> str:
         native = native_name(module_name)

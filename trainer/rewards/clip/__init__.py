@@ -1,1 +1,1 @@
-"""Reward models built on CLIP."""
+"""Rewards on CLIP."""

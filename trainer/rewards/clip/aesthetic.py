@@ -1,4 +1,4 @@
-"""LAION aesthetic predictor v2: how much people like the look of a picture, whatever it shows."""
+"""LAION aesthetic predictor v2: how much people like the look of an image, whatever it shows."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from torch.nn.functional import normalize as unit
 
 from ...config import Section
 from ..base import Dtype, ModelReward, dtype_option
-from ..files import build, file_option, fill, read_weights
+from ..files import build, file_option, fill, read_weights, stored_elements
 from ..preprocess import normalize, shortest_and_crop
 from .contrastive import architecture, open_clip_network
 from .layout import from_transformers
@@ -23,9 +23,10 @@ class _Tower(Section):
 
 
 class ClipLargeReward(ModelReward):
-    """A judge of the look alone, by the image tower of OpenAI's CLIP ViT-L/14."""
+    """A reward for the look alone, by the image encoder of OpenAI's CLIP ViT-L/14."""
 
     network = "ViT-L-14-quickgelu"
+    differentiable = True
     Options = _Tower
 
     def build(self) -> nn.Module:
@@ -35,14 +36,17 @@ class ClipLargeReward(ModelReward):
         fill(visual, vision_weights(path, what), path, what)
         return visual
 
+    def stored_elements(self) -> int:
+        return stored_elements(Path(self.options.tower), "vis")  # vision_model, visual_projection; no text encoder
+
     def features(self, visual: nn.Module, images: Tensor) -> Tensor:
-        """Unit vectors `[B, 768]` float32."""
+        """Image embeddings of length 1, `[B, 768]` float32."""
         pixels = normalize(shortest_and_crop(images, self.size)).to(self.dtype)
         return unit(visual(pixels).float(), dim=-1)
 
 
 class Aesthetic(ClipLargeReward):
-    """Look of a picture on a scale of about 1 to 10; the prompt is not looked at, so add a judge that looks at it.
+    """Look of an image on a scale of about 1 to 10. It ignores the prompt, so add a reward that reads it.
 
     LAION's predictor v2 (sac+logos+ava1-l14-linearMSE): five linear layers on OpenAI's CLIP ViT-L/14.
     """
@@ -63,18 +67,21 @@ class Aesthetic(ClipLargeReward):
         fill(head, read_weights(path), path, "the aesthetic predictor")
         return nn.ModuleDict({"visual": visual, "head": head})
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def stored_elements(self) -> int:
+        return super().stored_elements() + stored_elements(Path(self.options.path))
+
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         features = self.features(self.module["visual"], images)
         return self.module["head"](features.to(self.dtype)).float()[:, 0]
 
 
 class LinearHead(nn.Module):
-    """Five linear layers without activations, as the aesthetic predictor and ImageReward have; their dropout is off."""
+    """Five linear layers without activations, as in the aesthetic predictor and ImageReward; their dropout is off."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         sizes = {"0": (width, 1024), "2": (1024, 128), "4": (128, 64), "6": (64, 16), "7": (16, 1)}
-        self.layers = nn.ModuleDict({place: nn.Linear(*size) for place, size in sizes.items()})
+        self.layers = nn.ModuleDict({index: nn.Linear(*size) for index, size in sizes.items()})
 
     def forward(self, features: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -83,10 +90,10 @@ class LinearHead(nn.Module):
 
 
 def vision_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """The vision tower's weights out of a transformers file, for open_clip's tower.
+    """The image encoder's weights out of a transformers file, for open_clip's encoder.
 
     Raises:
-        BadInput: the file is none of a CLIP model.
+        BadInput: the file does not hold a CLIP model.
     """
     found = from_transformers(read_weights(path), path, what)
     return {key.removeprefix("visual."): value for key, value in found.items() if key.startswith("visual.")}

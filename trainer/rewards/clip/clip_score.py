@@ -1,4 +1,4 @@
-"""CLIP score: how well an image fits its prompt, by any CLIP model of open_clip."""
+"""CLIP score: the cosine of an image and its prompt by any CLIP model of open_clip."""
 
 import json
 from pathlib import Path
@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from ...config import Section
 from ...utils.errors import BadInput
 from ..base import Dtype, dtype_option
-from ..files import WEIGHTS, build, file_option, fill, read_weights
-from ..preprocess import to_pil
+from ..files import WEIGHTS, build, file_option, fill, read_weights, stored_elements
+from ..preprocess import to_pil, trimmed
 from .contrastive import ContrastiveReward, architecture, open_clip_network
 
 _NAMES = ("open_clip_model", "open_clip_pytorch_model")
+_UNUSED = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI's own state dicts carry beside the weights."""
 
 
 class ClipScore(ContrastiveReward):
     """How well an image fits its prompt: the cosine of a CLIP model, without scale.
 
     The paper uses DFN5B ViT-H-14-378. A folder with open_clip_config.json says itself how images are prepared. Scores
-    of different models cannot be compared. ComfyUI's clip_vision files hold no text tower and cannot be used.
+    of different models cannot be compared. ComfyUI's clip_vision files hold no text encoder and cannot be used.
     """
 
     name = "clip"
@@ -37,7 +39,7 @@ class ClipScore(ContrastiveReward):
             folder=True,
         )
         architecture: str = Field(
-            "", description="open_clip's name of the model, such as ViT-L-14; needed where path is one file."
+            "", description="open_clip's name of the model, such as ViT-L-14; needed if path is one file."
         )
         resize: Literal["config", "squash", "shortest", "longest"] = Field(
             "config",
@@ -48,6 +50,7 @@ class ClipScore(ContrastiveReward):
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)
         self.file, self.config, self.preparation = self._plan(Path(self.options.path))
+        self.clean = self._cleaning()
 
     def _plan(self, path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         """File of the weights, configuration of the network, settings of the preprocessing."""
@@ -58,31 +61,76 @@ class ClipScore(ContrastiveReward):
             network = architecture(self.options.architecture)
             if network is None:
                 raise BadInput(
-                    f"reward 'clip': architecture is {self.options.architecture!r}, but path {str(path)!r} is one "
+                    f"reward 'clip': architecture is {self.options.architecture[:60]!r}, but path {str(path)!r} is one "
                     "file: give open_clip's name of its model, such as ViT-H-14 or ViT-H-14-378-quickgelu"
                 )
             file, preparation = path, _usual_preparation(self.options.architecture)
         text = network.get("text_cfg", {})
         if text.get("hf_model_name") or text.get("hf_tokenizer_name"):
             raise BadInput(
-                f"reward 'clip': the text side of {path} is no CLIP text tower; other kinds are not supported"
+                f"reward 'clip': the text encoder of {path} is not CLIP's own; other kinds are not supported"
             )
         if self.options.resize != "config":
             preparation = {**preparation, "resize_mode": self.options.resize}
         return file, network, preparation
 
-    def build(self) -> nn.Module:
-        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+    def _cleaning(self) -> str:
+        settings = self.config.get("text_cfg", {}).get("tokenizer_kwargs") or {}
+        clean = settings.get("clean", "lower")
+        if set(settings) - {"clean"} or clean not in ("lower", "whitespace", "canonicalize"):
+            raise BadInput(f"reward 'clip': the tokenizer settings {str(settings)[:80]} of {self.file} are unknown")
+        return clean
 
-        module = build(lambda: open_clip_network(self.config))
-        fill(module, read_weights(self.file), self.file, "the CLIP model of its configuration")
-        settings = merge_preprocess_dict(PreprocessCfg(size=module.visual.image_size), self.preparation)
-        self.transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    def stored_elements(self) -> int:
+        return stored_elements(self.file)
+
+    def build(self) -> nn.Module:
+        module = self._network()
+        weights = {key: value for key, value in read_weights(self.file).items() if key not in _UNUSED}
+        fill(module, weights, self.file, "the CLIP model of its configuration")
         self.context = module.context_length
         return module
 
+    def _network(self) -> nn.Module:
+        from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+
+        try:
+            module = build(lambda: open_clip_network(self.config))
+            settings = merge_preprocess_dict(PreprocessCfg(size=module.visual.image_size), self.preparation)
+            self.transform = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise BadInput(f"reward 'clip': open_clip refuses the configuration of {self.file}: {reason}") from error
+        self.trim = settings.get("resize_mode") == "shortest"
+        self.transform.transforms = [_on_tensors_too(step) for step in self.transform.transforms]
+        return module
+
     def pixels(self, images: Tensor) -> Tensor:
+        images = trimmed(images) if self.trim else images
+        if images.requires_grad:
+            return self.transform(images.float())
         return torch.stack([self.transform(picture) for picture in to_pil(images)]).to(images.device)
+
+
+class KeepRatio:
+    """open_clip's ResizeKeepRatio for images and tensors, with sides of at least one pixel."""
+
+    def __init__(self, size: tuple[int, int], longest: float, interpolation: Any) -> None:
+        self.size, self.longest, self.interpolation = size, longest, interpolation
+
+    def __call__(self, image: Any) -> Any:
+        from torchvision.transforms.functional import get_dimensions, resize
+
+        _, *source = get_dimensions(image)
+        ratios = [side / target for side, target in zip(source, self.size, strict=True)]
+        ratio = max(ratios) * self.longest + min(ratios) * (1 - self.longest)
+        return resize(image, [max(1, round(side / ratio)) for side in source], self.interpolation)
+
+
+def _on_tensors_too(step: Any) -> Any:
+    from open_clip.transform import ResizeKeepRatio
+
+    return KeepRatio(step.size, step.longest, step.interpolation) if isinstance(step, ResizeKeepRatio) else step
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -90,9 +138,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         if all(key in config["model_cfg"] for key in ("embed_dim", "vision_cfg", "text_cfg")):
             return config
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"reward 'clip': {path} cannot be read as an open_clip configuration: {error}") from error
-    raise BadInput(f"reward 'clip': {path} describes no CLIP model: embed_dim, vision_cfg or text_cfg is missing")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise BadInput(f"reward 'clip': {path} cannot be read as an open_clip configuration: {reason}") from error
+    raise BadInput(
+        f"reward 'clip': {path} does not describe a CLIP model: embed_dim, vision_cfg or text_cfg is missing"
+    )
 
 
 def _weights_in(folder: Path) -> Path:
@@ -103,7 +154,7 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _usual_preparation(name: str) -> dict[str, Any]:
-    """What open_clip does for this architecture's published weights, if it is the same for all of them."""
+    """open_clip's preprocessing for this architecture's published weights, if it is the same for all of them."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     keys = ("mean", "std", "interpolation", "resize_mode")

@@ -1,59 +1,52 @@
-"""What all judges of the CLIP kind share: the cosine between an image's features and its prompt's."""
+"""What all rewards of the CLIP kind share: the cosine between an image's features and its prompt's."""
 
 from abc import abstractmethod
-from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..base import ModelReward, TextCache
+from ..base import ModelReward
+from .text import TextCache, tokenizer
 
 
 class ContrastiveReward(ModelReward):
     """Cosine between an image and its prompt in a shared space; each prompt is encoded once."""
 
+    differentiable = True
+    clean: ClassVar[str] = "lower"
+    """How prompts are cleaned before they become tokens; see `text.tokenizer`."""
     context: int = 77
     texts: TextCache
 
     def load(self) -> None:
         if self.module is None:
             super().load()
-            self.texts = TextCache(self._encode, self.context, count_tokens)
+            self.texts = TextCache(self._encode, self.context, lambda text: len(tokenizer(self.clean).encode(text)) + 2)
 
     @abstractmethod
     def pixels(self, images: Tensor) -> Tensor:
-        """What the network sees: `[B, 3, S, S]`, resized and normalised, float32."""
+        """The network's input: `[B, 3, S, S]`, resized and normalized, float32."""
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """`[B, D]` of the network, not normalised."""
+        """Image embeddings `[B, D]`, not normalized."""
         return self.module.encode_image(pixels)
 
     def text_features(self, tokens: Tensor) -> Tensor:
-        """`[B, D]` of the network for CLIP's tokens `[B, context]`, not normalised."""
+        """Text embeddings `[B, D]` of CLIP's tokens `[B, context]`, not normalized."""
         return self.module.encode_text(tokens)
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         features = self.image_features(self.pixels(images).to(self.dtype)).float()
         return (normalize(features, dim=-1) * self.texts(prompts, images.device)).sum(-1)
 
+    def tokens(self, prompts: list[str]) -> Tensor:
+        """`[B, context]` long; longer prompts are cut, and end with the end token."""
+        return tokenizer(self.clean)(prompts, context_length=self.context)
+
     def _encode(self, prompts: list[str]) -> Tensor:
-        tokens = tokenizer()(prompts, context_length=self.context)
         device = next(self.module.parameters()).device
-        return normalize(self.text_features(tokens.to(device)).float(), dim=-1)
-
-
-@cache
-def tokenizer() -> Any:
-    """CLIP's tokenizer; its vocabulary comes with open_clip."""
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
-
-
-def count_tokens(text: str) -> int:
-    """Tokens of a text, with the one at its start and the one at its end."""
-    return len(tokenizer().encode(text)) + 2
+        return normalize(self.text_features(self.tokens(prompts).to(device)).float(), dim=-1)
 
 
 def open_clip_network(config: dict[str, Any]) -> nn.Module:
@@ -61,6 +54,8 @@ def open_clip_network(config: dict[str, Any]) -> nn.Module:
     from open_clip.model import CLIP, CustomTextCLIP
 
     settings = {key: value for key, value in config.items() if key != "custom_text"}
+    # A tower of timm would otherwise fetch weights of its own, only to have them replaced.
+    settings["vision_cfg"] = {**settings["vision_cfg"], "timm_model_pretrained": False}
     return (CustomTextCLIP if config.get("custom_text") else CLIP)(**settings)
 
 

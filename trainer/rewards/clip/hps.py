@@ -1,4 +1,4 @@
-"""HPS-v2.1: what people prefer, as a fine-tuned CLIP ViT-H/14 (arXiv 2306.09341; the paper's main reward)."""
+"""HPS-v2.1: human preference, as a fine-tuned CLIP ViT-H/14 (arXiv 2306.09341; the paper's main reward)."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from ...config import Section
 from ..base import Dtype, dtype_option
 from ..files import build, file_option, fill, read_weights
-from ..preprocess import normalize, to_bytes
+from ..preprocess import normalize, resize, rounded
 from .contrastive import ContrastiveReward, architecture, open_clip_network
 
 
 class HPSv21(ContrastiveReward):
     """Human preference, HPS-v2.1: the cosine of an image and its prompt, without scale.
 
-    The image is resized to 224 at its longest side and padded with black before it is normalised, as in HPSv2's own
-    code, whose answer it gives within rounding. Compare scores of one prompt only. Alone it drives a model towards
-    glossy, over-saturated pictures; the paper's authors advise 0.7 of this with 1.4 of `clip`.
+    The image is resized to 224 at its longest side and padded with black before it is normalized, as in HPSv2's own
+    code, whose scores it reproduces within rounding. Compare scores of one prompt only. Alone it drives a model towards
+    glossy, over-saturated images; the paper's authors advise 0.7 of this with 1.4 of `clip`.
     """
 
     name = "hps-v2.1"
@@ -39,15 +39,13 @@ class HPSv21(ContrastiveReward):
         return module
 
     def pixels(self, images: Tensor) -> Tensor:
-        return normalize(longest_and_pad(to_bytes(images).float() / 255, self.size))
+        return normalize(longest_and_pad(rounded(images), self.size))
 
 
 def longest_and_pad(images: Tensor, size: int) -> Tensor:
     """The longest side resized to `size` (bicubic, antialiased, unrounded), black bars to a square."""
-    from torchvision.transforms.functional import InterpolationMode, resize
-
     scale = size / max(images.shape[-2:])
-    height, width = (round(side * scale) for side in images.shape[-2:])
-    images = resize(images, [height, width], InterpolationMode.BICUBIC, antialias=True)
+    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
+    images = resize(images, height, width)
     top, left = (size - height) // 2, (size - width) // 2
     return torch.nn.functional.pad(images, (left, size - width - left, top, size - height - top))

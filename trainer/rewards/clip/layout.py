@@ -17,7 +17,7 @@ _PLAIN = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "text_model.embeddings.position_ids": "",  # written by older versions: 0, 1, 2, ...
+    "text_model.embeddings.position_ids": "",  # 0, 1, 2, ..., written by older versions
     "vision_model.embeddings.position_ids": "",
 }
 _NORMS = {
@@ -39,10 +39,10 @@ _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight
 
 
 def from_transformers(weights: dict[str, Tensor], path: Path, what: str) -> dict[str, Tensor]:
-    """The weights of a `CLIPModel`, of either or both towers, for open_clip's `CLIP`.
+    """The weights of a `CLIPModel`, of one or both encoders, for open_clip's `CLIP`.
 
     Raises:
-        BadInput: a key belongs to no `CLIPModel`.
+        BadInput: a key does not belong to a `CLIPModel`.
     """
     found = rename(weights, _new_name, path, what)
     for name in ("text_projection", "visual.proj"):

@@ -17,13 +17,15 @@ from .layout import from_transformers
 class PickScore(ContrastiveReward):
     """Human preference, PickScore v1: the cosine of an image and its prompt.
 
-    It keeps pictures more natural than HPS-v2.1 does. The image is resized at its shortest side and cropped square.
+    It keeps images more natural than HPS-v2.1 does. The image is resized at its shortest side and cropped square; the
+    prompt is cleaned as transformers' CLIP tokenizer does it.
     """
 
     name = "pickscore"
     typical_range = (0.19, 0.24)
     licence = "see its page; none is stated"
     network = "ViT-H-14"
+    clean = "transformers"
 
     class Options(Section):
         path: str = file_option(
@@ -45,6 +47,6 @@ class PickScore(ContrastiveReward):
     def pixels(self, images: Tensor) -> Tensor:
         return normalize(shortest_and_crop(images, self.size, crop="transformers"))
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
-        cosine = super().judge(images, prompts)
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
+        cosine = super().score_batch(images, prompts)
         return cosine * self.module.logit_scale.float().exp() if self.options.scale == "official" else cosine

@@ -1,1 +1,1 @@
-"""Reward models built on Qwen2-VL."""
+"""Rewards on Qwen2-VL."""

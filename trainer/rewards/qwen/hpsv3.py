@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ...config import Section
+from ...utils.media import to_tensor
 from ..base import Dtype, dtype_option
 from ..files import check_sha256, file_option
 from ..preprocess import to_pil
@@ -17,11 +17,13 @@ PIXELS = 256 * 28 * 28
 class HPSv3(QwenReward):
     """Human preference, HPSv3: the mean of its two outputs (the other is its uncertainty), without bounds.
 
-    The largest of the preference models, and the nearest to people by its authors' figures. Every image is brought to
-    about 448 x 448 pixels. In bfloat16 it takes 17 GB; on a smaller card serve it from another with `reward-server`.
+    The largest of the preference models, and the closest to human judgement by its authors' figures. Every image is
+    resized to about 448 x 448 pixels. In bfloat16 it takes 17 GB; on a smaller card serve it from another with
+    `reward-server`. Text of the form `<|...|>` is removed from prompts on purpose: the tokenizer would read it as a
+    special token.
 
-    The words it was taught with are read from two files: the constants INSTRUCTION and prompt_with_special_token of
-    `hpsv3/dataset/data_collator_qwen.py`, with the spaces and empty lines at their ends. Where that is installed:
+    The text around a prompt is read from two files: the constants INSTRUCTION and prompt_with_special_token of
+    `hpsv3/dataset/data_collator_qwen.py`, with the spaces and empty lines at their ends. If that is installed:
 
     ```python
     from pathlib import Path
@@ -72,16 +74,14 @@ class HPSv3(QwenReward):
         path, what = Path(self.options.path), "HPSv3"
         return self.network(what, read_named(path, what, "rm_head"), path)
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         text = self.instruction.format(text_prompt=plain(prompts[0])) + self.suffix
         return self.read_out(self._frames(images), text)[0, :1]
 
     def _frames(self, images: Tensor) -> Tensor:
-        """The image twice, since two frames make one patch."""
-        import numpy as np
+        """The resized image twice, since two frames make one patch."""
         from PIL import Image
 
         height, width = smart_size(images.shape[-2], images.shape[-1], PIXELS, PIXELS)
         picture = to_pil(images)[0].resize((width, height), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-        return pixels.expand(2, -1, -1, -1).to(images.device)
+        return to_tensor(picture).expand(2, -1, -1, -1).to(images.device)

@@ -1,7 +1,7 @@
-"""What the judges on Qwen2-VL share: the network with a head, its pictures, its words.
+"""What the rewards on Qwen2-VL share: the network with a head, image patches, the prompt template.
 
-They were taught with plain sequential positions instead of Qwen2-VL's three-dimensional ones, and are read out at
-marker tokens of their own.
+They were trained with plain sequential positions instead of Qwen2-VL's three-dimensional ones, and the head is applied
+to marker tokens of their own.
 """
 
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ...utils.errors import BadInput
@@ -20,7 +21,7 @@ from ..preprocess import normalize
 PATCH, MERGE = 14, 2
 FACTOR = PATCH * MERGE
 WORDS = 151657
-"""Tokens of Qwen2-VL's tokenizer; markers come after them."""
+"""Tokens of Qwen2-VL's tokenizer; the marker tokens come after them."""
 
 SIZES_2B: dict[str, Any] = {
     "hidden_size": 1536,
@@ -49,7 +50,7 @@ class QwenNetwork(nn.Module):
 
     Args:
         sizes: as `SIZES_2B`.
-        words: rows of the token table.
+        words: rows of the token embedding.
         head: from the hidden size to the scores.
     """
 
@@ -78,9 +79,9 @@ class QwenNetwork(nn.Module):
 
         Args:
             patches: `[T H W, C]` of `patchify`.
-            grid: T, H, W.
+            grid: T, H, W in patches.
             tokens: `[L]` long, with a `pad` in place of each merged patch.
-            first: markers are the tokens from this number on.
+            first: markers are the tokens with this id or a higher one.
         """
         dtype = self.language.embed_tokens.weight.dtype
         seen = self.visual(patches.to(dtype), grid_thw=torch.tensor([grid], device=patches.device))
@@ -92,9 +93,9 @@ class QwenNetwork(nn.Module):
 
 
 class QwenReward(ModelReward):
-    """A judge on Qwen2-VL; it looks at one image or video at a time."""
+    """A reward on Qwen2-VL; it scores one image or video at a time."""
 
-    chunk = 1
+    batch_size = 1
     sizes: dict[str, Any]
     markers: tuple[str, ...]
     pad_word: str
@@ -104,19 +105,18 @@ class QwenReward(ModelReward):
         raise NotImplementedError
 
     def load(self) -> None:
-        if self.module is None:  # without a conversion: the head stays float32
+        if self.module is None:  # no conversion to `dtype`: the head stays float32
             self.module = self.build().eval().requires_grad_(False)
 
     def network(self, what: str, weights: dict[str, Tensor], path: Path) -> nn.Module:
-        """The network with its weights, which bear the names of `QwenNetwork`."""
+        """The network with weights under the names of `QwenNetwork`; the head in float32."""
         words = weights.get("language.embed_tokens.weight", torch.zeros(0, 1)).shape[0]
         module = build(lambda: QwenNetwork(self.sizes, words, self.make_head()))
-        types = {True: torch.float32, False: self.dtype}
-        fill(module, weights, path, what, lambda key: types[key.startswith("head.")])
+        fill(module, weights, path, what, lambda key: torch.float32 if key.startswith("head.") else self.dtype)
         self.tokenizer = read_tokenizer(Path(self.options.tokenizer), self.markers)
         self.first = self.tokenizer.token_to_id(self.markers[0])
         if words <= self.tokenizer.token_to_id(self.markers[-1]):
-            raise BadInput(f"{path} is not {what}: its token table has {words} rows, too few for its markers")
+            raise BadInput(f"{path} is not {what}: its token embedding has {words} rows, too few for its markers")
         return module
 
     def read_out(self, frames: Tensor, text: str) -> Tensor:
@@ -134,7 +134,7 @@ class QwenReward(ModelReward):
 
 
 def read_tokenizer(path: Path, markers: tuple[str, ...]) -> Any:
-    """Qwen2-VL's tokenizer with the markers after its own tokens.
+    """Qwen2-VL's tokenizer with the marker tokens after its own.
 
     Raises:
         BadInput: the file is another tokenizer.
@@ -154,7 +154,7 @@ def read_tokenizer(path: Path, markers: tuple[str, ...]) -> Any:
 
 
 def plain(prompt: str) -> str:
-    """A prompt without anything that looks like a special token."""
+    """A prompt without text of the form `<|...|>`, which would be read as a special token."""
     return re.sub(r"<\|.*?\|>", "", prompt)
 
 
@@ -165,7 +165,7 @@ def smart_size(height: int, width: int, smallest: int, largest: int) -> tuple[in
         ValueError: one side is more than 200 times the other.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width} x {height} is too long for this reward")
+        raise ValueError(f"an image of {width} x {height} is too long for this reward: 200 to 1 is the most")
     rows, columns = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if rows * columns > largest:
         scale = math.sqrt(height * width / largest)
@@ -177,22 +177,25 @@ def smart_size(height: int, width: int, smallest: int, largest: int) -> tuple[in
 
 
 def patchify(frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches `[T H W, 3 x 2 x 14 x 14]` in the order Qwen2-VL wants, and T, H, W in patches.
+    """Patches `[T H W, 3 x 2 x 14 x 14]` in Qwen2-VL's order (2 x 2 neighbours together), and T, H, W in patches.
 
     Args:
         frames: `[2 T, 3, 14 H, 14 W]`; two frames make one patch in time.
     """
     times, rows, columns = len(frames) // 2, frames.shape[-2] // PATCH, frames.shape[-1] // PATCH
-    x = frames.reshape(times, 2, 3, rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH)
-    x = x.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
-    return x.reshape(times * rows * columns, -1), (times, rows, columns)
+    patches = rearrange(
+        frames,
+        "(t f) c (h my py) (w mx px) -> (t h w my mx) (c f py px)",
+        f=2, my=MERGE, py=PATCH, mx=MERGE, px=PATCH,
+    )  # fmt: skip
+    return patches, (times, rows, columns)
 
 
 def read_named(path: Path, what: str, head: str) -> dict[str, Tensor]:
-    """Weights of a judge on Qwen2-VL, under the names of `QwenNetwork`; the table of output words is left out.
+    """Weights of a reward on Qwen2-VL under the names of `QwenNetwork`, without the language model's output layer.
 
     Args:
-        head: what the original calls its head, `rm_head`.
+        head: the name of the head in the file, `rm_head`.
 
     Raises:
         BadInput: a tensor does not belong there.
@@ -201,7 +204,7 @@ def read_named(path: Path, what: str, head: str) -> dict[str, Tensor]:
 
 
 def new_name(key: str, head: str) -> str | None:
-    """Where a tensor goes in `QwenNetwork`: empty for the table of output words, None where it does not belong."""
+    """The name of a tensor in `QwenNetwork`: empty for the language model's output layer, None if it is unknown."""
     if key.endswith("lm_head.weight"):
         return ""
     for pattern, replacement in (
@@ -215,7 +218,7 @@ def new_name(key: str, head: str) -> str | None:
 
 
 def merge_lora(weights: dict[str, Tensor], path: Path, scale: float = 2.0) -> dict[str, Tensor]:
-    """A file written by PEFT as plain weights: W + scale B A, computed in float32; another file as it is.
+    """The weights of a file written by PEFT with the LoRA merged: W + scale B A, in float32; another file as it is.
 
     Raises:
         BadInput: one half of a LoRA is missing.
@@ -228,8 +231,8 @@ def merge_lora(weights: dict[str, Tensor], path: Path, scale: float = 2.0) -> di
     for key in [key for key in weights if ".lora_A." in key]:
         other, target = key.replace(".lora_A.", ".lora_B."), re.sub(r"\.lora_A\.(default\.)?weight$", ".weight", key)
         if other not in weights or target not in merged:
-            raise BadInput(f"{path} is no complete LoRA: {other if other not in weights else target} is missing")
+            raise BadInput(f"{path} is not a complete LoRA: {other if other not in weights else target} is missing")
         merged[target] = merged[target].float() + scale * weights.pop(other).float() @ weights[key].float()
     if left := [key for key in weights if ".lora_B." in key]:
-        raise BadInput(f"{path} is no complete LoRA: nothing belongs to {left[0]}")
+        raise BadInput(f"{path} is not a complete LoRA: nothing belongs to {left[0]}")
     return merged

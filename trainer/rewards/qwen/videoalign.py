@@ -1,4 +1,4 @@
-"""VideoAlign (VideoReward): visual quality, motion quality and text alignment of videos by Qwen2-VL-2B (2501.13918)."""
+"""VideoAlign (VideoReward): visual quality, motion quality and text alignment of videos (arXiv 2501.13918)."""
 
 import hashlib
 from pathlib import Path
@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...config import Section
-from ..base import Dtype, dtype_option
+from ...utils.media import to_bytes
+from ..base import Dtype, MemoryHook, dtype_option
 from ..files import check_files, check_sha256, file_option
-from ..preprocess import to_bytes
 from .network import SIZES_2B, QwenReward, plain, read_named, smart_size
 
 SMALLEST, LARGEST = 128 * 28 * 28, 256 * 28 * 28
@@ -34,23 +34,30 @@ class _Options(Section):
         "The constant DETAILED_PROMPT_WITH_SPECIAL_TOKEN of VideoAlign's prompt_template.py, to the letter.",
         suffixes=(".txt",),
     )
-    fps: Annotated[float, Field(gt=0)] = Field(
-        8.0, description="Frames per second the video is taken to have; 8 as in the paper's recipe for HunyuanVideo."
+    fps: Annotated[float, Field(gt=0, le=240)] = Field(
+        8.0,
+        description="Frames per second the video is taken to have, whatever model.fps is; 8 as in the paper's recipe "
+        "for HunyuanVideo.",
     )
     scale: Literal["normalized", "raw"] = Field(
-        "normalized", description="normalized to mean 0 and spread 1 by the authors' constants, or raw as in the paper."
+        "normalized",
+        description="normalized to mean 0 and standard deviation 1 by the authors' constants, as the paper's trainers "
+        "use it; or raw, the network's own output.",
     )
     dtype: Dtype = dtype_option("bfloat16")
 
 
+_Weight = Annotated[float, Field(ge=-1000, le=1000)]
+
+
 class _SumOptions(_Options):
-    visual: float = Field(1.0, description="Weight of visual quality.")
-    motion: float = Field(1.0, description="Weight of motion quality.")
-    text: float = Field(1.0, description="Weight of text alignment.")
+    visual: _Weight = Field(1.0, description="Weight of visual quality.")
+    motion: _Weight = Field(1.0, description="Weight of motion quality.")
+    text: _Weight = Field(1.0, description="Weight of text alignment.")
 
 
 class VideoAlignNetwork(QwenReward):
-    """The three scores; one network in memory serves all rewards that ask for it."""
+    """The three scores of a video; one network in memory serves all rewards that use its files."""
 
     name = "videoalign"
     typical_range = (-2.0, 2.0)
@@ -75,11 +82,11 @@ class VideoAlignNetwork(QwenReward):
         path, what = Path(self.options.path), "VideoReward"
         return self.network(what, read_named(path, what, "rm_head"), path)
 
-    def judge(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         raise NotImplementedError("videos are scored by `scores`")
 
     def scores(self, video: Tensor, prompt: str) -> Tensor:
-        """VQ, MQ and TA as the network gives them, `[3]`.
+        """VQ, MQ and TA as the network outputs them, `[3]`; remembered for the other rewards that share it.
 
         Args:
             video: `[F, 3, H, W]` in [0, 1].
@@ -89,8 +96,7 @@ class VideoAlignNetwork(QwenReward):
         if key not in self.known:
             if len(self.known) >= self.remembered:
                 self.known.clear()
-            self.load()
-            self.module.to(video.device)
+            self.move_to(video.device)
             with torch.no_grad():
                 text = self.template.format(text_prompt=plain(prompt))
                 self.known[key] = self.read_out(frames.float() / 255, text)[:, 0].cpu()
@@ -101,7 +107,7 @@ _NETWORKS: WeakValueDictionary[tuple, VideoAlignNetwork] = WeakValueDictionary()
 
 
 def shared_network(options: Section) -> VideoAlignNetwork:
-    """The network of these files, which may be there already."""
+    """The network of these files: the one that another reward made, or a new one."""
     own = VideoAlignNetwork.Options(**{name: getattr(options, name) for name in VideoAlignNetwork.Options.model_fields})
     key = tuple(own.model_dump(exclude={"scale"}).values())
     network = _NETWORKS.get(key)
@@ -114,11 +120,13 @@ class VideoAlign(VideoAlignNetwork):
     """Videos: the weighted sum of visual quality, motion quality and text alignment.
 
     With all weights 1 it is the authors' overall score. `videoalign-vq`, `videoalign-mq` and `videoalign-ta` give one
-    of the three; several of them in one run share one network and look at each video once. The paper trains on visual
-    and motion quality and leaves text alignment out as unsteady. Visual quality alone ends in an animated look.
+    of the three; several of them in one run share one network, which sees each video once. The paper trains on visual
+    and motion quality and leaves text alignment out as unstable. Visual quality alone ends in an animated look.
 
-    Twice a second (by `fps`) a frame is looked at, at least 4 frames, at 100,000 to 200,000 pixels each. The words it
-    was taught with are read from a file: the constant DETAILED_PROMPT_WITH_SPECIAL_TOKEN of VideoAlign's
+    The network sees two frames per second (by `fps`), at least 4 frames, at 100,000 to 200,000 pixels each. Text of the
+    form `<|...|>` is removed from prompts on purpose: the tokenizer would read it as a special token.
+
+    The text around a prompt is read from a file: the constant DETAILED_PROMPT_WITH_SPECIAL_TOKEN of VideoAlign's
     `prompt_template.py`, with the empty lines at both ends. In the folder of that file:
 
     ```python
@@ -139,7 +147,7 @@ class VideoAlign(VideoAlignNetwork):
 
     @property
     def module(self) -> nn.Module | None:
-        """The network that is shared, so that who asks for one finds it here as in other judges."""
+        """The shared network."""
         return self.shared.module
 
     def load(self) -> None:
@@ -148,12 +156,15 @@ class VideoAlign(VideoAlignNetwork):
     def idle(self) -> None:
         self.shared.idle()
 
+    def register_memory_hook(self, hook: MemoryHook) -> None:
+        self.shared.register_memory_hook(hook)
+
     def score(self, images: list[Tensor], prompts: list[str]) -> Tensor:
         pairs = zip(images, prompts, strict=True)
-        return torch.stack([self.mixed(self.shared.scores(video, prompt)) for video, prompt in pairs])
+        return torch.stack([self.combined(self.shared.scores(video, prompt)) for video, prompt in pairs])
 
-    def mixed(self, scores: Tensor) -> Tensor:
-        """The score, from VQ, MQ and TA."""
+    def combined(self, scores: Tensor) -> Tensor:
+        """The reward's score from VQ, MQ and TA `[3]`."""
         weights = torch.tensor([self.options.visual, self.options.motion, self.options.text])
         return (scaled(scores, self.options.scale) * weights).sum()
 
@@ -162,7 +173,7 @@ class _One(VideoAlign):
     dimension: ClassVar[int]
     Options = _Options
 
-    def mixed(self, scores: Tensor) -> Tensor:
+    def combined(self, scores: Tensor) -> Tensor:
         return scaled(scores, self.options.scale)[self.dimension]
 
 
@@ -196,7 +207,7 @@ def scaled(scores: Tensor, scale: str) -> Tensor:
 
 
 def frame_indices(total: int, fps: float) -> Tensor:
-    """Numbers of the frames that are looked at, `[n]` long, n even.
+    """Indices of the frames that the network sees, `[n]` long, n even.
 
     Raises:
         ValueError: there are fewer than two frames.
@@ -210,7 +221,7 @@ def frame_indices(total: int, fps: float) -> Tensor:
 
 
 def sampled_frames(video: Tensor, fps: float) -> Tensor:
-    """The frames that are looked at, resized: `[n, 3, H, W]` uint8."""
+    """The frames that the network sees, resized: `[n, 3, H, W]` uint8."""
     from torchvision.transforms.functional import InterpolationMode, resize
 
     frames = to_bytes(video[frame_indices(len(video), fps).to(video.device)])

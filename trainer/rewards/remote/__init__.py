@@ -1,1 +1,1 @@
-"""Reward models behind a server, and the server for ours."""
+"""Rewards that a server computes, and a server for the rewards of this pack."""

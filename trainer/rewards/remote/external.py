@@ -1,5 +1,6 @@
-"""A scorer of any kind in its own program, asked over HTTP: GenEval, VisionReward, or one of your own."""
+"""A reward of any kind in its own program, asked over HTTP: GenEval, VisionReward, or one of your own."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,16 +10,19 @@ from torch import Tensor
 from ...config import Section
 from ...utils.errors import BadInput, RunFailed
 from ..base import Reward
-from .http import ask, check_url, number, to_png
+from .http import Patience, ask, check_url, number, to_png
+
+PIXELS = 2**26
+"""Pixels of one message."""
 
 
 class External(Reward):
-    """Scores of a server of your own: it gets images (or a video's frames) as PNG and the prompts, and answers numbers.
+    """Scores of a server of your own. It gets images (or a video's frames) as PNG and the prompts, and returns numbers.
 
-    For scorers whose packages cannot live beside ComfyUI's, such as GenEval and VisionReward; `python -m trainer
-    reward-server` serves any reward of this pack from another GPU or host. docs/external-scorers.md describes the
-    messages. Images and prompts go to the address given here and nowhere else. Where the server answers null, that
-    image is left out of training.
+    For rewards whose packages cannot be installed beside ComfyUI's, such as GenEval and VisionReward; `python -m
+    trainer reward-server` serves any reward of this pack from another GPU or host. docs/external-scorers.md describes
+    the messages. Images and prompts go to the address given here and nowhere else. If the server answers null for an
+    image, its sample is dropped and counted.
     """
 
     name = "external"
@@ -26,11 +30,17 @@ class External(Reward):
 
     class Options(Section):
         url: str = Field("http://127.0.0.1:8100/score", description="Address that the images are sent to.")
-        media: Literal["image", "video"] = Field("image", description="What the server judges.")
-        fps: Annotated[float, Field(gt=0)] = Field(8.0, description="Frames per second of videos, told to the server.")
-        batch: Annotated[int, Field(ge=1)] = Field(8, description="Images or videos in one message.")
-        timeout: Annotated[float, Field(gt=0)] = Field(120.0, description="Seconds that one answer may take.")
-        retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="Further tries where there is no answer.")
+        media: Literal["image", "video"] = Field("image", description="What the server scores.")
+        fps: Annotated[float, Field(gt=0, le=240)] = Field(
+            8.0, description="Frames per second of videos, told to the server."
+        )
+        batch: Annotated[int, Field(ge=1, le=1024)] = Field(
+            8, description="Images or videos in one message, fewer if they are large."
+        )
+        timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
+            120.0, description="Seconds for one attempt, from connecting to the end of the answer."
+        )
+        retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="Further attempts if there is no answer.")
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)
@@ -38,10 +48,10 @@ class External(Reward):
         self.media = self.options.media
 
     def load(self) -> None:
-        """Ask for the scores of nothing.
+        """Ask for the scores of an empty list.
 
         Raises:
-            BadInput: the server is not there, or speaks another language.
+            BadInput: the server is unreachable, or does not answer as it should.
         """
         try:
             self._ask([], [])
@@ -49,9 +59,10 @@ class External(Reward):
             raise BadInput(f"reward {self.name!r}: {error}") from error
 
     def score(self, images: Tensor | list[Tensor], prompts: list[str]) -> Tensor:
-        size, scores = self.options.batch, []
-        for start in range(0, len(prompts), size):
-            scores += self._ask(images[start : start + size], prompts[start : start + size])
+        pixels = [image.numel() // image.shape[-3] for image in images]
+        scores = []
+        for part in batches(pixels, self.options.batch):
+            scores += self._ask(images[part], prompts[part])
         return torch.tensor(scores, dtype=torch.float32)
 
     def _ask(self, images: Tensor | list[Tensor], prompts: list[str]) -> list[float]:
@@ -60,13 +71,17 @@ class External(Reward):
             body |= {"videos": [to_png(video) for video in images], "fps": self.options.fps}
         else:
             body["images"] = to_png(images) if len(images) else []
-        return ask(
-            self.options.url,
-            body,
-            timeout=self.options.timeout,
-            retries=self.options.retries,
-            check=lambda answer: _scores(answer, len(prompts)),
-        )
+        patience = Patience(self.options.timeout, self.options.retries)
+        return ask(self.options.url, body, patience, lambda answer: _scores(answer, len(prompts)))
+
+
+def batches(pixels: list[int], most: int) -> Iterator[slice]:
+    """Consecutive parts of at most `most` items and `PIXELS` pixels; an item that is larger is a part of its own."""
+    start = 0
+    for end in range(1, len(pixels) + 1):
+        if end == len(pixels) or end - start == most or sum(pixels[start : end + 1]) > PIXELS:
+            yield slice(start, end)
+            start = end
 
 
 def _scores(answer: Any, count: int) -> list[float]:

@@ -1,18 +1,21 @@
-"""Asking a server over HTTP: JSON both ways, patience with a slow one, and a clear failure instead of a made-up answer.
+"""Asking a server over HTTP: JSON both ways, with a deadline, retries, and a clear failure instead of a made-up answer.
 
 A key is taken from the environment variable `DANCEGRPO_KEYS` only, as `host=key` or `host:port=key`, several separated
 by commas. Each key goes to its own host, so a workflow cannot send it anywhere else.
 """
 
+import asyncio
 import base64
-import http.client
+import contextlib
 import io
 import json
 import os
-import time
-import urllib.error
+import threading
 import urllib.request
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import torch
@@ -21,101 +24,256 @@ from torch import Tensor
 from ...utils.errors import BadInput, RunFailed
 from ..preprocess import to_pil
 
+if TYPE_CHECKING:
+    import aiohttp
+
 KEYS = "DANCEGRPO_KEYS"
 LONGEST_ANSWER = 16 * 2**20
 LARGEST = torch.finfo(torch.float32).max
 PAUSE = 1.0
-"""Seconds before the second try; each further one waits twice as long."""
+"""Seconds before the second attempt; each further one waits twice as long."""
+LOOK = 0.1
+"""Seconds between looks at the interrupt."""
+
+Body = dict[str, Any] | Callable[[int], dict[str, Any]] | None
+"""What is sent as JSON, or a function that makes it after 0, 1, ... unusable answers; None asks with GET."""
+
+_interrupt: ContextVar[Callable[[], object] | None] = ContextVar("interrupt", default=None)
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
-        """The answer must come from where it was asked for."""
+class Unusable(RunFailed):
+    """The server is there and answered in full, but its answer is not usable."""
+
+
+class Refused(RunFailed):
+    """The server answered that it will not process this request (4xx)."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long an answer is waited for.
+
+    Attributes:
+        timeout: seconds for one attempt, from connecting to the end of the answer.
+        retries: further attempts if there is no usable answer.
+    """
+
+    timeout: float
+    retries: int
+
+
+@contextlib.contextmanager
+def interruptible(callback: Callable[[], object]) -> Iterator[None]:
+    """Call `callback` every tenth of a second while an answer is waited for; what it raises ends the waiting."""
+    token = _interrupt.set(callback)
+    try:
+        yield
+    finally:
+        _interrupt.reset(token)
 
 
 def check_url(url: str, reward: str) -> None:
     """Raise BadInput unless `url` is an address of a web server."""
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, a bracket that is not closed
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and len(url) <= 2048
+    except ValueError:  # a port that is not a number, a bracket that is not closed
         usable = False
     if not usable or any(letter.isspace() or not letter.isprintable() for letter in url):
         raise BadInput(
-            f"reward {reward!r}: url is {url!r}: give the address of its server, such as http://localhost:8100"
+            f"reward {reward!r}: url is {url[:100]!r}: give the address of its server, such as http://localhost:8100"
         )
     if parts.username or parts.password:
         raise BadInput(f"reward {reward!r}: url holds a name or password: give keys in the variable {KEYS} instead")
 
 
-def ask(url: str, body: dict | None, *, timeout: float, retries: int, check: Any) -> Any:
+def ask(url: str, body: Body, patience: Patience, check: Callable[[Any], Any]) -> Any:
     """What the server answers, checked.
 
     Args:
-        body: sent as JSON; None asks with GET.
-        timeout: seconds for one try, from the question to the end of the answer.
-        retries: further tries where the server is away, busy, slow or its answer is no good.
-        check: takes the decoded answer and returns what the caller wants of it; ValueError where it is no good.
+        check: takes the decoded answer and returns what the caller wants of it; raises ValueError, KeyError, TypeError,
+            IndexError or AttributeError if it is not usable.
 
     Raises:
-        RunFailed: no good answer came.
+        Unusable: every attempt got an answer that is not usable, or the last one did.
+        Refused: the server answered 4xx (other than 408 and 429), which is not tried again.
+        RunFailed: the server is unreachable, busy or slow, or does not speak HTTP.
     """
-    reason = ""
-    for attempt in range(retries + 1):
-        if attempt:
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+    (answer,) = ask_all(url, [body], patience, check, parallel=1)
+    if isinstance(answer, RunFailed):
+        raise answer
+    return answer
+
+
+def ask_all(
+    url: str, bodies: Sequence[Body], patience: Patience, check: Callable[[Any], Any], parallel: int
+) -> list[Any]:
+    """What the server answers to each body, in order; `Unusable` or `Refused` in place of what it did not answer.
+
+    Args:
+        parallel: requests at the same time.
+
+    Raises:
+        RunFailed: the server is unreachable, busy or slow, or does not speak HTTP.
+    """
+    return _wait_for(_ask_all(url, bodies, patience, check, parallel))
+
+
+def _wait_for(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Run a coroutine, and look at the interrupt meanwhile.
+
+    It gets a thread and an event loop of its own, because ComfyUI runs nodes inside a loop.
+    """
+    loop, done, interrupt = asyncio.new_event_loop(), threading.Event(), _interrupt.get()
+    task = loop.create_task(work)
+
+    def serve() -> None:
         try:
-            return check(_once(url, body, timeout))
-        except urllib.error.HTTPError as error:
-            reason = f"answered {error.code} {error.reason}: {_start(error)}"
-            if error.code < 500 and error.code not in (408, 429):
-                break
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            reason = f"gave an answer of another form: {error!r}"
-        except ValueError as error:
-            reason = f"gave no usable answer: {error}"
-        except RecursionError:
-            reason = "gave no usable answer: it is nested too deeply"
-        except OSError as error:
-            reason = f"cannot be reached: {getattr(error, 'reason', error)}"
-        except http.client.HTTPException as error:
-            reason = f"does not speak HTTP: {error!r}"
-    raise RunFailed(f"the server {url} {_printable(reason)}")
+            loop.run_until_complete(asyncio.wait([task]))
+        finally:
+            loop.close()
+            done.set()
+
+    threading.Thread(target=serve, daemon=True, name="asking a server").start()
+    try:
+        while not done.wait(LOOK):
+            if interrupt is not None:
+                interrupt()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # the loop ended in this moment
+            loop.call_soon_threadsafe(task.cancel)
+        done.wait(1.0)
+        raise
+    return task.result()
 
 
-def _once(url: str, body: dict | None, timeout: float) -> Any:
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+async def _ask_all(
+    url: str, bodies: Sequence[Body], patience: Patience, check: Callable[[Any], Any], parallel: int
+) -> list[Any]:
+    import aiohttp
+
+    limit = asyncio.Semaphore(parallel)
+    connector = aiohttp.TCPConnector(limit=0)
+    jar = aiohttp.DummyCookieJar()
+    async with aiohttp.ClientSession(connector=connector, cookie_jar=jar, auto_decompress=False) as session:
+
+        async def one(body: Body) -> Any:
+            async with limit:
+                return await _ask(session, url, body, patience, check)
+
+        tasks = [asyncio.ensure_future(one(body)) for body in bodies]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _ask(
+    session: "aiohttp.ClientSession", url: str, body: Body, patience: Patience, check: Callable[[Any], Any]
+) -> Any:
+    """The answer; `Refused`, or `Unusable` if no attempt gave a better one."""
+    unusable, reason = 0, None
+    for attempt in range(patience.retries + 1):
+        if attempt and not isinstance(reason, Unusable):
+            await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
+        try:
+            text = await _once(session, url, body(unusable) if callable(body) else body, patience.timeout)
+            return _checked(url, text, check)
+        except Refused as error:
+            return error
+        except Unusable as error:
+            unusable, reason = unusable + 1, error
+        except RunFailed as error:
+            reason = error
+    if isinstance(reason, Unusable):
+        return reason
+    raise reason
+
+
+async def _once(session: "aiohttp.ClientSession", url: str, body: dict[str, Any] | None, timeout: float) -> bytes:
+    """One attempt: the whole answer.
+
+    Raises:
+        Refused, RunFailed
+    """
+    import aiohttp
+
+    try:
+        async with session.request(
+            "GET" if body is None else "POST",
+            url,
+            data=None if body is None else json.dumps(body).encode(),
+            headers=_headers(url),
+            allow_redirects=False,
+            proxy=_proxy(url),
+            timeout=aiohttp.ClientTimeout(total=timeout),
+        ) as answer:
+            text = await _read(answer)
+    except asyncio.TimeoutError as error:
+        raise _failed(url, f"gave no complete answer within {timeout:g} s") from error
+    except aiohttp.ServerDisconnectedError as error:
+        raise _failed(url, "closed the connection without an answer") from error
+    except aiohttp.ClientPayloadError as error:
+        raise _failed(url, f"cut its answer short: {error}") from error
+    except aiohttp.ClientResponseError as error:
+        raise _failed(url, f"does not speak HTTP: {error.message}") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:
+        raise _failed(url, f"cannot be reached: {error}") from error
+    if answer.status < 300:
+        return text
+    reason = f"answered {answer.status} {answer.reason}: {text[:300].decode(errors='replace')}"
+    if answer.status >= 500 or answer.status in (408, 429):
+        raise _failed(url, reason)
+    raise Refused(answer.status, str(_failed(url, reason)))
+
+
+def _headers(url: str) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
     if key := _key(url):
         headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, headers)
-    end = time.monotonic() + timeout
-    with urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout) as answer:
-        return json.loads(_read(answer, end))
+    return headers
 
 
-def _read(answer: http.client.HTTPResponse, end: float) -> bytes:
-    """The whole answer; a server that sends it in drops cannot draw it out beyond `end`."""
-    text = b""
-    while part := answer.read1(2**16):
+def _proxy(url: str) -> str | None:
+    """The proxy of the environment (`http_proxy`, `no_proxy`, ...), if there is one for this address."""
+    parts = urlsplit(url)
+    return None if urllib.request.proxy_bypass(parts.netloc) else urllib.request.getproxies().get(parts.scheme)
+
+
+async def _read(answer: "aiohttp.ClientResponse") -> bytes:
+    text = bytearray()
+    async for part in answer.content.iter_any():
         text += part
         if len(text) > LONGEST_ANSWER:
-            raise ValueError(f"it is longer than {LONGEST_ANSWER} bytes")
-        if time.monotonic() > end:
-            raise TimeoutError("timed out in the middle of its answer")
-    return text
+            raise _failed(str(answer.url), f"gave an answer of more than {LONGEST_ANSWER} bytes")
+    return bytes(text)
 
 
-def _start(error: urllib.error.HTTPError) -> str:
+def _checked(url: str, text: bytes, check: Callable[[Any], Any]) -> Any:
     try:
-        return error.read1(300).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""
+        return check(json.loads(text))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = f"gave an answer of another form: {error!r}"
+    except ValueError as error:
+        reason = f"gave no usable answer: {error}"
+    except RecursionError:
+        reason = "gave no usable answer: it is nested too deeply"
+    raise Unusable(str(_failed(url, reason)))
+
+
+def _failed(url: str, reason: str) -> RunFailed:
+    return RunFailed(f"the server {url} {_printable(reason)}")
 
 
 def _printable(text: str) -> str:
-    """In one line, without the control characters that could take over a terminal."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    """In one line, at most 500 characters, without control characters that could take over a terminal."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:500]
 
 
 def _key(url: str) -> str | None:
@@ -131,10 +289,10 @@ def number(value: Any) -> float:
     """A finite number of an answer, within the range of float32.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is something else.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        raise ValueError(f"{str(value)[:40]!r} is no finite number")
+        raise ValueError(f"{str(value)[:40]!r} is not a finite number")
     return float(value)
 
 

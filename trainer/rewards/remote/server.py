@@ -1,38 +1,49 @@
 """Serves a reward to other programs over HTTP: `python -m trainer reward-server`, the other end of `external`."""
 
-import base64
-import binascii
 import contextlib
 import hmac
-import io
 import json
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ...utils.errors import BadInput, RunFailed
-from .. import Reward, score
+from ..base import Reward
+from ..scoring import score
+from .message import read_message
 
 KEY = "DANCEGRPO_SERVER_KEY"
-LARGEST = 512 * 2**20
-"""Bytes of a message."""
+LARGEST_BODY = 512 * 2**20
+"""Bytes of one message."""
+MOST_BYTES = 2**30
+"""Bytes of all messages that are in memory at once."""
+MOST_CONNECTIONS = 64
+READING = 120.0
+"""Seconds in which a request must have arrived."""
+SILENCE = 30.0
+"""Seconds that a connection may say nothing, or not take the answer."""
+
+
+class Busy(Exception):
+    """Too much is being worked on; the client may try again."""
 
 
 def serve(reward: Reward, host: str, port: int, device: torch.device) -> int:
     """Answer until interrupted; returns the exit code.
 
     Raises:
-        BadInput: the address cannot be listened on.
+        BadInput: the server cannot listen on the address.
     """
+    check_port(port)
     try:
-        server = make_server(reward, host, port, device)
+        server = RewardServer(reward, host, port, device)
     except OSError as error:
-        raise BadInput(f"{host}:{port} cannot be listened on: {error.strerror}") from error
+        raise BadInput(f"the server cannot listen on {host[:100]}:{port}: {error.strerror or error}") from error
     key = f"with the key in {KEY}" if os.environ.get(KEY) else "to anyone who can reach it"
     print(f"reward {reward.name} at http://{host}:{server.server_port}/score, {key}; stop with Ctrl+C", flush=True)
     try:
@@ -44,83 +55,134 @@ def serve(reward: Reward, host: str, port: int, device: torch.device) -> int:
     return 0
 
 
-def make_server(reward: Reward, host: str, port: int, device: torch.device) -> ThreadingHTTPServer:
-    """A server that answers `POST /score`; messages are read side by side, scored one after the other."""
-    turn = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            try:
-                with_key = os.environ.get(KEY)
-                given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-                if with_key and not hmac.compare_digest(given.encode(), with_key.encode()):
-                    return self._answer(401, {"error": "the key is missing or wrong"})
-                if self.path.rstrip("/") != "/score":
-                    return self._answer(404, {"error": "POST /score is all there is"})
-                images, prompts = read_message(self._body(), reward.media)
-                with turn:
-                    values = score(reward, [image.to(device) for image in images], prompts)
-            except (BadInput, ValueError) as error:
-                return self._answer(400, {"error": str(error)})
-            except (RunFailed, RuntimeError) as error:
-                return self._answer(500, {"error": str(error)})
-            return self._answer(200, {"scores": [value if value == value else None for value in values.tolist()]})
-
-        def _body(self) -> bytes:
-            length = int(self.headers.get("Content-Length") or -1)
-            if not 0 <= length <= LARGEST:
-                raise ValueError(f"Content-Length must be given, from 0 to {LARGEST}")
-            return self.rfile.read(length)
-
-        def _answer(self, code: int, content: dict[str, Any]) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            with contextlib.suppress(ConnectionError):  # who asked may have given up
-                self.end_headers()
-                self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Keep the terminal for what matters."""
-
-    return ThreadingHTTPServer((host, port), Handler)
+def check_port(port: int) -> None:
+    """Raise BadInput unless `port` is a number that a server can listen on."""
+    if not 0 <= port <= 65_535:
+        raise BadInput(f"--port is {port}: give a number from 1 to 65535")
 
 
-def read_message(body: bytes, media: str) -> tuple[list[Tensor], list[str]]:
-    """Images `[3, H, W]` or videos `[F, 3, H, W]` in [0, 1], and the prompts, of a message.
+class RewardServer(ThreadingHTTPServer):
+    """Answers `POST /score`: requests are read in parallel, within bounds, and scored one after the other."""
 
-    Raises:
-        ValueError: the message is of another form.
-    """
-    try:
-        message = json.loads(body)
-    except ValueError as error:
-        raise ValueError(f"the message is no JSON: {error}") from error
-    name = "videos" if media == "video" else "images"
-    if not isinstance(message, dict) or not isinstance(message.get(name), list):
-        raise ValueError(f"the message holds no list {name!r}")
-    prompts = message.get("prompts")
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("the message holds no list 'prompts' of texts")
-    if media == "image":
-        return [_image(text) for text in message[name]], prompts
-    return [_video(frames) for frames in message[name]], prompts
+    daemon_threads = True
+
+    def __init__(self, reward: Reward, host: str, port: int, device: torch.device) -> None:
+        self.reward, self.device = reward, device
+        self.scoring = threading.Lock()
+        self.counting, self.bytes, self.connections = threading.Lock(), 0, 0
+        super().__init__((host, port), Handler)
+
+    def answer(self, body: bytes) -> list[float | None]:
+        """The scores of a message.
+
+        Raises:
+            BadInput, ValueError: the message is malformed, or the reward cannot score it.
+        """
+        message = read_message(body, self.reward.media)
+        with self.scoring:
+            values = score(self.reward, message.decoded(self.device), message.prompts)
+        return [value if value == value else None for value in values.tolist()]
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[None]:
+        """Count a connection.
+
+        Raises:
+            Busy: there are too many already.
+        """
+        with self.counting:
+            if self.connections >= MOST_CONNECTIONS:
+                raise Busy
+            self.connections += 1
+        try:
+            yield
+        finally:
+            with self.counting:
+                self.connections -= 1
+
+    @contextlib.contextmanager
+    def holding(self, size: int) -> Iterator[None]:
+        """Count a message's bytes.
+
+        Raises:
+            Busy: messages of other requests take the memory.
+        """
+        with self.counting:
+            if self.bytes + size > MOST_BYTES:
+                raise Busy
+            self.bytes += size
+        try:
+            yield
+        finally:
+            with self.counting:
+                self.bytes -= size
 
 
-def _video(frames: Any) -> Tensor:
-    if not isinstance(frames, list) or not frames:
-        raise ValueError("a video must be a list of at least one image")
-    return torch.stack([_image(frame) for frame in frames])
+class Handler(BaseHTTPRequestHandler):
+    """One connection: a request in `READING` seconds, an answer, and the end."""
 
+    server: RewardServer
+    timeout = SILENCE
 
-def _image(text: Any) -> Tensor:
-    import numpy as np
-    from PIL import Image
+    def handle(self) -> None:
+        deadline = threading.Timer(READING, self._hang_up)
+        deadline.daemon = True
+        deadline.start()
+        self.arrived = deadline.cancel
+        try:
+            with self.server.connected():
+                super().handle()
+        except (Busy, OSError, ValueError):  # too many clients, or this one has gone
+            self.close_connection = True
+        finally:
+            deadline.cancel()
 
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(text, validate=True))) as picture:
-            array = np.array(picture.convert("RGB"))
-    except (TypeError, binascii.Error, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image is no file in base64: {error}") from error
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    def _hang_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(2)
+
+    def do_POST(self) -> None:
+        code, content = self._result()
+        self._answer(code, content)
+
+    def _result(self) -> tuple[int, dict[str, Any]]:
+        key = os.environ.get(KEY)
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if key and not hmac.compare_digest(given.encode(), key.encode()):
+            return 401, {"error": "the key is missing or wrong"}
+        if self.path.rstrip("/") != "/score":
+            return 404, {"error": "only POST /score is answered"}
+        try:
+            size = self._length()
+            with self.server.holding(size):
+                body = self.rfile.read(size)
+                self.arrived()
+                if len(body) < size:
+                    return 400, {"error": "the message was cut short"}
+                return 200, {"scores": self.server.answer(body)}
+        except Busy:
+            return 503, {"error": "too many requests at once; try again later"}
+        except (BadInput, ValueError) as error:
+            return 400, {"error": str(error)}
+        except (RunFailed, RuntimeError, MemoryError) as error:
+            return 500, {"error": str(error) or type(error).__name__}
+
+    def _length(self) -> int:
+        text = self.headers.get("Content-Length", "")
+        if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) <= LARGEST_BODY):
+            raise ValueError(f"Content-Length must be given, from 0 to {LARGEST_BODY}")
+        return int(text)
+
+    def _answer(self, code: int, content: dict[str, Any]) -> None:
+        data = json.dumps(content).encode()
+        self.close_connection = True
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "close")
+        with contextlib.suppress(OSError):  # who asked may have given up
+            self.end_headers()
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep the terminal for what matters."""

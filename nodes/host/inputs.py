@@ -1,0 +1,119 @@
+"""Checks of what arrives at a node: a workflow in API format may hold any literal, and a link of type * any value."""
+
+import math
+from typing import TypeVar
+
+from torch import Tensor
+
+from ...trainer.utils.errors import BadInput
+
+T = TypeVar("T")
+LITERALS = (str, bytes, bool, int, float, dict, list, tuple)
+
+
+def linked(value: T, field: str, socket: str) -> T:
+    """A MODEL, CLIP, VAE or other object of ComfyUI's, as it is.
+
+    Raises:
+        BadInput: the workflow holds plain data in place of the link.
+    """
+    if value is None or isinstance(value, LITERALS):
+        raise _not_linked(value, field, socket)
+    return value
+
+
+def image_batch(value: object, field: str) -> Tensor:
+    """An IMAGE, as it is: `[B, H, W, C]` with 1, 3 or 4 channels and at least one image.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        raise _not_linked(value, field, "IMAGE")
+    if value.ndim != 4 or value.shape[-1] not in (1, 3, 4) or 0 in value.shape:
+        raise BadInput(
+            f"{field} has shape {tuple(value.shape)}: images are [number, height, width, 1, 3 or 4 channels]"
+        )
+    return value
+
+
+def lora_tensors(value: object, field: str) -> dict[str, Tensor]:
+    """A LORA_MODEL, as it is.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    if not isinstance(value, dict) or not all(isinstance(tensor, Tensor) for tensor in value.values()):
+        raise _not_linked(value, field, "LORA_MODEL")
+    return value
+
+
+def conditioning(value: object, field: str) -> list:
+    """A CONDITIONING, as it is.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    parts = value if isinstance(value, list) else [None]
+    if not all(isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[1], dict) for part in parts):
+        raise _not_linked(value, field, "CONDITIONING")
+    return value
+
+
+def noise_levels(value: object, field: str) -> Tensor:
+    """SIGMAS, as they are: `[T + 1]`.
+
+    Raises:
+        BadInput: they are something else.
+    """
+    if not isinstance(value, Tensor) or value.ndim != 1:
+        raise _not_linked(value, field, "SIGMAS")
+    return value
+
+
+def finite(value: float, field: str) -> float:
+    """A number of a widget, as it is; JSON as Python reads it also holds NaN and Infinity.
+
+    Raises:
+        BadInput: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise BadInput(f"{field} is {value}: give a finite number")
+    return value
+
+
+def text(value: object, field: str) -> str:
+    """A text, as it is.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    if not isinstance(value, str):
+        raise BadInput(f"{field} is {str(value)[:60]!r}, which is not text")
+    return value
+
+
+def whole_number(value: object, field: str, low: int, high: int) -> int:
+    """An integer of a range, as it is.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise BadInput(f"{field} is {str(value)[:60]}: give a whole number from {low} to {high}")
+    return value
+
+
+def single(values: list, field: str) -> object:
+    """The one value of an input of a node that takes lists.
+
+    Raises:
+        BadInput: a list of several values, or of none, is connected.
+    """
+    if len(values) != 1:
+        raise BadInput(f"{field} is connected to a list of {len(values)} values: connect one")
+    return values[0]
+
+
+def _not_linked(value: object, field: str, socket: str) -> BadInput:
+    return BadInput(f"{field} must be connected to an output of type {socket}; it holds {type(value).__name__} data")

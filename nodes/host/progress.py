@@ -1,0 +1,225 @@
+"""What a node shows while it works, and waiting for a run."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import comfy.model_management
+from comfy.model_management import InterruptProcessingException
+from comfy.utils import ProgressBar
+from server import PromptServer
+
+from ...trainer.runs import launch
+from ...trainer.runs.directory import RunDirectory
+from ...trainer.runs.progress import duration, number, table
+from ...trainer.utils.errors import BadInput, RunFailed
+from ...trainer.utils.media import open_image
+from .folders import publish_lora
+
+GRACE = 6.0
+"""Seconds a run has to stop by itself when the user cancels; after that its processes are killed."""
+POLL = 0.5
+"""Seconds between two looks at a run."""
+EXIT = 10.0
+"""Seconds to wait for the processes of an ended run to release their memory."""
+LOG_LINES = 30
+RECENT = 20
+"""Iterations whose mean time gives the time left."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the node
+
+
+def check_interrupt() -> None:
+    """Raise ComfyUI's own exception (a BaseException) when the user cancels."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def say(text: str, node_id: str | None) -> None:
+    """Show text on a node, in the browser that queued the running prompt.
+
+    A prompt queued without a browser has no node on any screen. Sent to everybody, its text would appear on the nodes
+    of the same number in other people's graphs.
+    """
+    server = getattr(PromptServer, "instance", None)  # there is none outside a running ComfyUI
+    client = getattr(server, "client_id", None)
+    if node_id is not None and client is not None:
+        server.send_progress_text(text.encode("utf-8", "replace"), node_id, sid=client)
+
+
+@contextmanager
+def errors_on_node(node_id: str | None) -> Iterator[None]:
+    """Show what a node refuses, or why its run failed, on the node as well."""
+    try:
+        yield
+    except (BadInput, RunFailed) as error:
+        say(str(error), node_id)
+        raise
+
+
+class NodeProgress:
+    """A node's progress bar, preview picture and line of text; sends only what changed.
+
+    Args:
+        node_id: the running node.
+        iterations: of the whole run.
+    """
+
+    def __init__(self, node_id: str, iterations: int) -> None:
+        self.node_id, self.iterations = node_id, iterations
+        self.bar = ProgressBar(iterations, node_id=node_id)
+        self.text, self.iteration, self.picture = "", -1, None
+
+    def show(self, iteration: int, text: str, picture: Path | None) -> None:
+        """
+        Args:
+            picture: the newest picture of samples, if there is one.
+        """
+        if (iteration, picture) != (self.iteration, self.picture):
+            preview = _preview(picture) if picture != self.picture else None
+            self.bar.update_absolute(iteration, self.iterations, preview)
+            self.iteration, self.picture = iteration, picture
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        if text != self.text:
+            say(text, self.node_id)
+            self.text = text
+
+
+def _preview(picture: Path | None) -> tuple | None:
+    if picture is None:
+        return None
+    try:
+        return ("JPEG", open_image(picture), 1024)
+    except BadInput:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- waiting
+
+
+class RunView:
+    """The state of a run as text; events are read once each."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run, self.seen = run, 0
+        self.first: dict | None = None
+        self.recent: deque[dict] = deque(maxlen=RECENT)
+
+    def text(self, running: bool) -> str:
+        """State, rewards and time left, in a few lines."""
+        self._read_events()
+        status = self.run.status()
+        done, total = status.get("iteration", 0), status.get("iterations", 0)
+        lines = [f"run {self.run.path.name!r}: {_state(status, running)}"]
+        if total:
+            lines.append(f"iteration {done} of {total}")
+        if self.recent:
+            lines += _rewards(self.first["rewards"], self.recent[-1]["rewards"])
+        if running and self.recent and status.get("state") == "running":
+            seconds = sum(event["seconds"]["total"] for event in self.recent) / len(self.recent)
+            lines.append(f"{duration(seconds * (total - done))} left")
+        if status.get("state") == "failed":
+            lines.append(str(status.get("error")))
+        if not running and (summary := self.run.summary()):
+            lines.append(table(summary))
+        return "\n".join(line for line in lines if line)
+
+    def _read_events(self) -> None:
+        events = self.run.events()
+        if len(events) < self.seen:  # a resumed run dropped the events after its checkpoint
+            self.first, self.seen = None, 0
+            self.recent.clear()
+        self.recent.extend(events[self.seen :])
+        self.first, self.seen = self.first or next(iter(events), None), len(events)
+
+
+def _state(status: dict, running: bool) -> str:
+    state = status.get("state", "starting")
+    if running:
+        return state
+    if state in ("starting", "running", "stopping"):
+        return "its processes exited unexpectedly; it can be resumed"
+    return "stopped; it can be resumed" if state == "stopped" else state
+
+
+def _rewards(first: dict[str, dict], last: dict[str, dict]) -> list[str]:
+    started = {name: number(value.get("mean")) for name, value in first.items()}
+    return [f"{name} {number(value.get('mean'))} (was {started.get(name, '-')})" for name, value in last.items()]
+
+
+def wait(run: RunDirectory, progress: NodeProgress) -> None:
+    """Until the run has ended, showing how it goes.
+
+    Raises:
+        RunFailed: it failed or its processes died; with the last lines of its log.
+        InterruptProcessingException: the user cancelled.
+    """
+    seen, view = None, RunView(run)
+    while True:
+        check_interrupt()
+        running = launch.is_running(run)  # before the files are read: the last look sees their end
+        stamp = _stamp(run)
+        if stamp != seen or not running:
+            seen = stamp
+            progress.show(run.status().get("iteration", 0), view.text(running), newest_sample(run))
+        if not running:
+            break
+        time.sleep(POLL)
+    launch.wait_for_exit(run, EXIT)
+    raise_failure(run)
+
+
+def raise_failure(run: RunDirectory) -> None:
+    """
+    Raises:
+        RunFailed: the run, which has ended, neither finished nor was stopped.
+    """
+    state = run.status().get("state")
+    if state in ("finished", "stopped"):
+        return
+    reason = run.status().get("error") if state == "failed" else "its processes exited unexpectedly; see the log below"
+    raise RunFailed(f"run {run.path.name!r} failed: {reason}\n{log_tail(run)}")
+
+
+def cancel(run: RunDirectory, name: str) -> None:
+    """End every process of a run; what it learned is kept, also as a LoRA that ComfyUI lists."""
+    launch.stop(run, grace=GRACE)
+    if run.lora_file.exists():
+        publish_lora(run.lora_file, name)
+
+
+def wait_or_cancel(run: RunDirectory, name: str, progress: NodeProgress) -> None:
+    """`wait`, but a cancelled prompt ends the run."""
+    try:
+        wait(run, progress)
+    except InterruptProcessingException:
+        progress.say(f"run {name!r}: stopping")
+        cancel(run, name)
+        progress.say(RunView(run).text(running=False))
+        raise
+
+
+def _stamp(run: RunDirectory) -> tuple:
+    files = (run.path / "status.json", run.path / "events.jsonl")
+    return tuple(file.stat().st_mtime_ns if file.exists() else 0 for file in files)
+
+
+def log_tail(run: RunDirectory) -> str:
+    """The last lines of what the run printed."""
+    if not run.log_file.exists():
+        return ""
+    with run.log_file.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 20_000))
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    return "\n".join(lines[-LOG_LINES:])
+
+
+def newest_sample(run: RunDirectory) -> Path | None:
+    """The newest picture of samples."""
+    pictures = list((run.path / "samples").glob("*.png"))
+    return max(pictures, key=lambda path: path.stat().st_mtime_ns, default=None)

@@ -1,0 +1,72 @@
+"""GRPO Run: look at, watch, stop or resume a training run."""
+
+from comfy_api.latest import io
+
+from ..trainer.runs import launch
+from ..trainer.utils.errors import BadInput
+from .host import progress, results, runs
+from .host.folders import check_name
+from .types import CATEGORY, RunType
+
+ACTIONS = ("look", "watch", "stop", "resume")
+
+
+class Run(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DanceGRPO_Run",
+            display_name="GRPO Run",
+            category=CATEGORY,
+            description="Look at a training run, watch it to its end, stop it, or resume it; and get its LoRA.",
+            search_aliases=[
+                "grpo run", "training status", "resume training", "stop training", "lora", "rlhf", "dancegrpo",
+            ],
+            is_output_node=True,
+            not_idempotent=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                RunType.Input("run", optional=True, tooltip="From GRPO Train LoRA; or give its name below."),
+                io.String.Input("name", default="", optional=True, tooltip="Name of a run, where none is connected."),
+                io.Combo.Input(
+                    "action",
+                    options=list(ACTIONS),
+                    tooltip="look: its state now. watch: wait for its end (cancel ends the watching, not the run). "
+                    "stop: end it, keeping what was learned. resume: continue a stopped or broken run.",
+                ),
+            ],
+            outputs=results.outputs(status_first=True),
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        try:
+            if name:
+                check_name(name)
+        except BadInput as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> float:
+        return float("nan")  # a new object each time: ComfyUI compares by identity first
+
+    @classmethod
+    def execute(cls, action: str, run: str | None = None, name: str = "") -> io.NodeOutput:
+        with progress.errors_on_node(cls.hidden.unique_id):
+            if run is None and not name:
+                raise BadInput("no run: connect one, or give its name")
+            if run is not None and name and name != run:
+                raise BadInput(f"run {run!r} is connected and the name is {name!r}: clear the name, or disconnect")
+            directory = runs.existing(run or name)
+            if action == "stop":
+                launch.stop(directory, grace=progress.GRACE)
+            elif action == "resume":
+                runs.resume(directory)
+            elif action == "watch":
+                bar = progress.NodeProgress(cls.hidden.unique_id, directory.config().runtime.iterations)
+                progress.wait(directory, bar)
+            return results.result(directory, cls, status_first=True)
+
+
+NODES = [Run]

@@ -1,0 +1,84 @@
+"""Objectives and their engine around any model, without a run: for tests that look at gradients."""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Load = Callable[[str], ModuleType]
+
+
+def engine_for(model: Any, options: dict, load: Load = importlib.import_module, **sections: dict) -> Any:
+    """An engine whose policy has put a LoRA into the model.
+
+    Args:
+        options: of the section `objective`.
+        load: gives a module of the trainer by its name.
+        sections: other sections of the run description.
+    """
+    data = {"prompts": {"texts": ["any"]}, "rewards": [{"name": "brightness"}], "objective": options, **sections}
+    config = load("trainer.config").parse_config(data)
+    objective = load("trainer.objectives").make_objective(config)
+    policy = load("trainer.policy").Policy(model, config, objective.keeps_old_weights)
+    processes = load("trainer.utils.distributed").Processes("cpu")
+    resources = load("trainer.objectives.base").Resources(model, policy, {}, None, processes)
+    objective.setup(resources)
+    execution = load("trainer.rollout").Execution()
+    return load("trainer.objectives.engine").Engine(objective, model, policy, processes, execution)
+
+
+def with_options(engine: Any, options: dict, load: Load = importlib.import_module) -> Any:
+    """The engine with other options of its objective, on the same policy."""
+    objective = engine.objective
+    kind = type(objective.options)
+    objective.options = kind.model_validate(objective.options.model_dump() | options)
+    return engine
+
+
+def experience_of(
+    plan: Any,
+    prompting: Any,
+    trajectories: Any,
+    prompt_of: Tensor,
+    advantages: list[float],
+    load: Load = importlib.import_module,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """What an iteration would train on, all of whose images are in this process."""
+    groups = [prompt_of[:i].tolist().count(p) for i, p in enumerate(prompt_of.tolist())]
+    members = list(zip(prompt_of.tolist(), groups, strict=True))
+    values = torch.zeros(max(p for p, _ in members) + 1, max(g for _, g in members) + 1, dtype=dtype)
+    for member, value in zip(members, advantages, strict=True):
+        values[member] = value
+    base = load("trainer.objectives.base")
+    return base.Experience(
+        iteration=0,
+        plan=plan,
+        prompting=prompting,
+        members=members,
+        prompt_of=prompt_of,
+        texts=["any"] * len(members),
+        trajectories=trajectories,
+        advantages=load("trainer.objectives.advantage").Advantages(
+            values, torch.zeros(len(values), dtype=torch.bool), torch.zeros_like(values, dtype=torch.bool), {}
+        ),
+        active=torch.ones_like(values, dtype=torch.bool),
+    )
+
+
+def items_of(experience: Any, pairs: list[tuple[int, int]], load: Load = importlib.import_module) -> list:
+    """Items for (index of an image in this process, step)."""
+    item = load("trainer.objectives.base").Item
+    return [item(experience.members[i], step) for i, step in pairs]
+
+
+def gradients_of(engine: Any) -> dict[str, Tensor]:
+    """The gradients that have been accumulated, taken away from the parameters."""
+    found = {}
+    for name, parameter in engine.policy.parameters.items():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        parameter.grad = None
+    return found

@@ -1,0 +1,193 @@
+"""Starting from an existing LoRA: a file under the key names that ComfyUI loads for this model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config import LoraConfig
+from ..models.base import Rows
+from ..utils.errors import BadInput, cut, shorten
+
+_PAIRS = (
+    (".lora_A.weight", ".lora_B.weight"),
+    (".lora_A.default.weight", ".lora_B.default.weight"),
+    (".lora_down.weight", ".lora_up.weight"),
+    (".lora.down.weight", ".lora.up.weight"),
+    ("_lora.down.weight", "_lora.up.weight"),
+    (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    (".lora_A", ".lora_B"),
+)
+"""Endings of the two matrices' names, in the forms that ComfyUI reads."""
+_ALPHA = ".alpha"
+
+Layer = tuple[Tensor, Tensor, float]
+"""Down projection `[r, in]`, up projection `[out, r]`, and the factor that their product has."""
+
+
+def check_start(config: LoraConfig) -> None:
+    """Look at the file of `lora.start_from` without loading it.
+
+    Raises:
+        BadInput: it is missing, is not a safetensors file, or holds no LoRA.
+    """
+    if config.start_from is not None:
+        _layer_names(list(_header(config.start_from)), _what(config))
+
+
+def start_weights(
+    config: LoraConfig,
+    modules: list[str],
+    key: Callable[[str], str | Rows],
+    aliases: Callable[[str], list[str]],
+    fresh: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The LoRA's weights with those of `lora.start_from` in place; what the file does not hold stays fresh.
+
+    A rank or an alpha of its own is taken over exactly: a lower rank leaves the further rows fresh, and a different
+    factor alpha / rank goes into the up projection.
+
+    Args:
+        modules: names of the modules that are trained.
+        key: the name under which ComfyUI loads a module's LoRA, or its part of a fused layer.
+        aliases: further names under which ComfyUI loads it.
+        fresh: the untrained weights by parameter name, `<module>.lora_A.default.weight`, whose product is 0.
+
+    Raises:
+        BadInput: the file changes layers that are not trained, its rank is above `lora.rank`, or a size differs.
+    """
+    what = _what(config)
+    layers = _read_layers(config.start_from, what)
+    result, used = dict(fresh), set()
+    for module in modules:
+        place = key(module)
+        names = _names(place.key if isinstance(place, Rows) else place, module) + aliases(module)
+        name = next((name for name in names if name in layers), None)
+        if name is None:
+            continue
+        used.add(name)
+        down_name, up_name = (f"{module}.lora_{side}.default.weight" for side in "AB")
+        layer = layers[name] if isinstance(place, str) else _part(layers[name], place, fresh[up_name].shape[0])
+        result[down_name], result[up_name] = _fitted(
+            layer, fresh[down_name], fresh[up_name], config, f"{what}: layer {shorten(name)}"
+        )
+    if unused := sorted(set(layers) - used):
+        raise BadInput(
+            f"{what} changes {len(unused)} layers that this run does not train, such as {shorten(unused[0])}: name "
+            "them in lora.targets, or start from a LoRA of this model alone"
+        )
+    return result
+
+
+def _what(config: LoraConfig) -> str:
+    return f"lora.start_from: {cut(config.start_from, 200)}"
+
+
+def _header(path: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by name.
+
+    Raises:
+        BadInput: it is not a readable safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise BadInput(f"lora.start_from: there is no file {cut(path, 200)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = cut(str(error), 100)
+        raise BadInput(f"lora.start_from: {cut(path, 200)} is not a safetensors file ({reason})") from error
+
+
+def _layer_names(names: list[str], what: str) -> dict[str, tuple[str, str]]:
+    """The names of the down and up projection of each layer.
+
+    Raises:
+        BadInput: there are none, one is without the other, or there is something else than LoRA layers.
+    """
+    known, layers, rest = set(names), {}, []
+    for name in names:
+        pair = next(((down, up) for down, up in _PAIRS if name.endswith((down, up))), None)
+        if pair is None:
+            rest += [] if name.endswith(_ALPHA) else [name]
+            continue
+        base = name.removesuffix(pair[0]).removesuffix(pair[1])
+        layers[base] = (base + pair[0], base + pair[1])
+    if rest:
+        raise BadInput(f"{what} holds {shorten(rest[0])}, which is not part of a LoRA of linear layers")
+    if not layers:
+        raise BadInput(f"{what} holds no LoRA")
+    for base, (down, up) in layers.items():
+        if not {down, up} <= known:
+            raise BadInput(f"{what} holds one matrix of layer {shorten(base)} without the other")
+    return layers
+
+
+def _read_layers(path: str, what: str) -> dict[str, Layer]:
+    from safetensors.torch import load_file
+
+    names = _layer_names(list(_header(path)), what)
+    tensors, layers = load_file(path), {}
+    for base, (down_name, up_name) in names.items():
+        down, up = (_matrix(tensors[name], what, name) for name in (down_name, up_name))
+        if down.shape[0] != up.shape[1]:
+            raise BadInput(f"{what}: the two matrices of layer {shorten(base)} have different ranks")
+        alpha = tensors.get(base + _ALPHA)
+        factor = 1.0 if alpha is None else float(alpha.float().reshape(-1)[0]) / down.shape[0]
+        layers[base] = (down, up, factor)
+    return layers
+
+
+def _matrix(tensor: Tensor, what: str, name: str) -> Tensor:
+    """A projection as a float32 matrix; 1 x 1 convolutions are matrices."""
+    if tensor.ndim == 4 and tuple(tensor.shape[2:]) == (1, 1):
+        tensor = tensor[:, :, 0, 0]
+    if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.isfinite().all() or not tensor.numel():
+        raise BadInput(f"{what}: {shorten(name)} is not a finite matrix")
+    return tensor.float()
+
+
+def _names(key: str, module: str) -> list[str]:
+    """Names under which ComfyUI finds a layer; the one that this program writes comes first.
+
+    Args:
+        key: in this program's files, such as `diffusion_model.blocks.0.attn.qkv`.
+        module: in diffusers' network or in ComfyUI's, such as `transformer_blocks.0.attn.to_q`.
+    """
+    names = [key]
+    for name in (key.partition(".")[2], module):
+        flat = name.replace(".", "_")
+        names += [f"{start}.{name}" for start in ("diffusion_model", "transformer", "unet", "base_model.model")]
+        names += [f"{start}_{flat}" for start in ("lora_unet", "lora_transformer", "lycoris")]
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _part(layer: Layer, rows: Rows, count: int) -> Layer:
+    """A module's part of a layer that ComfyUI keeps in one piece; columns that do not reach it are left out."""
+    down, up, factor = layer
+    own = up[rows.first : rows.first + count]
+    reached = own.any(0)
+    return down[reached], own[:, reached], factor
+
+
+def _fitted(layer: Layer, down: Tensor, up: Tensor, config: LoraConfig, what: str) -> tuple[Tensor, Tensor]:
+    """The layer as weights of the run's own rank and alpha.
+
+    Args:
+        down, up: the fresh weights, `[rank, in]` and `[out, rank]`.
+    """
+    new_down, new_up, factor = layer
+    rank = new_down.shape[0]
+    if new_down.shape[1] != down.shape[1] or new_up.shape[0] != up.shape[0]:
+        sizes = f"{new_down.shape[1]} to {new_up.shape[0]}, not {down.shape[1]} to {up.shape[0]}"
+        raise BadInput(f"{what} maps {sizes}: it belongs to another model")
+    if rank > config.rank:
+        raise BadInput(f"{what} has rank {rank}, which is above lora.rank {config.rank}: raise lora.rank to {rank}")
+    down, up = down.detach().clone(), torch.zeros_like(up)
+    down[:rank] = new_down.to(down.device)
+    up[:, :rank] = (new_up * (factor / (config.alpha / config.rank))).to(up.device)
+    return down, up

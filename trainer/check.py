@@ -1,0 +1,98 @@
+"""Everything a run description can be refused for before anything large is loaded or written."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .config import RunConfig
+from .models import DiffusionModel, check_kernel, model_class
+from .objectives import Objective, make_objective
+from .prompts.conditions import check_conditions
+from .prompts.sets import PromptSet, read_prompts
+from .rewards import Reward, load_reward
+from .utils.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a description stands for; no weights are loaded.
+
+    Attributes:
+        family: class of the model.
+        objective: made, not set up.
+        prompts, held_out: to train and to evaluate on.
+        rewards: by name, those that are trained.
+        judges: these and the ones that only watch.
+    """
+
+    family: type[DiffusionModel]
+    objective: Objective
+    prompts: PromptSet
+    held_out: PromptSet
+    rewards: dict[str, Reward]
+    judges: dict[str, Reward]
+
+
+def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) -> Checked:
+    """Look at all of a description: model, prompts, rewards, objective, and whether they fit each other.
+
+    Args:
+        processes: how many will share the run.
+        conditions_exist: whether the file `prompts.conditions` must be there by now.
+
+    Raises:
+        BadInput: what would keep the run from starting.
+    """
+    if config.model.sharded and processes == 1:
+        raise BadInput("model.sharded is true: it takes several processes, and this run has one (--processes)")
+    family = model_class(config.model)
+    check_kernel(family, config.model.family, config.rollout)
+    family.check_targets(config.model, config.lora.targets or [])
+    objective = make_objective(config)
+    prompts, held_out = read_prompts(config, objective.training_prompts())
+    rewards, judges = check_rewards(config, processes, prompts, held_out)
+    _check_media(judges, config.model.frames)
+    objective.check(family, rewards)
+    if config.prompts.conditions is not None and conditions_exist:
+        check_conditions(config, family, prompts, held_out)
+    return Checked(family, objective, prompts, held_out, rewards, judges)
+
+
+def check_rewards(
+    config: RunConfig, processes: int, prompts: PromptSet, held_out: PromptSet
+) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The part of `check_run` that needs no model.
+
+    Returns:
+        the rewards that are trained, by name; and these with the ones that only watch.
+
+    Raises:
+        BadInput: prompts or rewards do not fit each other or the number of processes.
+    """
+    images = config.rollout.prompts_per_iteration * config.rollout.group_size
+    if processes > images:
+        raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
+    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
+    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
+    _check_groups(rewards, processes)
+    _check_prompts(judges, [*prompts.scored, *held_out.scored])
+    return rewards, judges
+
+
+def _check_groups(rewards: Mapping[str, Reward], processes: int) -> None:
+    for name, reward in rewards.items():
+        if reward.groupwise and processes > 1:
+            raise BadInput(f"reward {name!r} compares all images of a group: it works in one process, not {processes}")
+
+
+def _check_media(rewards: Mapping[str, Reward], frames: int) -> None:
+    for name, reward in rewards.items():
+        if reward.media == "video" and frames < 2:
+            raise BadInput(f"reward {name!r} judges videos, and model.frames is {frames}: give it a model of videos")
+
+
+def _check_prompts(rewards: Mapping[str, Reward], texts: list[str]) -> None:
+    for name, reward in rewards.items():
+        try:
+            reward.check_prompts(texts)
+        except ValueError as error:
+            raise BadInput(f"reward {name!r}: {error}") from error

@@ -1,0 +1,149 @@
+"""What a network predicts: the process that noises images, and the parametrisation of the prediction.
+
+A model family converts its network's output to the prediction of its process once, in `predict`. Nothing later asks
+whether that is a velocity or noise: it goes by the process.
+
+Notation: sigma is the noise level, from 1 (noise) to 0 (image); the noised latents are
+x = signal(sigma) image + sigma noise.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+Level = float | Tensor
+"""A noise level or a coefficient: a number for the whole batch, or a tensor `[B]`."""
+
+
+class Process(ABC):
+    """How images are noised, and what a network that undoes it predicts. Stateless; `FLOW` and `VP` are the two."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def signal(self, sigma: Level) -> Level:
+        """The image's share of the noised latents, of the type and shape of `sigma`."""
+
+    @abstractmethod
+    def image(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        """The image estimate of a prediction.
+
+        Args:
+            latents, prediction: `[B, ...]`.
+            sigma: in [0, 1] for FLOW, [0, 1) for VP; a number or `[B]`.
+
+        Returns:
+            shaped as `latents`.
+        """
+
+    @abstractmethod
+    def noise(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        """The noise estimate of a prediction; arguments as for `image`."""
+
+    @abstractmethod
+    def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
+        """The prediction that is right for `noised(image, noise, sigma)`: what a network is trained to give."""
+
+    @abstractmethod
+    def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients of the latents and of the prediction in the deterministic first-order step.
+
+        Args:
+            sigma, sigma_next: `[B]` float64, sigma > sigma_next.
+        """
+
+    @abstractmethod
+    def k_scale(self, sigma: Level) -> Level:
+        """The factor from these latents to those of k-diffusion and ComfyUI at the same noise level.
+
+        There, diffusion models have latents image + s noise with s = k_scale sigma, and flow models the same as here.
+        In both, (latents - image estimate) / s is the prediction of the process.
+        """
+
+    @abstractmethod
+    def from_k_sigma(self, s: float) -> float:
+        """The sigma of a noise level of k-diffusion and ComfyUI."""
+
+    def noised(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
+        """Latents at noise level sigma, shaped as `image`.
+
+        Args:
+            image, noise: `[B, ...]`; noise is standard normal.
+            sigma: in [0, 1]; a number or `[B]`.
+        """
+        return column(self.signal(sigma), image) * image + column(sigma, image) * noise
+
+    def __repr__(self) -> str:
+        return f"<process {self.name}>"
+
+
+class RectifiedFlow(Process):
+    """x = (1 - sigma) image + sigma noise; the prediction is the velocity v = noise - image (arXiv 2209.03003)."""
+
+    name = "flow"
+
+    def signal(self, sigma: Level) -> Level:
+        return 1 - sigma
+
+    def image(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        return latents - column(sigma, latents) * prediction
+
+    def noise(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        return latents + column(1 - sigma, latents) * prediction
+
+    def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
+        return noise - image
+
+    def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(sigma), sigma_next - sigma
+
+    def k_scale(self, sigma: Level) -> Level:
+        return torch.ones_like(sigma) if isinstance(sigma, Tensor) else 1.0
+
+    def from_k_sigma(self, s: float) -> float:
+        return s
+
+
+class VariancePreserving(Process):
+    """x = sqrt(1 - sigma^2) image + sigma noise; the prediction is the noise (DDPM, arXiv 2006.11239).
+
+    In the usual notation sigma = sqrt(1 - alpha_bar).
+    """
+
+    name = "vp"
+
+    def signal(self, sigma: Level) -> Level:
+        return (1 - sigma**2) ** 0.5
+
+    def image(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        return (latents - column(sigma, latents) * prediction) / column(self.signal(sigma), latents)
+
+    def noise(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        return prediction
+
+    def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
+        return noise
+
+    def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar, alpha_bar_next = 1 - sigma**2, 1 - sigma_next**2
+        scale = (alpha_bar_next / alpha_bar).sqrt()
+        return scale, (1 - alpha_bar_next).sqrt() - scale * (1 - alpha_bar).sqrt()
+
+    def k_scale(self, sigma: Level) -> Level:
+        return (1 - sigma**2) ** -0.5
+
+    def from_k_sigma(self, s: float) -> float:
+        return s / (1 + s**2) ** 0.5
+
+
+FLOW = RectifiedFlow()
+VP = VariancePreserving()
+
+
+def column(value: Level, latents: Tensor) -> Level:
+    """A level per batch row, shaped to multiply `latents`; a number as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(latents.dtype).reshape(-1, *[1] * (latents.ndim - 1))

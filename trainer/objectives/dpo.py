@@ -1,0 +1,174 @@
+"""Online DPO for diffusion models (Diffusion-DPO, arXiv 2311.12908): the best of each group against its worst."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ..utils.section import Positive
+from .base import Batch, Experience, Item, Loss, Member, Totals
+from .forward_process import ForwardProcessObjective, ForwardProcessOptions, mean_square
+
+if TYPE_CHECKING:
+    from ..models import DiffusionModel
+
+
+class DpoOptions(ForwardProcessOptions):
+    """DPO: pairs of a better and a worse image, compared with the base model at the same noise and noise level."""
+
+    name: Literal["dpo"] = Field("dpo", description="The objective.")
+    beta: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
+        100.0,
+        description="How strongly the errors must differ from the base model's: the loss is "
+        "-log sigmoid(-beta / 2 difference), with errors as means over the latents' numbers (with sums, beta would be "
+        "smaller by their number).",
+    )
+    noise_levels: Positive = Field(1, description="Noise levels drawn per pair and optimizer step.")
+    level_distribution: Literal["schedule", "uniform", "logit-normal"] = Field(
+        "logit-normal",
+        description="Where noise levels come from: the levels of the rollout's own steps, without repetition; or "
+        "uniform or logit-normal(0, 1) between the last and the first of them.",
+    )
+    winner_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.0, description="Weight of the winner's own denoising error, which keeps it from rising with the loser's."
+    )
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """Pairs at one noise and noise level each.
+
+    Attributes:
+        rows: `[N]` long, the winner's image among this process's; its prompt is the loser's too.
+        winner, loser: latents of the images, `[N, ...]` float32.
+        sigma: `[N]` float32.
+        noise: `[N, ...]` float32.
+    """
+
+    rows: Tensor
+    winner: Tensor
+    loser: Tensor
+    sigma: Tensor
+    noise: Tensor
+
+
+class Dpo(ForwardProcessObjective):
+    """Mean over pairs of -log sigmoid(-beta/2 ((e_w - e_w base) - (e_l - e_l base)))."""
+
+    name = "dpo"
+    Options = DpoOptions
+    options: DpoOptions
+
+    def items(self, experience: Experience) -> Iterator[list[Item]]:
+        pairs = [pair for group in experience.active_groups() if (pair := best_and_worst(group, experience))]
+        self._latents = self._gather(experience, {member for pair in pairs for member in pair})
+        updates = min(self.options.updates, len(pairs))
+        for update in range(updates):
+            part = pairs[len(pairs) * update // updates : len(pairs) * (update + 1) // updates]
+            draws = range(self.options.noise_levels)
+            yield [Item(best, draw, other=worst) for best, worst in part for draw in draws]
+
+    def _gather(self, experience: Experience, members: set[Member]) -> dict[Member, Tensor]:
+        """Final latents of images of all processes: the two of a pair may have been sampled by different ones."""
+        here = [
+            (m, experience.trajectories.final[experience.row_of[m]].cpu()) for m in members if m in experience.row_of
+        ]
+        return dict(self.processes.gather(here))
+
+    def spare(self, experience: Experience) -> Item:
+        member = experience.members[0]
+        self._latents.setdefault(member, experience.trajectories.final[0].cpu())
+        return Item(member, 0, other=member)
+
+    def _batch(self, items: list[Item], experience: Experience) -> PairBatch:
+        noised, device = super()._batch(items, experience), experience.device
+        return PairBatch(
+            items=items,
+            rows=noised.rows,
+            winner=torch.stack([self._latents[item.member] for item in items]).to(device),
+            loser=torch.stack([self._latents[item.other] for item in items]).to(device),
+            sigma=noised.sigma,
+            noise=noised.noise,
+        )
+
+    def loss(self, model: DiffusionModel, experience: Experience, batch: PairBatch) -> Loss:
+        images = torch.cat([batch.winner, batch.loser])
+        eps, sigma, rows = batch.noise.repeat(2, *[1] * (images.ndim - 1)), batch.sigma.repeat(2), batch.rows.repeat(2)
+        latents = model.process.noised(images, eps, sigma)
+        target = model.process.target(images, eps, sigma)
+        with self.policy.using("base"):
+            base = mean_square(self.predict(experience, latents, sigma, rows) - target)
+        prediction = self.predict(experience, latents, sigma, rows)
+        error = mean_square(prediction - target)
+        winner, loser = error.chunk(2)
+        gains = (error - base).detach().chunk(2)
+        value = dpo_loss(error - base, self.options.beta)
+        if self.options.winner_weight:
+            value = value + self.options.winner_weight * winner
+        sums = {
+            "winner": gains[0].sum(),
+            "loser": gains[1].sum(),
+            "accuracy": (gains[0] < gains[1]).double().sum(),
+        }
+        return Loss(value, sums, {}, 2 * len(latents))
+
+    def record(self, every: Totals, first: Totals) -> dict:
+        """
+        Returns:
+            pairs; how far the errors on winners and losers are above the base model's; the share of pairs in which
+            the winner's error fell against the loser's.
+        """
+        return {
+            "pairs": every.items,
+            "winner_error": every.mean("winner"),
+            "loser_error": every.mean("loser"),
+            "accuracy": every.mean("accuracy"),
+        }
+
+    def warning(self, record: dict) -> str | None:
+        winner = record["winner_error"]
+        if not record["pairs"] or winner is None or winner <= 0 or record["loser_error"] <= winner:
+            return None
+        if winner < RISING / self.options.beta:
+            return None
+        return (
+            f"the error on the better images is {winner:.2g} above the base model's too: the model leaves both; set "
+            "objective.winner_weight, or lower optimizer.learning_rate"
+        )
+
+    def line(self, record: dict) -> str:
+        winner, loser = record["winner_error"] or 0.0, record["loser_error"] or 0.0
+        return f"error above base: better {winner:+.1e}, worse {loser:+.1e}"
+
+
+RISING = 1.0
+"""The winner's error counts as risen when it would move the loss's argument by half of this."""
+
+
+def best_and_worst(group: list[Member], experience: Experience) -> tuple[Member, Member] | None:
+    """The images of highest and of lowest advantage; None where they are equal."""
+    if len(group) < 2:
+        return None
+    value = experience.advantages.values
+    best, worst = max(group, key=lambda m: value[m].item()), min(group, key=lambda m: value[m].item())
+    return None if value[best] == value[worst] else (best, worst)
+
+
+def dpo_loss(gains: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(-beta/2 (gain of the winner - gain of the loser)) (arXiv 2311.12908, eq. 14).
+
+    Args:
+        gains: mean squared errors minus the base model's, `[2 N]`: all winners, then all losers.
+        beta: > 0.
+
+    Returns:
+        `[N]`.
+    """
+    winner, loser = gains.chunk(2)
+    return -logsigmoid(-beta / 2 * (winner - loser))

@@ -1,0 +1,140 @@
+"""What objectives on the forward process share: final images are noised again, and predictions are trained there.
+
+They need no stochastic sampler, no log-probability and no stored trajectory: only the final latents of a rollout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..rollout import Plan
+from ..utils.section import Positive
+from ..utils.seeds import generator, noise
+from .base import Batch, Experience, Item, Member, Objective, ObjectiveOptions, split_updates
+
+if TYPE_CHECKING:
+    from ..models import DiffusionModel
+
+
+class ForwardProcessOptions(ObjectiveOptions):
+    """Options that all objectives on the forward process have."""
+
+    noise_levels: Positive = Field(2, description="Noise levels drawn per image and optimizer step.")
+    level_distribution: Literal["schedule", "uniform", "logit-normal"] = Field(
+        "schedule",
+        description="Where noise levels come from: the levels of the rollout's own steps, without repetition; or "
+        "uniform or logit-normal(0, 1) between the last and the first of them.",
+    )
+    level_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Take noise levels from this first, noisiest share of the rollout's steps."
+    )
+    kl_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
+    )
+
+
+@dataclass(frozen=True)
+class NoisedBatch(Batch):
+    """Images noised again.
+
+    Attributes:
+        rows: `[N]` long, the image of each item among this process's.
+        sigma: `[N]` float32 noise levels.
+        noise: `[N, ...]` float32, standard normal.
+    """
+
+    rows: Tensor
+    sigma: Tensor
+    noise: Tensor
+
+
+class ForwardProcessObjective(Objective):
+    """Samples deterministically, and trains on final images that it noises again."""
+
+    options: ForwardProcessOptions
+
+    def plan(self, model: DiffusionModel, iteration: int) -> Plan:
+        rollout = self.config.rollout
+        return Plan(
+            rollout.kernel,
+            rollout.eta,
+            model.sigmas(rollout.steps, rollout.shift),
+            [False] * rollout.steps,
+            shared_noise=False,  # without noise on the way, a group that shares its start would be one image
+            guidance_scale=rollout.guidance_scale,
+        )
+
+    def items(self, experience: Experience) -> Iterator[list[Item]]:
+        for members in split_updates(experience.active_groups(), self.options.updates):
+            if members:
+                yield [Item(member, draw) for member in members for draw in range(self.options.noise_levels)]
+
+    def spare(self, experience: Experience) -> Item:
+        return Item(experience.members[0])
+
+    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
+        size = self.options.batch_size
+        return [self._batch(items[start : start + size], experience) for start in range(0, len(items), size)]
+
+    def _batch(self, items: list[Item], experience: Experience) -> NoisedBatch:
+        device = experience.device
+        return NoisedBatch(
+            items=items,
+            rows=torch.tensor([experience.row_of[item.member] for item in items], device=device),
+            sigma=torch.tensor([self._level(experience, item) for item in items], device=device),
+            noise=torch.stack([self._noise(experience, item) for item in items]).to(device),
+        )
+
+    def _level(self, experience: Experience, item: Item) -> float:
+        """The noise level of an item; the draws of one image are different levels where the schedule allows."""
+        rng = self._rng(experience, "levels", item.member)
+        levels = draw_levels(experience.plan.sigmas, self.options, self.options.noise_levels, rng)
+        return levels[item.step]
+
+    def _rng(self, experience: Experience, use: str, member: Member) -> random.Random:
+        seed = self.config.runtime.seed
+        return generator(seed, use, experience.iteration, experience.optimizer_steps, *member)
+
+    def _noise(self, experience: Experience, item: Item) -> Tensor:
+        seed, step = self.config.runtime.seed, experience.optimizer_steps
+        return noise(self.model.latent_shape, seed, "renoise", experience.iteration, step, *item.member, item.step)
+
+    def predict(self, experience: Experience, latents: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        """Guided predictions for noised images of this process, `[N, ...]`."""
+        conditions = experience.prompting.conditions.rows(experience.prompt_of[rows])
+        negative = experience.prompting.unconditional
+        return self.model.predict_guided(latents, sigma, conditions, experience.plan.guidance_scale, negative)
+
+
+def draw_levels(sigmas: list[float], options: ForwardProcessOptions, count: int, rng: random.Random) -> list[float]:
+    """`count` noise levels.
+
+    Args:
+        sigmas: the T + 1 levels of the rollout, falling, the last 0.
+        options: `level_distribution` and `level_fraction`.
+
+    Returns:
+        levels in (0, 1]; from the schedule without repetition as long as it has enough.
+    """
+    taken = sigmas[: max(1, int((len(sigmas) - 1) * options.level_fraction))]
+    if options.level_distribution == "schedule":
+        full, rest = divmod(count, len(taken))
+        return taken * full + rng.sample(taken, rest)
+    low, high = taken[-1], taken[0]
+    if options.level_distribution == "uniform":
+        shares = [rng.random() for _ in range(count)]
+    else:
+        shares = [torch.sigmoid(torch.tensor(rng.gauss(0, 1))).item() for _ in range(count)]
+    return [low + (high - low) * share for share in shares]
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """Mean over non-batch dimensions of the square, in float64: `[N, ...]` to `[N]`."""
+    return difference.double().square().flatten(1).mean(1)

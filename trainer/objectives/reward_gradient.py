@@ -1,0 +1,221 @@
+"""Back-propagate a differentiable reward through the last sampling steps: ReFL, DRaFT-K and DRaFT-LV."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..diffusion import kernels
+from ..rollout import Plan
+from ..utils.errors import BadInput
+from ..utils.section import Positive
+from ..utils.seeds import generator, noise
+from .base import Batch, Experience, Item, Loss, Objective, ObjectiveOptions, Totals, split_updates
+
+if TYPE_CHECKING:
+    from ..config import RunConfig
+    from ..models import DiffusionModel
+    from ..rewards import Reward
+
+
+class RewardGradientOptions(ObjectiveOptions):
+    """Follow the gradient of differentiable rewards: fewest images, most memory, and the quickest to over-optimise."""
+
+    name: Literal["reward-gradient"] = Field("reward-gradient", description="The objective.")
+    method: Literal["refl", "draft", "draft-lv"] = Field(
+        "draft",
+        description="refl: one late step, drawn at random, and its image estimate. draft: the last gradient_steps "
+        "steps. draft-lv: the last step of several copies of the image, each with new noise.",
+    )
+    gradient_steps: Positive = Field(1, description="Last sampling steps that carry the gradient (draft).")
+    late_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.25, description="The last share of the steps, one of which is drawn (refl)."
+    )
+    copies: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Copies of each image (draft-lv).")
+    target: float | None = Field(
+        None,
+        description="Stop pushing an image whose weighted reward has reached this (a hinge); null always pushes.",
+    )
+    kl_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
+        0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
+    )
+    batch_size: Positive = Field(8, description="Images per forward and backward pass, decode and rewards included.")
+
+
+@dataclass(frozen=True)
+class GradientBatch(Batch):
+    """Images that are sampled to their end with gradient.
+
+    Attributes:
+        rows: `[N]` long, the image of each item among this process's.
+    """
+
+    rows: Tensor
+
+
+class RewardGradient(Objective):
+    """Mean over images of minus the weighted reward, or of its distance below a target."""
+
+    name = "reward-gradient"
+    Options = RewardGradientOptions
+    options: RewardGradientOptions
+    needs_advantages = False
+
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        super().check_config(config)
+        options = config.objective
+        if options.method == "draft" and options.gradient_steps > config.rollout.steps:
+            raise ValueError(
+                f"objective.gradient_steps {options.gradient_steps} is more than rollout.steps {config.rollout.steps}"
+            )
+
+    def check(self, family: type[DiffusionModel], rewards: Mapping[str, Reward]) -> None:
+        for name, reward in rewards.items():
+            if not reward.differentiable:
+                raise BadInput(
+                    f"reward {name!r} is not differentiable, which objective 'reward-gradient' needs: choose another "
+                    "reward or another objective"
+                )
+
+    def plan(self, model: DiffusionModel, iteration: int) -> Plan:
+        rollout = self.config.rollout
+        return Plan(
+            rollout.kernel,
+            rollout.eta,
+            model.sigmas(rollout.steps, rollout.shift),
+            [False] * rollout.steps,
+            shared_noise=False,
+            guidance_scale=rollout.guidance_scale,
+            stop=self._stop(iteration),
+        )
+
+    def _stop(self, iteration: int) -> int | None:
+        """Steps without gradient; None for all of them."""
+        steps, options = self.config.rollout.steps, self.options
+        if options.method == "draft":
+            return steps - options.gradient_steps
+        if options.method == "draft-lv":
+            return None
+        late = max(1, round(steps * options.late_share))
+        return generator(self.config.runtime.seed, "late step", iteration).randrange(steps - late, steps)
+
+    def items(self, experience: Experience) -> Iterator[list[Item]]:
+        copies = self.options.copies if self.options.method == "draft-lv" else 1
+        for members in split_updates(experience.active_groups(), self.options.updates):
+            if members:
+                yield [Item(member, copy) for member in members for copy in range(copies)]
+
+    def spare(self, experience: Experience) -> Item:
+        return Item(experience.members[0])
+
+    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
+        size = self.options.batch_size
+        return [self._batch(items[start : start + size], experience) for start in range(0, len(items), size)]
+
+    @staticmethod
+    def _batch(items: list[Item], experience: Experience) -> GradientBatch:
+        rows = [experience.row_of[item.member] for item in items]
+        return GradientBatch(items, torch.tensor(rows, device=experience.device))
+
+    # ----------------------------------------------------------------------------------------------------- the loss
+
+    def loss(self, model: DiffusionModel, experience: Experience, batch: GradientBatch) -> Loss:
+        latents, kl, forwards = self._sample(model, experience, batch)
+        images = checkpoint(model.decode, latents, use_reentrant=False)
+        texts = [experience.texts[row] for row in batch.rows.tolist()]
+        rewards = self._rewards(images, texts)
+        self._note(experience, batch, rewards)
+        weights = {reward.name: reward.weight for reward in self.config.rewards}
+        total = sum(weights[name] * values for name, values in rewards.items())
+        finite = total.isfinite()
+        value = torch.where(finite, reward_loss(torch.where(finite, total, 0.0), self.options.target), 0.0)
+        sums = {"reward": total.detach().nan_to_num().double().sum(), "dropped": (~finite).double().sum()}
+        if self.options.kl_weight:
+            value = value + self.options.kl_weight * kl
+            sums["kl"] = kl.detach().double().sum()
+        return Loss(value, sums, {}, forwards)
+
+    def _sample(
+        self, model: DiffusionModel, experience: Experience, batch: GradientBatch
+    ) -> tuple[Tensor, Tensor, int]:
+        """Image latents with gradient, `[N, ...]`; the mean KL of the steps that carry it, `[N]`; forward passes."""
+        plan, rows = experience.plan, batch.rows
+        latents = experience.trajectories.final[rows]
+        if self.options.method == "draft-lv":
+            steps = [len(plan.sigmas) - 2]
+            noises = torch.stack([self._noise(experience, item) for item in batch.items]).to(latents.device)
+            latents = model.process.noised(latents, noises, plan.sigmas[steps[0]])
+        else:
+            steps = list(range(plan.stop, len(plan.sigmas) - 1))
+        if self.options.method == "refl":
+            steps = steps[:1]
+        distance, forwards = torch.zeros(len(latents), device=latents.device), 0
+        for step in steps:
+            sigma, sigma_next = plan.sigmas[step], plan.sigmas[step + 1]
+            before = latents
+            prediction = self._predict(experience, before, sigma, rows)
+            forwards += len(before)
+            if self.options.kl_weight:
+                with self.policy.using("base"):
+                    reference = self._predict(experience, before, sigma, rows)
+                forwards += len(before)
+                distance = distance + (prediction - reference).square().flatten(1).mean(1) / len(steps)
+            if self.options.method == "refl":
+                latents = model.process.image(before, prediction, sigma)
+            else:
+                latents = kernels.step("ode", before, prediction, sigma, sigma_next, 0.0).next_sample
+        return latents, distance, forwards
+
+    def _noise(self, experience: Experience, item: Item) -> Tensor:
+        step = experience.optimizer_steps
+        seed = self.config.runtime.seed
+        return noise(self.model.latent_shape, seed, "copy", experience.iteration, step, *item.member, item.step)
+
+    def _predict(self, experience: Experience, latents: Tensor, sigma: float, rows: Tensor) -> Tensor:
+        conditions = experience.prompting.conditions.rows(experience.prompt_of[rows])
+        levels = torch.full((len(latents),), sigma, device=latents.device)
+        negative = experience.prompting.unconditional
+        return self.model.predict_guided(latents, levels, conditions, experience.plan.guidance_scale, negative)
+
+    def _rewards(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
+        from ..rewards import differentiable_score
+
+        return {name: differentiable_score(reward, images, texts) for name, reward in self.rewards.items()}
+
+    @staticmethod
+    def _note(experience: Experience, batch: GradientBatch, rewards: dict[str, Tensor]) -> None:
+        """Fill in the scores of this process's images."""
+        for name, values in rewards.items():
+            table = experience.scores.setdefault(
+                name, torch.full(experience.active.shape, torch.nan, dtype=torch.float64)
+            )
+            for item, value in zip(batch.items, values.detach().tolist(), strict=True):
+                table[item.member] = value
+
+    def record(self, every: Totals, first: Totals) -> dict:
+        """
+        Returns:
+            items; the mean weighted reward of their images; images without a finite reward; the KL where weighted.
+        """
+        record = {"items": every.items, "reward": every.mean("reward"), "dropped": every.sums.get("dropped", 0.0)}
+        return record | ({"kl": every.mean("kl")} if self.options.kl_weight else {})
+
+    def line(self, record: dict) -> str:
+        return f"weighted reward {record['reward'] or 0:.3g}"
+
+
+def reward_loss(rewards: Tensor, target: float | None) -> Tensor:
+    """Minus the reward (DRaFT), or how far it is below a target (ReFL's hinge); `[N]`, to be minimised.
+
+    Args:
+        rewards: `[N]`.
+        target: None, or the reward from which on an image is left alone.
+    """
+    return -rewards if target is None else torch.relu(target - rewards)

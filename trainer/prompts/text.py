@@ -1,0 +1,136 @@
+"""The text of a prompt: one per line, what counts as the same prompt, and ComfyUI's prompt weights."""
+
+import re
+from collections.abc import Hashable, Iterable
+
+from ..utils.errors import BadInput, shorten
+
+Key = tuple[str, str]
+"""What identifies a prompt: its text, and the digest of its image ('' where it has none)."""
+COMMENT = "#"
+"""Lines that begin with it are comments."""
+MAX_NESTING = 100
+"""Parentheses inside each other. ComfyUI's tokenizers recurse and fail at about ten times this depth."""
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """A prompt without white space at its ends and without byte order marks, which editors and web pages leave."""
+    return text.replace("\ufeff", "").strip()
+
+
+def same_text(text: str) -> str:
+    """Equal for texts that differ in white space alone, which text encoders do not see."""
+    return " ".join(clean(text).split())
+
+
+def numbered_lines(text: str) -> list[tuple[int, str]]:
+    """The prompts of a text with one per line, each with the number of its line, counted from 1.
+
+    A line ends with a line feed, a carriage return, or both; U+0085 and U+2028 do not end it. Blank lines and comments,
+    which begin with `#`, are left out.
+    """
+    lines = [(number, clean(line)) for number, line in enumerate(_LINE_END.split(text), start=1)]
+    return [(number, line) for number, line in lines if line and not line.startswith(COMMENT)]
+
+
+def prompt_lines(text: str) -> list[str]:
+    """The prompts of a text with one per line; see `numbered_lines`."""
+    return [line for _, line in numbered_lines(text)]
+
+
+def check_text(text: str, field: str) -> None:
+    """Raise BadInput for a text that is not valid Unicode: half of a character outside the basic plane.
+
+    Args:
+        field: what the message calls the text's source, such as `prompts.negative`.
+    """
+    if _SURROGATE.search(text):
+        raise BadInput(
+            f"{field} holds {shorten(text)}, in which a surrogate is not part of a pair: write the character itself"
+        )
+
+
+def check_prompts(texts: list[str], field: str) -> None:
+    """Check prompts that come from one source, after `clean`.
+
+    Raises:
+        BadInput: a prompt is empty, repeated, or not valid Unicode.
+    """
+    for text in texts:
+        if not text:
+            raise BadInput(f"{field} holds an empty prompt")
+        check_text(text, field)
+    if pair := first_repeated(map(same_text, texts)):
+        raise BadInput(f"{field} holds {shorten(texts[pair[0]])} more than once")
+
+
+def first_repeated(values: Iterable[Hashable]) -> tuple[int, int] | None:
+    """Positions of the first value that comes a second time: where it came first, and where again."""
+    seen: dict[Hashable, int] = {}
+    for position, value in enumerate(values):
+        if seen.setdefault(value, position) != position:
+            return seen[value], position
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ prompt weights
+
+
+def without_weights(text: str) -> str:
+    r"""The words of a prompt with ComfyUI's weight syntax: `a (red:1.5) \(old\) fox` becomes `a red (old) fox`.
+
+    This is the text that ComfyUI's tokenizers encode: `(word:1.5)` weighs a word, `(word)` weighs it by 1.1, and a
+    backslash makes a parenthesis part of the text.
+
+    Raises:
+        BadInput: parentheses are nested more than MAX_NESTING deep.
+    """
+    if text.count("(") == 0:
+        return text.replace("\\)", ")")
+    hidden = text.replace("\\)", "\0\1").replace("\\(", "\0\2")
+    return _words(hidden, text, 0).replace("\0\1", ")").replace("\0\2", "(")
+
+
+def _words(part: str, whole: str, depth: int) -> str:
+    if depth > MAX_NESTING:
+        raise BadInput(f"prompt {shorten(whole)} nests parentheses more than {MAX_NESTING} deep")
+    return "".join(
+        _words(_unweighted(group), whole, depth + 1) if _is_weighted(group) else group for group in _groups(part)
+    )
+
+
+def _is_weighted(group: str) -> bool:
+    return len(group) > 1 and group[0] == "(" and group[-1] == ")"
+
+
+def _unweighted(group: str) -> str:
+    """The inside of `(inside)` or `(inside:weight)`."""
+    inside = group[1:-1]
+    words, colon, weight = inside.rpartition(":")
+    if not (words and colon):
+        return inside
+    try:
+        float(weight)
+    except ValueError:
+        return inside
+    return words
+
+
+def _groups(text: str) -> list[str]:
+    """Parts of a text: outermost parentheses with what is in them, and what is between those."""
+    parts, start, level = [], 0, 0
+    for position, character in enumerate(text):
+        if character == "(":
+            if level == 0 and position > start:
+                parts.append(text[start:position])
+                start = position
+            level += 1
+        elif character == ")":
+            level -= 1
+            if level == 0:
+                parts.append(text[start : position + 1])
+                start = position + 1
+    return [*parts, text[start:]] if start < len(text) else parts

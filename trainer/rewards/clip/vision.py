@@ -1,0 +1,162 @@
+"""Image encoders of CLIP and SigLIP, from any file that ComfyUI's `models/clip_vision` holds for its own nodes.
+
+Which network a file holds is seen from the shapes of its tensors. Known are OpenAI's CLIP ViT-L/14 at 224 and 336
+pixels (also as part of LLaVA), OpenCLIP's ViT-H/14 and ViT-bigG/14, and SigLIP SO400M at 384 and 512 pixels, with the
+names of transformers or, for CLIP, of OpenCLIP.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from torch.nn.functional import normalize as unit
+
+from ...utils.errors import BadInput
+from ..files import build, fill, read_weights
+from ..preprocess import OPENAI_MEAN, OPENAI_STD, normalize
+from .contrastive import architecture, open_clip_network
+from .layout import from_transformers
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A network as its tensors show it.
+
+    Attributes:
+        width: of the layers.
+        layers: how many there are.
+        positions: rows of the position embedding: patches, and for CLIP the class token.
+        patch: pixels of a patch's side.
+    """
+
+    width: int
+    layers: int
+    positions: int
+    patch: int
+
+
+CLIP = {
+    Layout(1024, 24, 257, 14): "ViT-L-14-quickgelu",
+    Layout(1024, 24, 577, 14): "ViT-L-14-336-quickgelu",
+    Layout(1280, 32, 257, 14): "ViT-H-14",
+    Layout(1664, 48, 257, 14): "ViT-bigG-14",
+}
+"""open_clip's name of the network."""
+SIGLIP = {Layout(1152, 27, 729, 14): 384, Layout(1152, 27, 1024, 16): 512}
+"""Pixels of the image's side."""
+SIGLIP_SIZES = {"num_attention_heads": 16, "intermediate_size": 4304}
+_POSITIONS = "vision_model.embeddings.position_embedding.weight"
+_PATCHES = "vision_model.embeddings.patch_embedding.weight"
+
+
+def load_vision_encoder(path: Path) -> "VisionEncoder":
+    """The network of a file with its weights, float32 on the CPU.
+
+    Raises:
+        BadInput: the file cannot be read, or holds no network that is known here.
+    """
+    weights = read_weights(path)
+    layout = _layout(weights)
+    if layout in CLIP:
+        return _load_clip(weights, CLIP[layout], path)
+    if layout in SIGLIP:
+        return _load_siglip(weights, layout, path)
+    raise BadInput(
+        f"{path} is not a CLIP or SigLIP vision model that can be used here: choose CLIP ViT-L/14, ViT-H/14 or "
+        "ViT-bigG/14, or SigLIP SO400M at 384 or 512 pixels"
+    )
+
+
+class VisionEncoder(nn.Module):
+    """Image embeddings of length 1, `[B, D]` float32, of images `[B, 3, H, W]` in [0, 1].
+
+    The middle square of an image is resized (bicubic, with antialiasing) and not rounded, so gradients flow.
+
+    Args:
+        network: gives embeddings `[B, D]` of normalized images.
+        size: pixels of the image's side.
+        mean, std: of the normalization, per channel.
+    """
+
+    def __init__(
+        self, network: nn.Module, size: int, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD
+    ) -> None:
+        super().__init__()
+        self.network, self.size, self.mean, self.std = network, size, mean, std
+
+    def forward(self, images: Tensor) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        pixels = normalize(square(images.float(), self.size), self.mean, self.std)
+        return unit(self.network(pixels.to(dtype)).float(), dim=-1)
+
+
+def square(images: Tensor, size: int) -> Tensor:
+    """The middle square of `[B, 3, H, W]`, resized: `[B, 3, size, size]` in [0, 1]."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    images = images[..., top : top + side, left : left + side]
+    if side == size:
+        return images
+    return interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def _layout(weights: dict[str, Tensor]) -> Layout | None:
+    """What the tensors' names and shapes say, in either of the two naming schemes."""
+    schemes = (
+        (_POSITIONS, _PATCHES, "vision_model.encoder.layers.{}.mlp.fc1.weight"),
+        ("visual.positional_embedding", "visual.conv1.weight", "visual.transformer.resblocks.{}.mlp.c_fc.weight"),
+    )
+    for positions, patches, layer in schemes:
+        if positions in weights and patches in weights and weights[patches].ndim == 4:
+            layers = 0
+            while layer.format(layers) in weights:
+                layers += 1
+            count, width = weights[positions].shape
+            return Layout(width, layers, count, weights[patches].shape[-1])
+    return None
+
+
+def _load_clip(weights: dict[str, Tensor], name: str, path: Path) -> VisionEncoder:
+    what, config = f"CLIP {name.removesuffix('-quickgelu')}", architecture(name)
+    weights = {key: value for key, value in weights.items() if not key.startswith("multi_modal_projector.")}
+    if _POSITIONS in weights:
+        weights = from_transformers(weights, path, what)
+    weights = {key.removeprefix("visual."): value for key, value in weights.items() if key.startswith("visual.")}
+    visual = build(lambda: open_clip_network(config).visual)
+    if "proj" not in weights:  # left out of files that are made for LLaVA
+        visual.proj = None
+    fill(visual, weights, path, what)
+    return VisionEncoder(visual, config["vision_cfg"]["image_size"])
+
+
+class Siglip(nn.Module):
+    """SigLIP's image encoder with its pooling; the mean over patches if the file lacks the weights of the pooling.
+
+    Args:
+        size: pixels of the image's side.
+        pooling: whether the file has them.
+    """
+
+    def __init__(self, layout: Layout, size: int, pooling: bool) -> None:
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        super().__init__()
+        shape = {"hidden_size": layout.width, "num_hidden_layers": layout.layers, "patch_size": layout.patch}
+        config = SiglipVisionConfig(**shape, **SIGLIP_SIZES, image_size=size, vision_use_head=pooling)
+        self.encoder = SiglipVisionModel(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        found = self.encoder(pixels)
+        return found.last_hidden_state.mean(1) if found.pooler_output is None else found.pooler_output
+
+
+def _load_siglip(weights: dict[str, Tensor], layout: Layout, path: Path) -> VisionEncoder:
+    weights = {key: value for key, value in weights.items() if key.startswith("vision_model.")}
+    weights.pop("vision_model.embeddings.position_ids", None)  # 0, 1, 2, ..., written by older versions
+    network = build(lambda: Siglip(layout, SIGLIP[layout], "vision_model.head.probe" in weights))
+    if not any(key.startswith("vision_model.") for key in network.encoder.state_dict()):  # transformers 5
+        weights = {key.removeprefix("vision_model."): value for key, value in weights.items()}
+    fill(network.encoder, weights, path, "SigLIP SO400M")
+    return VisionEncoder(network, SIGLIP[layout], mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

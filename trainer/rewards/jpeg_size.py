@@ -1,0 +1,31 @@
+"""The size of an image as a JPEG file (ddpo-pytorch)."""
+
+import io
+
+import torch
+from torch import Tensor
+
+from .base import Reward
+from .preprocess import to_pil
+
+LARGEST_SIDE = 65_500
+"""Pixels that libjpeg takes in one direction."""
+
+
+class JpegSize(Reward):
+    """Size in kB as a JPEG of quality 95 (ddpo-pytorch): more detail is larger; a negative weight asks for less."""
+
+    name = "jpeg-size"
+    typical_range = (1.0, 300.0)
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        height, width = images.shape[-2:]
+        if max(height, width) > LARGEST_SIDE:
+            raise ValueError(f"an image of {width} x {height} is too long for a JPEG file of {LARGEST_SIDE} pixels")
+        return torch.tensor([_kilobytes(picture) for picture in to_pil(images)], dtype=torch.float32)
+
+
+def _kilobytes(picture: object) -> float:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95)
+    return buffer.tell() / 1000

@@ -1,0 +1,139 @@
+"""All rewards by name: those of this pack, and those that other installed packages bring along.
+
+A reward of another package needs no change here. Its package declares an entry point of the group `dancegrpo.rewards`;
+the name is the reward's, the object a function that gets the module `trainer.rewards.base` and returns a subclass of
+its `Reward`. (The module is handed over because the pack is imported under another name inside ComfyUI.)
+"""
+
+import sys
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..config import RewardConfig, Section, describe
+from ..utils.errors import BadInput
+from . import base
+from .base import Reward
+from .brightness import Brightness
+from .clip.aesthetic import Aesthetic
+from .clip.clip_score import ClipScore
+from .clip.hps import HPSv21
+from .clip.pickscore import PickScore
+from .colorfulness import Colorfulness
+from .files import located
+from .geneval_like import GenEvalLike
+from .image_reward import ImageReward
+from .jpeg_size import JpegSize
+from .ocr import TextRendering
+from .preference import Preference
+from .qwen.hpsv3 import HPSv3
+from .qwen.videoalign import VideoAlign, VideoAlignMQ, VideoAlignTA, VideoAlignVQ
+from .remote.external import External
+from .remote.mllm_pairwise import MllmPairwise
+from .remote.mllm_rubric import MllmRubric
+from .remote.mllm_yes import MllmYes
+from .shapes import ShapesReward, ShapesStrictReward
+from .sharpness import Sharpness
+from .threshold import Threshold
+
+GROUP = "dancegrpo.rewards"
+"""Entry points of other packages' rewards."""
+
+OWN: tuple[type[Reward], ...] = (
+    ShapesReward,
+    ShapesStrictReward,
+    Brightness,
+    Colorfulness,
+    Sharpness,
+    JpegSize,
+    HPSv21,
+    ClipScore,
+    PickScore,
+    ImageReward,
+    Aesthetic,
+    Preference,
+    HPSv3,
+    VideoAlign,
+    VideoAlignVQ,
+    VideoAlignMQ,
+    VideoAlignTA,
+    TextRendering,
+    GenEvalLike,
+    External,
+    MllmRubric,
+    MllmYes,
+    MllmPairwise,
+)
+
+
+def installed_rewards(points: Iterable[EntryPoint]) -> dict[str, type[Reward]]:
+    """Rewards of other packages; one that cannot be loaded is reported on stderr and left out."""
+    found: dict[str, type[Reward]] = {}
+    for point in points:
+        try:
+            found[point.name] = _installed(point, [*(reward.name for reward in OWN), *found])
+        except Exception as error:  # noqa: BLE001 - another package's code must not keep this pack from starting
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            print(f"warning: the reward {point.name!r} of {point.value} is not available: {reason}", file=sys.stderr)
+    return found
+
+
+def _installed(point: EntryPoint, taken: list[str]) -> type[Reward]:
+    if point.name in taken:
+        raise ValueError("a reward of that name exists")
+    reward = point.load()(base)
+    if not (isinstance(reward, type) and issubclass(reward, Reward)):
+        raise TypeError(f"it returned {reward!r}, which is not a subclass of Reward")
+    if getattr(reward, "name", None) != point.name:
+        raise ValueError(f"the class has the name {getattr(reward, 'name', None)!r}")
+    if len(getattr(reward, "typical_range", ())) != 2:
+        raise ValueError("the class has no typical_range")
+    return reward
+
+
+REWARDS: dict[str, type[Reward]] = {
+    **{reward.name: reward for reward in OWN},
+    **installed_rewards(entry_points(group=GROUP)),
+}
+
+
+def reward_options(config: RewardConfig) -> Section:
+    """A reward's options, validated; no file is looked at.
+
+    Raises:
+        BadInput: unknown name or option, or a value that is not accepted.
+    """
+    if config.name not in REWARDS:
+        raise BadInput(f"reward {config.name!r} is unknown: choose one of {', '.join(REWARDS)}")
+    kind = REWARDS[config.name].Options
+    for option in config.options:
+        if option not in kind.model_fields:
+            known = f"it takes {', '.join(kind.model_fields)}" if kind.model_fields else "it takes none"
+            raise BadInput(f"reward {config.name!r} has no option {option!r}; {known}")
+    try:
+        return kind.model_validate(config.options)
+    except ValidationError as error:
+        raise BadInput(f"reward {config.name!r}: {describe(error)}") from error
+
+
+def with_files_from(config: RewardConfig, folders: Iterable[Path]) -> RewardConfig:
+    """The same reward with full paths for its files, each found inside one of the folders (`models/rewards`).
+
+    Raises:
+        BadInput: options are not accepted, or a file is in none of the folders.
+    """
+    options = located(reward_options(config), config.name, folders)
+    return config.model_copy(update={"options": options})
+
+
+def load_reward(config: RewardConfig) -> Reward:
+    """Make a reward from its configuration; its weights are read by `Reward.load`.
+
+    Raises:
+        BadInput: unknown name or option, or a file or package that is missing.
+    """
+    options = reward_options(config)
+    reward = REWARDS[config.name](options)
+    return reward if config.threshold is None else Threshold(reward, config.threshold)

@@ -1,0 +1,137 @@
+"""The messages of the reward server: what a client may send, and within which bounds."""
+
+import base64
+import binascii
+import io
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...utils.errors import BadInput
+from ...utils.media import read_image
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_IMAGES = 2048
+"""Images, or frames of all videos, in a message."""
+MOST_PIXELS = 4096 * 4096
+"""Pixels of one image."""
+MOST_PIXELS_TOGETHER = 2**27
+"""Pixels of all images of a message: 1.6 GB as float32."""
+LONGEST_PROMPT = 10_000
+"""Characters."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """Images or videos as files, and their prompts.
+
+    Attributes:
+        items: per image one file, per video one per frame.
+        video: whether the items are videos.
+        prompts: one per item.
+    """
+
+    items: list[list[bytes]]
+    video: bool
+    prompts: list[str]
+
+    def decoded(self, device: torch.device) -> list[Tensor]:
+        """Images `[3, H, W]` or videos `[F, 3, H, W]`, float32 in [0, 1] on the device.
+
+        Raises:
+            ValueError: a file is damaged, or the frames of a video differ in size.
+        """
+        return [self._decoded(item).to(device) for item in self.items]
+
+    def _decoded(self, item: list[bytes]) -> Tensor:
+        if not self.video:
+            return decode(item[0])
+        frames = [decode(frame) for frame in item]
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError("the frames of a video differ in size")
+        return torch.stack(frames)
+
+
+def read_message(body: bytes, media: str) -> Message:
+    """A message, its images not yet decoded but of an accepted format and size.
+
+    Raises:
+        ValueError: the message is malformed, or too large.
+    """
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the message is not JSON: {str(error)[:100]}") from error
+    name = "videos" if media == "video" else "images"
+    if not isinstance(message, dict) or not isinstance(message.get(name), list):
+        raise ValueError(f"the message holds no list {name!r}")
+    prompts = message.get("prompts")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("the message holds no list 'prompts' of texts")
+    if any(len(prompt) > LONGEST_PROMPT for prompt in prompts):
+        raise ValueError(f"a prompt has more than {LONGEST_PROMPT} characters")
+    items = [_files(item, media) for item in message[name]]
+    _check_sizes([file for item in items for file in item])
+    return Message(items, media == "video", prompts)
+
+
+def _files(item: Any, media: str) -> list[bytes]:
+    if media == "image":
+        return [_file(item)]
+    if not isinstance(item, list) or not item:
+        raise ValueError("a video must be a list of at least one image")
+    return [_file(frame) for frame in item]
+
+
+def _file(text: Any) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        raise ValueError(f"an image is not a file in base64: {error}") from error
+
+
+def _check_sizes(files: list[bytes]) -> None:
+    if len(files) > MOST_IMAGES:
+        raise ValueError(f"the message holds {len(files)} images; {MOST_IMAGES} is the most")
+    together = 0
+    for file in files:
+        width, height = image_size(file)
+        together += width * height
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"an image has {width} x {height} pixels; {MOST_PIXELS} in all is the most")
+        if together > MOST_PIXELS_TOGETHER:
+            raise ValueError(f"the images have more than {MOST_PIXELS_TOGETHER} pixels together: send fewer at once")
+
+
+def image_size(file: bytes) -> tuple[int, int]:
+    """Width and height of an image file, from its header.
+
+    Raises:
+        ValueError: it is not a PNG, JPEG or WebP file.
+    """
+    with _opened(file) as picture:
+        return picture.size
+
+
+def decode(file: bytes) -> Tensor:
+    """An image file as `[3, H, W]` float32 in [0, 1], upright; transparency is laid on white.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return read_image(file, "an image")
+    except BadInput as error:
+        raise ValueError(str(error)) from error
+
+
+def _opened(file: bytes) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(io.BytesIO(file), formats=FORMATS)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError("an image is not a PNG, JPEG or WebP file in base64") from error

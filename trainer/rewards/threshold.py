@@ -1,0 +1,36 @@
+"""A reward turned into 0 or 1: the paper's binary reward."""
+
+from torch import Tensor
+
+from .base import MemoryHook, Reward
+
+
+class Threshold(Reward):
+    """1 where another reward is above a value, else 0; no score stays no score."""
+
+    name = "threshold"
+    typical_range = (0.0, 1.0)
+
+    def __init__(self, reward: Reward, threshold: float) -> None:
+        super().__init__()
+        self.reward, self.threshold = reward, threshold
+        self.media, self.groupwise = reward.media, reward.groupwise
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        scores = self.reward.score(images, prompts)
+        return (scores > self.threshold).float().where(scores.isfinite(), scores)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        self.reward.check_prompts(prompts)
+
+    def load(self) -> None:
+        self.reward.load()
+
+    def idle(self) -> None:
+        self.reward.idle()
+
+    def memory(self) -> int:
+        return self.reward.memory()
+
+    def register_memory_hook(self, hook: MemoryHook) -> None:
+        self.reward.register_memory_hook(hook)

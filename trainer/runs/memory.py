@@ -1,0 +1,54 @@
+"""What an iteration holds in memory, computed before anything is loaded."""
+
+import math
+
+from ..config import RunConfig
+from ..utils.errors import BadInput
+
+FLOAT32 = 4
+LATENT_CHANNELS, LATENT_STRIDE = 16, 8
+"""Of the usual autoencoders; older ones have 4 channels."""
+
+
+def iteration_bytes(config: RunConfig, processes: int, latent_numbers: int | None = None) -> int:
+    """Bytes that one process holds between rollout and update: latents of the trained steps, and decoded images.
+
+    The model, its activations and the rewards come on top.
+
+    Args:
+        processes: how many share an iteration's images.
+        latent_numbers: numbers in one image's latents; None estimates them from the size of an image.
+    """
+    rollout, model = config.rollout, config.model
+    images = math.ceil(rollout.prompts_per_iteration * rollout.group_size / processes)
+    pixels = 3 * model.height * model.width * model.frames
+    if latent_numbers is None:
+        frames = 1 + (model.frames - 1) // 4
+        latent_numbers = LATENT_CHANNELS * (model.height // LATENT_STRIDE) * (model.width // LATENT_STRIDE) * frames
+    stochastic = rollout.window.size if rollout.window else rollout.steps - 1
+    return images * FLOAT32 * (pixels + latent_numbers * (2 * stochastic + 1))
+
+
+def check_iteration(config: RunConfig, processes: int, latent_numbers: int | None = None) -> None:
+    """
+    Raises:
+        BadInput: an iteration's images and latents cannot fit the memory of this machine.
+    """
+    need, total = iteration_bytes(config, processes, latent_numbers), _memory_bytes(config.runtime.device, processes)
+    if need > total:
+        rollout = config.rollout
+        raise BadInput(
+            f"rollout.prompts_per_iteration {rollout.prompts_per_iteration} x rollout.group_size {rollout.group_size} "
+            f"images of {config.model.width} x {config.model.height} hold {need / 2**30:,.1f} GiB per process in every "
+            f"iteration, and it has {total / 2**30:,.1f} GiB: lower one of them, or use more processes"
+        )
+
+
+def _memory_bytes(device: str, processes: int) -> int:
+    """All memory of the device that one process may use."""
+    import psutil
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return psutil.virtual_memory().total // processes

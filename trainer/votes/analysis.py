@@ -1,0 +1,182 @@
+"""A collection as those who vote see it: counts, agreement, and the next pair. Results are kept until votes change."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..utils.errors import BadInput
+from ..utils.seeds import derive, generator
+from .fit import Comparisons, Fit, agreement, enough, fit
+from .records import Item
+from .selection import next_pairs, pair
+from .store import Collection, Ledger
+
+PATIENCE = 2.0
+"""Seconds that a request waits for the features of new images; it goes on with those that are there."""
+MOST_KEPT = 16
+"""Results that are kept, of as many collections and backbones."""
+
+Describe = Callable[[Path], np.ndarray]
+"""Features `[D]` of an image file."""
+
+
+def comparisons(ledger: Ledger, names: list[str] | None = None) -> tuple[list[str], Comparisons]:
+    """Names of images, and the votes as rows of their features; skipped pairs are left out.
+
+    Args:
+        names: the images, in the order of their features, without others' votes; None takes those that were voted on.
+    """
+    votes = [vote for vote in ledger.votes if vote.kind != "skip"]
+    if names is None:
+        names = list(dict.fromkeys(name for vote in votes for name in (vote.better, vote.worse)))
+    row = {name: index for index, name in enumerate(names)}
+    votes = [vote for vote in votes if vote.better in row and vote.worse in row]
+    first, second = ([row[getattr(vote, side)] for vote in votes] for side in ("better", "worse"))
+    ties = np.array([vote.kind == "tie" for vote in votes], dtype=bool)
+    return names, Comparisons(np.array(first, dtype=int), np.array(second, dtype=int), ties)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A collection at one moment, and the fit to what is known of it then.
+
+    Attributes:
+        items: the images, in order.
+        ledger: the votes.
+        complaints: a sentence about each line that cannot be read.
+        described: rows of `items` whose features are known.
+        features: `[len(described), D]`.
+        votes: on described images, as rows of `features`.
+    """
+
+    items: list[Item]
+    ledger: Ledger
+    complaints: list[str]
+    described: list[int]
+    features: np.ndarray
+    votes: Comparisons
+
+
+class Analyst:
+    """Answers questions about collections; any number of threads may ask.
+
+    Args:
+        describe: gives the features of an image file for a backbone.
+    """
+
+    def __init__(self, describe: Callable[[str], Describe]) -> None:
+        self._describe = describe
+        self._workers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="votes")
+        self._features: dict[tuple[str, Path], np.ndarray | Exception] = {}
+        self._pending: dict[tuple[str, Path], Any] = {}
+        self._kept: dict[tuple, Any] = {}
+        self._lock = threading.Lock()
+
+    def state(self, collection: Collection, backbone: str) -> dict[str, Any]:
+        """Counts, agreement with votes left out and what it means, as plain data."""
+        now = self._snapshot(collection, backbone)
+        counts = now.ledger.counts()
+        found = self._keep(collection, backbone, "agreement", now, lambda: agreement(now.features, now.votes))
+        low, high = found.interval if found else (None, None)
+        return {
+            "name": collection.name,
+            "images": len(now.items),
+            "described": len(now.described),
+            "prompts": len({item.prompt for item in now.items}),
+            "votes": counts,
+            "agreement": found and {"share": found.share, "low": low, "high": high, "tested": found.tested},
+            "enough": enough(found, counts["winners"]),
+            "warnings": now.complaints,
+        }
+
+    def next(
+        self,
+        collection: Collection,
+        backbone: str,
+        count: int = 1,
+        mode: Literal["active", "random"] = "active",
+        repeat: bool = False,
+        exclude: list[tuple[str, str]] = (),
+    ) -> list[tuple[Item, Item]]:
+        """The next pairs to vote on, each in random order; an empty list if there are none left.
+
+        Args:
+            repeat: show pairs again that were voted on or skipped.
+            exclude: pairs not to show, because they are on a screen already.
+        """
+        now = self._snapshot(collection, backbone)
+        rows = range(len(now.items)) if mode == "random" else now.described
+        position = {now.items[row].image: index for index, row in enumerate(rows)}
+        shown = [] if repeat else [(vote.better, vote.worse) for vote in now.ledger.votes]
+        known = {pair(position[a], position[b]) for a, b in (*shown, *exclude) if a in position and b in position}
+        seed = derive(len(now.ledger.ids), collection.name, *sorted(known))
+        if len(rows) < 2:
+            return []
+        model = None if mode == "random" else self._fitted(collection, backbone, now)
+        prompts = [now.items[row].prompt for row in rows]
+        sides = generator(seed, "sides")
+        found = next_pairs(now.features, model, prompts, known, count, mode, seed)
+        return [tuple(now.items[rows[index]] for index in sides.sample(one, 2)) for one in found]
+
+    # ------------------------------------------------------------------------------------------------- what is kept
+
+    def _fitted(self, collection: Collection, backbone: str, now: Snapshot) -> Fit:
+        return self._keep(collection, backbone, "fit", now, lambda: fit(now.features, now.votes))
+
+    def _keep(self, collection: Collection, backbone: str, what: str, now: Snapshot, make: Callable[[], Any]) -> Any:
+        """A result for these votes and features, made once."""
+        key = (what, collection.folder, backbone)
+        stamp = (tuple(now.ledger.votes), tuple(now.described))
+        with self._lock:
+            kept = self._kept.get(key)
+        if kept is None or kept[0] != stamp:
+            kept = (stamp, make())
+            with self._lock:
+                self._kept.pop(key, None)
+                self._kept[key] = kept
+                while len(self._kept) > MOST_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+        return kept[1]
+
+    # ------------------------------------------------------------------------------------------------------ features
+
+    def _snapshot(self, collection: Collection, backbone: str) -> Snapshot:
+        items, complaints = collection.items()
+        ledger = collection.ledger()
+        found = self._describe_all(collection, backbone, [item.image for item in items])
+        described = [row for row, features in enumerate(found) if isinstance(features, np.ndarray)]
+        features = np.stack([found[row] for row in described]) if described else np.zeros((0, 1))
+        broken = [
+            f"{item.image} is left out: {f}" for item, f in zip(items, found, strict=True) if isinstance(f, BadInput)
+        ]
+        votes = comparisons(ledger, [items[row].image for row in described])[1]
+        return Snapshot(items, ledger, [*complaints, *ledger.complaints, *broken], described, features, votes)
+
+    def _describe_all(self, collection: Collection, backbone: str, names: list[str]) -> list[Any]:
+        """Features of each image, what went wrong, or None if they are not there yet."""
+        keys = [(backbone, collection.images / name) for name in names]
+        describe = self._describe(backbone)
+        with self._lock:
+            for key in keys:
+                if key not in self._features and key not in self._pending:
+                    self._pending[key] = self._workers.submit(self._describe_one, describe, key)
+            pending = [self._pending[key] for key in keys if key in self._pending]
+        wait(pending, timeout=PATIENCE)
+        with self._lock:
+            return [self._features.get(key) for key in keys]
+
+    def _describe_one(self, describe: Describe, key: tuple[str, Path]) -> None:
+        try:
+            found: np.ndarray | Exception = describe(key[1])
+        except BadInput as error:
+            found = error
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with one image, the others can be used
+            found = BadInput(f"its features cannot be computed: {error}")
+        with self._lock:
+            self._features[key] = found
+            self._pending.pop(key, None)

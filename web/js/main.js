@@ -1,0 +1,12 @@
+/** What this pack adds to ComfyUI's interface. */
+
+import { api } from "../../../scripts/api.js";
+import { app } from "../../../scripts/app.js";
+import { showErrors } from "./errors.js";
+
+app.registerExtension({
+  name: "DanceGRPO",
+  setup() {
+    showErrors(app, api);
+  },
+});
