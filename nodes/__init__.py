@@ -8,5 +8,13 @@ MODULES = (sampling, lora, rewards, demo, base_model, training, run, settings, p
 
 
 class DanceGRPOExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from server import PromptServer
+
+        from .host.routes import Routes
+        from .host.run_routes import add_run_routes
+
+        add_run_routes(Routes(PromptServer.instance.routes))
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for module in MODULES for node in module.NODES]

@@ -1,15 +1,12 @@
 """Routes of runs: `/dancegrpo/runs/...` on ComfyUI's own server. Names, never paths; changes only by POST."""
 
-import math
-
 from aiohttp import web
 
 from ...trainer.runs import launch
-from ...trainer.utils.errors import BadInput
 from . import run_views as views
 from . import runs
-from .folders import published_name
-from .routes import Routes
+from .progress import GRACE
+from .routes import Routes, number
 
 _cache = views.EventCache()
 
@@ -34,18 +31,17 @@ def _list(request: web.Request, body: None) -> dict:
 
 
 def _detail(request: web.Request, body: None) -> dict:
-    run = views.find(request.match_info["name"])
-    return views.detail(run, _cache, published_name(run.path.name))
+    return views.detail(views.find(request.match_info["name"]), _cache)
 
 
 def _events(request: web.Request, body: None) -> dict:
     run = views.find(request.match_info["name"])
     generation = request.query.get("generation")
-    return _cache.events(run, _number(request, "after"), None if generation is None else _number(request, "generation"))
+    return _cache.events(run, number(request, "after"), None if generation is None else number(request, "generation"))
 
 
 def _log(request: web.Request, body: None) -> dict:
-    return views.log(views.find(request.match_info["name"]), _number(request, "offset"))
+    return views.log(views.find(request.match_info["name"]), number(request, "offset"))
 
 
 def _description(request: web.Request, body: None) -> dict:
@@ -64,7 +60,7 @@ def _sample(request: web.Request, body: None) -> web.FileResponse:
 
 def _stop(request: web.Request, body: dict) -> dict:
     run = views.find(request.match_info["name"])
-    stopped = launch.stop(run, grace=runs.GRACE)
+    stopped = launch.stop(run, grace=GRACE)
     return {"message": f"run {run.path.name} was {'stopped' if stopped else 'not running'}"}
 
 
@@ -81,15 +77,3 @@ def _delete(request: web.Request, body: dict) -> dict:
 
 def _restore(request: web.Request, body: dict) -> dict:
     return {"message": f"run {views.restore(request.match_info['name'])} was restored"}
-
-
-def _number(request: web.Request, name: str) -> int:
-    """A whole number from the query.
-
-    Raises:
-        BadInput: it is not one.
-    """
-    text = request.query.get(name, "0")
-    if not text.isascii() or not text.isdecimal() or len(text) > int(math.log10(2**53)):
-        raise BadInput(f"{name} is {text[:40]!r}: give a whole number from 0 on")
-    return int(text)

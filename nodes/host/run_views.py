@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from dataclasses import dataclass, field
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ...trainer.runs import launch
-from ...trainer.runs.directory import EventReader, RunDirectory
+from ...trainer.runs.directory import RunDirectory
+from ...trainer.runs.events import EventReader, read_evaluations
 from ...trainer.utils.errors import BadInput
-from .folders import check_name, run_folder, runs_folder
+from ...trainer.utils.names import check_name
+from .folders import published_loras, run_folder, runs_folder
 
 MOST_EVENTS = 1000
 """Events in one answer; of more, evenly spaced ones are sent."""
@@ -143,16 +144,22 @@ def _phase(progress: object) -> str | None:
     return f"{progress['phase']} {progress.get('done')} of {progress.get('total')}"
 
 
-def detail(run: RunDirectory, cache: EventCache, lora_name: str | None) -> dict[str, Any]:
+def detail(run: RunDirectory, cache: EventCache) -> dict[str, Any]:
     """A run with everything but its events, samples and log."""
     summary, recent = run.summary() or {}, cache.latest(run, 1)
     return {
         **brief(run, cache),
-        "evaluations": summary.get("evaluations") or run.evaluations(),
+        "evaluations": read_evaluations(run.path / "evaluations.jsonl"),
         "summary": summary or None,
         "memory_mb": recent[-1].get("memory_mb") if recent else None,
-        "lora_name": lora_name,
+        "lora_name": _lora_name(run.path.name),
     }
+
+
+def _lora_name(name: str) -> str | None:
+    """The newest LoRA of a run under its name in ComfyUI's lists."""
+    newest = max(published_loras(name), key=lambda path: path.stat().st_mtime_ns, default=None)
+    return None if newest is None else os.path.join("dancegrpo", newest.name)  # noqa: PTH118 - as ComfyUI writes it
 
 
 def list_runs(cache: EventCache) -> list[dict[str, Any]]:
@@ -254,5 +261,5 @@ def restore(name: str) -> str:
     if target.exists():
         raise BadInput(f"there is a run named {name!r}: delete or rename it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(source, target)
+    os.replace(source, target)
     return target.name

@@ -96,3 +96,22 @@ def keep_events(path: Path, iterations: int) -> int:
     if len(kept) < len(lines) or rest:
         write_atomically(path, b"".join(line + b"\n" for line in kept))
     return damaged
+
+
+def add_evaluation(path: Path, record: dict[str, Any]) -> None:
+    """Add the record of a held-out evaluation to evaluations.jsonl, so that it can be shown while the run goes on.
+
+    Records of this iteration and later ones, which a resumed run makes again, are dropped.
+    """
+    earlier = [one for one in read_evaluations(path) if one["iteration"] < record["iteration"]]
+    write_atomically(path, "".join(json.dumps(one) + "\n" for one in [*earlier, record]))
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """Records of held-out evaluations, oldest first; damaged lines are left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = [try_json(line) for line in lines]
+    return [one for one in records if isinstance(one, dict) and {"iteration", "rewards"} <= one.keys()]

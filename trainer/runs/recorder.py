@@ -16,6 +16,7 @@ from ..utils.files import write_atomically, write_json
 from ..utils.media import save_video
 from . import report
 from .directory import Checkpoint, RunDirectory
+from .events import add_evaluation
 from .trackers import Trackers
 
 STATUS_INTERVAL = 1.0
@@ -108,6 +109,7 @@ class Recorder:
             prompts: N texts.
         """
         if self.writes:
+            add_evaluation(self.run.path / "evaluations.jsonl", record)
             self._show(self._evaluation_path(record["iteration"]), images, columns=6, largest=160)
             self.trackers.evaluation(record)
             self.trackers.pictures("evaluation", images, prompts, record["iteration"])
