@@ -27,11 +27,11 @@ def add_run_routes(routes: Routes) -> None:
 
 
 def _list(request: web.Request, body: None) -> dict:
-    return {"runs": views.list_runs(_cache), "deleted": views.deleted()}
+    return {"runs": views.list_runs(), "deleted": views.deleted()}
 
 
 def _detail(request: web.Request, body: None) -> dict:
-    return views.detail(views.find(request.match_info["name"]), _cache)
+    return views.detail(views.find(request.match_info["name"]))
 
 
 def _events(request: web.Request, body: None) -> dict:

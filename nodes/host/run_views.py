@@ -11,7 +11,7 @@ from typing import Any
 
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
-from ...trainer.runs.events import EventReader, read_evaluations
+from ...trainer.runs.events import EventReader, last_events, read_evaluations
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.names import check_name
 from .folders import published_loras, run_folder, runs_folder
@@ -68,13 +68,6 @@ class EventCache:
             first = _first_after(followed.events, after)
             return {"generation": followed.generation, "events": thinned(followed.events[first:], MOST_EVENTS)}
 
-    def latest(self, run: RunDirectory, count: int) -> list[dict[str, Any]]:
-        """The last `count` events."""
-        followed = self._of(run)
-        with followed.lock:
-            self._update(followed)
-            return followed.events[-count:]
-
     @staticmethod
     def _update(followed: _Followed) -> None:
         new = followed.reader.new()
@@ -113,10 +106,10 @@ def find(name: str) -> RunDirectory:
     return RunDirectory(folder)
 
 
-def brief(run: RunDirectory, cache: EventCache) -> dict[str, Any]:
+def brief(run: RunDirectory) -> dict[str, Any]:
     """A run as a line of the list."""
     status, live = run.status(), launch.is_running(run)
-    recent = cache.latest(run, 20)
+    recent = last_events(run.path / "events.jsonl", 20)
     state = status.get("state", "starting")
     if not live and state in ("starting", "running", "stopping"):
         state = "interrupted"
@@ -144,13 +137,12 @@ def _phase(progress: object) -> str | None:
     return f"{progress['phase']} {progress.get('done')} of {progress.get('total')}"
 
 
-def detail(run: RunDirectory, cache: EventCache) -> dict[str, Any]:
+def detail(run: RunDirectory) -> dict[str, Any]:
     """A run with everything but its events, samples and log."""
-    summary, recent = run.summary() or {}, cache.latest(run, 1)
+    recent = last_events(run.path / "events.jsonl", 1)
     return {
-        **brief(run, cache),
+        **brief(run),
         "evaluations": read_evaluations(run.path / "evaluations.jsonl"),
-        "summary": summary or None,
         "memory_mb": recent[-1].get("memory_mb") if recent else None,
         "lora_name": _lora_name(run.path.name),
     }
@@ -162,10 +154,10 @@ def _lora_name(name: str) -> str | None:
     return None if newest is None else os.path.join("dancegrpo", newest.name)  # noqa: PTH118 - as ComfyUI writes it
 
 
-def list_runs(cache: EventCache) -> list[dict[str, Any]]:
+def list_runs() -> list[dict[str, Any]]:
     """All runs, the one that changed last first."""
     found = [RunDirectory(path.parent) for path in runs_folder().glob("*/run.yaml")]
-    return sorted((brief(run, cache) for run in found), key=lambda run: run["time"] or 0, reverse=True)
+    return sorted((brief(run) for run in found), key=lambda run: run["time"] or 0, reverse=True)
 
 
 def description(run: RunDirectory) -> str:

@@ -9,6 +9,9 @@ from ..utils.files import write_atomically
 
 Event = dict[str, Any]
 
+LONGEST_EVENT = 4096
+"""Bytes within which an event usually lies."""
+
 
 class EventReader:
     """Follows an event log: every call reads what was appended since the last one.
@@ -66,6 +69,20 @@ def is_event(value: object) -> bool:
     if not isinstance(rewards, dict) or not all(isinstance(reward, dict) for reward in rewards.values()):
         return False
     return isinstance(seconds, dict) and isinstance(seconds.get("total"), int | float)
+
+
+def last_events(path: Path, count: int) -> list[Event]:
+    """The last `count` events, without reading the rest of the log."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            start = max(0, size - count * LONGEST_EVENT)
+            file.seek(start)
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    events = [try_json(line) for line in (lines[1:] if start else lines)]
+    return [event for event in events if is_event(event)][-count:]
 
 
 def append_event(path: Path, event: Event) -> None:

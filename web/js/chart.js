@@ -80,13 +80,14 @@ function axes({ x, y, px, py }) {
   const parts = [];
   for (const value of ticks(y, 4)) {
     parts.push(
-      svg("line", { class: "dg-grid", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: py(value), y2: py(value) }),
+      svg("line", { class: "dg-gridline", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: py(value), y2: py(value) }),
       svg("text", { class: "dg-tick", x: MARGIN.left - 5, y: py(value) + 3, "text-anchor": "end", text: format(value) }),
     );
   }
   for (const value of ticks(x, 5)) {
     if (!Number.isInteger(value)) continue;
-    parts.push(svg("text", { class: "dg-tick", x: px(value), y: HEIGHT - 6, "text-anchor": "middle", text: String(value) }));
+    const anchor = px(value) > WIDTH - MARGIN.right - 16 ? "end" : "middle";
+    parts.push(svg("text", { class: "dg-tick", x: px(value), y: HEIGHT - 6, "text-anchor": anchor, text: String(value) }));
   }
   return parts;
 }

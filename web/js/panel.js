@@ -69,7 +69,7 @@ app.registerExtension({
     app.extensionManager?.registerSidebarTab({
       id: "dancegrpo",
       icon: "pi pi-chart-line",
-      title: "DanceGRPO",
+      title: "GRPO",
       tooltip: "DanceGRPO: training runs, votes, comparison",
       type: "custom",
       render: (element) => {

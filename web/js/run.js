@@ -152,6 +152,7 @@ export function runDetail(name, panel) {
 
   function rewardCharts() {
     const names = unique([
+      ...(state.evaluations.some((one) => "mix" in one.rewards) ? ["mix"] : []),
       ...events.events.flatMap((event) => Object.keys(event.rewards)),
       ...state.evaluations.flatMap((evaluation) => Object.keys(evaluation.rewards)),
     ]);
@@ -183,16 +184,18 @@ export function runDetail(name, panel) {
   }
 
   function objectiveCharts() {
-    const metrics = unique(events.events.flatMap((event) => Object.keys(event.objective ?? {})));
+    const flat = new Map(events.events.map((event) => [event, flattened(event.objective ?? {})]));
+    const metrics = unique([...flat.values()].flatMap((values) => Object.keys(values)));
     return [
-      ...metrics.map((metric) => plain(metric.replaceAll("_", " "), (event) => event.objective?.[metric])),
+      ...metrics.map((metric) => plain(metric, (event) => flat.get(event)[metric])),
       plain("gradient norm", (event) => event.grad_norm),
     ];
   }
 
   function plain(title, value) {
     const points = events.events.filter((event) => finite(value(event))).map((event) => [event.iteration, value(event)]);
-    return points.length ? lineChart({ title, series: [{ label: title, color: COLORS[2], points }] }) : null;
+    const varies = points.some(([, y]) => y !== points[0][1]);
+    return varies ? lineChart({ title, series: [{ label: title, color: COLORS[2], points }] }) : null;
   }
 
   function phaseChart() {
@@ -247,6 +250,16 @@ export function runDetail(name, panel) {
       page?.close?.();
     },
   };
+}
+
+/** Nested metrics under names such as "ratio mean". */
+function flattened(metrics, prefix = "") {
+  return Object.fromEntries(
+    Object.entries(metrics).flatMap(([name, value]) => {
+      const label = `${prefix}${name.replaceAll("_", " ")}`;
+      return value !== null && typeof value === "object" ? Object.entries(flattened(value, `${label} `)) : [[label, value]];
+    }),
+  );
 }
 
 const finite = (value) => typeof value === "number" && Number.isFinite(value);
