@@ -1,0 +1,204 @@
+"""The sidebar panel and its routes, on the real server and in a real browser."""
+
+import importlib.util
+import json
+import math
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comfy_host import Server
+
+from trainer.config import parse_config, preset
+from trainer.runs.directory import RunDirectory
+from trainer.runs.events import add_evaluation
+
+LONG = 20_000
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+MARKUP = "<img src=x onerror=window.hacked=1>"
+
+
+def event(iteration: int, total: int) -> dict:
+    """An iteration's event as the trainer writes it."""
+    done = iteration / total
+    return {
+        "iteration": iteration,
+        "rewards": {"shapes": {"mean": 0.6 + 0.2 * done, "std": 0.2, "group_std": 0.1}},
+        "objective": {"ratio": {"mean_deviation": 1e-5 * done}, "clip_fraction": 0.2 + math.sin(iteration) / 10},
+        "grad_norm": 0.5 + math.cos(iteration) / 10,
+        "seconds": {"rollout": 1.0, "update": 1.0 + done, "total": 2.0 + done},
+        "memory_mb": 1500.0,
+    }
+
+
+def make_run(folder: Path, name: str, iterations: int, state: str = "finished") -> RunDirectory:
+    """A run directory as a run of the demo preset leaves it, without its weights."""
+    config = parse_config(preset("demo"), [f"runtime.iterations={iterations}"])
+    run = RunDirectory.open(folder / name, config, ["test"])
+    lines = (json.dumps(event(i + 1, iterations)) + "\n" for i in range(iterations))
+    (run.path / "events.jsonl").write_text("".join(lines))
+    for at in (0, iterations):
+        add_evaluation(
+            run.path / "evaluations.jsonl", {"iteration": at, "rewards": {"shapes": 0.6 + at / iterations / 5}}
+        )
+    run.write_status(state, iteration=iterations, iterations=iterations, error=MARKUP if state == "failed" else None)
+    (run.path / "log.txt").write_text(f"first line {MARKUP}\n")
+    run.release()
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(comfy: Server) -> Iterator[Path]:
+    folder = comfy.base / "output" / "dancegrpo" / "runs"
+    made = [make_run(folder, "panel a", 12), make_run(folder, "panel b", 5, "failed")]
+    yield folder
+    for run in made:
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def refusal(comfy: Server, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+    """Status and sentence of a refused request; a POST where there is a body."""
+    data = None if body is None else (body if isinstance(body, bytes) else json.dumps(body).encode())
+    given = {"Content-Type": "application/json"} if data is not None else {}
+    request = urllib.request.Request(f"http://127.0.0.1:{comfy.port}{path}", data=data, headers=given | headers)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    return error.value.code, json.loads(error.value.read())["error"]
+
+
+def test_runs_their_events_and_their_log_are_data(comfy: Server, runs: Path) -> None:
+    listed = {run["name"]: run for run in comfy.get("/dancegrpo/runs")["runs"]}
+    assert listed["panel a"]["state"] == "finished"
+    assert listed["panel a"]["iteration"] == listed["panel a"]["iterations"] == 12
+    assert listed["panel b"]["error"] == MARKUP
+    detail = comfy.get("/dancegrpo/runs/panel%20a")
+    assert [one["iteration"] for one in detail["evaluations"]] == [0, 12]
+    assert detail["memory_mb"] == 1500.0
+    whole = comfy.get("/dancegrpo/runs/panel%20a/events")
+    assert [one["iteration"] for one in whole["events"]] == list(range(1, 13))
+    later = comfy.get(f"/dancegrpo/runs/panel%20a/events?after=10&generation={whole['generation']}")
+    assert [one["iteration"] for one in later["events"]] == [11, 12]
+    assert comfy.get("/dancegrpo/runs/panel%20a/log?offset=6")["text"] == f"line {MARKUP}\n"
+    assert "preset" not in comfy.get("/dancegrpo/runs/panel%20a/description")["text"]
+
+
+def test_a_rewritten_log_is_sent_anew(comfy: Server, runs: Path) -> None:
+    run = make_run(runs, "panel c", 8)
+    first = comfy.get("/dancegrpo/runs/panel%20c/events")
+    (run.path / "events.jsonl").write_text("".join(json.dumps(event(i + 1, 8)) + "\n" for i in range(3)))
+    again = comfy.get(f"/dancegrpo/runs/panel%20c/events?after=8&generation={first['generation']}")
+    assert again["generation"] != first["generation"]
+    assert [one["iteration"] for one in again["events"]] == [1, 2, 3]
+    shutil.rmtree(run.path)
+
+
+def test_a_long_run_is_thinned_and_followed(comfy: Server, runs: Path) -> None:
+    run = make_run(runs, "panel long", LONG)
+    answer = comfy.get("/dancegrpo/runs/panel%20long/events")
+    numbers = [one["iteration"] for one in answer["events"]]
+    assert (numbers[0], numbers[-1], len(numbers)) == (1, LONG, 1000)
+    with (run.path / "events.jsonl").open("a") as log:
+        log.write(json.dumps(event(LONG + 1, LONG)) + "\n")
+    later = comfy.get(f"/dancegrpo/runs/panel%20long/events?after={LONG}&generation={answer['generation']}")
+    assert [one["iteration"] for one in later["events"]] == [LONG + 1]
+    shutil.rmtree(run.path)
+
+
+def test_a_deleted_run_lies_in_the_bin_and_comes_back(comfy: Server, runs: Path) -> None:
+    run = make_run(runs, "panel d", 3)
+    comfy.post("/dancegrpo/runs/panel%20d/delete", {})
+    assert not run.path.exists()
+    assert "panel d" in comfy.get("/dancegrpo/runs")["deleted"]
+    assert "no run named" in refusal(comfy, "/dancegrpo/runs/panel%20d")[1]
+    comfy.post("/dancegrpo/deleted/panel%20d/restore", {})
+    assert len(comfy.get("/dancegrpo/runs/panel%20d/events")["events"]) == 3
+    shutil.rmtree(run.path)
+
+
+@pytest.mark.parametrize("name", ["..", "..%2F..", "%2Fetc", "a%2Fb", "CON", "x%00", "%E2%80%AE", "a" * 300])
+def test_names_lead_nowhere_else(comfy: Server, name: str) -> None:
+    for path in (f"/dancegrpo/runs/{name}/log", f"/dancegrpo/runs/panel%20a/samples/{name}"):
+        try:
+            code, sentence = refusal(comfy, path)
+        except json.JSONDecodeError:  # aiohttp itself knows no such route
+            continue
+        assert code == 400
+        assert "\n" not in sentence
+    assert refusal(comfy, f"/dancegrpo/deleted/{name}/restore", {})[0] in (400, 404) if "%2F" not in name else True
+
+
+def test_links_out_of_the_folder_are_no_pictures(comfy: Server, runs: Path) -> None:
+    (runs / "panel a" / "samples").mkdir(exist_ok=True)
+    secret = runs.parent / "secret.png"
+    secret.write_bytes(b"secret")
+    (runs / "panel a" / "samples" / "rollout_000001.png").symlink_to(secret)
+    assert "no picture" in refusal(comfy, "/dancegrpo/runs/panel%20a/samples/rollout_000001.png")[1]
+
+
+def test_changes_need_a_request_of_this_server(comfy: Server, runs: Path) -> None:
+    stop = "/dancegrpo/runs/panel%20a/stop"
+    assert "other sites" in refusal(comfy, stop, {}, **{"Sec-Fetch-Site": "cross-site"})[1]
+    assert "Content-Type application/json" in refusal(comfy, stop, {}, **{"Content-Type": "text/plain"})[1]
+    assert "not a JSON object" in refusal(comfy, stop, [1])[1]
+    assert "not JSON" in refusal(comfy, stop, b"{")[1]
+    assert "not running" in comfy.post(stop, {})["message"]
+
+
+# ------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def page(comfy: Server, runs: Path) -> Iterator[Any]:
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("no Chromium, or playwright is not installed")
+    from playwright.sync_api import sync_playwright
+
+    comfy.post("/settings/Comfy.TutorialCompleted", True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(120_000)
+        page.goto(f"http://127.0.0.1:{comfy.port}/")
+        page.get_by_role("button", name="DanceGRPO").or_(page.locator(".dancegrpo-tab-button")).first.click()
+        page.wait_for_selector(".dg-panel")
+        yield page
+        browser.close()
+
+
+def test_the_panel_lists_runs_and_opens_one(page: Any) -> None:
+    page.locator("[data-run='panel a']").click()
+    page.wait_for_selector(".dg-chart svg polyline")
+    titles = page.locator(".dg-chart-title").all_inner_texts()
+    assert titles[0] == "shapes"
+    assert {"ratio mean deviation", "clip fraction", "gradient norm", "seconds per iteration"} <= set(titles)
+    assert page.locator(".dg-run-head h3").inner_text() == "panel a"
+    page.get_by_role("tab", name="Log").click()
+    page.wait_for_function("document.querySelector('.dg-log')?.textContent.includes('first line')")
+    page.get_by_role("button", name="‹ All runs").click()
+    page.wait_for_selector("[data-run='panel b']")
+
+
+def test_what_runs_say_is_text_in_the_panel(page: Any) -> None:
+    page.locator("[data-run='panel b']").click()
+    page.wait_for_selector(".dg-error")
+    assert page.locator(".dg-error").first.inner_text() == MARKUP
+    page.get_by_role("tab", name="Log").click()
+    page.wait_for_function("document.querySelector('.dg-log')?.textContent.includes('onerror')")
+    assert page.evaluate("window.hacked") is None
+    assert page.locator(".dg-panel img[src='x']").count() == 0
+    page.get_by_role("button", name="‹ All runs").click()
+
+
+def test_the_panel_compares_two_runs(page: Any) -> None:
+    page.get_by_role("tab", name="Compare").click()
+    page.wait_for_selector(".dg-table")
+    page.get_by_label("first run").select_option("panel a")
+    page.get_by_label("second run").select_option("panel b")
+    page.wait_for_function("document.querySelectorAll('.dg-table th').length === 3")
+    assert "0.6 → 0.8" in page.locator(".dg-table").inner_text()
