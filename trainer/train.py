@@ -77,6 +77,19 @@ def _run_ranks(config: RunConfig, output: Path, arguments: list[str], processes:
     return _verdict(run, ranks, codes)
 
 
+class _Crash(RunFailed):
+    """An error that nobody expected, which is its cause.
+
+    Args:
+        details: file that holds its traceback; empty where it could not be written.
+    """
+
+    def __init__(self, error: BaseException, details: str) -> None:
+        where = f" (details in {details})" if details else ""
+        super().__init__(f"{type(error).__name__}: {_sentence(error)}{where}")
+        self.details = details
+
+
 def _verdict(run: RunDirectory, ranks: Ranks, codes: list[int]) -> int:
     """What became of a run whose ranks have all ended.
 
@@ -92,7 +105,8 @@ def _verdict(run: RunDirectory, ranks: Ranks, codes: list[int]) -> int:
     failure = failure or Failure(0, "the training processes exited unexpectedly; see the output above")
     if (status.get("state"), status.get("error")) != ("failed", failure.sentence):
         _set_status(run, "failed", error=failure.sentence, bad_input=failure.bad_input)
-    raise BadInput(failure.sentence) if failure.bad_input else RunFailed(failure.sentence)
+    where = f" (details in {failure.details})" if failure.details else ""
+    raise BadInput(failure.sentence) if failure.bad_input else RunFailed(f"{failure.sentence}{where}")
 
 
 def _failure(ranks: Ranks, codes: list[int]) -> Failure | None:
@@ -139,7 +153,8 @@ def _run_as_rank(config: RunConfig, output: Path, arguments: list[str]) -> int:
     try:
         code = _run_here(config, run, arguments)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must know
-        failures.report(Failure.of(rank, _origin(error), _sentence(error)))
+        origin = error.__cause__ if isinstance(error, _Crash) else error
+        failures.report(Failure.of(rank, origin, _sentence(origin), getattr(error, "details", "")))
         failure = cause(failures.reports())
         if rank == 0:
             _write_failure(run, failure.sentence, failure.bad_input)
@@ -153,11 +168,6 @@ def _run_as_rank(config: RunConfig, output: Path, arguments: list[str]) -> int:
     return code
 
 
-def _origin(error: BaseException) -> BaseException:
-    """The library's error behind one of this program's."""
-    return error.__cause__ if type(error) is RunFailed and error.__cause__ is not None else error
-
-
 # ---------------------------------------------------------------------------------------------------------- one process
 
 
@@ -165,7 +175,8 @@ def _run_alone(config: RunConfig, run: RunDirectory, arguments: list[str]) -> in
     try:
         return _run_here(config, run, arguments)
     except Exception as error:
-        _write_failure(run, _sentence(error), isinstance(error, BadInput))
+        origin = error.__cause__ if isinstance(error, _Crash) else error
+        _write_failure(run, _sentence(origin), isinstance(origin, BadInput))
         raise
     finally:
         run.release()
@@ -244,8 +255,7 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
     except Exception as error:
         if isinstance(error, (BadInput, RunFailed, OSError)):
             raise
-        details = _write_details(run, processes.rank, error)
-        raise RunFailed(f"{type(error).__name__}: {_sentence(error)}{details}") from error
+        raise _Crash(error, _write_details(run, processes.rank, error)) from error
     finally:
         if progress is not None:
             progress.close()
@@ -272,12 +282,12 @@ def _write_failure(run: RunDirectory, sentence: str, bad_input: bool) -> None:
 
 
 def _write_details(run: RunDirectory, rank: int, error: BaseException) -> str:
-    """Keep the traceback beside the run; says where."""
+    """Keep the traceback beside the run; returns the file's path."""
     report = run.path / f"error-{rank}.txt"
     with suppress(RunFailed, OSError):
         run.require_ownership()
         report.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        return f" (details in {report})"
+        return str(report)
     return ""
 
 

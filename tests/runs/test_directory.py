@@ -6,16 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Forks, assert_same_tensors, lora_of, results_of, write_description
+from conftest import ROOT
+from filelock import FileLock
 
+from trainer.cli import main
 from trainer.config import RunConfig, parse_config
+from trainer.runs import launch
 from trainer.runs.directory import Checkpoint, RunDirectory, description_hash
-from trainer.utils.errors import BadInput
-from trainer.utils.files import remove_leftovers, write_atomically, write_json
+from trainer.utils.errors import BadInput, RunFailed
 
 
 @pytest.fixture
@@ -28,40 +31,7 @@ def run(tmp_path: Path, config: RunConfig) -> RunDirectory:
     return RunDirectory.open(tmp_path / "run", config, ["train", "x.yaml"])
 
 
-# ------------------------------------------------------------------------------------------------------ whole files
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    file = tmp_path / "folder" / "status.json"
-    write_atomically(file, "old")
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(file, "new and longer")
-    assert file.read_text() == "old"
-    assert list(file.parent.iterdir()) == [file], "no temporary file stays"
-
-
-def test_write_replaces_and_is_readable_by_others(tmp_path: Path) -> None:
-    file = tmp_path / "a.json"
-    write_json(file, {"text": "Grüße"})
-    write_json(file, {"text": "neu"})
-    assert json.loads(file.read_text(encoding="utf-8")) == {"text": "neu"}
-    assert file.stat().st_mode & 0o777 == 0o644
-
-
-def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    names = [".lora.safetensors.x1.tmp", "checkpoints/.000001.safetensors.y.tmp"]
-    kept = ["notes.tmp", ".hidden", "checkpoints/000001.safetensors"]
-    (tmp_path / "checkpoints").mkdir()
-    for name in names + kept:
-        (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(kept)
+# ----------------------------------------------------------------------------------------------------------- status
 
 
 def test_status_keeps_fields_and_survives_a_broken_file(run: RunDirectory) -> None:
@@ -76,16 +46,54 @@ def test_status_keeps_fields_and_survives_a_broken_file(run: RunDirectory) -> No
     assert run.status()["state"] == "running"
 
 
-@pytest.mark.parametrize("half", ['{"iteration": 3, "rew', '{"iteration"', "\0\0\0\0", ""])
-def test_events_survive_a_half_written_last_line(run: RunDirectory, half: str) -> None:
-    for iteration in (1, 2):
-        run.append_event({"iteration": iteration})
-    with (run.path / "events.jsonl").open("a") as file:
-        file.write(half)
-    assert [event["iteration"] for event in run.events()] == [1, 2]
-    run.keep_events(1)
-    run.append_event({"iteration": 2, "again": True})
-    assert run.events() == [{"iteration": 1}, {"iteration": 2, "again": True}]
+@pytest.mark.parametrize("content", [b"null", b"[]", b"5", b"\xff", b"", b"{", b"[" * 100_000])
+def test_a_damaged_status_is_an_empty_one(run: RunDirectory, content: bytes) -> None:
+    (run.path / "status.json").write_bytes(content)
+    assert run.status() == {}
+    assert launch.is_running(run) is False
+    run.write_status("running", iteration=1)
+    assert (run.status()["state"], run.status()["iteration"]) == ("running", 1)
+
+
+def test_fields_of_the_wrong_type_are_left_out(run: RunDirectory) -> None:
+    good = {"state": "failed", "iteration": 3, "iterations": 9, "gpus": [0, 1], "error": "why", "note": {"a": 1}}
+    bad = [
+        {"state": "gone", "iteration": "3", "iterations": -1, "gpus": [0, "1"], "error": 5, "note": {"a": 1}},
+        {"state": ["failed"], "iteration": True, "iterations": 1.5, "gpus": 7, "error": [], "launcher": 5},
+        {"state": None, "iteration": None, "launcher": {"host": "x"}, "progress": 3, "processes": "2", "pid": {}},
+    ]
+    (run.path / "status.json").write_text(json.dumps(good))
+    assert run.status() == good
+    for fields in bad:
+        (run.path / "status.json").write_text(json.dumps(fields))
+        assert set(run.status()) <= {"note"}
+        assert launch.is_running(run) is False
+
+
+SUMMARY = {
+    "state": "finished",
+    "iterations": 2,
+    "seconds": 1.0,
+    "eval": {"before": {"rewards": {"r": 1.0}}, "after": None},
+    "evaluations": [{"iteration": 0, "rewards": {"r": 1.0}}],
+}
+
+
+def test_a_damaged_summary_is_none_and_a_run_without_its_lora_is_not_finished(run: RunDirectory) -> None:
+    file = run.path / "report" / "summary.json"
+    file.parent.mkdir()
+    damaged = [b"", b"{}", b"null", b"[1]", b"\xff", b"{"]
+    damaged += [json.dumps({**SUMMARY, key: 5}).encode() for key in ("state", "eval", "evaluations")]
+    damaged += [json.dumps({**SUMMARY, "seconds": None}).encode()]
+    damaged += [json.dumps({**SUMMARY, "eval": {"before": {"rewards": 5}}}).encode()]
+    run.lora_file.write_bytes(b"a LoRA")
+    for content in damaged:
+        file.write_bytes(content)
+        assert (run.summary(), run.is_finished()) == (None, False), content
+    file.write_text(json.dumps(SUMMARY))
+    assert (run.summary(), run.is_finished()) == (SUMMARY, True)
+    run.lora_file.unlink()
+    assert not run.is_finished()
 
 
 # --------------------------------------------------------------------------------------------------------- identity
@@ -128,7 +136,7 @@ def test_another_description_is_refused_with_what_changed(run: RunDirectory, tin
     assert "rewards" in str(raised.value)
     assert "lora" not in str(raised.value).removeprefix(f"run directory {run.path}")
     assert (run.path / "run.yaml").read_text() == before
-    assert not run.is_live(), "the lock was given back"
+    assert not launch.is_running(run), "the lock was given back"
 
 
 @pytest.mark.parametrize("content", ["", "a: [1", "- 1", "description: 5", b"\xff\xfe\x00", "description: {}"])
@@ -141,6 +149,130 @@ def test_damaged_description_is_named(run: RunDirectory, config: RunConfig, cont
         with pytest.raises(BadInput) as raised:
             RunDirectory.open(run.path, config, [])
         assert "in use" not in str(raised.value)
+
+
+def test_a_run_is_extended_and_not_shortened(run: RunDirectory, tiny_description: dict) -> None:
+    run.release()
+    (run.path / "report").mkdir()
+    (run.path / "report" / "summary.json").write_text(json.dumps(SUMMARY))
+    run.lora_file.write_bytes(b"a LoRA")
+    assert run.is_finished()
+    tiny_description["runtime"]["iterations"] = 9
+    longer = parse_config(tiny_description)
+    assert run.changes(longer) == []
+    again = RunDirectory.open(run.path, longer, ["train"])
+    assert again.extended_from == 4
+    assert again.config() == longer
+    assert not again.is_finished(), "it goes on"
+    assert again.lora_file.read_bytes() == b"a LoRA"
+    again.release()
+    assert RunDirectory.open(run.path, longer, []).extended_from is None
+    for iterations, eta in ((8, 0.5), (12, 0.9)):
+        tiny_description["runtime"]["iterations"], tiny_description["rollout"]["eta"] = iterations, eta
+        with pytest.raises(BadInput, match="runtime.iterations was 9 and is now 8|rollout.eta was 0.5 and is now 0.9"):
+            RunDirectory.open(run.path, parse_config(tiny_description), [])
+
+
+def test_an_edited_description_is_refused_and_repaired_by_the_original(
+    run: RunDirectory, config: RunConfig, tiny_description: dict
+) -> None:
+    run.release()
+    file = run.path / "run.yaml"
+    sound = file.read_text()
+    file.write_text(sound.replace("learning_rate: 0.001", "learning_rate: 0.5"))
+    with pytest.raises(BadInput, match=r"run\.yaml was edited: its settings do not match its hash"):
+        run.config()
+    tiny_description["optimizer"]["learning_rate"] = 0.5
+    with pytest.raises(BadInput, match="was edited"):
+        RunDirectory.open(run.path, parse_config(tiny_description), [])
+    RunDirectory.open(run.path, config, ["train", "x.yaml"]).release()
+    assert file.read_text() == sound
+
+
+@pytest.mark.parametrize("content", ["", "a: [1", "- 1", "description: 5\nhash: a", b"\xff\xfe\x00", "a: &a 1\nb: *a"])
+def test_a_damaged_description_is_repaired_by_the_original(
+    run: RunDirectory, config: RunConfig, tiny_description: dict, content: str | bytes
+) -> None:
+    run.write_status("stopped", description=description_hash(config))
+    run.release()
+    file = run.path / "run.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    tiny_description["rollout"]["eta"] = 0.9
+    with pytest.raises(BadInput, match="run.yaml"):
+        RunDirectory.open(run.path, parse_config(tiny_description), [])
+    RunDirectory.open(run.path, config, []).release()
+    assert run.config() == config
+    assert run.status()["state"] == "stopped"
+
+
+# -------------------------------------------------------------------------------------------------------- ownership
+
+
+def everything_that_writes(run: RunDirectory) -> list[Callable[[], object]]:
+    checkpoint = Checkpoint({"a": torch.ones(2)}, {})
+    return [
+        lambda: run.write_status("running"),
+        lambda: run.append_event({"iteration": 1}),
+        lambda: run.keep_events(0),
+        lambda: run.save_checkpoint(1, checkpoint, 2),
+        run.stop_requested,
+    ]
+
+
+def test_a_deleted_directory_stays_deleted(run: RunDirectory) -> None:
+    run.claim()
+    run.write_status("running")
+    shutil.rmtree(run.path)
+    for write in everything_that_writes(run):
+        with pytest.raises(RunFailed, match="was deleted while this run was going on"):
+            write()
+    assert not run.path.exists()
+    run.release()
+
+
+def test_a_directory_that_another_run_has_taken_is_left_alone(run: RunDirectory, config: RunConfig) -> None:
+    run.claim()
+    shutil.rmtree(run.path)
+    other = RunDirectory.open(run.path, config, [])
+    other.claim()
+    other.write_status("running", iteration=1)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for write in everything_that_writes(run):
+        with pytest.raises(RunFailed, match="was replaced by another run while this run was going on"):
+            write()
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    run.release()
+    other.write_status("finished")
+    assert other.status()["state"] == "finished"
+    assert other.is_locked_elsewhere() is False
+    assert RunDirectory(run.path).is_locked_elsewhere(), "letting go of the old lock has not let go of the new one"
+
+
+# -------------------------------------------------------------------------------------------------- a read-only disk
+
+
+def test_a_read_only_disk_is_a_sentence(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run.write_status("stopped", iteration=3)
+    run.release()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(run.path))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert main(["status", str(run.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["iteration"] == 3
+    assert main(["stop", str(run.path)]) == 0
+    assert "was not running" in capsys.readouterr().out
+    # One that runs, seen through a disk that cannot be written here.
+    run.write_status("running", launcher=launch.identity(os.getpid()))
+    assert launch.is_running(run)
+    assert main(["stop", str(run.path)]) == 2
+    assert capsys.readouterr().err == f"error: run directory {run.path} cannot be written: Read-only file system\n"
+    assert main(["resume", str(run.path)]) == 2
+    assert "cannot be written: Read-only file system" in capsys.readouterr().err
 
 
 def test_foreign_folder_and_file_are_refused(tmp_path: Path, config: RunConfig) -> None:
@@ -181,7 +313,7 @@ from trainer.runs.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 print("on", flush=True)
 while True:
-    run.is_live()
+    run.is_locked_elsewhere()
     time.sleep(0.001)
 """
 
@@ -191,13 +323,13 @@ def test_directory_in_use_is_refused_with_the_pid(run: RunDirectory, config: Run
     other = subprocess.Popen([sys.executable, "-c", HOLD, run.path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        assert run.is_live()
+        assert launch.is_running(run)
         with pytest.raises(BadInput, match=f"in use by process {other.pid}$"):
             RunDirectory.open(run.path, config, [])
     finally:
         other.kill()
         other.wait()
-    assert not run.is_live(), "the system gives back the lock of a killed process"
+    assert not launch.is_running(run), "the system gives back the lock of a killed process"
     RunDirectory.open(run.path, config, []).release()
 
 
@@ -211,134 +343,3 @@ def test_asking_whether_a_run_lives_does_not_get_in_its_way(run: RunDirectory, c
     finally:
         other.kill()
         other.wait()
-
-
-# ------------------------------------------------------------------------------------------------------ checkpoints
-
-
-def numbered(iteration: int) -> Checkpoint:
-    return Checkpoint({"a": torch.full((3, 2), float(iteration)), "b": torch.tensor(1.5)}, {"iteration": iteration})
-
-
-def flip(path: Path, place: int, bits: int = 0xFF) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= bits
-    path.write_bytes(data)
-
-
-DAMAGE = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5]),
-    "header cut": lambda path: path.write_bytes(path.read_bytes()[:20]),
-    "flipped byte": lambda path: flip(path, -3),
-    "empty": lambda path: path.write_bytes(b""),
-    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
-}
-
-
-def test_only_the_newest_checkpoints_are_kept(run: RunDirectory) -> None:
-    for iteration in range(6):
-        run.save_checkpoint(iteration, numbered(iteration), keep=3)
-    assert [path.name for path in run.checkpoints()] == [f"{i:06d}.safetensors" for i in (3, 4, 5)]
-    checkpoint, complaints = run.load_checkpoint()
-    assert complaints == []
-    assert checkpoint.state == {"iteration": 5}
-    assert_same_tensors(checkpoint.tensors, numbered(5).tensors)
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(run: RunDirectory, damage: str) -> None:
-    for iteration in (1, 2):
-        run.save_checkpoint(iteration, numbered(iteration), keep=2)
-    DAMAGE[damage](run.checkpoints()[-1])
-    checkpoint, complaints = run.load_checkpoint()
-    assert checkpoint.state == {"iteration": 1}
-    assert len(complaints) == 1
-    assert "000002.safetensors is corrupt" in complaints[0]
-    DAMAGE[damage](run.checkpoints()[0])
-    checkpoint, complaints = run.load_checkpoint()
-    assert checkpoint is None
-    assert len(complaints) == 2
-
-
-def test_no_changed_bit_goes_unnoticed(run: RunDirectory) -> None:
-    """Three bits of every byte: tensors, their names and shapes, and the plain data of the state."""
-    run.save_checkpoint(12, numbered(12), keep=2)
-    path = run.checkpoints()[0]
-    sound = path.read_bytes()
-    original, _ = run.load_checkpoint()
-    for place in range(len(sound)):
-        for bit in (0, 3, 5):
-            data = bytearray(sound)
-            data[place] ^= 1 << bit
-            path.write_bytes(data)
-            found, _ = run.load_checkpoint()
-            if found is not None:  # only what does not change what is read, such as blanks in the header
-                assert found.state == original.state, (place, bit)
-                assert {k: (v.dtype, v.shape) for k, v in found.tensors.items()} == {
-                    k: (v.dtype, v.shape) for k, v in original.tensors.items()
-                }, (place, bit)
-                assert_same_tensors(found.tensors, original.tensors)
-
-
-def test_checkpoints_after_a_corrupt_one_are_not_removed_as_old(run: RunDirectory) -> None:
-    for iteration in (3, 4):
-        run.save_checkpoint(iteration, numbered(iteration), keep=2)
-    for path in run.checkpoints():
-        path.write_bytes(b"")
-    run.save_checkpoint(0, numbered(0), keep=2)
-    run.save_checkpoint(1, numbered(1), keep=2)
-    assert run.load_checkpoint()[0].state == {"iteration": 1}
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_sd3: Path, program: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run of four iterations, in `run`, and its description beside it."""
-    folder = tmp_path_factory.mktemp("finished")
-    description = {
-        "model": {"path": str(tiny_sd3), "height": 16, "width": 16},
-        "prompts": {"texts": ["a red circle", "a blue square"]},
-        "rollout": {"steps": 4, "shift": 1.0, "eta": 0.5, "group_size": 4, "prompts_per_iteration": 2},
-        "rewards": [{"name": "brightness"}],
-        "lora": {"rank": 4, "alpha": 8},
-        "optimizer": {"learning_rate": 1e-3},
-        "runtime": {"iterations": 4, "device": "cpu"},
-    }
-    file = write_description(folder / "run.json", description)
-    code, output = program.run("train", file, "--output", folder / "run")
-    assert code == 0, output
-    return folder
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped byte", "empty"])
-def test_run_goes_on_from_the_checkpoint_before_a_corrupt_one(
-    finished: Path, program: Forks, tmp_path: Path, damage: str
-) -> None:
-    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
-    (run.path / "report" / "summary.json").unlink()  # as if it had been killed before its end
-    DAMAGE[damage](run.checkpoints()[-1])
-    code, output = program.run("resume", run.path)
-    assert code == 0, output
-    assert "warning: checkpoint 000004.safetensors is corrupt" in output
-    assert "iteration 4/4" in output
-    assert "iteration 3/4" not in output
-    assert_same_tensors(lora_of(run.path), lora_of(finished / "run"))
-    assert results_of(run.path) == results_of(finished / "run")
-
-
-def test_run_without_a_sound_checkpoint_starts_over_and_keeps_its_lora(
-    finished: Path, program: Forks, tmp_path: Path
-) -> None:
-    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
-    (run.path / "report" / "summary.json").unlink()
-    for path in run.checkpoints():
-        path.write_bytes(b"")
-    learned = lora_of(run.path)
-    # Killed right after its first iteration, it has no LoRA better than the old one, and must not have lost that.
-    code, _ = program.run("resume", run.path, die=("predict", 6))
-    assert code == -9
-    kept = [lora_of(run.path, path.name) for path in run.path.glob("lora*.safetensors")]
-    assert any(all(torch.equal(lora[name], learned[name]) for name in learned) for lora in kept)
-    code, output = program.run("resume", run.path)
-    assert code == 0, output
-    assert_same_tensors(lora_of(run.path), learned)
-    assert results_of(run.path) == results_of(finished / "run")

@@ -25,6 +25,7 @@ class Failure:
         bad_input: whether something the user gave cannot be accepted.
         lost_peer: whether it only noticed that another rank was gone.
         shared: whether every rank ends for this reason.
+        details: file that holds the traceback; may be empty.
     """
 
     rank: int
@@ -32,11 +33,18 @@ class Failure:
     bad_input: bool = False
     lost_peer: bool = False
     shared: bool = False
+    details: str = ""
 
     @classmethod
-    def of(cls, rank: int, error: BaseException, sentence: str) -> "Failure":
+    def of(cls, rank: int, error: BaseException, sentence: str, details: str = "") -> "Failure":
+        """What an error means.
+
+        Args:
+            sentence: the error in one line.
+        """
         lost = type(error) is not RunFailed and isinstance(error, RuntimeError) and _LOST_PEER.search(str(error))
-        return cls(rank, sentence, isinstance(error, BadInput), bool(lost), isinstance(error, StoppedByWatchdog))
+        bad_input, shared = isinstance(error, BadInput), isinstance(error, StoppedByWatchdog)
+        return cls(rank, sentence, bad_input, bool(lost), shared, details)
 
 
 class Failures:

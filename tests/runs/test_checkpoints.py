@@ -1,0 +1,144 @@
+"""Checkpoints: complete or refused, and a run goes on from the newest one that is sound."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Forks, assert_same_tensors, lora_of, results_of, write_description
+
+from trainer.config import parse_config
+from trainer.runs.directory import Checkpoint, RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_description: dict) -> RunDirectory:
+    return RunDirectory.open(tmp_path / "run", parse_config(tiny_description), ["train", "x.yaml"])
+
+
+def numbered(iteration: int) -> Checkpoint:
+    return Checkpoint({"a": torch.full((3, 2), float(iteration)), "b": torch.tensor(1.5)}, {"iteration": iteration})
+
+
+def flip(path: Path, place: int, bits: int = 0xFF) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bits
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "header cut": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "flipped byte": lambda path: flip(path, -3),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+def test_only_the_newest_checkpoints_are_kept(run: RunDirectory) -> None:
+    for iteration in range(6):
+        run.save_checkpoint(iteration, numbered(iteration), keep=3)
+    assert [path.name for path in run.checkpoints()] == [f"{i:06d}.safetensors" for i in (3, 4, 5)]
+    checkpoint, complaints = run.load_checkpoint()
+    assert complaints == []
+    assert checkpoint.state == {"iteration": 5}
+    assert_same_tensors(checkpoint.tensors, numbered(5).tensors)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_corrupt_newest_checkpoint_falls_back_to_the_one_before(run: RunDirectory, damage: str) -> None:
+    for iteration in (1, 2):
+        run.save_checkpoint(iteration, numbered(iteration), keep=2)
+    DAMAGE[damage](run.checkpoints()[-1])
+    checkpoint, complaints = run.load_checkpoint()
+    assert checkpoint.state == {"iteration": 1}
+    assert len(complaints) == 1
+    assert "000002.safetensors is corrupt" in complaints[0]
+    DAMAGE[damage](run.checkpoints()[0])
+    checkpoint, complaints = run.load_checkpoint()
+    assert checkpoint is None
+    assert len(complaints) == 2
+
+
+def test_no_changed_bit_goes_unnoticed(run: RunDirectory) -> None:
+    """Three bits of every byte: tensors, their names and shapes, and the plain data of the state."""
+    run.save_checkpoint(12, numbered(12), keep=2)
+    path = run.checkpoints()[0]
+    sound = path.read_bytes()
+    original, _ = run.load_checkpoint()
+    for place in range(len(sound)):
+        for bit in (0, 3, 5):
+            data = bytearray(sound)
+            data[place] ^= 1 << bit
+            path.write_bytes(data)
+            found, _ = run.load_checkpoint()
+            if found is not None:  # only what does not change what is read, such as blanks in the header
+                assert found.state == original.state, (place, bit)
+                assert {k: (v.dtype, v.shape) for k, v in found.tensors.items()} == {
+                    k: (v.dtype, v.shape) for k, v in original.tensors.items()
+                }, (place, bit)
+                assert_same_tensors(found.tensors, original.tensors)
+
+
+def test_checkpoints_after_a_corrupt_one_are_not_removed_as_old(run: RunDirectory) -> None:
+    for iteration in (3, 4):
+        run.save_checkpoint(iteration, numbered(iteration), keep=2)
+    for path in run.checkpoints():
+        path.write_bytes(b"")
+    run.save_checkpoint(0, numbered(0), keep=2)
+    run.save_checkpoint(1, numbered(1), keep=2)
+    assert run.load_checkpoint()[0].state == {"iteration": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_sd3: Path, program: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of four iterations, in `run`, and its description beside it."""
+    folder = tmp_path_factory.mktemp("finished")
+    description = {
+        "model": {"path": str(tiny_sd3), "height": 16, "width": 16},
+        "prompts": {"texts": ["a red circle", "a blue square"]},
+        "rollout": {"steps": 4, "shift": 1.0, "eta": 0.5, "group_size": 4, "prompts_per_iteration": 2},
+        "rewards": [{"name": "brightness"}],
+        "lora": {"rank": 4, "alpha": 8},
+        "optimizer": {"learning_rate": 1e-3},
+        "runtime": {"iterations": 4, "device": "cpu"},
+    }
+    file = write_description(folder / "run.json", description)
+    code, output = program.run("train", file, "--output", folder / "run")
+    assert code == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped byte", "empty"])
+def test_run_goes_on_from_the_checkpoint_before_a_corrupt_one(
+    finished: Path, program: Forks, tmp_path: Path, damage: str
+) -> None:
+    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
+    (run.path / "report" / "summary.json").unlink()  # as if it had been killed before its end
+    DAMAGE[damage](run.checkpoints()[-1])
+    code, output = program.run("resume", run.path)
+    assert code == 0, output
+    assert "warning: checkpoint 000004.safetensors is corrupt" in output
+    assert "iteration 4/4" in output
+    assert "iteration 3/4" not in output
+    assert_same_tensors(lora_of(run.path), lora_of(finished / "run"))
+    assert results_of(run.path) == results_of(finished / "run")
+
+
+def test_run_without_a_sound_checkpoint_starts_over_and_keeps_its_lora(
+    finished: Path, program: Forks, tmp_path: Path
+) -> None:
+    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
+    (run.path / "report" / "summary.json").unlink()
+    for path in run.checkpoints():
+        path.write_bytes(b"")
+    learned = lora_of(run.path)
+    # Killed right after its first iteration, it has no LoRA better than the old one, and must not have lost that.
+    code, _ = program.run("resume", run.path, die=("predict", 6))
+    assert code == -9
+    kept = [lora_of(run.path, path.name) for path in run.path.glob("lora*.safetensors")]
+    assert any(all(torch.equal(lora[name], learned[name]) for name in learned) for lora in kept)
+    code, output = program.run("resume", run.path)
+    assert code == 0, output
+    assert_same_tensors(lora_of(run.path), learned)
+    assert results_of(run.path) == results_of(finished / "run")
