@@ -146,8 +146,9 @@ def shrink(change: Callable[[object, str, object], object], module: Callable[[st
         change: pytest's `monkeypatch.setattr`.
         module: gives the pack's module of a name such as `trainer.rewards.clip.hps`.
     """
-    names = ("hps", "pickscore", "aesthetic", "geneval_like", "image_reward", "qwen", "hpsv3", "videoalign")
-    rewards = {name: module(f"trainer.rewards.{name}") for name in names}
+    paths = ("clip.hps", "clip.pickscore", "clip.aesthetic", "geneval_like", "image_reward")
+    paths = (*paths, "qwen.network", "qwen.hpsv3", "qwen.videoalign")
+    rewards = {path.split(".")[-1]: module(f"trainer.rewards.{path}") for path in paths}
     change(rewards["hps"].HPSv21, "network", "tiny-plain")
     change(rewards["pickscore"].PickScore, "network", "tiny-plain")
     change(rewards["aesthetic"].ClipLargeReward, "network", "tiny-quick")
@@ -158,7 +159,7 @@ def shrink(change: Callable[[object, str, object], object], module: Callable[[st
     change(blip, "vision", {"hidden_size": sizes.WIDTH, "intermediate_size": 4 * sizes.WIDTH, **depth})
     text = {"vocab_size": len(BERT_WORDS) + 2, "hidden_size": sizes.TEXT, "intermediate_size": 40}
     change(blip, "text", {**text, **depth})
-    change(rewards["qwen"], "WORDS", len(QWEN_WORDS) + len(SPECIAL))
+    change(rewards["network"], "WORDS", len(QWEN_WORDS) + len(SPECIAL))
     change(rewards["hpsv3"], "PIXELS", 4 * 28 * 28)
     change(rewards["hpsv3"].HPSv3, "sizes", qwen_reference.SIZES)
     change(rewards["hpsv3"].HPSv3, "widths", (24, 8))

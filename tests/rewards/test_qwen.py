@@ -276,10 +276,10 @@ def test_every_key_of_the_published_file_has_its_place_at_full_size(
         original = reference.shapes(words, sizes) | {"rm_head.weight": (1, 1536)}
         file = reference.with_lora(original)
     assert len(file) == count
-    network = build(lambda: network.QwenNetwork(judge.sizes, words, judge.make_head(judge)))
+    built = build(lambda: network.QwenNetwork(judge.sizes, words, judge.make_head(judge)))
     expected = {network.new_name(key, "rm_head"): shape for key, shape in original.items()}
     assert expected.pop("") == original["lm_head.weight"]
-    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == expected
+    assert {key: tuple(value.shape) for key, value in built.state_dict().items()} == expected
     meta = {key: torch.empty(shape, device="meta") for key, shape in file.items()}
     assert {key: tuple(value.shape) for key, value in merge_lora(meta, Path("x")).items()} == original
 
