@@ -36,7 +36,7 @@ def run(prompts: dict, evaluation: dict | None = None) -> RunConfig:
     return parse_config({"prompts": prompts, "evaluation": evaluation or {}, "rewards": [{"name": "brightness"}]})
 
 
-# ------------------------------------------------------------------------------------------------- what is read
+# --------------------------------------------------------------------------------------------------------- what is read
 
 
 def test_every_form_says_the_same(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_prompts_in_a_description_are_cleaned() -> None:
         run({"texts": ["a cat", "a cat "]})
 
 
-# ------------------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------------------------ what is refused
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-# ------------------------------------------------------------------------------------------------- what is the same
+# ----------------------------------------------------------------------------------------------------- what is the same
 
 
 def test_an_instruction_may_come_with_two_pictures_but_not_twice_with_one(tmp_path: Path) -> None:

@@ -208,12 +208,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_places_outside_the_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer_of = store._Writer._write
+    write = store._Writer._write
     for start, shape in ((10**6, [1, 4, 5]), (-8, [1, 4, 5]), (0, [1, 10**12, 5]), (0, [1, -4, 5])):
         monkeypatch.setattr(
             store._Writer,
             "_write",
-            lambda self, value, start=start, shape=shape: writer_of(self, value) | {"start": start, "shape": shape},
+            lambda self, value, start=start, shape=shape: write(self, value) | {"start": start, "shape": shape},
         )
         write_conditions(tmp_path / "c.safetensors", keys(1), [Conditions({"embeds": torch.zeros(1, 4, 5)})])
         monkeypatch.undo()
