@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT, Forks, assert_same_tensors, lora_of, results_of, write_description
 
 from trainer.config import RunConfig, parse_config
+from trainer.runs.directory import Checkpoint, RunDirectory, description_hash
 from trainer.utils.errors import BadInput
 from trainer.utils.files import remove_leftovers, write_atomically, write_json
-from trainer.runs.directory import Checkpoint, RunDirectory, description_hash
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from trainer.runs import launch
 from trainer.config import parse_config
+from trainer.runs import launch
 from trainer.runs.directory import RunDirectory
 
 CONFIG = parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]})

@@ -17,8 +17,8 @@ from conftest import PROMPTS, ROOT, Child, Forks, assert_same_tensors, lora_of, 
 from safetensors.torch import load_file
 
 from trainer import train
-from trainer.runs.launch import kill_tree, stop
 from trainer.runs.directory import RunDirectory
+from trainer.runs.launch import kill_tree, stop
 
 ITERATIONS = 80
 
