@@ -165,14 +165,17 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else None
 
-    def queue(self, prompt: dict) -> str:
+    def queue(self, prompt: dict, client: str | None = None) -> str:
         """Queue a prompt in API format; its id.
+
+        Args:
+            client: id of the websocket that the prompt belongs to.
 
         Raises:
             PromptFailed: it was refused.
         """
         try:
-            return self.post("/prompt", {"prompt": prompt})["prompt_id"]
+            return self.post("/prompt", {"prompt": prompt} | ({"client_id": client} if client else {}))["prompt_id"]
         except urllib.error.HTTPError as error:
             raise PromptFailed(json.loads(error.read())) from error
 
@@ -197,6 +200,11 @@ class Server:
         if entry["status"]["status_str"] != "success":
             raise PromptFailed(entry["status"]["messages"])
         return entry["outputs"]
+
+    def cached_nodes(self, prompt_id: str) -> list[str]:
+        """Nodes of a prompt that has ended whose results came from ComfyUI's cache."""
+        messages = self.get(f"/history/{prompt_id}")[prompt_id]["status"]["messages"]
+        return [node for kind, body in messages if kind == "execution_cached" for node in body["nodes"]]
 
     def images(self, output: dict) -> list[Path]:
         """The files of a node's saved or previewed images."""

@@ -56,6 +56,31 @@ def test_every_node_is_there_with_words_for_everything(info: dict) -> None:
         assert all(node["output_tooltips"]), f"{name}: an output has no tooltip"
 
 
+def test_nodes_are_found_by_the_words_people_search_for(info: dict) -> None:
+    words = {word for name in NODE_IDS for word in info[name]["search_aliases"]}
+    wanted = {"rlhf", "dpo", "preference", "vote", "human feedback", "fine-tune", "finetune", "lora", "reward model"}
+    assert wanted - words == set()
+
+
+def test_a_dtype_that_is_not_used_says_so(comfy: Server, info: dict) -> None:
+    node = info["DanceGRPO_BaseModel"]
+    for name, loaded in (("dtype", "model"), ("vae_dtype", "VAE")):
+        assert f"Not used where a {loaded} is connected" in node["input"]["required"][name][1]["tooltip"]
+    assert "folder, family, dtype and vae_dtype are not used with it" in node["description"]
+    page = comfy.fetch(f"/extensions/{PACK}/docs/DanceGRPO_BaseModel.md").decode()
+    assert "**folder, family, dtype and vae_dtype are not used** then" in page
+
+
+def test_scripts_are_loaded_by_the_interface_and_put_text_in_as_text(comfy: Server) -> None:
+    listed = [path for path in comfy.get("/extensions") if path.startswith(f"/extensions/{PACK}/")]
+    assert f"/extensions/{PACK}/js/main.js" in listed
+    for path in listed:
+        script = comfy.fetch(urllib.parse.quote(path)).decode()
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", script), (
+            path
+        )
+
+
 @pytest.mark.parametrize("name", NODE_IDS)
 def test_help_pages_are_served(comfy: Server, name: str) -> None:
     page = comfy.fetch(f"/extensions/{PACK}/docs/{name}.md").decode()

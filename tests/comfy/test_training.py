@@ -3,16 +3,20 @@
 `DANCEGRPO_CANCELS` is how many moments each route of cancelling is tried at.
 """
 
+import asyncio
+import contextlib
 import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from comfy_host import ROOT, PromptFailed, Server
 
 CANCELS = int(os.environ.get("DANCEGRPO_CANCELS", "1"))
@@ -88,13 +92,11 @@ def until(condition: Callable[[], object], patience: float = 300) -> float:
 
 
 def error_of(server: Server, prompt: dict) -> str:
-    """What the failing node says."""
+    """What a user is told; one mistake must be told once."""
     with pytest.raises(PromptFailed) as failed:
         server.run(prompt)
-    details = failed.value.details
-    if isinstance(details, dict):
-        return " ".join(fault["details"] for node in details["node_errors"].values() for fault in node["errors"])
-    return next(body["exception_message"] for kind, body in details if kind == "execution_error")
+    (fault,) = failed.value.faults
+    return fault.text
 
 
 @pytest.fixture
@@ -267,6 +269,31 @@ def test_in_the_background_other_prompts_run_and_the_run_is_watched_stopped_resu
     comfy.run(look("two", "stop"))
 
 
+def test_each_action_is_carried_out_every_time_it_is_queued(comfy: Server) -> None:
+    """The same graph again, word for word: ComfyUI must not answer from its cache."""
+    state = lambda: status(comfy, "pressed")["state"]  # noqa: E731
+    comfy.run(graph("pressed", LONG, wait=False))
+    for _ in range(2):
+        comfy.run(look("pressed", "stop"))
+        assert state() == "stopped"
+        assert processes_of(comfy, "pressed") == []
+        for _ in range(2):
+            (data,) = comfy.run(look("pressed"))["run"]["dancegrpo"]
+            assert (data["run"], data["state"], data["running"]) == ("pressed", "stopped", False)
+        comfy.run(look("pressed", "resume"))
+        assert state() in ("starting", "running")
+        until(lambda: len(processes_of(comfy, "pressed")) == 1)
+    for _ in range(2):  # in the background, GRPO Train LoRA attaches each time
+        prompt = comfy.queue(graph("pressed", LONG, wait=False))
+        (data,) = comfy.wait(prompt)["outputs"]["train"]["dancegrpo"]
+        assert data["running"]
+        assert "train" not in comfy.cached_nodes(prompt)
+    comfy.run(look("pressed", "stop"))
+    for _ in range(2):
+        (data,) = comfy.run(look("pressed", "watch"))["run"]["dancegrpo"]
+        assert data["state"] == "stopped"
+
+
 def test_a_run_that_does_not_exist_is_one_sentence(comfy: Server) -> None:
     assert "there is no run named 'nobody'" in error_of(comfy, look("nobody"))
     assert not folder(comfy, "nobody").exists()
@@ -339,7 +366,147 @@ def test_a_killed_server_leaves_the_run_alone_and_the_next_one_attaches(uncached
     assert processes_of(uncached, "three") == []
 
 
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+@pytest.fixture(scope="module")
+def finished(comfy: Server) -> str:
+    """The name of a finished run of two iterations."""
+    comfy.run(graph("done"))
+    return "done"
+
+
+def test_results_are_data_in_the_history(comfy: Server, finished: str) -> None:
+    (data,) = comfy.run(look(finished))["run"]["dancegrpo"]
+    run = folder(comfy, finished)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert data == {
+        "run": finished,
+        "folder": f"dancegrpo/runs/{finished}",
+        "running": False,
+        "state": "finished",
+        "iteration": 2,
+        "iterations": 2,
+        "error": None,
+        "rewards": events[-1]["rewards"],
+        "lora_name": os.path.join("dancegrpo", f"{finished}_2.safetensors"),  # noqa: PTH118
+        "lora_file": f"loras/dancegrpo/{finished}_2.safetensors",
+        "summary": json.loads((run / "report" / "summary.json").read_text()),
+    }
+    assert (comfy.base / "output" / data["lora_file"]).read_bytes() == (run / "lora.safetensors").read_bytes()
+    prompt = comfy.queue(look(finished))
+    comfy.wait(prompt)
+    assert comfy.get(f"/api/jobs/{prompt}")["outputs"]["run"]["dancegrpo"] == [data]
+
+
+def test_a_finished_run_comes_from_the_cache_until_something_of_it_has_changed(comfy: Server, finished: str) -> None:
+    def queue() -> tuple[dict, bool]:
+        prompt = comfy.queue(graph(finished))
+        (data,) = comfy.wait(prompt)["outputs"]["train"]["dancegrpo"]
+        return data, "train" in comfy.cached_nodes(prompt)
+
+    queue()
+    data, cached = queue()
+    assert cached, "nodes behind it would be computed again and again"
+    published = comfy.base / "output" / data["lora_file"]
+    content = published.read_bytes()
+    published.unlink()
+    again, cached = queue()
+    assert not cached
+    assert (again, published.read_bytes()) == (data, content)
+
+
+def test_progress_text_is_sent_to_the_client_that_queued(comfy: Server, finished: str) -> None:
+    """On another's screen it would appear on whatever node has the same number."""
+    mine, other = asyncio.run(_texts(comfy, look(finished), queue_as="mine", listen_as=["mine", "other"]))
+    assert [(node_id, text.splitlines()[:2]) for node_id, text in mine] == [
+        ("run", [f"run '{finished}': finished", "iteration 2 of 2"])
+    ]
+    assert other == []
+    assert asyncio.run(_texts(comfy, look(finished), queue_as=None, listen_as=["other"])) == [[]]
+    mine, other = asyncio.run(_texts(comfy, look("nobody"), queue_as="mine", listen_as=["mine", "other"]))
+    assert [text.split(" in ")[0] for _, text in mine] == ["there is no run named 'nobody'"]
+    assert other == []
+
+
+async def _texts(
+    comfy: Server, prompt: dict, queue_as: str | None, listen_as: list[str]
+) -> list[list[tuple[str, str]]]:
+    """Node and text of every progress text, for each listener, until the prompt has ended."""
+    import aiohttp
+
+    async with aiohttp.ClientSession() as session, contextlib.AsyncExitStack() as stack:
+        address = f"ws://127.0.0.1:{comfy.port}/ws?clientId="
+        sockets = [await stack.enter_async_context(session.ws_connect(address + name)) for name in listen_as]
+        prompt_id = comfy.queue(prompt, queue_as)
+        while prompt_id not in comfy.get(f"/history/{prompt_id}"):
+            await asyncio.sleep(0.05)
+        return [await _drain(socket) for socket in sockets]
+
+
+async def _drain(socket: object) -> list[tuple[str, str]]:
+    found = []
+    with contextlib.suppress(asyncio.TimeoutError):
+        while True:
+            message = await socket.receive(timeout=0.5)
+            if isinstance(message.data, bytes) and int.from_bytes(message.data[:4], "big") == 3:
+                length = int.from_bytes(message.data[4:8], "big")
+                found.append((message.data[8 : 8 + length].decode(), message.data[8 + length :].decode()))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_list_of_prompts_is_used_as_a_whole(comfy: Server) -> None:
+    prompt = graph("listed", wait=False, prompts=["lines", 0])
+    prompt["lines"] = node("DanceGRPO_PromptLines", prompts="a red circle\na blue square\n\ntwo triangles")
+    del prompt["train"]["inputs"]["held_out_prompts"]
+    (data,) = comfy.run(prompt)["train"]["dancegrpo"]
+    comfy.run(look("listed", "stop"))
+    assert data["run"] == "listed"
+    description = yaml.safe_load((folder(comfy, "listed") / "run.yaml").read_text())["description"]
+    assert description["prompts"]["texts"] == ["a red circle", "a blue square", "two triangles"]
+    prompt["train"]["inputs"] |= {"name": "listed twice", "reward": ["rewards", 0]}
+    prompt["kinds"] = node("DanceGRPO_PromptLines", prompts="a\nb")
+    prompt["rewards"] = node("DanceGRPO_ThresholdReward", reward=["reward", 0], threshold=["numbers", 0])
+    prompt["numbers"] = node(
+        "DanceGRPO_ScoreImages", reward=["reward", 0], images=["image", 0], prompt="a", batch="images"
+    )
+    prompt["image"] = node("EmptyImage", width=16, height=16, batch_size=2, color=0)
+    assert "reward is connected to a list of 2 values: connect one" in error_of(comfy, prompt)
+    assert not folder(comfy, "listed twice").exists()
+
+
+def test_many_prompts_do_not_stop_the_server_from_answering(comfy: Server) -> None:
+    """Both refused and accepted: once the whole server stood still for as long as the check took."""
+    lines = [f"a red circle number {i}" for i in range(20_000)]
+    longest, done = [0.0], threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            begun = time.monotonic()
+            comfy.get("/system_stats")
+            longest[0] = max(longest[0], time.monotonic() - begun)
+            time.sleep(0.02)
+
+    listener = threading.Thread(target=ask)
+    listener.start()
+    try:
+        repeated = graph("many", prompts="\n".join([*lines, lines[7]]), held_out_prompts="")
+        assert error_of(comfy, repeated).startswith("prompts holds 'a red circle number 7' more than once")
+        accepted = graph("many", wait=False, prompts="\n".join(lines), held_out_prompts="\n".join(lines[::-1]))
+        said = error_of(comfy, accepted)
+        assert said.startswith("held_out_prompts holds 'a red circle number ")
+        assert "which is also in prompts" in said
+        accepted["train"]["inputs"] |= {"held_out_prompts": "a blue square", "prompts": "\n".join(lines)}
+        del accepted["train"]["inputs"]["clip"]
+        assert comfy.run(accepted)["train"]["dancegrpo"][0]["run"] == "many"
+        comfy.run(look("many", "stop"))
+    finally:
+        done.set()
+        listener.join()
+    assert longest[0] < 5, "seconds that a request took; it was 16 on a fast machine"
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "C:\\x", "a\x00b", "con", "a/b", ""], ids=repr)
@@ -347,7 +514,9 @@ def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) ->
     before = sorted(comfy.base.rglob("*"))
     with pytest.raises(PromptFailed) as failed:
         comfy.run(graph(name))
-    assert "name " in json.dumps(failed.value.details["node_errors"]["train"])
+    (fault,) = failed.value.faults
+    assert (fault.node, fault.input, fault.kind) == ("train", "name", "custom_validation_failed")
+    assert fault.text.startswith("name - name ")
     assert sorted(comfy.base.rglob("*")) == before
 
 
@@ -367,4 +536,39 @@ def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) ->
 )
 def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, inputs: dict, says: str) -> None:
     assert says in error_of(comfy, graph("bad", **inputs))
+    assert not folder(comfy, "bad").exists()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ({"prompts": ""}, "prompts is empty: write one prompt per line"),
+        ({"prompts": "a\nb\na"}, "prompts holds 'a' more than once"),
+        ({"held_out_prompts": "a blue square"}, "held_out_prompts holds 'a blue square', which is also in prompts"),
+        ({"gpus": "0,0", "processes": 2}, "gpus is '0,0': 2 processes take 2 different GPUs"),
+        ({"processes": 5}, "processes is 5, more than the images of an iteration: lower it"),
+        ({"settings": {"a": 1}}, "settings must be connected to a node of this pack; it holds dict data"),
+    ],
+)
+def test_what_is_wrong_without_the_model_is_said_before_the_model_is_made(
+    comfy: Server, inputs: dict, says: str
+) -> None:
+    prompt = graph("bad", clip=["late clip", 0], **inputs)
+    prompt["late clip"] = node("CLIPSetLastLayer", clip=["model", 1], stop_at_clip_layer=-3)  # never cached
+    with pytest.raises(PromptFailed) as failed:
+        comfy.run(prompt)
+    (fault,) = failed.value.faults
+    assert fault.node == "train"
+    assert fault.text.startswith(says)
+    (error,) = [body for kind, body in failed.value.details if kind == "execution_error"]
+    assert "late clip" not in error["executed"]
+    assert not folder(comfy, "bad").exists()
+
+
+@pytest.mark.parametrize("name", ["../../secret.safetensors", "/etc/passwd", "missing.safetensors"])
+def test_training_starts_from_a_lora_of_comfyuis_lists_only(comfy: Server, name: str) -> None:
+    with pytest.raises(PromptFailed) as failed:
+        comfy.run(graph("bad", start_from=name))
+    (fault,) = failed.value.faults
+    assert (fault.node, fault.input, fault.kind) == ("train", "start_from", "value_not_in_list")
     assert not folder(comfy, "bad").exists()

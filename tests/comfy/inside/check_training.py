@@ -1,5 +1,6 @@
 """Training's own pieces inside ComfyUI: LoRA files, conditions, names, settings, identity."""
 
+import inspect
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,16 @@ CPU = torch.device("cpu")
 
 def test_the_nodes_are_imported_in_less_than_half_a_second(import_seconds: float) -> None:
     assert 0 < import_seconds < 0.5
+
+
+def test_a_refusal_is_reported_at_one_input(pack) -> None:
+    """ComfyUI repeats what `validate_inputs` says at every input that it names."""
+    for module in pack("nodes").MODULES:
+        for node in module.NODES:
+            own = vars(node).get("validate_inputs")
+            names = [] if own is None else list(inspect.signature(own.__func__).parameters)[1:]
+            if node.GET_SCHEMA().node_id != "DanceGRPO_SDESampler":
+                assert len(names) <= 1, f"{node.__name__} names {names}"
 
 
 @pytest.fixture
