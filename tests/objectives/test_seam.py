@@ -52,7 +52,7 @@ class Plain(Objective):
 
     def velocity(self, experience: Experience, rows: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
         conditions = experience.prompting.conditions.rows(experience.prompt_of[rows])
-        return self.model.velocity(latents, sigma, conditions)
+        return self.model.predict_guided(latents, sigma, conditions)
 
     def record(self, every: Totals, first: Totals) -> dict:
         return {"terms": every.items, **{name: every.mean(name) for name in every.sums}, **every.peaks}

@@ -241,8 +241,8 @@ def test_long_prompts_beside_short_ones_are_predicted_as_if_alone(sd3: RunConfig
     sigma = torch.tensor([0.9, 0.7, 0.5, 0.3, 0.1])
     read = stored.rows(torch.tensor(order))
     assert read.lengths.tolist() == [154, 77, 77, 154, 77]
-    together = model.velocity(latents, sigma, read)
-    guided = model.velocity(latents, sigma, read, 3.0, stored.rows(torch.tensor([1])))
+    together = model.predict_guided(latents, sigma, read)
+    guided = model.predict_guided(latents, sigma, read, 3.0, stored.rows(torch.tensor([1])))
     for i, row in enumerate(order):
         one = latents[i : i + 1], sigma[i : i + 1]
         alone = model.predict(*one, rows[row])
