@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import base_model, demo, lora, prompts, rewards, run, sampling, settings, training
+from . import base_model, demo, lora, prompts, rewards, run, sampling, settings, training, votes
 
-MODULES = (sampling, lora, rewards, demo, base_model, training, run, settings, prompts)
+MODULES = (sampling, lora, rewards, demo, base_model, training, run, settings, prompts, votes)
 
 
 class DanceGRPOExtension(ComfyExtension):
@@ -13,8 +13,11 @@ class DanceGRPOExtension(ComfyExtension):
 
         from .host.routes import Routes
         from .host.run_routes import add_run_routes
+        from .host.vote_routes import add_vote_routes
 
-        add_run_routes(Routes(PromptServer.instance.routes))
+        routes = Routes(PromptServer.instance.routes)
+        add_run_routes(routes)
+        add_vote_routes(routes)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for module in MODULES for node in module.NODES]

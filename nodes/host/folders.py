@@ -12,6 +12,11 @@ from ...trainer.utils.files import write_atomically
 from ...trainer.utils.names import check_name
 
 
+def votes_folder() -> Path:
+    """Where collections of votes lie."""
+    return Path(folder_paths.get_output_directory()).resolve() / "dancegrpo" / "votes"
+
+
 def runs_folder() -> Path:
     return Path(folder_paths.get_output_directory()).resolve() / "dancegrpo" / "runs"
 

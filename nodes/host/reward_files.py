@@ -10,10 +10,17 @@ from pydantic.fields import FieldInfo
 from ...trainer import rewards as reward_models
 from ...trainer.config import RewardConfig
 from ...trainer.prompts.text import prompt_lines
+from ...trainer.rewards.preference import PIXELS, Preference
+from ...trainer.utils.errors import BadInput
+from ...trainer.votes import store
+from .folders import votes_folder
 
 FOLDER = "rewards"
 LIMIT = 2**31
 LONG = 60
+COLLECTION = "my_votes"
+CLIP_LARGE = "clip-vit-l"
+"""Stands for the CLIP ViT-L/14 file of the reward aesthetic."""
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
@@ -27,6 +34,11 @@ def _widget(name: str, field: FieldInfo) -> io.Input:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     if "reward_file" in extra:
         return _file_widget(name, default, extra["reward_file"], tip)
+    if extra.get("votes") == "collection":
+        return io.String.Input(name, default=COLLECTION, tooltip=tip)
+    if extra.get("votes") == "backbone":
+        names = [PIXELS, CLIP_LARGE, *folder_paths.get_filename_list("clip_vision")]
+        return io.Combo.Input(name, options=names, default=PIXELS, tooltip=tip)
     if get_origin(field.annotation) is Literal:
         return io.Combo.Input(name, options=list(get_args(field.annotation)), default=default, tooltip=tip)
     if field.annotation is bool:
@@ -79,6 +91,43 @@ def with_files(config: RewardConfig) -> RewardConfig:
     Raises:
         BadInput: a file is missing, or an option is not accepted.
     """
+    if config.name == Preference.name:
+        config = _with_votes(config)
     config = reward_models.with_files_from(config, map(Path, folder_paths.get_folder_paths(FOLDER)))
     reward_models.load_reward(config)  # looks at options and files, and reads no weights
     return config
+
+
+def _with_votes(config: RewardConfig) -> RewardConfig:
+    """The reward with the folder of its collection and the file of its backbone.
+
+    Raises:
+        BadInput: there is no such collection or file.
+    """
+    options = dict(config.options)
+    options["collection"] = str(store.find(votes_folder(), options.get("collection", COLLECTION)).folder)
+    options["backbone"] = backbone_file(options.get("backbone", PIXELS))
+    return config.model_copy(update={"options": options})
+
+
+def backbone_file(name: object) -> str:
+    """The file of a backbone; `pixels`, which needs none, as it is.
+
+    Raises:
+        BadInput: there is no such file in ComfyUI's folders.
+    """
+    if name == PIXELS:
+        return PIXELS
+    if name == CLIP_LARGE:
+        return _clip_large()
+    if name not in folder_paths.get_filename_list("clip_vision"):
+        raise BadInput(f"backbone {str(name)[:80]!r} is not in models/clip_vision: choose {PIXELS}, or put it there")
+    return folder_paths.get_full_path_or_raise("clip_vision", str(name))
+
+
+def _clip_large() -> str:
+    default = reward_models.REWARDS["aesthetic"].Options.model_fields["tower"].default
+    for folder in folder_paths.get_folder_paths(FOLDER):
+        if (Path(folder) / default).is_file():
+            return str(Path(folder) / default)
+    raise BadInput(f"backbone {CLIP_LARGE}: put the file at models/rewards/{default}, or choose {PIXELS}")

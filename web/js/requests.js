@@ -31,5 +31,10 @@ export function address(path) {
   return api.apiURL(`/dancegrpo${path}`);
 }
 
+/** A new id for a vote; pages served over plain HTTP in a network have no crypto.randomUUID. */
+export function newId() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 /** Encode one part of a path. */
 export const part = encodeURIComponent;

@@ -1,7 +1,7 @@
 /** The Votes view: pairs of images, one key per vote, and how well the votes are understood so far. */
 
 import { button, h, put } from "./dom.js";
-import { address, get, part, post } from "./requests.js";
+import { address, get, newId, part, post } from "./requests.js";
 
 const REMEMBERED = "DanceGRPO.panel.collection";
 const CHOICES = [
@@ -55,10 +55,13 @@ export function votesView(panel) {
   }
 
   function showState(info) {
-    const lines = [`${info.votes} ${info.votes === 1 ? "vote" : "votes"} on ${info.images} images`];
+    const { winners, ties, skips } = info.votes;
+    const cast = winners + ties;
+    const lines = [`${cast} ${cast === 1 ? "vote" : "votes"} on ${info.images} images`];
+    if (skips) lines.push(`${skips} skipped`);
     if (info.agreement) {
-      const { value, low, high } = info.agreement;
-      lines.push(`agrees with ${percent(value)} of the votes left out (${percent(low)} to ${percent(high)})`);
+      const { share, low, high } = info.agreement;
+      lines.push(`predicts ${percent(share)} of the votes left out (${percent(low)} to ${percent(high)})`);
     }
     put(
       state,
@@ -115,7 +118,7 @@ export function votesView(panel) {
     busy = true;
     stage.querySelector(`[data-side="${choice}"]`)?.classList.add("dg-chosen");
     try {
-      const body = { id: pair.id ?? crypto.randomUUID(), left: pair.left.image, right: pair.right.image, choice };
+      const body = { id: pair.id ?? newId(), left: pair.left.image, right: pair.right.image, choice };
       const answer = await post(`/votes/${part(name)}/vote`, body);
       showState(answer.state);
       await shown(answer.pair);
@@ -132,7 +135,7 @@ export function votesView(panel) {
     if (busy) return;
     busy = true;
     try {
-      const answer = await post(`/votes/${part(name)}/undo`);
+      const answer = await post(`/votes/${part(name)}/undo`, { id: newId() });
       showState(answer.state);
       showPair(answer.pair);
     } catch (error) {

@@ -1,0 +1,168 @@
+"""Routes of votes: `/dancegrpo/votes/...` on ComfyUI's own server. Names, never paths; changes only by POST."""
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import folder_paths
+from aiohttp import web
+
+from ...trainer.rewards.preference import PIXELS, load_backbone
+from ...trainer.utils.errors import BadInput
+from ...trainer.votes import store
+from ...trainer.votes.analysis import Analyst
+from ...trainer.votes.importing import import_folder
+from ...trainer.votes.records import Item, Vote
+from .folders import votes_folder
+from .reward_files import backbone_file
+from .routes import Routes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS = ("left", "right", "tie", "skip")
+BASES = {"output": folder_paths.get_output_directory, "input": folder_paths.get_input_directory}
+
+
+def add_vote_routes(routes: Routes) -> None:
+    """Register every route of this file."""
+    routes.get("/votes", _list)
+    routes.get("/votes/{name}", _state)
+    routes.get("/votes/{name}/pair", _pair)
+    routes.get("/votes/{name}/images/{image}", _image)
+    routes.post("/votes/{name}/create", _create)
+    routes.post("/votes/{name}/vote", _vote)
+    routes.post("/votes/{name}/undo", _undo)
+    routes.post("/votes/{name}/import", _import)
+    routes.post("/votes/{name}/delete", _delete)
+    routes.post("/votes/{name}/restore", _restore)
+
+
+def _describer(backbone: str) -> Any:
+    """Features of an image file by a backbone, which is loaded once."""
+    module = load_backbone(backbone)
+
+    def describe(path: Path) -> "np.ndarray":
+        import torch
+
+        from ...trainer.utils.media import read_image
+
+        with torch.no_grad():
+            return module(read_image(path)[None])[0].double().numpy()
+
+    return describe
+
+
+class _Backbones(dict):
+    def __missing__(self, backbone: str) -> Any:
+        self[backbone] = _describer(backbone)
+        return self[backbone]
+
+
+_analyst = Analyst(_Backbones().__getitem__)
+
+
+def _collection(request: web.Request) -> store.Collection:
+    return store.find(votes_folder(), request.match_info["name"])
+
+
+def _backbone(request: web.Request) -> str:
+    """What the pairs are chosen by: the query's `backbone`, by default the one that needs no file."""
+    return backbone_file(request.query.get("backbone", PIXELS))
+
+
+def _list(request: web.Request, body: None) -> dict:
+    found = [store.Collection(votes_folder() / name) for name in store.names(votes_folder())]
+    return {"collections": [{"name": one.name, "images": len(one.files()), **one.ledger().counts()} for one in found]}
+
+
+def _state(request: web.Request, body: None) -> dict:
+    return _analyst.state(_collection(request), _backbone(request))
+
+
+def _pair(request: web.Request, body: None) -> dict:
+    return {"pair": _next_pair(request)}
+
+
+def _next_pair(request: web.Request) -> dict | None:
+    mode = request.query.get("mode", "active")
+    if mode not in ("active", "random"):
+        raise BadInput(f"mode is {mode[:40]!r}: choose active or random")
+    repeat = request.query.get("repeat") == "true"
+    found = _analyst.next(_collection(request), _backbone(request), mode=mode, repeat=repeat)
+    if not found:
+        return None
+    left, right = found[0]
+    return {"id": uuid.uuid4().hex, "left": _shown(left), "right": _shown(right)}
+
+
+def _shown(item: Item) -> dict:
+    return {"image": item.image, "prompt": item.prompt}
+
+
+def _image(request: web.Request, body: None) -> web.FileResponse:
+    path = _collection(request).image_file(request.match_info["image"])
+    kind = {".png": "image/png", ".webp": "image/webp"}.get(path.suffix.lower(), "image/jpeg")
+    headers = {"Content-Type": kind, "X-Content-Type-Options": "nosniff", "Cache-Control": "max-age=86400, immutable"}
+    return web.FileResponse(path, headers=headers)
+
+
+def _create(request: web.Request, body: dict) -> dict:
+    collection = store.create(votes_folder(), request.match_info["name"])
+    return {"message": f"collection {collection.name} is there"}
+
+
+def _vote(request: web.Request, body: dict) -> dict:
+    collection = _collection(request)
+    left, right, choice = body.get("left"), body.get("right"), body.get("choice")
+    if choice not in KINDS:
+        raise BadInput(f"choice is {str(choice)[:40]!r}: choose one of {', '.join(KINDS)}")
+    better, worse = (right, left) if choice == "right" else (left, right)
+    kind = choice if choice in ("tie", "skip") else "winner"
+    collection.record([Vote(better, worse, kind, body.get("id"))])
+    return _after(request, collection)
+
+
+def _undo(request: web.Request, body: dict) -> dict:
+    collection = _collection(request)
+    undone = collection.undo(body.get("id") or uuid.uuid4().hex, body.get("vote"))
+    return {"undone": undone, **_after(request, collection)}
+
+
+def _after(request: web.Request, collection: store.Collection) -> dict:
+    return {"state": _analyst.state(collection, _backbone(request)), "pair": _next_pair(request)}
+
+
+def _import(request: web.Request, body: dict) -> dict:
+    """Add the images of a folder inside ComfyUI's input or output folder."""
+    folder = _inside(body.get("base", "output"), body.get("folder", ""))
+    collection = store.create(votes_folder(), request.match_info["name"])
+    done = import_folder(collection, folder, str(body.get("prompt") or ""))
+    left_out = f"; {len(done.complaints)} files were left out" if done.complaints else ""
+    return {"message": f"{done.new} images added, {done.known} were there{left_out}", "warnings": done.complaints}
+
+
+def _inside(base: object, folder: object) -> Path:
+    """A folder inside ComfyUI's input or output folder.
+
+    Raises:
+        BadInput: it is elsewhere.
+    """
+    if base not in BASES:
+        raise BadInput(f"base is {str(base)[:40]!r}: choose output or input")
+    if not isinstance(folder, str) or not folder or "\0" in folder:
+        raise BadInput("folder is empty: give a folder inside ComfyUI's input or output folder")
+    root = Path(BASES[base]()).resolve()
+    path = (root / folder).resolve()
+    if not path.is_relative_to(root):
+        raise BadInput(f"folder {folder[:80]!r} is not inside ComfyUI's {base} folder")
+    return path
+
+
+def _delete(request: web.Request, body: dict) -> dict:
+    store.delete(votes_folder(), request.match_info["name"])
+    return {"message": f"collection {request.match_info['name']} is in the bin; it can be restored"}
+
+
+def _restore(request: web.Request, body: dict) -> dict:
+    return {"message": f"collection {store.restore(votes_folder(), request.match_info['name']).name} was restored"}

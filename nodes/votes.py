@@ -1,0 +1,88 @@
+"""Images put into a collection, to be voted on in the sidebar."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..trainer.utils.errors import BadInput
+from ..trainer.utils.media import to_picture
+from ..trainer.utils.names import check_name
+from ..trainer.votes import store
+from .host import inputs, progress
+from .host.folders import votes_folder
+from .host.scoring import split_prompts
+from .types import CATEGORY
+
+
+class CollectForVoting(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DanceGRPO_CollectForVoting",
+            display_name="GRPO Collect for Voting",
+            category=CATEGORY,
+            description="Put images into a collection. Vote on pairs of them in the GRPO tab of the sidebar; the "
+            "reward 'preference' in GRPO Load Reward learns from the votes.",
+            search_aliases=[
+                "vote",
+                "votes",
+                "preference",
+                "human feedback",
+                "rlhf",
+                "favourites",
+                "rate images",
+                "dancegrpo",
+            ],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Image.Input("images"),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    dynamic_prompts=False,
+                    tooltip="What the images should show: one line for all, or one line per image. It is shown with "
+                    "each pair, and images of one prompt are compared first. May be empty.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="my_votes",
+                    tooltip="Name of the collection, in output/dancegrpo/votes. An image that is in it already is not "
+                    "added again.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The same images."),
+                io.String.Output(display_name="name", tooltip="Name of the collection."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        try:
+            if name is not None:  # it arrives by wire, and is not known yet
+                check_name(name, "collection")
+        except BadInput as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, images: torch.Tensor, prompt: str, name: str) -> io.NodeOutput:
+        with progress.errors_on_node(cls.hidden.unique_id):
+            batch = inputs.image_batch(images, "images").movedim(-1, 1).float()
+            prompts = split_prompts(prompt, len(batch), "images") if prompt.strip() else [""] * len(batch)
+            collection = store.create(votes_folder(), name)
+            added = collection.add(_pictures(batch, prompts))
+        text = f"{added.new} of {len(batch)} images added to {name}; vote on them in the GRPO tab of the sidebar"
+        progress.say(text, cls.hidden.unique_id)
+        return io.NodeOutput(images, name, ui={"text": (text,)})
+
+
+def _pictures(batch: torch.Tensor, prompts: list[str]) -> Any:
+    for image, prompt in zip(batch, prompts, strict=True):
+        yield to_picture(image[:3] if image.shape[0] > 3 else image.expand(3, -1, -1)), prompt, "graph"
+
+
+NODES = [CollectForVoting]
