@@ -41,7 +41,7 @@ class ChatOptions(Section):
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
         2, description="Further attempts if there is no usable answer, each with another seed."
     )
-    instruction: str = ""
+    instruction: str = Field("", description="The question.")
 
     @field_validator("instruction")
     @classmethod
