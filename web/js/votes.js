@@ -21,7 +21,8 @@ export function votesView(panel) {
   const element = h("div", { class: "dg-view" }, head, state, stage);
   let name = null;
   let pair = null;
-  let busy = false;
+  let busy = 0;
+  let waiting = Promise.resolve();
   let overlay = null;
 
   // ------------------------------------------------------------------------------------------- collections
@@ -46,9 +47,13 @@ export function votesView(panel) {
   async function choose(chosen) {
     name = chosen;
     localStorage.setItem(REMEMBERED, name);
+    pair = null; // no vote until this collection's pair is shown
+    put(stage);
     try {
-      showState(await get(`/votes/${part(name)}`));
-      showPair((await get(`/votes/${part(name)}/pair`)).pair);
+      const [info, next] = await Promise.all([get(`/votes/${part(chosen)}`), get(`/votes/${part(chosen)}/pair`)]);
+      if (name !== chosen || pair) return; // another answer came first
+      showState(info);
+      showPair(next.pair);
     } catch (error) {
       failed(error);
     }
@@ -113,36 +118,35 @@ export function votesView(panel) {
   }
 
   /** A vote is answered only when it is on disk; the next pair comes with the answer. */
-  async function vote(choice) {
+  function vote(choice) {
     if (busy || !pair) return;
-    busy = true;
     stage.querySelector(`[data-side="${choice}"]`)?.classList.add("dg-chosen");
-    try {
-      const body = { id: pair.id ?? newId(), left: pair.left.image, right: pair.right.image, choice };
-      const answer = await post(`/votes/${part(name)}/vote`, body);
-      showState(answer.state);
-      await shown(answer.pair);
-      showPair(answer.pair);
-    } catch (error) {
-      failed(error);
-      stage.querySelector(".dg-chosen")?.classList.remove("dg-chosen");
-    } finally {
-      busy = false;
-    }
+    const body = { id: pair.id, left: pair.left.image, right: pair.right.image, choice };
+    pair = null; // a pair takes one vote; keys pressed before the next one is shown are no answer to it
+    send(() => post(`/votes/${part(name)}/vote`, body));
   }
 
-  async function undo() {
-    if (busy) return;
-    busy = true;
-    try {
-      const answer = await post(`/votes/${part(name)}/undo`, { id: newId() });
-      showState(answer.state);
-      showPair(answer.pair);
-    } catch (error) {
-      failed(error);
-    } finally {
-      busy = false;
-    }
+  function undo() {
+    send(() => post(`/votes/${part(name)}/undo`, { id: newId() }));
+  }
+
+  /** Requests go one after the other. */
+  function send(request) {
+    busy += 1;
+    waiting = waiting.then(async () => {
+      try {
+        const answer = await request();
+        showState(answer.state);
+        await shown(answer.pair);
+        showPair(answer.pair);
+      } catch (error) {
+        failed(error);
+        stage.querySelector(".dg-chosen")?.classList.remove("dg-chosen");
+        await choose(name);
+      } finally {
+        busy -= 1;
+      }
+    });
   }
 
   /** Load both pictures before they are shown, so that the pair changes at once. */
@@ -177,8 +181,10 @@ export function votesView(panel) {
     action();
   }
 
+  /** Take the keys, unless the person is at work elsewhere. */
   function focus() {
-    if (overlay || element.contains(document.activeElement) || document.activeElement === document.body) stage.focus({ preventScroll: true });
+    const active = document.activeElement;
+    if (overlay || !active || active === document.body || active.closest(".dg-panel")) stage.focus({ preventScroll: true });
   }
 
   function enlarge() {

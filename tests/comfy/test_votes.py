@@ -1,0 +1,205 @@
+"""Votes in ComfyUI: collected by a graph, cast by keyboard in a real browser and by programs over the routes."""
+
+import concurrent.futures
+import importlib.util
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_host import PromptFailed, Server
+
+from trainer.utils.media import read_image, save_picture, to_picture
+from trainer.votes import store
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+MARKUP = "<img src=x onerror=window.hacked=1>"
+IMAGES = 12
+
+
+def refused(comfy: Server, path: str, body: dict | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"http://127.0.0.1:{comfy.port}/dancegrpo{path}", data=data, headers=headers)
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=60)
+    assert error.value.code == 400
+    return json.loads(error.value.read())["error"]
+
+
+def picture(blue: float) -> torch.Tensor:
+    """A light picture with a square that is more or less blue."""
+    image = torch.full((3, 64, 64), 0.9)
+    image[:, 20:44, 20:44] = torch.tensor([1 - blue, 0.2, blue])[:, None, None]
+    return image
+
+
+def blueness(path: Path) -> float:
+    red, _, blue = read_image(path)[:, 30, 30].tolist()
+    return blue - red
+
+
+@pytest.fixture(scope="module")
+def root(comfy: Server) -> Path:
+    return comfy.base / "output" / "dancegrpo" / "votes"
+
+
+@pytest.fixture
+def collection(root: Path) -> Iterator[store.Collection]:
+    made = store.create(root, "by rule")
+    made.add((to_picture(picture(i / (IMAGES - 1))), MARKUP, "test") for i in range(IMAGES))
+    yield made
+    shutil.rmtree(made.folder)
+
+
+def choice(collection: store.Collection, pair: dict) -> str:
+    left, right = (blueness(collection.image_file(pair[side]["image"])) for side in ("left", "right"))
+    return "left" if left > right else "right"
+
+
+def vote(comfy: Server, collection: store.Collection, pair: dict) -> dict:
+    body = {"id": pair["id"], "left": pair["left"]["image"], "right": pair["right"]["image"]}
+    return comfy.post("/dancegrpo/votes/by%20rule/vote", {**body, "choice": choice(collection, pair)})
+
+
+def test_a_graph_collects_images_once(comfy: Server, root: Path) -> None:
+    graph = {
+        "images": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 24, "batch_size": 1, "color": 255}},
+        "collect": {
+            "class_type": "DanceGRPO_CollectForVoting",
+            "inputs": {"images": ["images", 0], "prompt": "a blue card", "name": "from a graph"},
+        },
+    }
+    assert "1 of 1 images added" in comfy.run(graph)["collect"]["text"][0]
+    graph["images"]["inputs"]["height"] = 32
+    assert "1 of 1 images added" in comfy.run(graph)["collect"]["text"][0]
+    items, complaints = store.find(root, "from a graph").items()
+    assert [item.prompt for item in items] == ["a blue card"] * 2
+    assert complaints == []
+    graph["collect"]["inputs"]["name"] = "../elsewhere"
+    with pytest.raises(PromptFailed, match="cannot be used"):
+        comfy.run(graph)
+    shutil.rmtree(root / "from a graph")
+
+
+def test_votes_over_the_routes_are_understood_and_can_be_taken_back(
+    comfy: Server, collection: store.Collection
+) -> None:
+    pair = comfy.get("/dancegrpo/votes/by%20rule/pair")["pair"]
+    for _ in range(30):
+        answer = vote(comfy, collection, pair)
+        pair = answer["pair"]
+    assert answer["state"]["votes"] == {"winners": 30, "ties": 0, "skips": 0}
+    assert answer["state"]["agreement"]["share"] > 0.8
+    assert len({frozenset((one.better, one.worse)) for one in collection.ledger().votes}) == 30, "no pair comes twice"
+    again = vote(comfy, collection, pair)
+    assert vote(comfy, collection, pair)["state"]["votes"] == again["state"]["votes"], "a repeated id counts once"
+    assert comfy.post("/dancegrpo/votes/by%20rule/undo", {"id": "u1"})["undone"] == pair["id"]
+    assert comfy.get("/dancegrpo/votes/by%20rule")["votes"]["winners"] == 30
+
+
+def test_two_clients_vote_at_once_and_nothing_is_lost(comfy: Server, collection: store.Collection) -> None:
+    names = sorted(collection.files())
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]][:40]
+
+    def cast(number: int) -> None:
+        left, right = pairs[number]
+        body = {"id": f"v{number}", "left": left, "right": right, "choice": "tie"}
+        comfy.post("/dancegrpo/votes/by%20rule/vote", body)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(cast, [*range(40), *range(40)]))
+    assert collection.ledger().counts() == {"winners": 0, "ties": 40, "skips": 0}
+    assert collection.ledger().complaints == []
+
+
+def test_what_cannot_be_a_vote_is_refused(comfy: Server, collection: store.Collection) -> None:
+    left, right, *_ = sorted(collection.files())
+    good = {"id": "x", "left": left, "right": right, "choice": "left"}
+    for change, says in [
+        ({"choice": "up"}, "choose one of left, right, tie, skip"),
+        ({"left": "../votes.csv"}, "not in the collection"),
+        ({"right": left}, "two different images"),
+        ({"id": "a b"}, "id"),
+        ({"id": None}, "id"),
+    ]:
+        assert says in refused(comfy, "/votes/by%20rule/vote", {**good, **change})
+    assert collection.ledger().votes == []
+    assert "no collection named" in refused(comfy, "/votes/nowhere/vote", good)
+    assert "not inside ComfyUI's output folder" in refused(comfy, "/votes/new/import", {"folder": "../models"})
+    assert "choose output or input" in refused(comfy, "/votes/new/import", {"base": "/", "folder": "etc"})
+
+
+def test_a_corrupt_line_costs_that_line_alone(comfy: Server, collection: store.Collection) -> None:
+    left, right, *_ = sorted(collection.files())
+    comfy.post("/dancegrpo/votes/by%20rule/vote", {"id": "a", "left": left, "right": right, "choice": "left"})
+    with collection.votes_file.open("ab") as file:
+        file.write(b"\xff\xfe,broken\n")
+    comfy.post("/dancegrpo/votes/by%20rule/vote", {"id": "b", "left": right, "right": left, "choice": "tie"})
+    state = comfy.get("/dancegrpo/votes/by%20rule")
+    assert (state["votes"]["winners"], state["votes"]["ties"]) == (1, 1)
+    assert len(state["warnings"]) == 1
+
+
+def test_links_and_folders_elsewhere_stay_outside(comfy: Server, collection: store.Collection, root: Path) -> None:
+    secret = root.parent / "secret.png"
+    save_picture(secret, to_picture(picture(0.5)))
+    (collection.images / "link.png").symlink_to(secret)
+    assert "link.png" not in {item.image for item in collection.items()[0]}
+    assert "not in the collection" in refused(comfy, "/votes/by%20rule/images/link.png")
+    folder = comfy.base / "output" / "shown"
+    folder.mkdir(exist_ok=True)
+    save_picture(folder / "one.png", to_picture(picture(0.3)))
+    assert "1 images added" in comfy.post("/dancegrpo/votes/imported/import", {"folder": "shown"})["message"]
+    comfy.post("/dancegrpo/votes/imported/delete", {})
+    assert "imported" not in store.names(root)
+    comfy.post("/dancegrpo/votes/imported/restore", {})
+    assert len(store.find(root, "imported").files()) == 1
+
+
+def test_votes_are_cast_by_keyboard(comfy: Server, collection: store.Collection) -> None:
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("no Chromium, or playwright is not installed")
+    from playwright.sync_api import sync_playwright
+
+    comfy.post("/settings/Comfy.TutorialCompleted", True)
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(f"http://127.0.0.1:{comfy.port}/")
+        page.locator(".dancegrpo-tab-button").first.click()
+        page.get_by_role("tab", name="Votes").click()
+        page.wait_for_selector(".dg-choice img")
+        assert page.get_by_label("collection", exact=True).input_value() == "by rule"
+        cast_by_keyboard(page, collection, 10)
+        page.keyboard.press("u")
+        page.wait_for_function("document.querySelector('.dg-vote-state').textContent.startsWith('9 votes')")
+        page.keyboard.press("s")
+        page.wait_for_function("document.querySelector('.dg-vote-state').textContent.includes('1 skipped')")
+        assert page.evaluate("window.hacked") is None
+        assert MARKUP in page.locator(".dg-stage").inner_text()
+        browser.close()
+    assert collection.ledger().counts() == {"winners": 9, "ties": 0, "skips": 1}
+
+
+def cast_by_keyboard(page: Any, collection: store.Collection, count: int) -> None:
+    """Vote by the rule with the arrow keys; each vote is on disk when the next pair is shown."""
+    shown = ""
+    for number in range(1, count + 1):
+        page.wait_for_function(f"{SHOWN} && {SHOWN} !== {json.dumps(shown)}")
+        shown = page.evaluate(SHOWN)
+        left, right = (blueness(collection.image_file(name)) for name in shown.split())
+        page.keyboard.press("ArrowLeft" if left > right else "ArrowRight")
+        page.wait_for_function(f"document.querySelector('.dg-vote-state').textContent.startsWith('{number} vote')")
+        assert collection.ledger().counts()["winners"] == number
+
+
+SHOWN = "[...document.querySelectorAll('.dg-choice img')].map((i) => i.src.split('/').pop()).join(' ')"
