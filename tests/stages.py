@@ -46,8 +46,13 @@ def experience_of(
     advantages: list[float],
     load: Load = importlib.import_module,
     dtype: torch.dtype = torch.float32,
+    optimizer_steps: int = 1,
 ) -> Any:
-    """What an iteration would train on, all of whose images are in this process."""
+    """What an iteration would train on, all of whose images are in this process.
+
+    Args:
+        optimizer_steps: made since the rollout.
+    """
     groups = [prompt_of[:i].tolist().count(p) for i, p in enumerate(prompt_of.tolist())]
     members = list(zip(prompt_of.tolist(), groups, strict=True))
     values = torch.zeros(max(p for p, _ in members) + 1, max(g for _, g in members) + 1, dtype=dtype)
@@ -66,6 +71,7 @@ def experience_of(
             values, torch.zeros(len(values), dtype=torch.bool), torch.zeros_like(values, dtype=torch.bool), {}
         ),
         active=torch.ones_like(values, dtype=torch.bool),
+        optimizer_steps=optimizer_steps,
     )
 
 

@@ -240,10 +240,10 @@ Grads = dict[str, Tensor]
 
 
 def update(
-    engine: Engine, plan: Plan, prompting: Prompting, kept: Trajectories, **options: object
+    engine: Engine, plan: Plan, prompting: Prompting, kept: Trajectories, optimizer_steps: int = 1, **options: object
 ) -> tuple[Grads, Totals]:
     """Gradients and totals of all actions of a rollout."""
-    experience = experience_of(plan, prompting, kept, PROMPT_OF, ADVANTAGES)
+    experience = experience_of(plan, prompting, kept, PROMPT_OF, ADVANTAGES, optimizer_steps=optimizer_steps)
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in kept.steps]
     totals = with_options(engine, options).accumulate(items_of(experience, pairs), experience)
     return gradients_of(engine), totals
@@ -303,3 +303,48 @@ def test_base_is_the_reference_of_the_kl(engine: Engine, model: SD3Model, prompt
             expected += (velocities[0] - velocities[1]).square().mean((1, 2, 3)).sum().item()
     assert expected > 1e-3
     assert totals.sums["kl"] == pytest.approx(expected, rel=1e-4)
+
+
+def same_gradients(ours: Grads, theirs: Grads, tolerance: float) -> None:
+    ours, theirs = (torch.cat([g.flatten() for g in grads.values()]) for grads in (ours, theirs))
+    assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+def test_the_first_optimizer_step_is_on_policy_whatever_the_batches_of_the_rollout_rounded_to(
+    engine: Engine, prompting: Prompting, ratio: str
+) -> None:
+    plan = plan_of(ALL, guidance=2.0)
+    kept = roll(engine.model, plan, prompting, means=True)
+    expected, _ = update(engine, plan, prompting, kept, ratio=ratio, clip_range=0.5)
+    # A rollout whose log-probabilities are off by more than the clip range, some up and some down.
+    off = 0.01 * torch.randn(kept.log_probs.shape, generator=torch.Generator().manual_seed(2))
+    rough = replace(kept, log_probs=kept.log_probs + off, means=None)
+    gradients, totals = update(engine, plan, prompting, rough, ratio=ratio, clip_range=1e-4, optimizer_steps=0)
+    assert totals.sums["ratio"] == totals.items
+    assert totals.peaks["deviation"] == totals.sums["clipped"] == 0
+    assert totals.peaks["rollout_deviation"] == pytest.approx(off.neg().exp().sub(1).abs().max().item(), rel=1e-3)
+    same_gradients(gradients, expected, 1e-5)
+    # In later steps, ratios to such log-probabilities clip gradients away that should be there.
+    spoilt, totals = update(engine, plan, prompting, replace(rough, means=kept.means), ratio=ratio, clip_range=1e-4)
+    assert totals.sums["clipped"] > 0
+    with pytest.raises(AssertionError):
+        same_gradients(spoilt, expected, 1e-2)
+
+
+@pytest.mark.parametrize("ratio", ["plain", "guard"])
+def test_later_steps_may_score_the_old_policy_again_in_their_own_batches(
+    engine: Engine, prompting: Prompting, ratio: str
+) -> None:
+    plan = plan_of(WINDOW)
+    kept = roll(engine.model, plan, prompting, means=True)
+    engine.policy.old = {name: p.detach().clone() for name, p in engine.policy.parameters.items()}
+    nudge(engine.model, 0.005, seed=2)
+    options = {"ratio": ratio, "clip_range": 0.5, "updates": 2}
+    expected, stored = update(engine, plan, prompting, kept, **options)
+    bare = replace(kept, log_probs=kept.log_probs + 1, means=None)
+    again, totals = update(engine, plan, prompting, bare, **options, old_log_prob="update")
+    assert totals.forwards == 2 * stored.forwards
+    assert stored.peaks["deviation"] > 2e-5
+    assert totals.peaks["deviation"] == pytest.approx(stored.peaks["deviation"], rel=0.02)
+    same_gradients(again, expected, 1e-5)

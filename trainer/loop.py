@@ -102,7 +102,7 @@ class Trainer:
         self.recorder.status("running", self.iteration)
         try:
             if self.model.needs_opening_check:
-                preflight.check(self.model, self.objective, self.prompting, self.engine.execution)
+                preflight.check(self.engine, self.prompting, self.prompts.texts)
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()
                 if self._evaluation_is_due():
@@ -202,6 +202,7 @@ class Trainer:
             "evaluations": self.evaluations,
             "watchdog": self.watchdog.state(),
             "objective": self.objective.state(),
+            "engine": self.engine.state(),
             "prompts": self._prompts_digest(),
         }
         self.recorder.newest(self.iteration, state)
@@ -228,6 +229,7 @@ class Trainer:
         self.iteration, self.seconds, self.evaluations = state["iteration"], state["seconds"], state["evaluations"]
         self.watchdog.restore(state["watchdog"])
         self.objective.restore(state["objective"])
+        self.engine.restore(state["engine"])
 
     def _prompts_digest(self) -> str:
         return hashlib.sha256(json.dumps([self.prompts.keys, self.held_out.keys]).encode()).hexdigest()

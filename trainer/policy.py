@@ -106,8 +106,11 @@ class Policy:
         if self.average:
             self.average = MovingAverage(self.parameters, config.ema_decay)
 
-    def step(self, processes: Processes) -> float | None:
+    def step(self, processes: Processes, scaler: torch.amp.GradScaler | None = None) -> float | None:
         """One optimizer step with the gradients of all processes.
+
+        Args:
+            scaler: whose scale the gradients have; None where they have none. It is told whether they were finite.
 
         Returns:
             the gradient norm, or None if it was not finite and the step left out.
@@ -118,6 +121,8 @@ class Policy:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         processes.sum_(gradients)
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
         config = self.config.optimizer
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm).item()
         finite = math.isfinite(norm)
@@ -127,6 +132,8 @@ class Policy:
             if self.average:
                 self.average.update(self.parameters, self.updates)
             self.updates += 1
+        if scaler is not None:
+            scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else None
 

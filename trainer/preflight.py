@@ -1,35 +1,43 @@
 """A look at the model before the first iteration: can what it computes be trained, and is it what it samples?"""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from .adapters import lora
 from .models import DiffusionModel
-from .objectives import Objective
 from .objectives.advantage import Advantages
 from .objectives.base import Experience
-from .rollout import Execution, Plan, Prompting, sample
+from .objectives.engine import TRIES, Engine
+from .rollout import Plan, Prompting, sample
 from .utils.errors import RunFailed
 from .utils.seeds import noise
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 """Largest relative difference of two forward passes; other types round more."""
 COARSE = 0.05
+LARGER = 64.0
+"""How much larger the loss scale is that the gradient is compared under."""
+LEAST_COSINE = 0.99
 
 
-def check(model: DiffusionModel, objective: Objective, prompting: Prompting, execution: Execution) -> None:
-    """One prediction with and without gradient, and what the objective itself looks at.
+def check(engine: Engine, prompting: Prompting, texts: list[str]) -> None:
+    """One prediction with and without gradient, the gradient of the run's own loss, and what the objective looks at.
 
     Args:
-        objective: set up.
-        prompting: of any prompts; the first is taken.
+        prompting, texts: of any prompts; the first is taken.
 
     Raises:
-        RunFailed: the two predictions differ, no gradient reaches the LoRA, or the objective cannot train it.
+        RunFailed: the two predictions differ; no gradient reaches the LoRA, or one that rounding has spoilt; or the
+            objective cannot train the model.
     """
+    objective, model = engine.objective, engine.model
     plan, prompting = objective.plan(model, 0), prompting.rows(torch.zeros(1, dtype=torch.long)).to(model.device)
     _check_prediction(model, plan, prompting)
-    objective.preflight(_two_images(model, plan, prompting, execution))
+    experience = _experience(engine, plan, prompting, texts[0])
+    _check_gradient(engine, experience, plan)
+    objective.preflight(experience)
 
 
 def _draw(model: DiffusionModel, *name: object) -> Tensor:
@@ -44,42 +52,7 @@ def _check_prediction(model: DiffusionModel, plan: Plan, prompting: Prompting) -
 
     with torch.no_grad():
         plain = model.plain(predict)
-    trained = predict()
-    _compare(plain, trained.detach(), model)
-    _require_gradient(trained, _draw(model, "direction")[None], model)
-
-
-def _two_images(model: DiffusionModel, plan: Plan, prompting: Prompting, execution: Execution) -> Experience:
-    """Two images of one prompt, after the first step that an iteration may train: one is better than the other."""
-    first = next((i for i, flag in enumerate(plan.stochastic) if flag), 0)
-    short = Plan(
-        plan.kernel,
-        plan.eta,
-        plan.sigmas[first : first + 2],
-        plan.stochastic[first : first + 1],
-        shared_noise=False,
-        guidance_scale=plan.guidance_scale,
-        keep_means=plan.keep_means,
-    )
-    prompt_of = torch.zeros(2, dtype=torch.long, device=model.device)
-    draw = lambda name: torch.stack([_draw(model, name, i) for i in range(2)])  # noqa: E731
-    trajectories = sample(model, short, prompting, prompt_of, draw("start"), lambda _: draw("step"), execution)
-    advantages = Advantages.none(1, 2)
-    advantages.values[0] = torch.tensor([1.0, -1.0])
-    return Experience(
-        iteration=0,
-        plan=short,
-        prompting=prompting,
-        members=[(0, 0), (0, 1)],
-        prompt_of=prompt_of,
-        texts=["", ""],
-        trajectories=trajectories,
-        advantages=advantages,
-        active=torch.ones(1, 2, dtype=torch.bool),
-    )
-
-
-def _compare(plain: Tensor, trained: Tensor, model: DiffusionModel) -> None:
+    trained = predict().detach()
     difference = (plain - trained).norm().item() / max(plain.norm().item(), 1e-12)
     kinds = {parameter.dtype for parameter in model.module.parameters() if not parameter.requires_grad}
     allowed = max((TOLERANCE.get(kind, COARSE) for kind in kinds), default=COARSE)
@@ -90,10 +63,64 @@ def _compare(plain: Tensor, trained: Tensor, model: DiffusionModel) -> None:
         )
 
 
-def _require_gradient(output: Tensor, direction: Tensor, model: DiffusionModel) -> None:
-    parameters = lora.parameters(model.module)
-    ups = {name: p for name, p in parameters.items() if ".lora_B." in name}  # the others' gradient is 0 at the start
-    gradients = torch.autograd.grad((output * direction).sum(), list(ups.values()), allow_unused=True)
-    reached = sum(1 for gradient in gradients if gradient is not None and bool(gradient.any()))
-    if not reached or any(gradient is not None and not gradient.isfinite().all() for gradient in gradients):
-        raise RunFailed(f"the gradient reaches {reached} of the LoRA's {len(ups)} layers, or is not finite")
+def _experience(engine: Engine, plan: Plan, prompting: Prompting, text: str) -> Experience:
+    """An iteration of which this process has two images of one prompt.
+
+    They are sampled in one step: the first that is stochastic, or all deterministic ones as one.
+    """
+    objective, model = engine.objective, engine.model
+    if not objective.needs_rollout:
+        return objective.collect(0)
+    first = next((i for i, flag in enumerate(plan.stochastic) if flag), None)
+    start, end = (0, len(plan.stochastic) if plan.stop is None else plan.stop) if first is None else (first, first + 1)
+    levels = [plan.sigmas[start], plan.sigmas[end]] if end > start else [plan.sigmas[start]]
+    flags = [first is not None][: len(levels) - 1]
+    step = replace(plan, sigmas=levels, stochastic=flags, shared_noise=False, stop=None)
+    prompt_of = torch.zeros(2, dtype=torch.long, device=model.device)
+    draw = lambda name: torch.stack([_draw(model, name, i) for i in range(2)])  # noqa: E731
+    trajectories = sample(model, step, prompting, prompt_of, draw("start"), lambda _: draw("step"), engine.execution)
+    config = objective.config.rollout
+    advantages = Advantages.none(config.prompts_per_iteration, config.group_size)
+    advantages.values[:, 0::2], advantages.values[:, 1::2] = 1.0, -1.0
+    return Experience(
+        iteration=0,
+        plan=replace(plan, stochastic=[i == first for i in range(len(plan.stochastic))], shared_noise=False),
+        prompting=prompting,
+        members=[(0, 0), (0, 1)],
+        prompt_of=prompt_of,
+        texts=[text, text],
+        trajectories=replace(trajectories, steps=[] if first is None else [first]),
+        advantages=advantages,
+        active=torch.ones_like(advantages.values, dtype=torch.bool),
+    )
+
+
+def _check_gradient(engine: Engine, experience: Experience, plan: Plan) -> None:
+    """The gradient under the loss scale of the run, against that under a larger one: rounding would tell them apart."""
+    items = next(iter(engine.objective.items(experience)), [])
+    if not items:
+        return
+    total = len(items) * max(1, sum(plan.stochastic))  # the experience has one of the steps that may be trained
+    scale = engine.first_scale(total)
+
+    def gradient(scale: float) -> Tensor:
+        return torch.cat([g.flatten() for g in engine.gradient(items, experience, scale, total)]).double() / scale
+
+    for _ in range(TRIES):
+        found = gradient(scale)
+        if found.isfinite().all():
+            break
+        scale /= 2
+    else:
+        raise RunFailed("the gradient of the LoRA is not finite: this model cannot be trained yet")
+    if not found.any():
+        raise RunFailed("no gradient reaches the LoRA: this model cannot be trained yet")
+    larger = scale * LARGER
+    while larger > scale and not (other := gradient(larger)).isfinite().all():
+        larger /= 2
+    cosine = cosine_similarity(found, other, dim=0).item() if larger > scale else 1.0
+    if cosine < LEAST_COSINE:
+        raise RunFailed(
+            f"the gradient is lost in rounding (its cosine to one of {larger / scale:g} times the size is "
+            f"{cosine:.2f}): load the base model in bfloat16 or float32"
+        )

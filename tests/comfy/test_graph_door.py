@@ -123,7 +123,7 @@ def test_a_graph_of_core_loaders_trains_and_uses_the_lora(comfy: Server, files: 
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert len(events) == 2
-    assert events[0]["objective"]["ratio"]["max_deviation_before_update"] < 1e-6
+    assert events[0]["objective"]["rollout_deviation"]["max"] < 1e-6
     lora = load_file(run / "lora.safetensors")
     assert all(key.startswith("diffusion_model.joint_blocks.") for key in lora)
     assert "not loaded" not in comfy.output.lower()
@@ -178,7 +178,7 @@ def test_an_example_for_a_released_model_runs(comfy: Server, tiny_models: None) 
     run = comfy.base / "output" / "dancegrpo" / "runs" / "flux1_lora"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert len(events) == 2
-    assert events[0]["objective"]["ratio"]["max_deviation_before_update"] < 1e-6
+    assert events[0]["objective"]["rollout_deviation"]["max"] < 1e-6
     assert outputs[keys["DanceGRPO_ScoreImages"]]["text"][0].startswith("1: ")
     pictures = [key for key, n in prompt.items() if n["class_type"] == "SaveImage"]
     assert len(pictures) == 2

@@ -197,7 +197,7 @@ def test_training_changes_the_lora_keeps_ratios_and_resumes_exactly(
     assert len(whole) == 3
     assert all(event["objective"]["actions"] > 0 and event["grad_norm"] > 0 for event in whole)
     # Guidance multiplies rounding; still a fifth of the clip range.
-    assert all(event["objective"]["ratio"]["max_deviation_before_update"] < 2e-5 for event in whole)
+    assert all(event["objective"]["rollout_deviation"]["max"] < 2e-5 for event in whole)
     learned = lora_of(alone)
     if case.model.get("frames", 1) > 1:
         check_videos(alone / "samples", case)
@@ -227,7 +227,7 @@ def check_videos(samples: Path, case: Case) -> None:
 def test_ratios_are_one_before_the_update(case: Case, folder: Path, tmp_path: Path) -> None:
     config = parse_config(description(case, folder).model_dump(), ["rollout.guidance_scale=1", "runtime.iterations=1"])
     (event,) = train(config, tmp_path / "run")
-    assert event["objective"]["ratio"]["max_deviation_before_update"] < 1e-6
+    assert event["objective"]["rollout_deviation"]["max"] < 1e-6
 
 
 def test_packing_is_undone_by_unpacking() -> None:

@@ -1,6 +1,7 @@
-"""From an objective's items to optimizer steps: batches, accumulation, sums over processes. No mathematics."""
+"""From an objective's items to optimizer steps: batches, accumulation, sums over processes, the loss scale."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from ..policy import Policy
 from ..rollout import Execution
 from ..utils.distributed import Processes
 from .base import Experience, Item, Loss, Objective, Totals
+
+TRIES = 10
+"""How often an optimizer step whose gradient overflows is made again, each time with half the loss scale."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Update:
 
 class Engine:
     """
+    Gradients are computed with a scaled loss. The loss is a mean over all items of an optimizer step and over all
+    latents of an image, so the gradient that enters the network is near 1 / (items x latents): below what float16 can
+    hold. The scale is a power of two near that product; it is taken out of the LoRA's float32 gradients again, which
+    changes no bit where nothing overflows. It is halved, and the step made again, where the gradient overflows.
+
     Args:
         objective: whose items are trained.
         model: that predicts.
@@ -44,15 +53,17 @@ class Engine:
     ) -> None:
         self.objective, self.model, self.policy = objective, model, policy
         self.processes, self.execution = processes, execution
+        self.scaler: torch.amp.GradScaler | None = None
 
     def update(self, experience: Experience) -> Update:
         """All optimizer steps of an iteration."""
         steps: list[Totals] = []
         norms: list[float | None] = []
         for items in self.objective.items(experience):
-            steps.append(self.accumulate(items, experience))
-            norms.append(self.policy.step(self.processes))
-            if norms[-1] is not None:
+            totals, norm = self._step(items, experience)
+            steps.append(totals)
+            norms.append(norm)
+            if norm is not None:
                 experience.optimizer_steps += 1
                 self.objective.after_step()
         every = Totals()
@@ -61,8 +72,35 @@ class Engine:
         made = [norm for norm in norms if norm is not None]
         return Update(every, steps[0] if steps else Totals(), max(made, default=None), len(norms) - len(made))
 
-    def accumulate(self, items: list[Item], experience: Experience) -> Totals:
-        """Add the gradient of the mean loss of all processes' items, this process's part of it."""
+    def _step(self, items: list[Item], experience: Experience) -> tuple[Totals, float | None]:
+        """One optimizer step; its gradient norm is None where it was left out."""
+        if self.scaler is None:
+            self.scaler = self._new_scaler(self.first_scale(len(items)))
+        forwards = 0
+        for _ in range(TRIES):
+            scale = self.scaler.scale(torch.ones((), device=experience.device))
+            totals = self.accumulate(items, experience, scale)
+            forwards += totals.forwards
+            norm = self.policy.step(self.processes, self.scaler)
+            if norm is not None or not math.isfinite(totals.loss):
+                break
+        return replace(totals, forwards=forwards), norm
+
+    def first_scale(self, items: int) -> float:
+        """The loss scale that an optimizer step of so many items begins with."""
+        return 2.0 ** round(math.log2(items * math.prod(self.model.latent_shape)))
+
+    def _new_scaler(self, scale: float) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.processes.device.type, init_scale=scale)
+
+    def accumulate(
+        self, items: list[Item], experience: Experience, scale: Tensor | float = 1.0, total: int | None = None
+    ) -> Totals:
+        """Add the scaled gradient of the mean loss of all processes' items: this process's part of it.
+
+        Args:
+            total: number of items that the mean is over; None for as many as there are.
+        """
         mine = [item for item in items if item.member in experience.row_of]
         batches = self.objective.batches(mine, experience)
         missing = self.execution.match(len(batches)) - len(batches)
@@ -70,7 +108,7 @@ class Engine:
         for number, batch in enumerate(batches):
             self.execution.report("update", number, len(batches))
             loss = self.objective.loss(self.model, experience, batch)
-            (loss.value.sum() / len(items)).backward()
+            (loss.value.sum() / (total or len(items)) * scale).backward()
             statistics.add(loss)
         for _ in range(missing):
             self._spare_pass(experience)
@@ -84,6 +122,26 @@ class Engine:
         self.objective.loss(self.model, experience, batch).value.sum().backward()
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
+
+    def gradient(self, items: list[Item], experience: Experience, scale: float, total: int) -> list[Tensor]:
+        """The scaled gradient of this process's items, one tensor per parameter of the LoRA; none is left behind."""
+        self.accumulate(items, experience, scale, total)
+        parameters = self.policy.parameters.values()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.policy.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    # ---------------------------------------------------------------------------------------------------- resuming
+
+    def state(self) -> dict:
+        """Plain data that a checkpoint keeps."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def restore(self, state: dict) -> None:
+        """Go back to what `state` returned."""
+        if state:
+            self.scaler = self._new_scaler(state["scale"])
+            self.scaler.load_state_dict(state)
 
 
 class Statistics:

@@ -37,6 +37,12 @@ class GrpoOptions(ObjectiveOptions):
     kl_weight: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
     )
+    old_log_prob: Literal["rollout", "update"] = Field(
+        "rollout",
+        description="Where the old policy's log-probability comes from after an iteration's first optimizer step, in "
+        "which it is the new one's own: stored by the rollout, or computed again in the update's batches by the old "
+        "weights, for one more forward pass per action.",
+    )
     ratio_limit: Annotated[float, Field(gt=0)] = Field(
         0.5, description="The watchdog takes ratios further from 1 than this, on average, as a sign of collapse."
     )
@@ -63,17 +69,24 @@ class Grpo(Objective):
     name = "grpo"
     Options = GrpoOptions
     options: GrpoOptions
+    warned = False
 
     def preflight(self, experience: Experience) -> None:
-        """The same actions scored twice have a ratio within the clip range."""
-        items = [Item(member, 0) for member in experience.members]
-        losses = [self.loss(self.model, experience, batch) for batch in self.batches(items, experience)]
-        deviation = max(loss.peaks["deviation"].item() for loss in losses)
+        """Rounding keeps a ratio within the clip range, where it reaches one."""
+        if self.options.updates == 1 or self.keeps_old_weights:
+            return
+        step = experience.trajectories.steps[0]
+        batches = self.batches([Item(member, step) for member in experience.members], experience)
+        deviation = max(self.loss(self.model, experience, b).peaks["rollout_deviation"].item() for b in batches)
         if deviation > self.options.clip_range:
             raise RunFailed(
                 f"the same action scored twice has a ratio {deviation:.2g} off 1, which is beyond objective.clip_range "
-                f"{self.options.clip_range:g}: raise the clip range, or take float32 weights"
+                f"{self.options.clip_range:g}: set objective.old_log_prob to update, or objective.updates to 1"
             )
+
+    @property
+    def keeps_old_weights(self) -> bool:
+        return self.options.old_log_prob == "update" and self.options.updates > 1
 
     # ------------------------------------------------------------------------------------------ in every iteration
 
@@ -87,10 +100,12 @@ class Grpo(Objective):
             stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration)),
             config.shared_noise,
             config.guidance_scale,
-            keep_means=self.options.ratio == "guard",
+            keep_means=self.options.ratio == "guard" and self.options.updates > 1 and not self.keeps_old_weights,
         )
 
     def items(self, experience: Experience) -> Iterator[list[Item]]:
+        if self.keeps_old_weights:
+            self.policy.update_old()
         for members in split_updates(experience.active_groups(), self.options.updates):
             if members:
                 yield [Item(member, step) for member in members for step in self._steps(experience, member)]
@@ -134,64 +149,64 @@ class Grpo(Objective):
         ]
 
     def loss(self, model: DiffusionModel, experience: Experience, batch: GrpoBatch) -> Loss:
-        device, plan, kept = experience.device, experience.plan, experience.trajectories
-        trajectory, step = batch.rows.to(device).unbind(1)
-        row_of, image = batch.row_of.to(device), batch.trajectory.to(device)
-        sigmas = torch.tensor(plan.sigmas, dtype=torch.float64, device=device)
-        index = torch.tensor([kept.steps.index(s) for s in batch.rows[:, 1].tolist()], device=device)
-        sigma, sigma_next = sigmas[step], sigmas[step + 1]
-        latents = kept.samples[index, trajectory]
-        conditions = experience.prompting.conditions.rows(experience.prompt_of[trajectory])
-
-        def predict() -> Tensor:
-            negative = experience.prompting.unconditional
-            return model.predict_guided(latents, sigma.float(), conditions, plan.guidance_scale, negative)
-
-        prediction = predict()
-        action = index[row_of], image
-        replay = kernels.step(
-            plan.kernel,
-            latents[row_of],
-            prediction.index_select(0, row_of),  # its backward pass adds in a fixed order
-            sigma[row_of],
-            sigma_next[row_of],
-            plan.eta,
-            next_sample=kept.next_samples[action],
-        )
-        old = kept.log_probs[action]
+        actions = Actions(model, experience, batch)
+        prediction = actions.predict()
+        new = actions.score(prediction)
+        old_log_prob, old_mean, passes = self._old(actions, new)
         if self.options.ratio == "guard":
-            ratio = guarded_ratio(replay.log_prob, old, replay.mean, kept.means[action], replay.std)
-            scale = 1 / (sigma - sigma_next)[row_of].float()
+            ratio = guarded_ratio(new.log_prob, old_log_prob, new.mean, old_mean, new.std)
+            scale = 1 / actions.step_size
         else:
-            ratio, scale = probability_ratio(replay.log_prob, old), 1.0
+            ratio, scale = probability_ratio(new.log_prob, old_log_prob), 1.0
         value = clipped_objective(ratio, experience.advantages_of(batch.items), self.options.clip_range) * scale
-        sums, peaks = self._figures(ratio.detach())
-        forwards = len(latents)
+        rollout = probability_ratio(new.log_prob.detach(), actions.log_probs)
+        sums, peaks = self._figures(ratio.detach(), rollout)
         if self.options.kl_weight:
             with self.policy.using("base"):
-                reference = predict()
-            forwards += len(latents)
-            kl = velocity_kl(prediction, reference).index_select(0, row_of)
+                reference = actions.predict()
+            passes += 1
+            kl = velocity_kl(prediction, reference).index_select(0, actions.row_of)
             value = value + self.options.kl_weight * kl
             sums["kl"] = kl.detach().double().sum()
-        return Loss(value, sums, peaks, forwards)
+        return Loss(value, sums, peaks, (1 + passes) * len(batch.rows))
 
-    def _figures(self, ratio: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        deviation = (ratio.double() - 1).abs()
+    def _old(self, actions: Actions, new: kernels.Step) -> tuple[Tensor, Tensor | None, int]:
+        """What the weights that the iteration began with say of the actions.
+
+        Batches of another size round differently, in reduced precision by more than the clip range. Before the first
+        optimizer step the weights are the same as in the rollout, so the new log-probability is taken for the old one:
+        the ratio is 1 and the gradient that of the policy itself.
+
+        Returns:
+            log-probabilities `[N]`; means `[N, ...]`, None where they are not needed; forward passes it took.
+        """
+        if actions.experience.optimizer_steps == 0:
+            return new.log_prob.detach(), new.mean.detach(), 0
+        if self.keeps_old_weights:
+            with self.policy.using("old"):
+                old = actions.score(actions.predict())
+            return old.log_prob, old.mean, 1
+        return actions.log_probs, actions.means, 0
+
+    def _figures(self, ratio: Tensor, rollout: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums and peaks: of the ratios, and of those to the log-probabilities that the rollout stored."""
+        deviation, rounding = (ratio.double() - 1).abs(), (rollout.double() - 1).abs()
         sums = {
             "ratio": ratio.double().sum(),
             "deviation": deviation.sum(),
             "clipped": (deviation > self.options.clip_range).double().sum(),
+            "rollout_deviation": rounding.sum(),
         }
-        return sums, {"deviation": deviation.max()}
+        return sums, {"deviation": deviation.max(), "rollout_deviation": rounding.max()}
 
     # ----------------------------------------------------------------------------------------------- what is said
 
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            actions trained; mean, mean deviation and largest deviation from 1 of the ratios, and the largest before
-            the first optimizer step; the share of actions beyond the clip range; the mean KL, where it is weighted.
+            actions trained; mean, mean deviation and largest deviation from 1 of the ratios; the share of actions
+            beyond the clip range; mean and largest deviation from 1 of ratios to the rollout's log-probabilities before
+            the first optimizer step, where only rounding makes them differ; the mean KL, where it is weighted.
         """
         return {
             "actions": every.items,
@@ -199,9 +214,12 @@ class Grpo(Objective):
                 "mean": every.mean("ratio", default=1.0),
                 "mean_deviation": every.mean("deviation"),
                 "max_deviation": every.peaks.get("deviation", 0.0),
-                "max_deviation_before_update": first.peaks.get("deviation", 0.0),
             },
             "clip_fraction": every.mean("clipped"),
+            "rollout_deviation": {
+                "mean": first.mean("rollout_deviation"),
+                "max": first.peaks.get("rollout_deviation", 0.0),
+            },
             "kl": every.mean("kl") if self.options.kl_weight else None,
         }
 
@@ -212,21 +230,68 @@ class Grpo(Objective):
         return f"the mean |ratio - 1| is {deviation:.3g}"
 
     def warning(self, record: dict) -> str | None:
-        deviation = record["ratio"]["max_deviation_before_update"]
-        if deviation is None or deviation <= self.options.clip_range / 10:
+        """Where rounding reaches the ratios of later optimizer steps; said once."""
+        deviation = record["rollout_deviation"]["max"]
+        exact = self.options.updates == 1 or self.keeps_old_weights
+        if exact or self.warned or deviation is None or deviation <= self.options.clip_range / 10:
             return None
+        self.warned = True
         return (
-            f"before the first update a ratio is {deviation:.2g} from 1, above a tenth of the clip range "
-            f"{self.options.clip_range:g}"
+            f"rounding alone makes ratios of the update to the rollout differ from 1 by {deviation:.2g}, above a tenth "
+            f"of objective.clip_range {self.options.clip_range:g}, in every optimizer step of an iteration but the "
+            "first: set objective.old_log_prob to update, or rollout.batch_size and objective.batch_size alike"
         )
 
     def line(self, record: dict) -> str:
-        off = record["ratio"]["max_deviation_before_update"] or 0.0
-        return f"ratio off by {off:.1e} before, clipped {record['clip_fraction']:.0%}"
+        off = record["rollout_deviation"]["max"] or 0.0
+        return f"clipped {record['clip_fraction'] or 0:.0%}, rollout off by {off:.1e}"
 
     def closing(self, records: list[dict]) -> list[str]:
-        off = max(record["ratio"]["max_deviation_before_update"] or 0.0 for record in records)
-        return [f"largest deviation of a ratio from 1 before an iteration's first update {off:.1e}"]
+        off = max(record["rollout_deviation"]["max"] or 0.0 for record in records)
+        return [f"largest deviation of a ratio from 1 by rounding between rollout and update {off:.1e}"]
+
+
+class Actions:
+    """The stored actions of a batch, to be predicted and scored again.
+
+    Attributes:
+        row_of: `[N]` long, the prediction each action uses.
+        log_probs: `[N]`, of the rollout.
+        means: `[N, ...]` of the rollout; None where they are not kept.
+        step_size: `[N]` float32, sigma minus the next sigma.
+    """
+
+    def __init__(self, model: DiffusionModel, experience: Experience, batch: GrpoBatch) -> None:
+        self.model, self.experience = model, experience
+        device, plan, kept = experience.device, experience.plan, experience.trajectories
+        trajectory, step = batch.rows.to(device).unbind(1)
+        self.row_of = batch.row_of.to(device)
+        levels = torch.tensor(plan.sigmas, dtype=torch.float64, device=device)
+        self.sigma, self.sigma_next = levels[step], levels[step + 1]
+        index = torch.tensor([kept.steps.index(s) for s in batch.rows[:, 1].tolist()], device=device)
+        self.latents = kept.samples[index, trajectory]
+        self.conditions = experience.prompting.conditions.rows(experience.prompt_of[trajectory])
+        action = index[self.row_of], batch.trajectory.to(device)
+        self.next_samples, self.log_probs = kept.next_samples[action], kept.log_probs[action]
+        self.means = None if kept.means is None else kept.means[action]
+        self.step_size = (self.sigma - self.sigma_next)[self.row_of].float()
+
+    def predict(self) -> Tensor:
+        """Predictions under the weights in use, `[R, ...]`."""
+        guidance, negative = self.experience.plan.guidance_scale, self.experience.prompting.unconditional
+        return self.model.predict_guided(self.latents, self.sigma.float(), self.conditions, guidance, negative)
+
+    def score(self, prediction: Tensor) -> kernels.Step:
+        """The actions under a prediction, N of them."""
+        return kernels.step(
+            self.experience.plan.kernel,
+            self.latents[self.row_of],
+            prediction.index_select(0, self.row_of),  # its backward pass adds in a fixed order
+            self.sigma[self.row_of],
+            self.sigma_next[self.row_of],
+            self.experience.plan.eta,
+            next_sample=self.next_samples,
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ mathematics

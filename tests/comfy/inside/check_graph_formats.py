@@ -182,7 +182,7 @@ def test_a_scaled_file_goes_from_the_graph_into_training(
     trainer.train()
     event = next(event for event in events if "loss" in event)
     assert event["bad_updates"] == 0
-    assert event["objective"]["ratio"]["max_deviation_before_update"] < 1e-5
+    assert event["objective"]["rollout_deviation"]["max"] < 1e-5
     ups = [value for name, value in trainer.policy.parameters.items() if "lora_B" in name]
     assert {value.dtype for value in ups} == {torch.float32}
     assert sum(value.abs().sum() for value in ups) > 0, "nothing was learned"
