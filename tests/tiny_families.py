@@ -141,6 +141,10 @@ def build_sd(folder: Path, prediction: str = "epsilon") -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["requires_safety_checker"]  # the released folders name a checker in its place
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

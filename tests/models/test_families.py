@@ -99,6 +99,15 @@ def test_rollout_without_noise_is_the_pipelines_own(
     torch.testing.assert_close(images, decoded, rtol=0, atol=1e-4)
 
 
+def test_loading_and_encoding_print_nothing(
+    case: Case, folder: Path, config: ModelConfig, capfd: pytest.CaptureFixture
+) -> None:
+    family = model_class(config)
+    family.encode(config, [*TEXTS, ""], CPU, [*pictures(case, folder, len(TEXTS)), None])
+    family.load(config, CPU)
+    assert "".join(capfd.readouterr()) == ""
+
+
 def determine(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conditions in the pipelines are as large as the result, and the middle of the VAE's distribution."""
     from diffusers.models.autoencoders import vae

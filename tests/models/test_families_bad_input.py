@@ -257,13 +257,68 @@ def test_every_family_names_conditions_that_do_not_fit_it(family: str, whole: Pa
         with pytest.raises(BadInput, match=f"the conditions hold .*, and family {family} in .* takes"):
             kind.check_conditions(fitting, Conditions(fewer))
     if family not in ("qwen-image-edit",) and count == 2:
-        with pytest.raises(BadInput, match="make them end in"):
+        with pytest.raises(BadInput, match="at model.height, width and frames; encode them again"):
             kind.check_conditions(fitting.model_copy(update={"height": 32}), conditions)
 
 
 def test_a_target_without_a_name_in_comfyui_is_refused_before_loading(folders: dict[str, Path]) -> None:
     with pytest.raises(BadInput, match="ComfyUI has no name for '.*timestep_embedder.linear_1'"):
         HunyuanVideoModel.check_targets(config_of("skyreels", folders["skyreels"]), ["to_q", "linear_1"])
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_every_family_refuses_networks_with_other_inputs(
+    family: str, whole: Path, fitting: ModelConfig, file: bool, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    kind = model_class(fitting)
+    given = kind.network_config(fitting)["in_channels"]
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    config = copy / kind.component / "config.json"
+    other = given + (5 if family in ("sd", "sdxl") else 1)
+    if file:
+        weights = load_file(next((copy / kind.component).glob("*.safetensors")))
+        (name,) = set(kind.input_layers) & set(weights)
+        weights[name] = weights[name][:, :1].expand(-1, other, *weights[name].shape[2:])
+        for prefix in ("", "model.diffusion_model."):
+            save_file({f"{prefix}{n}": w.contiguous() for n, w in weights.items()}, copy / "one.safetensors")
+            wrong = fitting.model_copy(update={"network_file": str(copy / "one.safetensors")})
+            refused(wrong, "one.safetensors", f"takes {other} input channels, and family {family} gives it {given}")
+        return
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": other}))
+    wrong = fitting.model_copy(update={"path": str(copy)})
+    refused(wrong, str(copy / kind.component), f"takes {other} input channels, and family {family} gives it {given}")
+    assert "inpainting" in str(pytest.raises(BadInput, model_class, wrong).value)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        ("sd", {"time_cond_proj_dim": 256}),
+        ("sd", {"addition_embed_type": "text_time"}),
+        ("sd", {"class_embed_type": "projection"}),
+    ],
+)
+def test_unets_that_take_more_than_the_text_are_refused(
+    folders: dict[str, Path], family: str, change: dict, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(folders[family], tmp_path / "copy")
+    config = copy / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    ((name, value),) = change.items()
+    refused(config_of(family, copy), f"{name} {value!r}: its network takes an input that family {family} does not give")
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("sd", "AutoencoderKLTemporalDecoder"), ("flux", "AutoencoderKLWan"), ("wan", "AutoencoderKL")],
+)
+def test_a_vae_of_another_kind_is_refused(folders: dict[str, Path], family: str, name: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(folders[family], tmp_path / "copy")
+    config = copy / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
+    refused(config_of(family, copy), f"names {name!r}, and family {family} takes Autoencoder")
 
 
 def test_odd_token_numbers_of_qwen_are_warned_of(tmp_path: Path) -> None:

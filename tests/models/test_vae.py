@@ -1,8 +1,6 @@
 """Decoding in parts and encoding images, with every family's VAE; memory counted before anything is loaded."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,15 +8,12 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from safetensors.torch import save_file
 from tiny_families import FLUX_VAE, hunyuan_vae, image_vae, qwen_vae, wan_vae
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from trainer.config import ModelConfig
-from trainer.models import FAMILIES, weight_bytes
+from trainer.models import FAMILIES
 from trainer.models.diffusers.family import DiffusersModel
-from trainer.shapes import WEIGHTS
 from trainer.shapes.world import Item, Scene, render
 from trainer.utils.errors import BadInput
 
@@ -197,64 +192,3 @@ def test_the_embedded_autoencoder_gives_images_back() -> None:
     assert latents.shape == (1, 16, 8, 8)
     assert 0.5 < latents.std() < 2, "latents of the network's scale"
     assert (model.decode(latents) - images).abs().mean() < 0.04
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def allocated(work: Callable[[], object]) -> int:
-    """Largest memory of a computation on a CPU, as its allocator reports it."""
-    work()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        work()
-    now = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
-
-
-def test_memory_of_decoding_is_counted_without_weights() -> None:
-    config = ModelConfig(decode_batch_size=3)
-    counted = FAMILIES["sd3"].decode_bytes(config)
-    model = without_network(config)
-    latents = torch.randn(3, 16, 8, 8)
-    assert counted == pytest.approx(allocated(lambda: model.decode_batch(latents)), rel=0.05)
-    single = FAMILIES["sd3"].decode_bytes(ModelConfig(decode_batch_size=1))
-    assert counted == pytest.approx(3 * single, rel=0.01)
-
-
-def test_memory_of_decoding_stable_diffusion_at_its_real_size(tmp_path: Path) -> None:
-    from tiny_families import build_sd
-
-    folder = build_sd(tmp_path)
-    real = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
-    real |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
-    file = folder / "vae" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | real))
-    config = ModelConfig(family="sd", path=str(folder), height=512, width=512, decode_batch_size=12)
-    assert FAMILIES["sd"].decode_bytes(config) / 2**30 == pytest.approx(9.0, abs=0.1)
-    at_default = config.model_copy(update={"decode_batch_size": None})
-    assert FAMILIES["sd"].decode_bytes(at_default) / 2**30 == pytest.approx(3.0, abs=0.1)
-
-
-def test_memory_of_weights_counts_the_form_in_which_they_are_loaded(tmp_path: Path) -> None:
-    for part, size in (("transformer", 1000), ("vae", 100)):
-        (tmp_path / part).mkdir()
-        save_file({"w": torch.zeros(size)}, tmp_path / part / "model.safetensors")
-        save_file({"w": torch.zeros(size)}, tmp_path / part / "model.fp16.safetensors")
-    settings = {"family": "wan", "path": str(tmp_path)}
-    assert weight_bytes(ModelConfig(**settings)) == 4400
-    assert weight_bytes(ModelConfig(**settings, dtype="bfloat16", vae_dtype="bfloat16")) == 2200
-    assert weight_bytes(ModelConfig(**settings, quantization="int8")) == 1400
-    assert weight_bytes(ModelConfig(**settings, quantization="nf4")) == 900
-    assert weight_bytes(ModelConfig(**settings, sharded=True), processes=4) == 1400
-    whole = {"model.diffusion_model.w": torch.zeros(10), "first_stage_model.w": torch.zeros(7)}
-    for name, weights in (("network", {"w": torch.zeros(10)}), ("checkpoint", whole)):
-        save_file(weights, tmp_path / f"{name}.safetensors")
-        config = ModelConfig(**settings, network_file=str(tmp_path / f"{name}.safetensors"))
-        assert weight_bytes(config) == 440
-    (tmp_path / "network.safetensors").write_bytes(b"damaged")
-    assert weight_bytes(ModelConfig(**settings, network_file=str(tmp_path / "network.safetensors"))) == 400
-    assert weight_bytes(ModelConfig()) == weight_bytes(ModelConfig(path=str(WEIGHTS)))

@@ -12,7 +12,7 @@ from .diffusers.qwen_image import QwenImageEditModel, QwenImageModel
 from .diffusers.sd3 import SD3Model
 from .diffusers.stable_diffusion import SDXLModel, StableDiffusionModel
 from .diffusers.wan import WanModel
-from .memory import weight_bytes
+from .memory import RunMemory, run_memory, weight_bytes
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
     family.family: family
@@ -64,8 +64,10 @@ __all__ = [
     "Conditions",
     "DiffusionModel",
     "EntryConditions",
+    "RunMemory",
     "check_kernel",
     "model_bytes",
     "model_class",
+    "run_memory",
     "weight_bytes",
 ]

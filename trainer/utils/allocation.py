@@ -2,19 +2,18 @@
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-@torch.no_grad()
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Largest memory of a call without gradients, its result included and what exists before it not."""
-    with FusedAttention(), AllocatedBytes() as counter:
+    """Largest memory of a call: all tensors created in it, its result included, and what existed before it not."""
+    with fused_attention(), AllocatedBytes() as counter:
         call()
     return counter.peak
 
@@ -55,14 +54,51 @@ class AllocatedBytes(TorchDispatchMode):
         self.now -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Attention takes the memory of a fused kernel, which stores no matrix of scores. Its values are undefined."""
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Inside, attention on the meta device takes the memory of a fused kernel, which stores no matrix of scores.
 
-    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.nn.functional.scaled_dot_product_attention:
-            query, _, value = args[:3] if len(args) > 2 else (*args, *(kwargs or {}).values())[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return function(*args, **(kwargs or {}))
+    The function is replaced and no mode entered, because modes do not reach what a backward pass computes again.
+    """
+    functional = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kw: Any
+    ) -> Tensor:
+        if query.device.type != "meta":
+            return original(query, key, value, attn_mask, *args, **kw)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = query.new_empty(attn_mask.shape)  # PyTorch makes numbers of it
+        return attention_memory(query, key, value, (*query.shape[:-1], value.shape[-1]), attn_mask)
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def attention_memory(
+    query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, ...], mask: Tensor | None = None
+) -> Tensor:
+    """An output of this shape, with the memory that a fused attention kernel takes forward and backward."""
+    return _Attention.apply(query, key, value, shape, mask)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, ...], mask: Tensor | None
+    ) -> Tensor:
+        output = query.new_empty(shape)
+        rows = query.numel() // query.shape[-1]  # one number per query and head: the logarithm of its sum of weights
+        context.save_for_backward(query, key, value, output, query.new_empty(rows, dtype=torch.float32), mask)
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple:
+        return *(torch.empty_like(value) for value in context.saved_tensors[:3]), None, None
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -132,6 +132,33 @@ def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
     return (latent_format.latent_channels, (config.frames - 1) // frame_step + 1, *size)
 
 
+ZEROS_ARE_INPUT = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled")
+"""Core's classes whose extra input channels are zeros where there is no first frame, in training as well."""
+
+
+def check_extra_channels(base: Any, conds: list[dict], given: set[str]) -> None:
+    """
+    Args:
+        base: ComfyUI's `BaseModel`.
+        conds: what it has made of a prompt's conditions.
+        given: names of these conditions.
+
+    Raises:
+        BadInput: the network takes more channels than latents have (inpainting, editing, first frames), and core would
+            fill them with blanks.
+    """
+    extra = [cond["model_conds"]["c_concat"].cond.shape[1] for cond in conds if "c_concat" in cond["model_conds"]]
+    needed = {"concat_latent_image"} | ({"concat_mask"} if "mask" in base.concat_keys else set())
+    if not extra or needed <= given or type(base).__name__ in ZEROS_ARE_INPUT:
+        return
+    channels = base.latent_format.latent_channels
+    raise BadInput(
+        f"the network takes {channels + extra[0]} input channels and latents have {channels}: it is made for "
+        f"inpainting, editing or a first frame, and conditioning carries no {' and '.join(sorted(needed - given))}. "
+        "Connect the output of core's node for it (such as InpaintModelConditioning), or another model"
+    )
+
+
 def check_vae(vae: Any, latent_format: Any) -> None:
     """
     Raises:

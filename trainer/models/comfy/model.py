@@ -19,6 +19,7 @@ from .autograd import OutOfPlace, checkpoint_blocks
 from .conditions import EntryConditions
 from .load import (
     attention_layers,
+    check_extra_channels,
     check_offload,
     check_vae,
     decodes_with_noise,
@@ -147,12 +148,14 @@ class ComfyModel(DiffusionModel):
     def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
         """What ComfyUI makes of CONDITIONING for latents of this shape and place."""
         entry = self._restored(entry)
+        given = set(entry)
         tokens = entry.pop("cross_attn")
         conds = {branch: self.comfy.sampler_helpers.convert_cond([[tokens, entry]])}
         conds = self.comfy.samplers.process_conds(
             self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0
         )
         self._check_guidance(conds[branch])
+        check_extra_channels(self.base, conds[branch], given)
         return conds[branch]
 
     def _restored(self, entry: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from ..base import ENCODED_AT_ONCE, PICTURE, Conditions, DiffusionModel, matchin
 from .folders import check_quantization, check_weights, quantization, read_json
 from .latents import together
 from .sharding import shard
-from .single_file import load_network
-from .vae import IMAGE_VAES, check_vae, decode, encode, load_vae, vae_dtype, vae_on_meta, vae_scale
+from .single_file import input_channels_of, load_network
+from .vae import IMAGE_VAES, check_vae, decode, encode, latent_channels, load_vae, vae_dtype, vae_on_meta, vae_scale
 
 
 class DiffusersModel(DiffusionModel):
@@ -32,8 +32,12 @@ class DiffusersModel(DiffusionModel):
         guidance: embedded guidance where the description gives none; None where the family has no such input.
         condition_widths: fields of the network's configuration that hold the width of each condition.
         condition_masks: conditions without a width of their own.
+        text_tokens: tokens of a prompt; of a long one where prompts differ.
         vae_classes: the VAE classes a folder of it may name.
+        input_layers: names of the network's first layer, in diffusers' and in released files; its second dimension is
+            the number of input channels.
         video: whether latents have a time axis.
+        pipeline_options: further arguments for loading the pipeline of the text encoders.
     """
 
     family: ClassVar[str]
@@ -44,8 +48,11 @@ class DiffusersModel(DiffusionModel):
     guidance: ClassVar[float | None] = None
     condition_widths: ClassVar[dict[str, str]] = {}
     condition_masks: ClassVar[tuple[str, ...]] = ()
+    text_tokens: ClassVar[int]
     vae_classes: ClassVar[tuple[str, ...]] = IMAGE_VAES
+    input_layers: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
+    pipeline_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
         self.module, self.vae, self.config = module, vae, config
@@ -81,6 +88,7 @@ class DiffusersModel(DiffusionModel):
         check_vae(folder, cls.vae_classes, cls.family)
         check_weights(config, folder, cls.component)
         check_quantization(config)
+        cls.check_channels(config, network, cls.vae_config(config))
         if config.embedded_guidance is not None and not cls.takes_guidance(network):
             raise BadInput(
                 f"model.embedded_guidance is {config.embedded_guidance}: this model takes none; leave it null"
@@ -91,6 +99,25 @@ class DiffusersModel(DiffusionModel):
     def takes_guidance(cls, network: dict[str, Any]) -> bool:
         """Whether the network has guidance as an input."""
         return cls.guidance is not None and bool(network.get("guidance_embeds", False))
+
+    @classmethod
+    def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
+        """Channels that the network is given."""
+        return latent_channels(vae)
+
+    @classmethod
+    def check_channels(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
+        """Raise BadInput where the network takes other input channels than this family gives it."""
+        given = cls.input_channels(config, vae)
+        where, found = cls.folder(config) / cls.component, network["in_channels"]
+        if config.network_file is not None:
+            where = config.network_file
+            found = input_channels_of(Path(config.network_file), cls.input_layers) or found
+        if found != given:
+            raise BadInput(
+                f"model.path: {where} takes {found} input channels, and family {cls.family} gives it {given}: models "
+                "for inpainting, editing, depth or other control images cannot be trained by it"
+            )
 
     @classmethod
     def check_size(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
@@ -124,11 +151,13 @@ class DiffusersModel(DiffusionModel):
                     f"the conditions {name!r} are {given} wide, and {cls.folder(config) / cls.component} takes {width}"
                 )
         for name, shape in pictures.items():
-            given = tuple(conditions.tensors[name].shape)
-            if shape and given[-len(shape) :] != shape:
+            given = tuple(conditions.tensors[name].shape[1:])
+            if [None if size is None else found for size, found in zip(shape, given, strict=False)] != list(shape):
+                found = " x ".join(map(str, given))
+                wanted = " x ".join("tokens" if size is None else str(size) for size in shape)
                 raise BadInput(
-                    f"the conditions {name!r} are {given[1:]}, and model.height, width and frames make them end in "
-                    f"{shape}; encode them again"
+                    f"the conditions {name!r} are {found}, and {cls.family} in {cls.folder(config)} takes {wanted} at "
+                    "model.height, width and frames; encode them again"
                 )
 
     @classmethod
@@ -137,13 +166,26 @@ class DiffusersModel(DiffusionModel):
         return {name: network[field] for name, field in cls.condition_widths.items()}
 
     @classmethod
-    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """The conditions that come from a picture, and how their shapes end; () where that is left open."""
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
+        """Shapes of the conditions that come from a picture, for one prompt; None is any number of tokens."""
         if not cls.takes_pictures(config):
             return {}
-        step, _ = cls.size_step(cls.network_config(config), cls.vae_config(config))
+        vae = cls.vae_config(config)
+        step, _ = cls.size_step(cls.network_config(config), vae)
         scale = step // 2  # a token is 2 x 2 latents in every family that takes pictures
-        return {f"{PICTURE}latents": (config.height // scale, config.width // scale)}
+        return {f"{PICTURE}latents": (latent_channels(vae), config.height // scale, config.width // scale)}
+
+    @classmethod
+    def empty_conditions(cls, config: ModelConfig, count: int, device: torch.device) -> Conditions:
+        """Conditions of zeros in the shapes of real ones, with as many tokens as its texts have at most."""
+        network = cls.network_config(config)
+        shapes = {name: (None, width) for name, width in cls.widths(network).items()}
+        shapes |= dict.fromkeys(cls.condition_masks, (None,)) | cls.picture_shapes(config)
+        if "pooled" in shapes:
+            shapes["pooled"] = shapes["pooled"][1:]
+        sizes = {name: [cls.text_tokens if size is None else size for size in shape] for name, shape in shapes.items()}
+        kinds = {name: torch.long if name.endswith("mask") else torch.float32 for name in sizes}
+        return Conditions({n: torch.zeros(count, *size, dtype=kinds[n], device=device) for n, size in sizes.items()})
 
     @classmethod
     def skeleton(cls, config: ModelConfig) -> nn.Module:
@@ -177,7 +219,12 @@ class DiffusersModel(DiffusionModel):
     @classmethod
     def on_meta(cls, config: ModelConfig) -> "DiffusersModel":
         """The model without weights, on PyTorch's meta device: it computes shapes alone."""
-        return cls(cls.skeleton(config), vae_on_meta(cls.folder(config), config), config)
+        network = cls.skeleton(config)
+        if config.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        dtype = getattr(torch, config.dtype)
+        network = nn.Module.to(network, dtype).requires_grad_(False)  # diffusers' own `to` warns of such a cast
+        return cls(network, vae_on_meta(cls.folder(config), config), config)
 
     @classmethod
     def _load_network(cls, config: ModelConfig, device: torch.device) -> nn.Module:
@@ -249,6 +296,7 @@ class DiffusersModel(DiffusionModel):
         pipeline = pipeline_class.from_pretrained(
             folder,
             **dict.fromkeys(left_out),
+            **cls.pipeline_options,
             dtype={"default": getattr(torch, config.dtype), "vae": vae_dtype(config, device)},
             local_files_only=True,
             use_safetensors=True,
@@ -284,6 +332,7 @@ class DiffusersModel(DiffusionModel):
         return encode(self.vae, images)
 
     @classmethod
+    @torch.no_grad()
     def decode_bytes(cls, config: ModelConfig) -> int:
         model = cls.on_meta(config)
         latents = torch.zeros(model.decode_batch_size, *model.latent_shape, device="meta")

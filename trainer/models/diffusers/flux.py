@@ -9,9 +9,7 @@ from ...config import ModelConfig
 from ..base import Conditions
 from .family import DiffusersModel
 from .latents import pack, unpack
-from .vae import vae_scale
-
-T5_TOKENS = 512
+from .vae import latent_channels, vae_scale
 
 
 class FluxModel(DiffusersModel):
@@ -23,6 +21,8 @@ class FluxModel(DiffusersModel):
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     guidance = 3.5  # FluxPipeline's default, and that of the paper's scripts
     condition_widths = {"embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
+    text_tokens = 512
+    input_layers = ("x_embedder.weight", "img_in.weight")
     # In double and single blocks; what the reference's LoRA script trains.
     default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 
@@ -31,8 +31,12 @@ class FluxModel(DiffusersModel):
         return 2 * vae_scale(vae), None
 
     @classmethod
+    def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
+        return 4 * latent_channels(vae)
+
+    @classmethod
     def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
-        embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=T5_TOKENS)
+        embeds, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=cls.text_tokens)
         return Conditions({"embeds": embeds, "pooled": pooled})
 
     @property

@@ -11,6 +11,7 @@ from ...config import ModelConfig
 from ...utils.errors import BadInput
 from ..base import PICTURE, Conditions, Rows
 from .family import DiffusersModel
+from .vae import latent_channels
 
 
 class HunyuanVideoModel(DiffusersModel):
@@ -23,7 +24,9 @@ class HunyuanVideoModel(DiffusersModel):
     guidance = 6.0  # HunyuanVideoPipeline's default
     condition_widths = {"embeds": "text_embed_dim", "pooled": "pooled_projection_dim"}
     condition_masks = ("mask",)
+    text_tokens = 256
     default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    input_layers = ("x_embedder.proj.weight", "img_in.proj.weight")
     vae_classes = ("AutoencoderKLHunyuanVideo",)
     video = True
 
@@ -78,6 +81,10 @@ class SkyReelsModel(HunyuanVideoModel):
     @classmethod
     def takes_pictures(cls, config: ModelConfig) -> bool:
         return True
+
+    @classmethod
+    def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
+        return 2 * latent_channels(vae)
 
     @classmethod
     def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ...utils.media import open_image
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
 from .latents import pack, together, unpack
+from .vae import latent_channels
 
 _NEGATIVE = f"{PICTURE}negative_"
 
@@ -24,6 +25,8 @@ class QwenImageModel(DiffusersModel):
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "joint_attention_dim"}
     condition_masks = ("mask",)
+    text_tokens = 512  # of a long prompt; usual ones have about 100
+    input_layers = ("img_in.weight",)
     vae_classes = ("AutoencoderKLQwenImage",)
     default_targets = (
         "attn.to_q",
@@ -39,6 +42,10 @@ class QwenImageModel(DiffusersModel):
     @classmethod
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
         return 2 * _scale(vae), None
+
+    @classmethod
+    def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
+        return 4 * latent_channels(vae)
 
     @classmethod
     def notes(cls, config: ModelConfig) -> list[str]:
@@ -104,9 +111,9 @@ class QwenImageEditModel(QwenImageModel):
         return True
 
     @classmethod
-    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
         width = cls.widths(cls.network_config(config))["embeds"]
-        return super().picture_shapes(config) | {f"{_NEGATIVE}embeds": (width,), f"{_NEGATIVE}mask": ()}
+        return super().picture_shapes(config) | {f"{_NEGATIVE}embeds": (None, width), f"{_NEGATIVE}mask": (None,)}
 
     @classmethod
     def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ class SD3Model(DiffusersModel):
     network_class = "SD3Transformer2DModel"
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     condition_widths = {"embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
+    text_tokens = 77 + T5_TOKENS
+    input_layers = ("pos_embed.proj.weight", "x_embedder.proj.weight")
     default_targets = (
         "attn.to_q",
         "attn.to_k",

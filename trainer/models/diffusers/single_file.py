@@ -32,6 +32,23 @@ def network_weights(file: Path) -> dict[str, Tensor]:
         raise BadInput(f"model.network_file {str(file)!r} is no safetensors file: {error}") from error
 
 
+def input_channels_of(file: Path, layers: tuple[str, ...]) -> int | None:
+    """Input channels of the network in a file, read from its header; None where it is not recognised.
+
+    Args:
+        layers: names that the weight of its first layer may have.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            names = set(content.keys())
+            found = [name for layer in layers for name in (PREFIX + layer, layer) if name in names]
+            return content.get_slice(found[0]).get_shape()[1] if found else None
+    except (OSError, SafetensorError, IndexError):  # loading reports it
+        return None
+
+
 def load_network(
     file: Path, network_class: type, folder: Path, component: str, dtype: torch.dtype, extra: dict[str, Any]
 ) -> nn.Module:

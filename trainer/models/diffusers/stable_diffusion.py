@@ -25,8 +25,13 @@ class StableDiffusionModel(DiffusersModel):
     network_class = "UNet2DConditionModel"
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "cross_attention_dim"}
+    text_tokens = 77
+    input_layers = ("conv_in.weight", "input_blocks.0.0.weight")
     default_targets = ("to_q", "to_k", "to_v", "to_out.0")
     process = VP
+    pipeline_options = {"requires_safety_checker": False}  # no image is made by it, so its warning says nothing
+    embedding_inputs = {"addition_embed_type": None}
+    """Fields of the network's configuration that ask for more inputs, with the value of this family."""
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
         super().__init__(module, vae, config)
@@ -46,6 +51,18 @@ class StableDiffusionModel(DiffusersModel):
             )
         if scheduler.get("rescale_betas_zero_snr"):
             raise BadInput("model.path: the scheduler has rescale_betas_zero_snr, whose first level ddim cannot leave")
+
+    @classmethod
+    def check_channels(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
+        super().check_channels(config, network, vae)
+        known = dict.fromkeys(("time_cond_proj_dim", "class_embed_type", "encoder_hid_dim_type")) | cls.embedding_inputs
+        other = {name: network.get(name) for name, value in known.items() if network.get(name) != value}
+        if other:
+            named = ", ".join(f"{name} {value!r}" for name, value in other.items())
+            raise BadInput(
+                f"model.path: {cls.folder(config) / cls.component} has {named}: its network takes an input that family "
+                f"{cls.family} does not give it"
+            )
 
     @classmethod
     def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
@@ -94,6 +111,8 @@ class SDXLModel(StableDiffusionModel):
     family = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)
     encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    pipeline_options = {}
+    embedding_inputs = {"addition_embed_type": "text_time"}
 
     @classmethod
     def widths(cls, network: dict[str, Any]) -> dict[str, int]:

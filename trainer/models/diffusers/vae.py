@@ -71,6 +71,10 @@ def vae_scale(config: dict[str, Any]) -> int:
     return 2 ** (len(levels) - 1)
 
 
+def latent_channels(config: dict[str, Any]) -> int:
+    return config.get("latent_channels") or config["z_dim"]
+
+
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]`, float32 in [0, 1].
 

@@ -10,8 +10,8 @@ from ...utils.errors import BadInput
 from ..base import PICTURE, Conditions
 from .family import DiffusersModel
 from .folders import read_json
+from .vae import latent_channels
 
-TEXT_TOKENS = 512
 _RENAMED = {
     "attn1": "self_attn",
     "attn2": "cross_attn",
@@ -42,7 +42,9 @@ class WanModel(DiffusersModel):
     network_class = "WanTransformer3DModel"
     encoders = ("text_encoder", "tokenizer")
     condition_widths = {"embeds": "text_dim"}
+    text_tokens = 512
     default_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    input_layers = ("patch_embedding.weight",)
     vae_classes = ("AutoencoderKLWan",)
     video = True
 
@@ -57,6 +59,12 @@ class WanModel(DiffusersModel):
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
         return vae.get("scale_factor_spatial", 8) * network["patch_size"][1], vae.get("scale_factor_temporal", 4)
 
+    @classmethod
+    def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
+        latents = latent_channels(vae)
+        # A first frame comes as latents under a mask of a channel per frame of a latent frame.
+        return 2 * latents + vae.get("scale_factor_temporal", 4) if cls.takes_pictures(config) else latents
+
     # ----------------------------------------------------------------------------------------------- encoding
 
     @classmethod
@@ -64,13 +72,14 @@ class WanModel(DiffusersModel):
         return read_json(cls.folder(config) / "model_index.json")["_class_name"] == "WanImageToVideoPipeline"
 
     @classmethod
-    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
         shapes = super().picture_shapes(config)
         if shapes:
             _, step = cls.size_step(cls.network_config(config), cls.vae_config(config))
-            shapes[f"{PICTURE}latents"] = ((config.frames - 1) // step + 1, *shapes[f"{PICTURE}latents"])
+            channels, *size = shapes[f"{PICTURE}latents"]
+            shapes[f"{PICTURE}latents"] = (channels + step, (config.frames - 1) // step + 1, *size)  # a mask before it
             if "image_encoder" in cls.picture_encoders(config):
-                shapes[f"{PICTURE}embeds"] = (cls.network_config(config)["image_dim"],)
+                shapes[f"{PICTURE}embeds"] = (None, cls.network_config(config)["image_dim"])
         return shapes
 
     @classmethod
@@ -80,7 +89,9 @@ class WanModel(DiffusersModel):
 
     @classmethod
     def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
-        embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS)
+        embeds, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=cls.text_tokens
+        )
         return Conditions({"embeds": embeds})
 
     @classmethod
