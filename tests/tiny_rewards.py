@@ -38,11 +38,11 @@ CONTRASTIVE = ("hps-v2.1", "clip", "pickscore")
 VIDEO = ("videoalign", "videoalign-vq", "videoalign-mq", "videoalign-ta")
 NETWORKS = (*CONTRASTIVE, "imagereward", "aesthetic", "preference", "hpsv3", "geneval-like", *VIDEO)
 LOCAL = (*RULES, *NETWORKS, "ocr")
-"""Every reward that is no server's."""
+"""Every reward that is not behind a server."""
 
 
 def prompt(name: str) -> str:
-    """One that this reward can judge."""
+    """One that this reward can score."""
     return 'a red circle and "ab"' if name == "ocr" else "a red circle"
 
 

@@ -11,7 +11,7 @@ import types
 import typing
 from pathlib import Path
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen, MultipleOf
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -35,19 +35,22 @@ _SIGNS = {Ge: ("at least", "ge"), Gt: ("above", "gt"), Le: ("at most", "le"), Lt
 
 REWARDS_HEAD = """# Rewards
 
-Every judge, what it needs and what it gives. Nothing is downloaded: put the files yourself where this page says. In
+Every reward: what it needs, and what it returns. Nothing is downloaded: put the files yourself where this page says. In
 ComfyUI they belong in `models/rewards/`; on the command line `--files FOLDER` names such a folder, and in a run
-description the paths stand in the reward's options. Weights in `.pt`, `.pth` and `.bin` files are read without running
-anything they hold; a file of another model is an error that says what differs. This page is made by `make docs`.
+description the paths stand in the reward's options. Weights in `.pt`, `.pth` and `.bin` files are read without
+executing anything they hold; a file of another model is an error that says what differs. This page is made by
+`make docs`.
 
 ```
 python -m trainer score hps-v2.1 image.png --prompt "a red fox" --files ComfyUI/models/rewards
 python -m trainer score clip image.png --prompt "a red fox" --set path=weights.bin --set architecture=ViT-L-14
 ```
 
+## Several rewards
+
 Scores of one reward are compared within the images of one prompt, so scale and offset do not matter there. Several
-rewards are mixed by their normalised advantages unless `advantage.combine` says otherwise. The paper's authors advise
-HPS-v2.1 and CLIP as 0.7 : 1.4, because HPS-v2.1 alone ends in glossy, over-saturated pictures:
+rewards are mixed by their normalized advantages unless `advantage.combine` says otherwise. The paper's authors advise
+HPS-v2.1 and CLIP as 0.7 : 1.4, because HPS-v2.1 alone ends in glossy, over-saturated images:
 
 ```yaml
 rewards:
@@ -55,20 +58,71 @@ rewards:
   - {name: clip, weight: 1.4, options: {path: models/rewards/clip/DFN5B-CLIP-ViT-H-14-378}}
 ```
 
+`combine: advantages` is not exactly the paper's mixing. The paper normalizes each reward's advantages within the group,
+weights and adds them; here the sum is normalized once more, so that the learning rate and the clipping mean the same
+with any weights. Only the ratio of the weights counts. At 0.7 and 1.4 the paper's advantages are larger by a factor of
+1.46, measured on the same scores.
+
 `threshold` turns any reward into 0 or 1, the paper's binary reward (HPS-v2.1 above 0.28). A group that is all 0 or
-all 1 teaches nothing and is skipped. A judge of images gives a video the mean of 8 evenly spaced frames. Pixels are
-rounded to the 256 values of an image file first, as the models were taught on files. GenEval and VisionReward run in
-environments of their own: see [external scorers](external-scorers.md).
+all 1 teaches nothing and is skipped.
+
+## What a score is computed from
+
+An image reward gives a video the mean of 8 evenly spaced frames. Pixels are rounded to the 256 values of an image file
+first, because the models were trained on files; with a gradient (below) they are not. An image of one channel is grey,
+a fourth channel is opacity, and the image is laid on white.
+
+A sample that has no score (NaN) is dropped and counted; `max_dropped` limits how many a run accepts. That is the case
+for pixels that are not finite, for `null` from an `external` server, and for an answer of a language model that does
+not hold what was asked for, after further attempts with another seed. A server that is unreachable ends the run.
+
+Weights are float32 unless `dtype` says otherwise. `bfloat16` halves their memory. How far it changes the order of
+scores has not been measured with the published weights, so it is not the default (`hpsv3` and `videoalign` are
+bfloat16 in their authors' code too).
+
+Rewards marked *gradient* in the table are differentiable: the gradient of the score flows back to the pixels.
+
+GenEval and VisionReward run in environments of their own: see [external scorers](external-scorers.md).
+
+## Rewards of other packages
+
+An installed Python package adds a reward by an entry point of the group `dancegrpo.rewards`. Its name is the reward's;
+it points to a function that gets the module `trainer.rewards.base` and returns a subclass of its `Reward`:
+
+```toml
+[project.entry-points."dancegrpo.rewards"]
+redness = "my_package.rewards:redness"
+```
+
+```python
+def redness(base):
+    class Redness(base.Reward):
+        \"\"\"Mean of the red channel.\"\"\"
+
+        name = "redness"
+        typical_range = (0.0, 1.0)
+
+        def score(self, images, prompts):  # [B, 3, H, W] in [0, 1]
+            return images[:, 0].mean((1, 2))
+
+    return Redness
+```
+
+It then appears in run descriptions, on the command line and in *Load Reward*. One that cannot be loaded is reported at
+the start and left out. Import heavy libraries inside `score` or `load`, not at the top: ComfyUI loads the package when
+it starts.
+
+## All rewards
 """
 
 NODE_HEAD = """# Load Reward
 
-A judge of images or videos, for *Score Images* and for *GRPO Train LoRA*. Both use the very same object. What flows
-along the wire is its description; weights are read when it is used.
+A reward for images or videos, for *Score Images* and for *GRPO Train LoRA*; both run the same code. The wire carries
+its description; weights are read when it is used.
 
-Model rewards show the files they need as further widgets. Put the files yourself where this page says, below
+Reward models show the files they need as further widgets. Put the files yourself where this page says, below
 `models/rewards` or a folder that `extra_model_paths.yaml` names `rewards`; nothing is ever downloaded. A missing file
-is an error that names it, and a file of another model an error that says what differs. Judges behind an address
+is an error that names it, and a file of another model an error that says what differs. Rewards behind an address
 (`external`, `mllm-...`) send images and prompts to the address in their widget and nowhere else.
 
 Compare scores of one reward only, and only for images of one prompt. `docs/rewards.md` of this pack says more about
@@ -77,17 +131,21 @@ each and its options.
 
 
 def rewards_markdown() -> str:
-    """The page docs/rewards.md."""
-    from trainer.rewards import REWARDS
+    """The page docs/rewards.md; rewards of other packages are left out."""
+    from trainer.rewards.registry import OWN
 
-    rows = ["| reward | judges | typical scores | licence of the weights | what it is |", "|---|---|---|---|---|"]
-    for name, reward in REWARDS.items():
+    rows = ["| reward | scores | typical | licence of the weights | what it is |", "|---|---|---|---|---|"]
+    for reward in OWN:
         low, high = reward.typical_range
-        first = inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
-        rows.append(
-            f"| [`{name}`](#{_anchor(name)}) | {reward.media}s | {low:g} to {high:g} | {reward.licence} | {first} |"
-        )
-    return "\n".join([REWARDS_HEAD, *rows, "", *map(_reward_section, REWARDS.values())])
+        kind = f"{reward.media}s, gradient" if reward.differentiable else f"{reward.media}s"
+        link = f"[`{reward.name}`](#{_anchor(reward.name)})"
+        rows.append(f"| {link} | {kind} | {low:g} to {high:g} | {reward.licence} | {_summary(reward)} |")
+    return "\n".join([REWARDS_HEAD, *rows, "", *map(_reward_section, OWN)])
+
+
+def _summary(reward: type) -> str:
+    """The first paragraph of its docstring, in one line."""
+    return inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
 
 
 def _reward_section(reward: type) -> str:
@@ -108,10 +166,11 @@ def _reward_section(reward: type) -> str:
 
 
 def _facts(reward: type) -> list[str]:
-    """What it needs, its licence and its range, a line each."""
+    """Its range, its licence and its files, a line each."""
     low, high = reward.typical_range
     files = {name: field for name, field in reward.Options.model_fields.items() if file_rule(field) is not None}
-    lines = [f"- Judges {reward.media}s; typical scores {low:g} to {high:g}."]
+    gradient = "; differentiable" if reward.differentiable else ""
+    lines = [f"- Scores {reward.media}s; typical scores {low:g} to {high:g}{gradient}."]
     if reward.licence:
         lines.append(f"- Licence of the weights: {reward.licence}.")
     lines += [f"- `{name}`: `models/rewards/{field.default}`. {field.description}" for name, field in files.items()]
@@ -120,13 +179,12 @@ def _facts(reward: type) -> list[str]:
 
 def node_markdown() -> str:
     """The help page of Load Reward, web/docs/DanceGRPO_LoadReward.md."""
-    from trainer.rewards import REWARDS
+    from trainer.rewards.registry import OWN
 
     parts = [NODE_HEAD]
-    for reward in REWARDS.values():
-        first = inspect.getdoc(reward).split("\n\n")[0].replace("\n", " ")
+    for reward in OWN:
         needs = [f"- Python packages: {', '.join(reward.packages)}."] if reward.packages else []
-        parts += [f"## {reward.name}", "", first, "", *_facts(reward), *needs, ""]
+        parts += [f"## {reward.name}", "", _summary(reward), "", *_facts(reward), *needs, ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -232,6 +290,8 @@ def _accepted(field: FieldInfo) -> str:
             words.append(f"multiple of {rule.multiple_of}")
         if isinstance(rule, MinLen):
             words.append("not empty")
+        if isinstance(rule, MaxLen):
+            words.append(f"at most {rule.max_length} {'characters' if field.annotation is str else 'entries'}")
     return ", ".join(words)
 
 

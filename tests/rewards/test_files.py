@@ -185,11 +185,11 @@ def test_scores_in_chunks_and_half_precision_files(tmp_path: Path, weights: Path
     save_file({"weight": torch.ones(1, 3).half(), "bias": torch.zeros(1).half()}, tmp_path / "half.safetensors")
     images = torch.rand(5, 3, 8, 8)
     for path in (weights, tmp_path / "half.safetensors"):
-        judge = linear(path)
-        found = score(judge, images, ["x"] * 5)
+        tested = linear(path)
+        found = score(tested, images, ["x"] * 5)
         torch.testing.assert_close(found, images.mean((2, 3)).sum(1))
-        assert next(judge.module.parameters()).dtype == torch.float32
-        judge.idle()
+        assert next(tested.module.parameters()).dtype == torch.float32
+        tested.idle()
     linear(weights).idle()
 
 
@@ -208,20 +208,20 @@ def test_room_is_asked_for_before_weights_move_to_an_accelerator(weights: Path) 
     REWARDS["brightness"]().register_memory_hook(lambda size, device: None)
 
 
-def test_videos_through_a_judge_of_images(weights: Path) -> None:
+def test_videos_through_an_image_reward(weights: Path) -> None:
     videos = [torch.rand(3, 3, 8, 8), torch.rand(17, 3, 8, 4)]
-    judge = linear(weights)
+    tested = linear(weights)
     frames = [0, 2, 5, 7, 9, 11, 14, 16]  # 0, 16/7, 32/7, ... rounded
     expected = [videos[0].mean((2, 3)).sum(1).mean(), videos[1][frames].mean((2, 3)).sum(1).mean()]
-    torch.testing.assert_close(score(judge, videos, ["a", "b"]), torch.stack(expected))
-    torch.testing.assert_close(score(judge, videos[0][None], ["a"]), expected[0][None])
+    torch.testing.assert_close(score(tested, videos, ["a", "b"]), torch.stack(expected))
+    torch.testing.assert_close(score(tested, videos[0][None], ["a"]), expected[0][None])
     videos[0][1, 0, 0, 0] = torch.nan
-    found = score_or_nan(judge, videos, ["a", "b"])
+    found = score_or_nan(tested, videos, ["a", "b"])
     assert found[0].isnan()
     torch.testing.assert_close(found[1], expected[1])
 
 
-def test_a_judge_of_videos_takes_no_images() -> None:
+def test_a_video_reward_takes_no_images() -> None:
     class Length(Reward):
         name, typical_range, media = "length", (0.0, 1.0), "video"
 
@@ -278,7 +278,7 @@ def test_a_run_reads_weights_before_its_model_and_trains_on_two_rewards(
     assert main(["train", str(file), "--output", str(tmp_path / "other")]) == 2
 
 
-def test_a_judge_of_whole_groups_works_in_one_process_only() -> None:
+def test_a_groupwise_reward_works_in_one_process_only() -> None:
     class Compared(Linear):
         groupwise = True
 
@@ -320,7 +320,7 @@ def test_a_file_is_known_by_its_sha256(tmp_path: Path) -> None:
         check_sha256(tmp_path / "a.txt", "00", "template")
 
 
-def test_a_judge_of_videos_does_not_go_with_a_model_of_images() -> None:
+def test_a_video_reward_does_not_go_with_a_model_of_images() -> None:
     class Film(Reward):
         name, typical_range, media = "film", (0.0, 1.0), "video"
 
@@ -329,5 +329,5 @@ def test_a_judge_of_videos_does_not_go_with_a_model_of_images() -> None:
 
     check_media({"film": Film(), "brightness": REWARDS["brightness"]()}, 5)
     check_media({"brightness": REWARDS["brightness"]()}, 1)
-    with pytest.raises(BadInput, match="reward 'film' judges videos, and model.frames is 1"):
+    with pytest.raises(BadInput, match="reward 'film' .*videos.* model.frames is 1"):
         check_media({"film": Film()}, 1)

@@ -129,29 +129,29 @@ def pictures() -> Tensor:
 
 
 def test_a_batch_equals_singles(folder: Path) -> None:
-    judge = reward(folder, threshold=0.01, counting=0.01)
-    judge.check_prompts(["two dogs", "a red cat"])
-    together = score(judge, pictures(), ["two dogs", "a red cat"])
+    tested = reward(folder, threshold=0.01, counting=0.01)
+    tested.check_prompts(["two dogs", "a red cat"])
+    together = score(tested, pictures(), ["two dogs", "a red cat"])
     alone = [
-        score(judge, image[None], [text]).item()
+        score(tested, image[None], [text]).item()
         for image, text in zip(pictures(), ["two dogs", "a red cat"], strict=True)
     ]
     assert together.tolist() == pytest.approx(alone)
     with pytest.raises(ValueError, match="'a dog' is none of the prompts"):
-        judge.check_prompts(["a dog"])
+        tested.check_prompts(["a dog"])
 
 
 def test_objects_and_masks_are_those_of_transformers(folder: Path) -> None:
     from transformers import Mask2FormerImageProcessor
 
-    judge = reward(folder)
-    judge.load()
+    tested = reward(folder)
+    tested.load()
     processor = Mask2FormerImageProcessor(size={"height": 384, "width": 384}, ignore_index=255)
     image = (pictures()[0] * 255).round() / 255
     inputs = processor(images=[(image * 255).byte().permute(1, 2, 0).numpy()], return_tensors="pt")
     with torch.no_grad():
-        output = judge.module["detector"](pixel_values=inputs["pixel_values"])
-        mine = judge.detect(image, 0.0)
+        output = tested.module["detector"](pixel_values=inputs["pixel_values"])
+        mine = tested.detect(image, 0.0)
     wanted = processor.post_process_instance_segmentation(
         output, threshold=0.0, target_sizes=[(40, 60)], return_binary_maps=True
     )[0]

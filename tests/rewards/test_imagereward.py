@@ -93,22 +93,22 @@ def pictures(count: int, height: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [(256, 256), (300, 225), (64, 97)])
 def test_score_is_the_originals(size: tuple[int, int], tmp_path: Path) -> None:
-    judge, image = reward(tmp_path), pictures(1, *size)
+    tested, image = reward(tmp_path), pictures(1, *size)
     for prompt, numbers in PROMPTS.items():
-        assert score(judge, image, [prompt]).item() == pytest.approx(original(image[0], numbers), abs=1e-5, rel=1e-5)
+        assert score(tested, image, [prompt]).item() == pytest.approx(original(image[0], numbers), abs=1e-5, rel=1e-5)
 
 
 def test_a_batch_of_different_prompts_equals_singles(tmp_path: Path) -> None:
-    judge, images = reward(tmp_path), pictures(4, 40, 60)
-    together = score(judge, images, list(PROMPTS))
-    alone = torch.cat([score(judge, images[i : i + 1], [prompt]) for i, prompt in enumerate(PROMPTS)])
+    tested, images = reward(tmp_path), pictures(4, 40, 60)
+    together = score(tested, images, list(PROMPTS))
+    alone = torch.cat([score(tested, images[i : i + 1], [prompt]) for i, prompt in enumerate(PROMPTS)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     assert together.unique().numel() == 4
 
 
 def test_a_long_prompt_is_cut_and_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    judge, images = reward(tmp_path), pictures(2, 30, 30)
-    found = [score(judge, images, [text] * 2) for text in ("cat " * 33, "cat " * 34, "cat " * 90)]
+    tested, images = reward(tmp_path), pictures(2, 30, 30)
+    found = [score(tested, images, [text] * 2) for text in ("cat " * 33, "cat " * 34, "cat " * 90)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     words = capsys.readouterr().err.splitlines()

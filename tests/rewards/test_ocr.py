@@ -52,12 +52,12 @@ def test_what_the_reader_finds_is_scored(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "rapidocr.py").write_text(STAND_IN)
     (tmp_path / "onnxruntime.py").write_text("")
     import_anew(monkeypatch, tmp_path)
-    judge = load_reward(RewardConfig(name="ocr"))
+    tested = load_reward(RewardConfig(name="ocr"))
     images = torch.tensor([1.0, 128 / 255, 0.0])[:, None, None, None].expand(3, 3, 8, 8)
-    found = score(judge, images, ['a "hello world" sign'] * 3)
+    found = score(tested, images, ['a "hello world" sign'] * 3)
     torch.testing.assert_close(found, torch.tensor([1, 0.9, 0]))
     with pytest.raises(ValueError, match="a dog"):
-        judge.check_prompts(['"x"', "a dog"])
+        tested.check_prompts(['"x"', "a dog"])
 
 
 def test_without_its_package_the_reward_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +77,6 @@ def test_the_real_reader_reads() -> None:
     picture = Image.new("RGB", (400, 120), "white")
     ImageDraw.Draw(picture).text((30, 30), "HELLO", fill="red", font=ImageFont.load_default(60))
     image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    judge = load_reward(RewardConfig(name="ocr"))
-    assert score(judge, image, ['"hello"']).item() == 1
-    assert score(judge, image, ['"zzzz"']).item() == 0
+    tested = load_reward(RewardConfig(name="ocr"))
+    assert score(tested, image, ['"hello"']).item() == 1
+    assert score(tested, image, ['"zzzz"']).item() == 0

@@ -95,10 +95,10 @@ def original_preference(image: Tensor, size: tuple[int, int], words: list[int]) 
 @pytest.mark.parametrize(("size", "inner"), [((64, 64), (84, 84)), ((40, 90), (56, 112)), ((300, 200), (84, 56))])
 def test_hpsv3_is_the_originals(size: tuple[int, int], inner: tuple[int, int], tmp_path: Path) -> None:
     image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
-    judge = preference(tmp_path)
+    tested = preference(tmp_path)
     for prompt, words in {"a red cat": [4, 9, 10], "cat": [10], "<|im_end|> cat <|Reward|>": [10]}.items():
         wanted = original_preference(image, inner, words)
-        assert score(judge, image[None], [prompt]).item() == pytest.approx(wanted, abs=1e-5, rel=1e-5)
+        assert score(tested, image[None], [prompt]).item() == pytest.approx(wanted, abs=1e-5, rel=1e-5)
 
 
 def test_hpsv3_in_bfloat16_keeps_its_head_exact(tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_hpsv3_takes_newer_names_and_refuses_others(tmp_path: Path) -> None:
 
 
 def test_texts_and_tokenizer_must_be_the_originals(tmp_path: Path) -> None:
-    judge = preference(tmp_path)
-    config = RewardConfig(name="hpsv3", options=judge.options.model_dump())
+    tested = preference(tmp_path)
+    config = RewardConfig(name="hpsv3", options=tested.options.model_dump())
     (tmp_path / "suffix.txt").write_text(TEXTS["suffix"].strip())
     with pytest.raises(BadInput, match=r"suffix.txt is not the original: its sha256 is"):
         load_reward(config)
@@ -231,19 +231,19 @@ def test_videos_of_different_lengths_and_one_network_for_all(tmp_path: Path, mon
     inner = VideoAlignNetwork.read_out
     monkeypatch.setattr(VideoAlignNetwork, "read_out", lambda self, *a: looks.append(1) or inner(self, *a))
     batch, prompts = [VIDEO, VIDEO[:4], VIDEO[2:7, :, :30]], ["cat", "red cat", "a cat"]
-    judges = {name: videos(tmp_path, name) for name in ("videoalign-vq", "videoalign-mq", "videoalign")}
-    together = {name: score(judge, batch, prompts) for name, judge in judges.items()}
+    networks = {name: videos(tmp_path, name) for name in ("videoalign-vq", "videoalign-mq", "videoalign")}
+    together = {name: score(tested, batch, prompts) for name, tested in networks.items()}
     assert len(looks) == 3
-    assert len({id(judge.module) for judge in judges.values()} - {id(None)}) == 1
-    for name, judge in judges.items():
-        judge.shared.known.clear()
-        judge.idle()
-        alone = torch.cat([score(judge, [video], [prompt]) for video, prompt in zip(batch, prompts, strict=True)])
+    assert len({id(tested.module) for tested in networks.values()} - {id(None)}) == 1
+    for name, tested in networks.items():
+        tested.shared.known.clear()
+        tested.idle()
+        alone = torch.cat([score(tested, [video], [prompt]) for video, prompt in zip(batch, prompts, strict=True)])
         torch.testing.assert_close(together[name], alone, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="scores videos, not images"):
-        score(judges["videoalign"], VIDEO, ["cat"] * 9)
+        score(networks["videoalign"], VIDEO, ["cat"] * 9)
     with pytest.raises(ValueError, match="a video of 1 frames is too short"):
-        score(judges["videoalign"], [VIDEO[:1]], ["cat"])
+        score(networks["videoalign"], [VIDEO[:1]], ["cat"])
 
 
 def test_incomplete_lora_is_refused(tmp_path: Path) -> None:
@@ -267,16 +267,16 @@ def test_every_key_of_the_published_file_has_its_place_at_full_size(
 ) -> None:
     monkeypatch.undo()
     if kind == "hpsv3":
-        judge, sizes, words = HPSv3, reference.SIZES_7B, 151658
+        tested, sizes, words = HPSv3, reference.SIZES_7B, 151658
         head = {f"rm_head.{place}.weight": size for place, size in HEAD_7B.items()}
         head |= {f"rm_head.{place}.bias": size[:1] for place, size in HEAD_7B.items()}
         file = original = reference.shapes(words, sizes) | head
     else:
-        judge, sizes, words = VideoAlignNetwork, reference.SIZES_2B, 151660
+        tested, sizes, words = VideoAlignNetwork, reference.SIZES_2B, 151660
         original = reference.shapes(words, sizes) | {"rm_head.weight": (1, 1536)}
         file = reference.with_lora(original)
     assert len(file) == count
-    built = build(lambda: network.QwenNetwork(judge.sizes, words, judge.make_head(judge)))
+    built = build(lambda: network.QwenNetwork(tested.sizes, words, tested.make_head(tested)))
     expected = {network.new_name(key, "rm_head"): shape for key, shape in original.items()}
     assert expected.pop("") == original["lm_head.weight"]
     assert {key: tuple(value.shape) for key, value in built.state_dict().items()} == expected

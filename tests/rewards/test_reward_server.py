@@ -37,9 +37,13 @@ def reward(name: str, **options: object) -> Reward:
 
 
 @pytest.fixture
-def serving() -> Iterator[Callable[[Reward], str]]:
-    servers = []
+def servers() -> list[RewardServer]:
+    """Those that `serving` has started."""
+    return []
 
+
+@pytest.fixture
+def serving(servers: list[RewardServer]) -> Iterator[Callable[[Reward], str]]:
     def start(served: Reward) -> str:
         servers.append(RewardServer(served, "127.0.0.1", 0, torch.device("cpu")))
         threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -160,6 +164,7 @@ def bomb(side: int) -> str:
     return encoded(Image.new("1", (side, side)), optimize=True)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(serving: Callable) -> None:
     url, file = serving(reward("brightness")), bomb(13_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -236,14 +241,15 @@ def test_a_message_that_is_cut_short_is_not_scored(serving: Callable) -> None:
 
 
 def test_messages_and_connections_beyond_the_limit_are_told_to_come_again(
-    serving: Callable, monkeypatch: pytest.MonkeyPatch
+    serving: Callable, servers: list[RewardServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "PAUSE", 0.05)
     monkeypatch.setattr(server, "MOST_BYTES", 1500)
     monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
     url = serving(reward("brightness"))
     held = [socket.create_connection(("127.0.0.1", port_of(url)))]
-    held[0].sendall(HEAD)  # holds 1000 of the bytes
+    held[0].sendall(HEAD)
+    wait_until(lambda: servers[0].bytes == 1000)
     body = {"images": to_png(torch.ones(1, 3, 64, 64)), "prompts": ["a" * 900]}
     wait_until(lambda: post(url, body)[0] == 503)
     threading.Timer(0.3, held[0].close).start()

@@ -114,15 +114,15 @@ def test_jpeg_size_is_that_of_a_file_of_quality_95() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_batch_equals_singles_and_repeats(name: str) -> None:
     batch, texts = pictures()
-    judge = reward(name)
-    together = score(judge, batch, texts)
-    alone = torch.cat([score(judge, batch[i : i + 1], texts[i : i + 1]) for i in range(len(batch))])
+    tested = reward(name)
+    together = score(tested, batch, texts)
+    alone = torch.cat([score(tested, batch[i : i + 1], texts[i : i + 1]) for i in range(len(batch))])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
-    assert torch.equal(score(judge, batch, texts), together)
+    assert torch.equal(score(tested, batch, texts), together)
     assert together.dtype == torch.float32
     assert together.shape == (len(batch),)
     assert together.unique().numel() > 1
-    turned = score(judge, batch.flip(0), texts)
+    turned = score(tested, batch.flip(0), texts)
     torch.testing.assert_close(turned, together.flip(0), rtol=1e-5, atol=1e-6)
 
 
@@ -167,9 +167,9 @@ def test_scores_of_the_wrong_shape_are_an_error() -> None:
 
 def test_threshold_is_one_above_its_value_only() -> None:
     grey = torch.tensor([0.2, 0.5, 0.8])[:, None, None, None].expand(3, 3, 8, 8)
-    judge = reward("brightness", threshold=0.6)
-    assert isinstance(judge, Threshold)
-    assert score(judge, grey, [PROMPT] * 3).tolist() == [0, 0, 1]
+    tested = reward("brightness", threshold=0.6)
+    assert isinstance(tested, Threshold)
+    assert score(tested, grey, [PROMPT] * 3).tolist() == [0, 0, 1]
     assert score(reward("brightness", threshold=-1), grey, [PROMPT] * 3).tolist() == [1, 1, 1]
     assert score(reward("brightness", threshold=0), grey * 0, [PROMPT] * 3).tolist() == [0, 0, 0]
 
@@ -195,8 +195,8 @@ def test_unknown_rewards_and_options_are_bad_input() -> None:
 
 @pytest.mark.parametrize("name", ["shapes", "shapes-strict"])
 def test_shapes_rewards_refuse_other_worlds(name: str) -> None:
-    for judge in (reward(name), reward(name, threshold=0.5)):
-        judge.check_prompts(["a red circle", "two triangles"])
+    for tested in (reward(name), reward(name, threshold=0.5)):
+        tested.check_prompts(["a red circle", "two triangles"])
         with pytest.raises(ValueError, match="a dog"):
-            judge.check_prompts(["a red circle", "a dog"])
+            tested.check_prompts(["a red circle", "a dog"])
     reward("brightness").check_prompts(["a dog"])

@@ -142,10 +142,16 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(2)
 
     def do_POST(self) -> None:
+        self.unread = 0
         code, content = self._result()
         self._answer(code, content)
+        self._discard()
 
     def _result(self) -> tuple[int, dict[str, Any]]:
+        try:
+            self.unread = self._length()
+        except ValueError as error:
+            return 400, {"error": str(error)}
         key = os.environ.get(KEY)
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if key and not hmac.compare_digest(given.encode(), key.encode()):
@@ -153,9 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.rstrip("/") != "/score":
             return 404, {"error": "only POST /score is answered"}
         try:
-            size = self._length()
-            with self.server.holding(size):
-                body = self.rfile.read(size)
+            with self.server.holding(self.unread):
+                body, size = self.rfile.read(self.unread), self.unread
+                self.unread = 0
                 self.arrived()
                 if len(body) < size:
                     return 400, {"error": "the message was cut short"}
@@ -183,6 +189,13 @@ class Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # who asked may have given up
             self.end_headers()
             self.wfile.write(data)
+
+    def _discard(self) -> None:
+        """Read what is left of a message that was answered early; else the client loses the answer with its line."""
+        with contextlib.suppress(OSError):
+            self.wfile.flush()
+            while self.unread > 0 and (part := self.rfile.read(min(self.unread, 2**16))):
+                self.unread -= len(part)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the terminal for what matters."""
