@@ -1,0 +1,57 @@
+"""The pack's scripts in ComfyUI's own interface; skipped, with the reason, where there is no browser."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from comfy_host import Server
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+@pytest.fixture(scope="module")
+def page(comfy: Server) -> Iterator[Any]:
+    """ComfyUI's page with its interface loaded; `page.complaints` are errors in its console."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as driver:
+        window = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = window.new_page(viewport={"width": 1600, "height": 1000})
+        page.complaints = []
+        page.on("console", lambda entry: page.complaints.append(entry.text) if entry.type == "error" else None)
+        page.goto(f"http://127.0.0.1:{comfy.port}/")
+        page.wait_for_function("window.app?.extensionManager && window.app.graph", timeout=120_000)
+        yield page
+        window.close()
+
+
+def queue(page: Any, prompt: dict) -> None:
+    """Queue a prompt in API format as this page's own."""
+    page.evaluate(
+        """async (prompt) => {
+            const {api} = await import('/scripts/api.js');
+            const body = {prompt, client_id: api.clientId};
+            await fetch('/api/prompt', {method: 'POST', body: JSON.stringify(body)});
+        }""",
+        prompt,
+    )
+
+
+def test_the_reason_of_an_error_is_a_toast_and_is_text(page: Any) -> None:
+    queue(page, {"1": {"class_type": "DanceGRPO_Run", "inputs": {"name": "nobody", "action": "look"}}})
+    toast = page.locator(".p-toast-message", has_text="there is no run named 'nobody' in").first
+    toast.wait_for(timeout=30_000)
+    assert [text for text in page.complaints if "DanceGRPO" in text] == []
+
+
+def test_markup_in_an_error_stays_text(page: Any) -> None:
+    page.evaluate("""async () => {
+        const {errorToast} = await import('/extensions/ComfyUI-DanceGRPO/js/errors.js');
+        const said = '<img src=x onerror=window.hit=1>\\nlog';
+        const toast = errorToast({node_type: 'DanceGRPO_Run', exception_message: said});
+        window.app.extensionManager.toast.add(toast);
+    }""")
+    page.locator(".p-toast-message", has_text="<img src=x onerror=window.hit=1>").first.wait_for(timeout=10_000)
+    assert page.evaluate("window.hit") is None
