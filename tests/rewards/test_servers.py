@@ -427,8 +427,8 @@ def test_the_server_tells_what_is_wrong(serving: Callable, monkeypatch: pytest.M
         b"{": "no JSON",
         b"[]": "no list 'images'",
         b'{"images": [], "prompts": [1]}': "no list 'prompts' of texts",
-        b'{"images": ["?"], "prompts": ["a"]}': "no file in base64",
-        b'{"images": ["aGVsbG8="], "prompts": ["a"]}': "no file in base64",
+        b'{"images": ["?"], "prompts": ["a"]}': "not a file in base64",
+        b'{"images": ["aGVsbG8="], "prompts": ["a"]}': "not a PNG, JPEG or WebP image",
         b'{"images": [], "prompts": ["a"]}': "0 images but 1 prompts",
     }.items():
         code, text = post(url, body)
