@@ -118,7 +118,7 @@ def test_a_cmyk_jpeg_and_the_first_frame_of_an_animation_are_read() -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM", "ICO", "PDF", "EPS"])
 def test_other_formats_are_refused(kind: str) -> None:
-    with pytest.raises(BadInput, match="^image is not a PNG, JPEG or WebP image$"):
+    with pytest.raises(BadInput, match="^image is not a PNG, JPEG or WebP image, or is damaged$"):
         read_image(content(Image.new("RGB", (16, 16)), kind))
 
 

@@ -104,7 +104,7 @@ def _unreadable(what: str, error: Exception) -> BadInput:
 
     if isinstance(error, UnidentifiedImageError):
         *others, last = FORMATS.values()
-        return BadInput(f"{what} is not a {', '.join(others)} or {last} image")
+        return BadInput(f"{what} is not a {', '.join(others)} or {last} image, or is damaged")
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return BadInput(f"{what} cannot be read: {' '.join(reason.split())}")
 
