@@ -159,8 +159,8 @@ def test_information_is_the_mutual_information() -> None:
             return norm.pdf(x, mean, std)
 
         edges = (mean - 8 * std, mean + 8 * std)
-        p = quad(lambda x: expit(x) * density(x), *edges)[0]  # noqa: B023
-        inner = quad(lambda x: entropy(expit(x)) * density(x), *edges)[0]  # noqa: B023
+        p = quad(lambda x: expit(x) * density(x), *edges)[0]
+        inner = quad(lambda x: entropy(expit(x)) * density(x), *edges)[0]
         found = information(np.array([mean]), np.array([variance]))[0]
         assert found == pytest.approx(entropy(p) - inner, abs=2e-3)
 
