@@ -11,6 +11,7 @@ from torch import Tensor
 from ..trainer import rewards as judges
 from ..trainer.config import RewardConfig
 from ..trainer.utils.errors import BadInput
+from .host import votes
 from .host.reward_files import option_values, option_widgets, with_files
 from .host.scoring import bar_plot, score_all, score_table, split_prompts
 from .types import CATEGORY, Judges, RewardType, connected
@@ -47,6 +48,10 @@ class LoadReward(io.ComfyNode):
         except BadInput as error:
             return str(error)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, reward: object = None, **inputs: object) -> str:
+        return votes.fingerprint(reward)
 
     @classmethod
     def execute(cls, reward: dict) -> io.NodeOutput:

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from ...trainer import rewards as judges
 from ...trainer.config import RewardConfig
+from . import votes
 
 FOLDER = "rewards"
 LIMIT = 2**31
@@ -18,7 +19,8 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 def option_widgets(kind: type[judges.Reward]) -> list[io.Input]:
     """A widget per option of a reward; rewards that have nothing to set have none."""
-    return [_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    fields = kind.Options.model_fields.items()
+    return [widget for name, field in fields for widget in (votes.widgets(name, field) or [_widget(name, field)])]
 
 
 def _widget(name: str, field: FieldInfo) -> io.Input:
@@ -52,6 +54,7 @@ def _range(field: FieldInfo) -> dict[str, float]:
 
 def option_values(kind: type[judges.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
     """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
+    widgets = votes.chosen(widgets)
     lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
     return {name: _lines(value) if name in lists else value for name, value in widgets.items()}
 
@@ -76,6 +79,7 @@ def with_files(config: RewardConfig) -> RewardConfig:
     Raises:
         BadInput: a file is not there, or an option is not accepted.
     """
+    config = votes.with_paths(config)
     config = judges.with_files_from(config, map(Path, folder_paths.get_folder_paths(FOLDER)))
     judges.load_reward(config)  # looks at options and files, and reads no weights
     return config
