@@ -1,6 +1,6 @@
 """How many votes does a judge need, and does choosing pairs help? A scripted voter on images of the shapes world.
 
-    python benchmarks/votes.py                    # 20, 40, 80 and 160 votes, active and random, 5 seeds
+    python benchmarks/votes.py                    # 20, 40, 80 and 160 votes, active and random, 10 seeds
     python benchmarks/votes.py --errors 0.15      # a voter who answers by chance in 15% of the votes
 
 The voter prefers blue things on light ground. Each collection has 200 images, half of them on dark ground. The table
@@ -66,7 +66,9 @@ def run(mode: str, seed: int, errors: float) -> list[tuple[float, float]]:
         ordered = (one, other) if difference > 0 else (other, one)
         votes.append((*ordered, abs(difference) <= MARGIN))
         if len(votes) in COUNTS:
-            found.append((_accuracy(features, _table(votes), new, truth), agreement(features, _table(votes)).share))
+            left_out = agreement(features, _table(votes))  # None after too many ties
+            share = left_out.share if left_out else np.nan
+            found.append((_accuracy(features, _table(votes), new, truth), share))
     return found
 
 
@@ -84,14 +86,15 @@ def _accuracy(features: np.ndarray, votes: Comparisons, new: np.ndarray, truth: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--errors", type=float, default=0.0, help="share of votes that are answered by chance")
     args = parser.parse_args()
     print("| votes | active: new images | votes left out | random: new images | votes left out |")
     print("|---|---|---|---|---|")
     runs = {mode: np.array([run(mode, s, args.errors) for s in range(args.seeds)]) for mode in ("active", "random")}
     for index, count in enumerate(COUNTS):
-        cells = [f"{r[:, index, k].mean():.1%} ± {r[:, index, k].std():.1%}" for r in runs.values() for k in (0, 1)]
+        columns = [r[:, index, k] for r in runs.values() for k in (0, 1)]
+        cells = [f"{np.nanmean(column):.1%} ± {np.nanstd(column):.1%}" for column in columns]
         print(f"| {count} | {' | '.join(cells)} |")
 
 

@@ -13,7 +13,7 @@ from ..trainer.config import RewardConfig
 from ..trainer.config import describe as describe_errors
 from ..trainer.utils.errors import BadInput
 from .host import inputs, progress, results
-from .host.reward_files import option_values, option_widgets, with_files
+from .host.reward_files import option_values, option_widgets, votes_fingerprint, with_files
 from .host.scoring import bar_plot, best_of, score_all, score_table, split_prompts
 from .types import CATEGORY, Rewards, RewardType, connected
 
@@ -44,6 +44,10 @@ class LoadReward(io.ComfyNode):
             ],
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, reward: object = None, **_: object) -> str:
+        return votes_fingerprint(reward)
 
     @classmethod
     def execute(cls, reward: dict | None = None) -> io.NodeOutput:

@@ -66,9 +66,10 @@ def write(folder: Path) -> dict[str, dict[str, object]]:
     shapes = imagereward_reference.shapes(words=len(BERT_WORDS) + 2)
     torch.save(random_weights(shapes), folder / "imagereward.pt")
     (folder / "vocab.txt").write_text("\n".join(BERT_WORDS))
+    (folder / "votes" / "images").mkdir(parents=True)
     for number in range(4):
-        Image.new("RGB", (30, 30), (60 * number, 90, 20)).save(folder / f"{number}.png")
-    (folder / "votes.csv").write_text("better,worse\n3.png,0.png\n2.png,1.png\n")
+        Image.new("RGB", (30, 30), (60 * number, 90, 20)).save(folder / "votes" / "images" / f"{number}.png")
+    (folder / "votes" / "votes.csv").write_text("better,worse\n3.png,0.png\n2.png,1.png\n")
     _write_qwen(folder)
     _write_geneval(folder)
     (folder / "ocr").mkdir()
@@ -80,7 +81,7 @@ def write(folder: Path) -> dict[str, dict[str, object]]:
         "pickscore": {"path": "clip.safetensors"},
         "imagereward": {"path": "imagereward.pt", "vocabulary": "vocab.txt"},
         "aesthetic": {"path": "head.pth", "tower": "clip.safetensors"},
-        "preference": {"votes": "votes.csv", "tower": "clip.safetensors"},
+        "preference": {"collection": "votes", "backbone": "clip.safetensors"},
         "hpsv3": {
             "path": "hpsv3.safetensors",
             "tokenizer": "tokenizer.json",
@@ -152,6 +153,8 @@ def shrink(change: Callable[[object, str, object], object], module: Callable[[st
     change(rewards["hps"].HPSv21, "network", "tiny-plain")
     change(rewards["pickscore"].PickScore, "network", "tiny-plain")
     change(rewards["aesthetic"].ClipLargeReward, "network", "tiny-quick")
+    vision = module("trainer.rewards.clip.vision")
+    change(vision, "CLIP", {vision.Layout(32, 2, 5, 14): "tiny-quick"})
     change(rewards["geneval_like"].GenEvalLike, "network", "tiny-quick")
     change(rewards["geneval_like"], "SIDE", 64)
     blip, sizes = rewards["image_reward"].ImageReward, imagereward_reference

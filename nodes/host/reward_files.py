@@ -65,6 +65,7 @@ def _range(field: FieldInfo) -> dict[str, float]:
 
 def option_values(kind: type[reward_models.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
     """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
+    widgets = votes.chosen(widgets)
     lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
     return {name: prompt_lines(value) if name in lists else value for name, value in widgets.items()}
 
@@ -131,3 +132,19 @@ def _clip_large() -> str:
         if (Path(folder) / default).is_file():
             return str(Path(folder) / default)
     raise BadInput(f"backbone {CLIP_LARGE}: put the file at models/rewards/{default}, or choose {PIXELS}")
+
+
+def votes_fingerprint(reward: object) -> str:
+    """Changes with the votes of a collection, so that ComfyUI does not reuse scores from before them.
+
+    Args:
+        reward: the widgets of a reward, as ComfyUI hands them over.
+    """
+    if not isinstance(reward, dict) or reward.get("reward") != Preference.name:
+        return ""
+    name = {key.removeprefix("reward."): value for key, value in reward.items()}.get("collection", COLLECTION)
+    try:
+        file = store.find(votes_folder(), name).votes_file.stat()
+    except (BadInput, OSError):
+        return ""
+    return f"{file.st_mtime_ns} {file.st_size}"

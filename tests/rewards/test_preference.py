@@ -1,51 +1,45 @@
-"""A person's votes: what files are taken, that the fit is the optimum, and that the taste is found again."""
+"""The reward learned from votes: what it is fitted to, that it finds a taste again, and what it refuses."""
 
-import json
 from pathlib import Path
 
-import open_clip
+import numpy as np
 import pytest
 import torch
-from clip_reference import TINY, file_image, open_clip_shapes, random_weights, to_transformers
+from clip_reference import TINY, open_clip_shapes, random_weights, to_transformers
+from PIL import Image
 from safetensors.torch import save_file
+from scipy.optimize import minimize
 from torch import Tensor
 
 from trainer.config import RewardConfig
 from trainer.rewards import Reward, load_reward, score
-from trainer.rewards.preference import Preference, fit_pairs, fit_scores
+from trainer.rewards.clip import vision
 from trainer.utils.errors import BadInput
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny tower and forty pictures, of which number 0 is the darkest."""
-    (tmp_path / "taste-quickgelu.json").write_text(json.dumps({**TINY, "quick_gelu": True}))
-    open_clip.add_model_config(tmp_path / "taste-quickgelu.json")
-    monkeypatch.setattr(Preference, "network", "taste-quickgelu")
-    weights = to_transformers(random_weights(open_clip_shapes(TINY)))
-    save_file({key: value for key, value in weights.items() if key.startswith("vis")}, tmp_path / "tower.safetensors")
-    for number, image in enumerate(pictures()):
-        file_image(image).save(tmp_path / f"{number}.png")
-    return tmp_path
+from trainer.votes.pixels import PixelFeatures
 
 
 def pictures(seed: int = 0) -> Tensor:
+    """Forty noisy grey images, of which the first is the darkest."""
     light = torch.linspace(0.1, 0.9, 40)[:, None, None, None]
     return (light + 0.1 * torch.rand(40, 3, 30, 30, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
 
 
-def reward(folder: Path, votes: object, name: str = "votes.json", **options: object) -> Reward:
-    (folder / name).write_text(votes if isinstance(votes, str) else json.dumps(votes))
-    options = {"votes": str(folder / name), "tower": str(folder / "tower.safetensors"), **options}
-    return load_reward(RewardConfig(name="preference", options=options))
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A collection of those images, without votes."""
+    (tmp_path / "light" / "images").mkdir(parents=True)
+    for number, image in enumerate((pictures() * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / "light" / "images" / f"{number}.png")
+    return tmp_path / "light"
 
 
-PAIRS = [
-    {"better": f"{max(i, j)}.png", "worse": f"{min(i, j)}.png"}
-    for i in range(40)
-    for j in [(i * 17 + 5) % 40]
-    if i != j
-]
+PAIRS = [(max(i, (i * 17 + 5) % 40), min(i, (i * 17 + 5) % 40)) for i in range(40) if i != (i * 17 + 5) % 40]
+
+
+def reward(folder: Path, pairs: list[tuple[int, int]], **options: object) -> Reward:
+    rows = "".join(f"{better}.png,{worse}.png\n" for better, worse in pairs)
+    (folder / "votes.csv").write_text("better,worse\n" + rows)
+    return load_reward(RewardConfig(name="preference", options={"collection": str(folder), **options}))
 
 
 def concordance(values: Tensor) -> float:
@@ -53,73 +47,125 @@ def concordance(values: Tensor) -> float:
     return order.tril(-1).sum().item() / (len(values) * (len(values) - 1) / 2)
 
 
-def test_pairs_teach_a_taste_that_holds_for_new_images(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    judge = reward(folder, PAIRS, shrinkage=0.001)
-    found = score(judge, pictures(seed=1), ["x"] * 40)
+def test_a_taste_is_found_in_new_images(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    found = score(reward(folder, PAIRS), pictures(seed=1), ["x"] * 40)
     assert concordance(found) > 0.9
-    assert "votes.json: agrees with " in capsys.readouterr().err
-    turned = [{"better": pair["worse"], "worse": pair["better"]} for pair in PAIRS]
-    torch.testing.assert_close(
-        score(reward(folder, turned, shrinkage=0.001), pictures(seed=1), ["x"] * 40), -found, rtol=1e-4, atol=1e-5
-    )
+    assert -0.5 < found.mean() < 0.5
+    said = capsys.readouterr().err
+    assert "preference: 40 votes of light: enough to train on: agrees with " in said
+    turned = score(reward(folder, [pair[::-1] for pair in PAIRS]), pictures(seed=1), ["x"] * 40)
+    torch.testing.assert_close(turned, -found, rtol=1e-3, atol=1e-4)
 
 
-def test_scores_teach_the_same_from_csv(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    lines = "".join(f"{i}.png,{i * 2.5 - 7}\n" for i in range(40))
-    judge = reward(folder, "image,score\n" + lines, "votes.csv", shrinkage=0.001)
-    found = score(judge, pictures(seed=1), ["x"] * 40)
-    assert concordance(found) > 0.85
-    assert abs(found.mean()) < 0.5
-    share = float(capsys.readouterr().err.split("agrees with ")[1].split("%")[0])
-    assert share > 85
+def test_scores_are_the_bradley_terry_fit_of_the_features(folder: Path) -> None:
+    found = score(reward(folder, PAIRS[:6]), pictures(seed=1), ["x"] * 40)
+    used = sorted({name for pair in PAIRS[:6] for name in pair})
+    files = {n: torch.from_numpy(np.array(Image.open(folder / "images" / f"{n}.png"))) for n in used}
+    features = {n: PixelFeatures()(f.permute(2, 0, 1)[None] / 255)[0].double() for n, f in files.items()}
+    table = torch.stack(list(features.values()))
+    center, scale = table.mean(0), ((table - table.mean(0)) ** 2).sum(1).mean().sqrt()
+    differences = torch.stack([(features[better] - features[worse]) / scale for better, worse in PAIRS[:6]]).numpy()
+    candidates = []
+    for precision in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0):
+
+        def loss(w: np.ndarray, precision: float = precision) -> float:
+            return np.logaddexp(0, -differences @ w).sum() + precision / 2 * w @ w
+
+        def slope(w: np.ndarray, precision: float = precision) -> np.ndarray:
+            return precision * w - differences.T @ (1 / (1 + np.exp(differences @ w)))
+
+        best = minimize(loss, np.zeros(260), jac=slope, method="BFGS", options={"gtol": 1e-8})
+        p = 1 / (1 + np.exp(-differences @ best.x))
+        hessian = np.eye(260) + (differences.T * (p * (1 - p))) @ differences / precision
+        candidates.append((-best.fun - np.linalg.slogdet(hessian)[1] / 2, best.x))
+    weights = torch.from_numpy(max(candidates, key=lambda one: one[0])[1])
+    expected = ((PixelFeatures()(pictures(seed=1)).double() - center) / scale) @ weights
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_batch_equals_singles(folder: Path) -> None:
-    judge, images = reward(folder, PAIRS[:3]), pictures()[:5]
-    together = score(judge, images, ["x"] * 5)
+def test_ties_count_and_skips_and_undone_votes_do_not(folder: Path) -> None:
+    def scores(rows: str) -> Tensor:
+        (folder / "votes.csv").write_text("better,worse,tie,skip,undo,id,time\n" + rows)
+        judge = load_reward(RewardConfig(name="preference", options={"collection": str(folder)}))
+        return score(judge, pictures(seed=1)[::8], ["x"] * 5)
+
+    plain = scores("30.png,2.png,,,,1,\n25.png,8.png,,,,2,\n")
+    more = "30.png,2.png,,,,1,\n2.png,30.png,,,,3,\n,,,,3,u,\n25.png,8.png,,,,2,\n39.png,0.png,,1,,4,\n"
+    torch.testing.assert_close(scores(more), plain)
+    tied = scores("30.png,2.png,,,,1,\n25.png,8.png,,,,2,\n30.png,2.png,1,,,3,\n")
+    assert tied[-1] - tied[0] < plain[-1] - plain[0]
+
+
+def test_the_same_votes_give_the_same_scores_in_any_batch(folder: Path) -> None:
+    images = pictures(seed=1)[::5]
+    first = score(reward(folder, PAIRS), images, ["x"] * 8)
+    judge = reward(folder, PAIRS)
+    assert torch.equal(score(judge, images, ["y"] * 8), first)
     alone = torch.cat([score(judge, image[None], ["x"]) for image in images])
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alone, first, rtol=1e-5, atol=1e-5)
 
 
 def test_votes_at_random_are_reported_as_such(folder: Path, capsys: pytest.CaptureFixture) -> None:
     flips = torch.rand(len(PAIRS), generator=torch.Generator().manual_seed(1)) < 0.5
-    votes = [p if flip else {"better": p["worse"], "worse": p["better"]} for p, flip in zip(PAIRS, flips, strict=True)]
-    score(reward(folder, votes), pictures()[:1], ["x"])
-    share = float(capsys.readouterr().err.split("agrees with ")[1].split("%")[0])
-    assert 20 < share < 75
+    score(reward(folder, [p if f else p[::-1] for p, f in zip(PAIRS, flips, strict=True)]), pictures()[:1], ["x"])
+    assert "not yet better than guessing: agrees with " in capsys.readouterr().err
 
 
-def test_the_fits_are_optima() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(30, 7, generator=generator, dtype=torch.float64)
-    w = fit_pairs(x, 0.3).requires_grad_()
-    loss = torch.log1p(torch.exp(-(x @ w))).sum() + 0.15 * w.pow(2).sum()
-    assert torch.autograd.grad(loss, w)[0].abs().max() < 1e-9
-    y = torch.randn(30, generator=generator, dtype=torch.float64)
-    wb = fit_scores(x, y, 0.3).requires_grad_()
-    standard = (y - y.mean()) / y.std()
-    loss = (x @ wb[:-1] + wb[-1] - standard).pow(2).sum() + 0.3 * wb[:-1].pow(2).sum()
-    assert torch.autograd.grad(loss, wb)[0].abs().max() < 1e-9
+def test_a_line_that_cannot_be_read_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    score(reward(folder, [*PAIRS, (99, 1)]), pictures()[:1], ["x"])
+    assert "warning: light: votes.csv, line 42 is left out: there is no image '99.png'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("votes", "words"),
-    [
-        ("[", "cannot be read as votes"),
-        ({"better": "0.png"}, "is no list of votes"),
-        ([], "holds 0 votes"),
-        (PAIRS[:1], "holds 1 votes; at least 2"),
-        ([*PAIRS[:2], {"better": "0.png"}], "vote 3 holds better; it must hold better and worse"),
-        ([*PAIRS[:2], {"image": "0.png", "score": 1}], "vote 3 holds image, score; it must hold better and worse"),
-        ([{"image": "0.png", "score": 1, "note": ""}], "it must hold image and score"),
-        ([{"better": "0.png", "worse": "99.png"}], r"vote 1 names the image '99.png', which is not there"),
-        ([{"better": "../a/0.png", "worse": "1.png"}], "images must lie in the folder of the votes"),
-        ([{"better": "/etc/x.png", "worse": "1.png"}], "images must lie in the folder of the votes"),
-        ([{"image": "0.png", "score": "good"}], "has the score 'good', which is no finite number"),
-        ('[{"image": "0.png", "score": NaN}]', "has the score nan"),
-        ([{"image": "0.png", "score": 1}, {"image": "1.png", "score": 1}], "every image has the same score"),
-    ],
-)
-def test_bad_votes_are_bad_input_before_anything_is_loaded(folder: Path, votes: object, words: str) -> None:
-    with pytest.raises(BadInput, match=words):
-        reward(folder, votes)
+@pytest.fixture
+def clip_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny CLIP vision model as ComfyUI has them in models/clip_vision."""
+    import json
+
+    import open_clip
+
+    (folder / "taste-quickgelu.json").write_text(json.dumps({**TINY, "quick_gelu": True}))
+    open_clip.add_model_config(folder / "taste-quickgelu.json")
+    monkeypatch.setattr(vision, "CLIP", {vision.Layout(32, 2, 5, 14): "taste-quickgelu"})
+    weights = to_transformers(random_weights(open_clip_shapes(TINY)))
+    save_file({key: value for key, value in weights.items() if key.startswith("vis")}, folder / "clip.safetensors")
+    return folder / "clip.safetensors"
+
+
+def test_a_clip_vision_file_is_a_backbone(folder: Path, clip_file: Path) -> None:
+    judge = reward(folder, PAIRS, backbone=str(clip_file))
+    found = score(judge, pictures(seed=1), ["x"] * 40)
+    assert concordance(found) > 0.85
+    half = reward(folder, PAIRS, backbone=str(clip_file), dtype="bfloat16")
+    assert concordance(score(half, pictures(seed=1), ["x"] * 40)) > 0.8
+    assert next(half.module.parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backbone", ["pixels", "clip"])
+def test_the_gradient_makes_images_better(folder: Path, clip_file: Path, backbone: str) -> None:
+    judge = reward(folder, PAIRS, backbone=str(clip_file) if backbone == "clip" else backbone)
+    assert judge.differentiable
+    images = (pictures(seed=1)[5:8] * 255).round() / 255  # without a gradient, pixels are rounded
+    before = score(judge, images, ["x"] * 3)
+    pixels = images.clone().requires_grad_()
+    scores = judge.judge(pixels, ["x"] * 3)
+    torch.testing.assert_close(scores.detach(), before, rtol=1e-3, atol=1e-3)
+    (slope,) = torch.autograd.grad(scores.sum(), pixels)
+    assert slope.isfinite().all()
+    better = (images + 0.02 * slope.sign()).clamp(0, 1)
+    assert (score(judge, better, ["x"] * 3) > before).all()
+
+
+def test_what_cannot_be_used_is_bad_input_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
+    def refused(words: str, **options: object) -> None:
+        with pytest.raises(BadInput, match=words):
+            load_reward(RewardConfig(name="preference", options=options))
+
+    refused("needs a collection of votes, and collection is empty")
+    refused("nothing is not a collection of votes", collection=str(tmp_path / "nothing"))
+    refused("'light' holds 0 votes with a winner; at least 2 are needed", collection=str(folder))
+    with pytest.raises(BadInput, match="'light' holds 1 votes with a winner"):
+        reward(folder, PAIRS[:1])
+    reward(folder, PAIRS[:2])
+    refused("backbone 'x.safetensors' is neither pixels nor", collection=str(folder), backbone="x.safetensors")
+    refused("neither pixels nor", collection=str(folder), backbone=str(folder / "votes.csv"))
+    refused("has no option 'votes'; it takes collection, backbone, dtype", votes="votes.csv")

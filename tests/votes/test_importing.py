@@ -31,16 +31,13 @@ def write(folder: Path, names: list[str], start: int = 0) -> Path:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A small file with a large image."""
+    """A small file that says it holds a large image."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    packer = zlib.compressobj(9)
-    row = bytes(1 + 3 * width)
-    body = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_a_folder_is_imported_with_its_captions_and_again_adds_nothing(fox: Collection, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..utils.errors import BadInput
-from ..utils.media import read_image
+from ..utils.media import read_image, to_bytes
 from ..votes.analysis import comparisons
 from ..votes.fit import Fit, agreement, enough, fit
 from ..votes.pixels import PixelFeatures
@@ -38,7 +38,7 @@ class Preference(ModelReward):
     """
 
     name = "preference"
-    typical_range = (-3.0, 3.0)
+    typical_range = (-10.0, 10.0)
     differentiable = True
     fitted: Fit | None = None
 
@@ -78,7 +78,8 @@ class Preference(ModelReward):
         return [] if self.options.backbone == PIXELS else [Path(self.options.backbone)]
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Utilities; 0 is that of the mean features of the images that were voted on."""
+        """Utilities; 0 is that of the mean features of the images that were voted on, whose pixels are rounded too."""
+        images = images.float() if images.requires_grad else to_bytes(images).float() / 255
         if self.fitted is None:
             self.fitted = self._fit(images.device)
         weights, center = (images.new_tensor(v, dtype=torch.float32) for v in (self.fitted.weights, self.fitted.center))

@@ -91,19 +91,22 @@ def fit(features: np.ndarray, votes: Comparisons, precision: float | None = None
     # The mode lies in the span of the differences, so the search has as many dimensions as there are votes, at most.
     left, values, basis = np.linalg.svd(differences, full_matrices=False)
     targets = np.where(votes.tie, 0.5, 1.0)
-    found = []
-    for candidate in PRECISIONS if precision is None else (precision,):
-        mode, curvature, evidence = _laplace(left * values, targets, candidate)
+    found, mode = [], np.zeros(len(values))
+    for candidate in reversed(PRECISIONS) if precision is None else (precision,):
+        mode, curvature, evidence = _laplace(left * values, targets, candidate, start=mode)
         found.append(Fit(center, scale, mode @ basis, candidate, differences, curvature, evidence))
     return max(found, key=lambda one: one.evidence)
 
 
-def _laplace(inputs: np.ndarray, targets: np.ndarray, precision: float) -> tuple[np.ndarray, np.ndarray, float]:
+def _laplace(
+    inputs: np.ndarray, targets: np.ndarray, precision: float, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Mode `[R]`, curvature of each vote `[N]` and log evidence of a logistic regression without offset.
 
     Args:
         inputs: `[N, R]`.
         targets: `[N]`, 1 for a vote and 0.5 for a tie.
+        start: `[R]`, where the search begins.
     """
     from scipy.optimize import minimize
     from scipy.special import expit
@@ -114,8 +117,8 @@ def _laplace(inputs: np.ndarray, targets: np.ndarray, precision: float) -> tuple
         value = surprise.sum() + precision / 2 * weights @ weights
         return value, inputs.T @ (expit(margin) - targets) + precision * weights
 
-    options = {"gtol": 1e-9, "ftol": 0.0, "maxiter": 10_000, "maxfun": 20_000}
-    found = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="L-BFGS-B", options=options)
+    options = {"gtol": 1e-7, "ftol": 0.0, "maxiter": 10_000, "maxfun": 20_000}
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
     probability = expit(inputs @ found.x)
     curvature = probability * (1 - probability)
     hessian = np.eye(inputs.shape[1]) + (inputs.T * curvature) @ inputs / precision

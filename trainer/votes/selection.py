@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..utils.seeds import generator
+from ..utils.seeds import derive
 from .fit import Fit
 
 CANDIDATES = 2000
@@ -49,12 +49,11 @@ def next_pairs(
         mode: `random` draws from the same candidates, for comparison.
         seed: of the draw of candidates.
     """
-    candidates = _candidates(prompts, set(shown), seed)
-    if mode == "random" or not candidates:
-        return candidates[:count]
+    candidates = _candidates(prompts, shown, seed)
+    if mode == "random" or len(candidates) == 0:
+        return [pair(*one) for one in candidates[:count].tolist()]
     scaled = fitted.scaled(features)
-    rows = np.array(candidates)
-    differences = scaled[rows[:, 0]] - scaled[rows[:, 1]]
+    differences = scaled[candidates[:, 0]] - scaled[candidates[:, 1]]
     mean = differences @ fitted.weights
     seen, curvature = fitted.differences, fitted.curvature
     chosen: list[int] = []
@@ -68,7 +67,7 @@ def next_pairs(
         probability = 1 / (1 + np.exp(-mean[best]))
         seen = np.vstack([seen, differences[best]])
         curvature = np.append(curvature, probability * (1 - probability))
-    return [candidates[index] for index in chosen]
+    return [pair(*one) for one in candidates[chosen].tolist()]
 
 
 def information(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -97,28 +96,32 @@ def _variance(differences: np.ndarray, seen: np.ndarray, curvature: np.ndarray, 
     return np.maximum(prior - explained, 0.0) / precision
 
 
-def _candidates(prompts: Sequence[str], shown: set[Pair], seed: int) -> list[Pair]:
-    """Up to `CANDIDATES` pairs in random order: of one prompt if there are any, else of all images."""
+def _candidates(prompts: Sequence[str], shown: Collection[Pair], seed: int) -> np.ndarray:
+    """Up to `CANDIDATES` pairs `[C, 2]` in random order: of one prompt if there are any, else of all images."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
-    return _sample(list(groups.values()), shown, seed) or _sample([list(range(len(prompts)))], shown, seed)
+    known = np.array([first * len(prompts) + second for first, second in shown], dtype=int)
+    for choice in (list(groups.values()), [list(range(len(prompts)))]):
+        found = _pairs(choice, len(known), np.random.default_rng(derive(seed, "votes")))
+        found = found[~np.isin(found[:, 0] * len(prompts) + found[:, 1], known)]
+        if len(found):
+            break
+    return found[:CANDIDATES]
 
 
-def _sample(groups: list[list[int]], shown: set[Pair], seed: int) -> list[Pair]:
-    """Up to `CANDIDATES` pairs within groups, in random order, all of them if there are no more than that."""
-    random = generator(seed, "votes")
-    sizes = [len(group) * (len(group) - 1) // 2 for group in groups]
-    total = sum(sizes)
-    if total <= 2 * CANDIDATES + len(shown):
-        found = [pair(a, b) for group in groups for i, a in enumerate(group) for b in group[:i]]
-        found = [one for one in found if one not in shown]
-        random.shuffle(found)
-        return found[:CANDIDATES]
-    drawn: dict[Pair, None] = {}
-    while len(drawn) < CANDIDATES:
-        (group,) = random.choices(groups, weights=sizes)
-        one = pair(*random.sample(group, 2))
-        if one not in shown:
-            drawn[one] = None
-    return list(drawn)
+def _pairs(groups: list[list[int]], shown: int, random: np.random.Generator) -> np.ndarray:
+    """Different pairs `[C, 2]` within groups, in random order: all, or as many as are enough without the shown ones."""
+    members = [np.array(group) for group in groups if len(group) > 1]
+    sizes = np.array([len(group) * (len(group) - 1) // 2 for group in members])
+    if sizes.sum() <= 10 * CANDIDATES + shown:
+        corners = [np.stack(np.triu_indices(len(group), 1), axis=1) for group in members]
+        every = [group[corner] for group, corner in zip(members, corners, strict=True)]
+        return random.permutation(np.concatenate(every)) if every else np.zeros((0, 2), dtype=int)
+    drawn = random.choice(len(members), size=3 * CANDIDATES + 2 * shown, p=sizes / sizes.sum())
+    counts = np.array([len(group) for group in members])
+    starts, count = (np.cumsum(counts) - counts)[drawn], counts[drawn]
+    first = random.integers(count)
+    second = (first + 1 + random.integers(count - 1)) % count
+    found = np.concatenate(members)[starts[:, None] + np.stack([first, second], axis=1)]
+    return np.array(list(dict.fromkeys(map(tuple, np.sort(found, axis=1).tolist()))))

@@ -206,13 +206,16 @@ def files(pack, tmp_path_factory):
         tiny_rewards.shrink(patch.setattr, pack)
         written = tiny_rewards.write(folder)
         tiny_rewards.import_anew(patch, folder / "ocr")
-        patch.setitem(folder_paths.folder_names_and_paths, "rewards", ([str(folder)], set()))
-        folder_paths.filename_list_cache.pop("rewards", None)
+        for key in ("rewards", "clip_vision"):
+            patch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], set()))
+            folder_paths.filename_list_cache.pop(key, None)
+        patch.setattr(pack("nodes.host.votes"), "votes_folder", lambda: folder)
         yield {
             name: {key: str(value).removeprefix(f"{folder}/") for key, value in options.items()}
             for name, options in written.items()
         }
-    folder_paths.filename_list_cache.pop("rewards", None)
+    for key in ("rewards", "clip_vision"):
+        folder_paths.filename_list_cache.pop(key, None)
 
 
 @pytest.mark.parametrize("name", tiny_rewards.LOCAL)

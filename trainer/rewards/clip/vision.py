@@ -109,7 +109,7 @@ def _layout(weights: dict[str, Tensor]) -> Layout | None:
         ("visual.positional_embedding", "visual.conv1.weight", "visual.transformer.resblocks.{}.mlp.c_fc.weight"),
     )
     for positions, patches, layer in schemes:
-        if positions in weights and patches in weights and weights[patches].ndim == 4:
+        if [weights[key].ndim for key in (positions, patches) if key in weights] == [2, 4]:
             layers = 0
             while layer.format(layers) in weights:
                 layers += 1
