@@ -1,5 +1,6 @@
-"""Checkpoints: complete or refused, and a run goes on from the newest one that is sound."""
+"""Checkpoints: complete or refused; and a run goes on, whatever happened to the files of its directory."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -142,3 +143,100 @@ def test_run_without_a_sound_checkpoint_starts_over_and_keeps_its_lora(
     assert code == 0, output
     assert_same_tensors(lora_of(run.path), learned)
     assert results_of(run.path) == results_of(finished / "run")
+
+
+# -------------------------------------------------------------------------------------------- damage to a finished run
+
+
+def test_a_finished_run_that_is_extended_is_the_longer_run(finished: Path, program: Forks, tmp_path: Path) -> None:
+    run, whole = shutil.copytree(finished / "run", tmp_path / "run"), tmp_path / "whole"
+    code, output = program.run("train", finished / "run.json", "--output", whole, "--set", "runtime.iterations=6")
+    assert code == 0, output
+    code, output = program.run("resume", run, "--iterations", 6)
+    assert code == 0, output
+    assert "the run is extended from 4 to 6 iterations" in output
+    assert "iteration 4/6" not in output, "what was done is not done again"
+    assert "iteration 5/6" in output
+    assert results_of(run) == results_of(whole)
+    assert_same_tensors(lora_of(run), lora_of(whole))
+    assert (RunDirectory(run).status()["iterations"], RunDirectory(run).summary()["iterations"]) == (6, 6)
+    # The description is another one now, and the shorter one is refused.
+    code, output = program.run("train", finished / "run.json", "--output", run)
+    assert code == 2
+    assert "runtime.iterations was 6 and is now 4" in output
+
+
+def test_an_extended_run_says_what_its_learning_rate_does(
+    program: Forks, tiny_description: dict, tmp_path: Path
+) -> None:
+    del tiny_description["evaluation"]
+    tiny_description["optimizer"]["decay"] = True
+    tiny_description["runtime"] |= {"iterations": 2, "samples_every": 0}
+    file, run = write_description(tmp_path / "run.json", tiny_description), tmp_path / "run"
+    assert program.run("train", file, "--output", run)[0] == 0
+    before = lora_of(run)
+    code, output = program.run("train", file, "--output", run, "--set", "runtime.iterations=3")
+    assert code == 0, output
+    assert "optimizer.decay: the learning rate goes on as in the longer run, and falls to 0 at its end" in output
+    assert any(not torch.equal(value, before[name]) for name, value in lora_of(run).items()), "it is not 0"
+
+
+def test_a_finished_run_whose_lora_was_deleted_gives_it_again(finished: Path, program: Forks, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
+    learned, events = lora_of(run.path), results_of(run.path)
+    run.lora_file.unlink()
+    code, output = program.run("resume", run.path)
+    assert code == 0, output
+    assert "iteration 1/4" not in output, "nothing is trained again"
+    assert_same_tensors(lora_of(run.path), learned)
+    assert results_of(run.path) == events
+    assert run.is_finished()
+
+
+def test_damaged_files_of_a_run_cost_no_more_than_they_held(finished: Path, program: Forks, tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
+    lines = run.events_file.read_bytes().split(b"\n")
+    run.events_file.write_bytes(b"\n".join([lines[0], b"null", lines[2], b"\xff", b""]))
+    (run.path / "status.json").write_bytes(b"[1, 2]")
+    (run.path / "report" / "summary.json").write_bytes(b"")
+    assert [event["iteration"] for event in run.events()] == [1, 3]
+    code, output = program.run("status", run.path)
+    assert (code, json.loads(output)) == (0, {"live": False})
+    code, output = program.run("resume", run.path)
+    assert code == 0, output
+    assert "warning: events.jsonl held 2 damaged lines, which are left out" in output
+    assert run.events_file.read_bytes() == lines[0] + b"\n" + lines[2] + b"\n"
+    assert run.is_finished()
+    assert_same_tensors(lora_of(run.path), lora_of(finished / "run"))
+
+
+def test_an_edited_description_is_one_sentence_until_the_original_is_given(
+    finished: Path, program: Forks, tmp_path: Path
+) -> None:
+    run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
+    (run.path / "report" / "summary.json").unlink()
+    file = run.path / "run.yaml"
+    file.write_text(file.read_text().replace("rank: 4", "rank: 8"))
+    code, output = program.run("resume", run.path)
+    assert code == 2
+    assert len(output.splitlines()) == 1
+    assert "run.yaml was edited: its settings do not match its hash" in output
+    code, output = program.run("train", finished / "run.json", "--output", run.path)
+    assert code == 0, output
+    code, output = program.run("resume", run.path)
+    assert code == 0, output
+    assert_same_tensors(lora_of(run.path), lora_of(finished / "run"))
+
+
+def test_a_run_resumes_from_another_folder(tiny_description: dict, program: Forks, tmp_path: Path) -> None:
+    del tiny_description["evaluation"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "prompts.txt").write_text("a red circle\na blue square\n")
+    tiny_description["prompts"] = {"file": "prompts.txt"}
+    tiny_description["runtime"] |= {"iterations": 1, "samples_every": 0}
+    file, run = write_description(tmp_path / "data" / "run.json", tiny_description), tmp_path / "run"
+    code, output = program.run("train", file, "--output", run)  # in yet another folder
+    assert code == 0, output
+    assert RunDirectory(run).config().prompts.file == str(tmp_path / "data" / "prompts.txt")
+    code, output = program.run("resume", run, "--iterations", 2)
+    assert code == 0, output

@@ -20,7 +20,7 @@ FAMILY = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
     def start(code: str) -> RunDirectory:
-        monkeypatch.setattr(launch, "command", lambda arguments, processes: [sys.executable, "-c", code, *arguments])
+        monkeypatch.setattr(launch, "command", lambda arguments: [sys.executable, "-c", code, *arguments])
         run = RunDirectory.open(tmp_path / "run", CONFIG, ["test"])
         launch.start_run(run, processes=2, gpus=[3])
         run.release()
@@ -43,7 +43,7 @@ def until(condition: Callable[[], object]) -> None:
 
 def test_a_run_is_on_before_its_process_holds_the_lock(started) -> None:
     run = started(SLEEP)
-    assert not run.is_live()
+    assert not run.is_locked_elsewhere()
     assert launch.is_running(run)
     status = run.status()
     assert (status["state"], status["processes"], status["gpus"]) == ("starting", 2, [3])
@@ -54,7 +54,7 @@ def test_a_run_is_on_before_its_process_holds_the_lock(started) -> None:
 def test_what_a_folder_is_called_reaches_no_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     code = "import pathlib, sys; pathlib.Path('said').write_text(sys.argv[2])"
-    monkeypatch.setattr(launch, "command", lambda arguments, processes: [sys.executable, "-c", code, *arguments])
+    monkeypatch.setattr(launch, "command", lambda arguments: [sys.executable, "-c", code, *arguments])
     run = RunDirectory.open(tmp_path / "$(touch owned); touch owned & `touch owned`", CONFIG, ["test"])
     launch.start_run(run)
     run.release()
@@ -102,6 +102,6 @@ def test_a_stop_keeps_what_the_run_said_last(started) -> None:
 
 def test_asking_whether_a_run_lives_makes_no_folder(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "none")
-    assert not run.is_live()
+    assert run.is_locked_elsewhere() is False
     assert not launch.is_running(run)
     assert list(tmp_path.iterdir()) == []

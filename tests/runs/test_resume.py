@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 
 from trainer import train
 from trainer.runs.directory import RunDirectory
-from trainer.runs.launch import kill_tree, stop
+from trainer.runs.launch import is_running, kill_tree, stop
+from trainer.utils.errors import RunFailed
 
 ITERATIONS = 80
 
@@ -166,7 +168,7 @@ def test_killed_at_twenty_random_moments_nothing_is_lost(uninterrupted: Path, pr
             child = program.start(*arguments, die=(phase, rng.randint(1, limit)))
         assert child.wait(60) == -signal.SIGKILL, f"life {life} ({phase}) ended by itself:\n{child.output}"
         assert_nothing_half_written(run)
-        assert not RunDirectory(run).is_live()
+        assert RunDirectory(run).is_locked_elsewhere() is False
         seen_leftovers += len(list(run.rglob(".*.tmp")))
         iteration = RunDirectory(run).status().get("iteration", 0)
         assert iteration >= reached, "no life loses what was saved"
@@ -237,21 +239,20 @@ def test_run_that_does_not_stop_in_time_is_ended(uninterrupted: Path, tmp_path: 
     assert other.stdout.readline() == "held\n"
     assert stop(run, grace=0.5)
     assert other.wait(5) is not None
-    assert (run.status()["state"], run.is_live(), run.stop_requested()) == ("stopped", False, False)
+    assert (run.status()["state"], is_running(run), run.stop_requested()) == ("stopped", False, False)
     assert not stop(run), "it was not running any more"
 
 
-def test_forced_end_is_a_failure_only_when_nobody_asked(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_forced_end_is_a_failure_only_when_nobody_asked(uninterrupted: Path, tmp_path: Path) -> None:
     """What the parent of several processes makes of their end."""
+    ranks = SimpleNamespace(failures=SimpleNamespace(reports=list), killed_by={})
     run = RunDirectory(shutil.copytree(uninterrupted / "run", tmp_path / "run"))
     run.write_status("running")
     run.request_stop()
-    assert train._verdict(run) == 0
+    assert train._verdict(run, ranks, [-9, -9]) == 0
     assert run.status()["state"] == "stopped"
     run.stop_file.unlink()
     run.write_status("running", error=None)
-    assert train._verdict(run) == 1
-    assert "ended without a word" in capsys.readouterr().err
+    with pytest.raises(RunFailed, match="the training processes exited unexpectedly"):
+        train._verdict(run, ranks, [0, 0])
     assert run.status()["state"] == "failed"

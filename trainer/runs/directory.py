@@ -70,7 +70,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.extended_from: int | None = None
-        self._lock = FileLock(self.path / ".lock")
+        self._lock = FileLock(self.path / ".lock", thread_local=False)
         self._token: str | None = None
 
     # ---------------------------------------------------------------------------------------------- identity

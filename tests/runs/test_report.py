@@ -1,0 +1,112 @@
+"""What is drawn and printed of a run."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainer.config import parse_config
+from trainer.runs import progress, report
+from trainer.runs.directory import RunDirectory
+from trainer.runs.progress import Progress, closing, table
+from trainer.runs.report import POINTS, draw_reward_curve, reward_points, thinned
+
+
+def event(iteration: int, mean: float | None = 0.5) -> dict:
+    rewards = {"r": {"mean": mean, "std": 0.2, "group_std": 0.1}}
+    return {"iteration": iteration, "rewards": rewards, "seconds": {"total": 2.0}, "forwards_per_image": 6.0}
+
+
+# ------------------------------------------------------------------------------------------------------------ curves
+
+
+def test_long_curves_are_averaged_and_short_ones_left_alone() -> None:
+    points = [(float(i), 2.0 * i, 1.0) for i in range(20_000)]
+    thin = thinned(points)
+    assert len(thin) == POINTS
+    assert thin[0] == (19.5, 39.0, 1.0), "the mean of the first 40"
+    assert thin[-1] == (19_979.5, 39_959.0, 1.0)
+    assert thinned(points[:POINTS]) == points[:POINTS]
+    assert [len(thinned(points[:n], 7)) for n in (0, 1, 7, 8, 13)] == [0, 1, 7, 7, 7]
+    uneven = thinned([(float(i),) for i in range(10)], 4)
+    assert uneven == [(0.5,), (3.0,), (5.5,), (8.0,)], "every point is in exactly one"
+
+
+def test_what_is_drawn_of_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(report, "_draw_panel", lambda axis, *values: drawn.append(values))
+    events = [event(i + 1, mean=i / 1000) for i in range(5000)] + [event(5001, mean=None)]
+    draw_reward_curve(events, [{"iteration": 0, "rewards": {"r": 0.25, "other": None}}])
+    (name, training, held_out), (other, nothing, none) = drawn
+    assert (name, len(training), held_out) == ("r", POINTS, [(0, 0.25)])
+    assert training[0] == pytest.approx((5.5, 0.0045, 0.1))
+    assert (other, nothing, none) == ("other", [], [])
+
+
+def test_points_leave_out_iterations_without_a_mean() -> None:
+    events = [event(1), event(2, None), {**event(3), "rewards": {}}, event(4, 0.75)]
+    assert reward_points(events, "r") == [(1, 0.5, 0.1), (4, 0.75, 0.1)]
+
+
+def test_a_curve_is_a_picture_and_nothing_is_none() -> None:
+    assert draw_reward_curve([], []) is None
+    picture = Image.open(io.BytesIO(draw_reward_curve([event(1), event(2)], [])))
+    assert picture.size == (550, 374)
+
+
+# --------------------------------------------------------------------------------------------------------------- lines
+
+
+def test_lines_of_a_run(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    listener = Progress(10, line=lambda event: "clipped 3%")
+    listener({"progress": {"phase": "rollout", "done": 2, "total": 10}})
+    assert capsys.readouterr().out == "", "not at once"
+    now[0] += 31
+    listener({"progress": {"phase": "rollout", "done": 3, "total": 10}})
+    listener({"progress": {"phase": "rollout", "done": 4, "total": 10}})
+    listener(event(4))
+    listener({"evaluation": {"iteration": 4, "rewards": {"r": 0.25, "s": None}}})
+    assert capsys.readouterr().out.splitlines() == [
+        "rollout 3 of 10",
+        "iteration 4/10  r 0.5000  2.00 s  clipped 3%  0 min 12 s left",
+        "held-out at iteration 4: r 0.2500, s -",
+    ]
+
+
+def test_the_bar_shows_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    listener = Progress(10)
+    listener(event(3))
+    listener({"progress": {"phase": "update", "done": 3, "total": 8}})
+    listener.close()
+    assert "3/10" in screen.getvalue()
+    assert "r 0.5000 update 3/8" in screen.getvalue()
+
+
+def test_the_end_of_a_run(tmp_path: Path) -> None:
+    config = parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]})
+    run = RunDirectory.open(tmp_path / "run", config, [])
+    run.append_event(event(1))
+    run.append_event(event(2))
+    run.lora_file.touch()
+    summary = {"state": "finished", "iterations": 2, "seconds": 65.0, "eval": {"before": None, "after": None}}
+    assert closing(summary, run, lambda events: [f"{len(events)} events"]).splitlines() == [
+        "finished: 2 iterations in 1 min 05 s, 2.00 s each",
+        "network forward passes per image 6.00",
+        "2 events",
+        f"LoRA      {run.lora_file}",
+    ]
+
+
+def test_the_table_stands_what_is_missing() -> None:
+    before = {"rewards": {"r": 0.5, "s": 1.0}, "spread": {"r": 0.25}, "categories": {"r": {"one": 0.5}}}
+    after = {"rewards": {"r": 1.0}}
+    lines = table({"eval": {"before": before, "after": after}}).splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["+0.5000", "+2.00", "-", "-"]
