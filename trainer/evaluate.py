@@ -68,6 +68,7 @@ def evaluate(
     steps: int,
     shift: float | None,
     guidance_scale: float,
+    solver: str,
     images_per_prompt: int,
     seed: int,
     batch: int,
@@ -80,7 +81,7 @@ def evaluate(
     Args:
         calls: how many images a process samples that has so many.
     """
-    plan = Plan("ode", 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale)
+    plan = Plan("ode", 0.0, model.sigmas(steps, shift), [False] * steps, False, guidance_scale, solver)
     pairs = [(p, k) for p in range(len(prompts.texts)) for k in range(images_per_prompt)]
     scores: list[tuple[int, dict[str, float]]] = []
     shown: list[tuple[int, Tensor]] = []

@@ -175,7 +175,7 @@ class Trainer:
         window = Window(**config.window.model_dump()) if config.window else None
         flags = stochastic_steps(config.steps, window, self.iteration, generator(seed, "window", self.iteration))
         sigmas = self.model.sigmas(config.steps, config.shift)
-        return Plan(config.kernel, config.eta, sigmas, flags, config.shared_noise, config.guidance_scale)
+        return Plan(config.kernel, config.eta, sigmas, flags, config.shared_noise, config.guidance_scale, config.solver)
 
     def _rollout(self, chosen: list[int], clock: Clock) -> Actions:
         """Sample this process's trajectories; advantages are still to come."""
@@ -324,6 +324,7 @@ class Trainer:
                 steps=config.steps or rollout.steps,
                 shift=rollout.shift,
                 guidance_scale=rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale,
+                solver=config.solver,
                 images_per_prompt=config.images_per_prompt,
                 seed=config.seed,
                 batch=rollout.batch_size,

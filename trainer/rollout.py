@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import kernels
-from .diffusion.solvers import Euler
+from .diffusion.solvers import SOLVERS
 from .models import Conditions, DiffusionModel
 
 
@@ -19,6 +19,7 @@ class Plan:
         sigmas: T + 1 falling noise levels, of a flow model from 1 to 0.
         stochastic: T flags; the other steps are deterministic. The last is never stochastic.
         shared_noise: images of a group start from one noise.
+        solver: of the deterministic steps, a name of `SOLVERS`.
     """
 
     kernel: str
@@ -27,6 +28,7 @@ class Plan:
     stochastic: list[bool]
     shared_noise: bool
     guidance_scale: float = 1.0
+    solver: str = "euler"
 
     @property
     def shared_step(self) -> int:
@@ -127,7 +129,7 @@ def sample(
     """
     index = torch.arange(len(initial), device=prompt_of.device) if plan.shared_noise else prompt_of
     latents, evaluations = initial.float(), 0
-    solver = Euler(model.process)
+    solver = SOLVERS[plan.solver](model.process)
     starts, ends, log_probs, means = [], [], [], []
     for i, (sigma, sigma_next) in enumerate(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True)):
         between_calls()
@@ -139,6 +141,7 @@ def sample(
             latents = solver.step(latents, prediction, sigma, sigma_next)
             continue
         step = kernels.step(plan.kernel, latents, prediction, sigma, sigma_next, plan.eta, noise=step_noise(i))
+        solver.reset()
         starts.append(latents)
         ends.append(step.next_sample)
         log_probs.append(step.log_prob)
