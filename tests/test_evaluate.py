@@ -1,4 +1,4 @@
-"""What an evaluation says of the trained rewards together."""
+"""How held-out prompts are sampled, and what an evaluation says of the trained rewards together."""
 
 import pytest
 import torch
@@ -40,3 +40,20 @@ def test_mixture_of_an_image_without_a_score_is_none() -> None:
     values = Mixture({"a": 1.0, "b": 2.0}, {"a": 0.5, "b": 4.0}).of(columns)
     assert values[0] == 1 / 0.5 + 2 * 2 / 4.0
     assert values[1].isnan()
+
+
+def test_evaluation_and_rollout_have_a_solver_each(tiny_description: dict) -> None:
+    def scores(*settings: str) -> tuple[dict, dict]:
+        window = ["rollout.window={size: 1, position: fixed}", "lora.ema_decay=0"]
+        trainer = Trainer(parse_config(tiny_description, [*window, *settings]), None, Processes("cpu"))
+        trainer.evaluate()
+        return trainer.evaluations[0]["rewards"], trainer.iterate()["rewards"]
+
+    evaluation, rollout = scores()
+    assert scores("evaluation.solver=euler", "rollout.solver=euler") == (evaluation, rollout)
+    other, same = scores("evaluation.solver=2m")
+    assert other != evaluation
+    assert same == rollout
+    same, other = scores("rollout.solver=2m")
+    assert same == evaluation
+    assert other != rollout

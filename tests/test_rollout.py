@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trainer.adapters import lora
 from trainer.config import ModelConfig
+from trainer.diffusion.process import FLOW
+from trainer.diffusion.solvers import DPMSolver2M
 from trainer.models import DiffusionModel
 from trainer.models.diffusers.sd3 import SD3Model
 from trainer.objectives.base import Totals
@@ -230,6 +232,24 @@ def test_every_step_is_reported_before_it_is_taken_and_may_be_the_last(model: SD
     with pytest.raises(StopRequested):
         sample(model, plan_of(ALL), prompting, PROMPT_OF, starts(), step_noise, Execution(report=report))
     assert seen == [("rollout", step, STEPS, True) for step in range(4)]
+
+
+@pytest.mark.parametrize("stochastic", [[False] * STEPS, [True, False, False, False, False]])
+def test_2m_takes_the_deterministic_steps_and_starts_anew_after_noise(
+    model: SD3Model, prompting: Prompting, stochastic: list[bool]
+) -> None:
+    kept = roll(model, replace(plan_of(stochastic), solver="2m"), prompting)
+    first = sum(stochastic)
+    latents, solver = kept.next_samples[0] if first else starts()[PROMPT_OF], DPMSolver2M(FLOW)
+    for sigma, sigma_next in zip(SIGMAS[first:-1], SIGMAS[first + 1 :], strict=True):
+        with torch.no_grad():
+            levels = torch.full((len(latents),), sigma)
+            prediction = model.predict(latents, levels, prompting.conditions.rows(PROMPT_OF))
+        latents = solver.step(latents, prediction, sigma, sigma_next)
+    close(kept.final, latents, 1e-5)
+    euler = roll(model, plan_of(stochastic), prompting)
+    assert (euler.final - kept.final).abs().max() > 1e-3
+    assert torch.equal(euler.log_probs, kept.log_probs)
 
 
 # ------------------------------------------------------------------------------------------------------------ update

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from .diffusion import kernels
+from .diffusion.solvers import solver_names
 from .model_config import GraphLora, GraphModel, GraphSampling, ModelConfig
 from .objectives import DEFAULT, OBJECTIVES, ObjectiveSection
 from .objectives.advantage import AdvantageConfig
@@ -84,6 +85,11 @@ class RolloutConfig(Section):
         kernels.DANCE.default_eta, description="Strength of the added noise, in the kernel's own scale."
     )
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(16, description="Sampling steps of a trajectory.")
+    solver: Annotated[str, OneOf(solver_names)] = Field(
+        "euler",
+        description="Solver of the deterministic steps: euler, or 2m (DPM-Solver++ 2M), which is of second order and "
+        "needs fewer steps.",
+    )
     shift: Annotated[float, Field(gt=0, le=100)] | None = Field(
         3.0,
         description="Shift of a flow model's noise levels towards noise; null takes the levels of its own scheduler, "
@@ -174,6 +180,7 @@ class EvaluationConfig(Section):
         0, ge=0, le=1_000_000, description="Also evaluate every so many iterations; 0 only before and after."
     )
     steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Sampling steps; null as in rollout.")
+    solver: Annotated[str, OneOf(solver_names)] = Field("euler", description="As rollout.solver, for every step.")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None, description="Guidance; null as in rollout."
     )

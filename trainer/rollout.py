@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import kernels
-from .diffusion.solvers import Euler
+from .diffusion.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from .models import Conditions, DiffusionModel
@@ -28,6 +28,7 @@ class Plan:
         stochastic: T flags; the other steps are deterministic. The last is never stochastic.
         shared_noise: images of a group start from one noise.
         guidance_scale: classifier-free guidance; 1 is off.
+        solver: of the deterministic steps, a name of `SOLVERS`.
         keep_means: keep the mean of each stochastic step.
         stop: steps that are taken; None for all. Fewer leave `Trajectories.final` at noise level `sigmas[stop]`.
     """
@@ -38,6 +39,7 @@ class Plan:
     stochastic: list[bool]
     shared_noise: bool
     guidance_scale: float = 1.0
+    solver: str = "euler"
     keep_means: bool = False
     stop: int | None = None
 
@@ -170,7 +172,7 @@ def sample(
     """
     per_prompt = plan.shared_noise  # one row per prompt, until the rows of a group differ
     index = torch.arange(len(initial), device=prompt_of.device) if per_prompt else prompt_of
-    latents, forwards, solver = initial.float(), 0, Euler(model.process)
+    latents, forwards, solver = initial.float(), 0, SOLVERS[plan.solver](model.process)
     starts, ends, log_probs, means = [], [], [], []
     steps = list(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True))[: plan.stop]
     for i, (sigma, sigma_next) in enumerate(steps):
@@ -183,6 +185,7 @@ def sample(
             latents = solver.step(latents, prediction, sigma, sigma_next)
             continue
         step = kernels.step(plan.kernel, latents, prediction, sigma, sigma_next, plan.eta, noise=step_noise(i))
+        solver.reset()
         starts.append(latents)
         ends.append(step.next_sample)
         log_probs.append(step.log_prob)

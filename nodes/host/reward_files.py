@@ -65,7 +65,6 @@ def _range(field: FieldInfo) -> dict[str, float]:
 
 def option_values(kind: type[reward_models.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
     """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
-    widgets = votes.chosen(widgets)
     lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
     return {name: prompt_lines(value) if name in lists else value for name, value in widgets.items()}
 

@@ -69,6 +69,7 @@ class ForwardProcessObjective(Objective):
             [False] * rollout.steps,
             shared_noise=False,  # without noise on the way, a group that shares its start would be one image
             guidance_scale=rollout.guidance_scale,
+            solver=rollout.solver,
         )
 
     def items(self, experience: Experience) -> Iterator[list[Item]]:

@@ -100,6 +100,7 @@ class Grpo(Objective):
             stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration)),
             config.shared_noise,
             config.guidance_scale,
+            solver=config.solver,
             keep_means=self.options.ratio == "guard" and self.options.updates > 1 and not self.keeps_old_weights,
         )
 

@@ -93,6 +93,7 @@ class RewardGradient(Objective):
             [False] * rollout.steps,
             shared_noise=False,
             guidance_scale=rollout.guidance_scale,
+            solver=rollout.solver,
             stop=self._stop(iteration),
         )
 
