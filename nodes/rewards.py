@@ -180,7 +180,7 @@ class ScoreImages(io.ComfyNode):
     @classmethod
     def execute(cls, reward: Judges, images: Tensor, prompt: str, batch: str) -> io.NodeOutput:
         connected(reward, Judges, "reward")
-        pictures = images.movedim(-1, 1).float().clamp(0, 1)
+        pictures = images[..., :3].movedim(-1, 1).float().clamp(0, 1)
         items = pictures[None] if batch == "one video" else pictures
         prompts = split_prompts(prompt, len(items), "videos" if batch == "one video" else "images")
         device = comfy.model_management.get_torch_device()

@@ -1,7 +1,7 @@
 """The training itself, and a look at any run: the run itself is a process of its own."""
 
 import hashlib
-from pathlib import Path
+import io as memory_file
 
 import torch
 from comfy_api.latest import io, ui
@@ -10,7 +10,6 @@ from comfy_execution.graph import ExecutionBlocker
 from ..trainer.runs import launch
 from ..trainer.runs.directory import RunDirectory
 from ..trainer.utils.errors import BadInput
-from ..trainer.utils.media import read_image
 from . import types
 from .host import runs, session
 from .host.folders import check_name, publish_lora, run_folder
@@ -292,7 +291,7 @@ def _curve(run: RunDirectory) -> torch.Tensor | None:
     from ..trainer.runs.report import draw_reward_curve
 
     picture = draw_reward_curve(run.events(), (run.summary() or {}).get("evaluations", []))
-    return None if picture is None else _image(picture)
+    return None if picture is None else _image(memory_file.BytesIO(picture))
 
 
 def _samples(run: RunDirectory) -> torch.Tensor | None:
@@ -301,9 +300,14 @@ def _samples(run: RunDirectory) -> torch.Tensor | None:
     return None if picture is None else _image(picture)
 
 
-def _image(source: Path | bytes) -> torch.Tensor:
-    """An image file as ComfyUI's IMAGE: `[1, H, W, 3]`."""
-    return read_image(source).movedim(0, -1)[None]
+def _image(source: object) -> torch.Tensor:
+    """A picture as ComfyUI has images: `[1, H, W, 3]`."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(source) as picture:
+        array = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    return torch.from_numpy(array)[None]
 
 
 def _state_on_disk(name: str | None) -> float | str:

@@ -12,7 +12,6 @@ from server import PromptServer
 from ...trainer.config import ModelConfig
 from ...trainer.models import weight_bytes
 from ...trainer.utils.errors import BadInput
-from ...trainer.utils.media import open_image
 
 GIB = 2**30
 HEADROOM = 0.5 * GIB
@@ -138,7 +137,10 @@ def say(text: str, node_id: str) -> None:
 def _preview(picture: Path | None) -> tuple | None:
     if picture is None:
         return None
+    from PIL import Image
+
     try:
-        return ("JPEG", open_image(picture), 1024)
-    except BadInput:
+        with Image.open(picture) as image:
+            return ("JPEG", image.convert("RGB"), 1024)
+    except OSError:
         return None
