@@ -25,7 +25,7 @@ from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, ratio_record, reward_record, warn_of_ratio, without_nan
 from .runs.recorder import Keeper
 from .runs.watchdog import Guard
-from .score import score_by_group
+from .score import fps_notes, score_by_group
 from .utils.distributed import Processes
 from .utils.errors import BadInput, RunFailed, StopRequested
 from .utils.seeds import generator, noise, prompt_indices
@@ -72,7 +72,8 @@ class Trainer:
         family = model_class(config.model)
         check_kernel(family, config.model.family, config.rollout)
         family.check_targets(config.model, config.lora.targets or [])
-        for note in family.notes(config.model) if processes.is_main else []:
+        notes = [*family.notes(config.model), *fps_notes(self.judges, config.model.fps)]
+        for note in notes if processes.is_main else []:
             print(f"warning: {note}", file=sys.stderr)
         for judge in self.judges.values():
             judge.load()

@@ -96,6 +96,19 @@ def conditions_for(
     return RunConditions(stored.select(training_rows), stored.select(held_out_rows), unconditional)
 
 
+def check_conditions(
+    config: RunConfig, family: type[DiffusionModel], training: PromptSet, held_out: PromptSet
+) -> None:
+    """Look at the file `prompts.conditions`, where the description names one, without reading it whole.
+
+    Raises:
+        BadInput: it cannot be read, does not fit the model, or lacks a prompt.
+    """
+    if config.prompts.conditions is not None:
+        with_negative = needs_negative(config, held_out)
+        _from_file(config, family, prompts_to_encode(config, training, held_out, with_negative))
+
+
 def encode_into(
     path: Path,
     config: RunConfig,

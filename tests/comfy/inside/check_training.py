@@ -143,7 +143,8 @@ def test_weights_of_prompts_reach_the_clip_and_not_the_rewards(pack, demo, tmp_p
 @pytest.mark.parametrize(
     "text",
     [
-        "a (red:1.5) fox", "((a)) b", "(a (b:1.2) c:0.5) d", "(a:b)", "(:1)", "()", "a) (b", "(a", "a)", ")(", r"\(a\) (b)",
+        "a (red:1.5) fox", "((a)) b", "(a (b:1.2) c:0.5) d", "(a:b)", "(:1)", "()", "a) (b", "(a", "a)", ")(",
+        r"\(a\) (b)",
         "((a:1.1) (b:2):3)", "(a: 2 )", "(a:nan)", "(a:1_0)", "(16:9)", "x(a)y(b)z", "(a)(b)", "(((a)", "a)))(((b",
     ],
 )  # fmt: skip
