@@ -25,6 +25,7 @@ from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, reward_record, without_nan
 from .runs.recorder import Recorder
 from .runs.watchdog import Watchdog
+from .score import fps_notes
 from .utils.distributed import Processes
 from .utils.errors import BadInput, RunFailed, StoppedByWatchdog, StopRequested
 
@@ -59,7 +60,8 @@ class Trainer:
             check_start(config.lora)
         self.recorder = Recorder(run, config, None, processes.is_main, listener)
         self.objective, self.prompts, self.held_out = checked.objective, checked.prompts, checked.held_out
-        for note in checked.family.notes(config.model) if processes.is_main else []:
+        notes = [*checked.family.notes(config.model), *fps_notes(checked.judges, config.model.fps)]
+        for note in notes if processes.is_main else []:
             print(f"warning: {note}", file=sys.stderr)
         for judge in checked.judges.values():
             judge.load()

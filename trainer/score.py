@@ -1,6 +1,6 @@
 """Scoring: image files in batches, so that memory does not grow with their number; and a run's images by group."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,24 @@ def score_by_group(reward: Reward, images: Tensor, prompts: list[str], groups: S
         rows = [row for row, other in enumerate(groups) if other == group]
         scores[rows] = score_or_nan(reward, images[rows], [prompts[row] for row in rows])
     return scores
+
+
+def fps_notes(rewards: Mapping[str, Reward], fps: float) -> list[str]:
+    """A sentence for every reward that takes its videos to have another frame rate than the model's.
+
+    Args:
+        fps: frames per second of the model's videos.
+    """
+    notes = []
+    for name, reward in rewards.items():
+        options = getattr(reward, "reward", reward).options  # a threshold has those of the reward inside it
+        taken = getattr(options, "fps", None)
+        if reward.media == "video" and taken is not None and taken != fps:
+            notes.append(
+                f"reward {name!r} takes videos to have {taken:g} frames per second, and model.fps is {fps:g}: set its "
+                "option fps to the same number, unless the difference is meant"
+            )
+    return notes
 
 
 def _read(path: Path) -> Tensor | BadInput:

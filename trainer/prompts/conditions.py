@@ -7,17 +7,20 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import RunConfig
 from ..models import Conditions, DiffusionModel
 from ..models.base import ENCODED_AT_ONCE
-from ..utils.distributed import Processes
 from ..utils.errors import BadInput, cut, shorten
 from .sets import PromptSet
 from .store import StoredConditions, open_conditions, write_conditions
 from .text import Key
+
+if TYPE_CHECKING:
+    from ..utils.distributed import Processes  # slow to import, and ComfyUI imports this module at its start
 
 GIB = 2**30
 WORTH_MENTIONING = GIB
@@ -64,7 +67,7 @@ def conditions_for(
     family: type[DiffusionModel],
     training: PromptSet,
     held_out: PromptSet,
-    processes: Processes,
+    processes: "Processes",
     folder: Path | None,
 ) -> RunConditions:
     """The conditions of a run's prompts.
@@ -162,7 +165,7 @@ def _encode_together(
     config: RunConfig,
     family: type[DiffusionModel],
     wanted: dict[Key, Path | None],
-    processes: Processes,
+    processes: "Processes",
     folder: Path | None,
 ) -> StoredConditions:
     """Every process encodes a share of the prompts, in the batches that one process would make."""
@@ -189,7 +192,7 @@ def _encode_together(
     return stored
 
 
-def _temporary_folder(processes: Processes) -> tuple[Path, Path]:
+def _temporary_folder(processes: "Processes") -> tuple[Path, Path]:
     folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="dancegrpo-") if processes.is_main else None))
     return folder, folder
 

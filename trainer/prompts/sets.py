@@ -75,13 +75,18 @@ def read_prompts(config: RunConfig, training: PromptSet | None = None) -> tuple[
     held_out = evaluation_prompts(config.evaluation, weighted)
     if weighted:
         without_weights(config.prompts.negative)
+    check_held_out(training, held_out)
+    return training, held_out
+
+
+def check_held_out(training: PromptSet, held_out: PromptSet) -> None:
+    """Raise BadInput where a held-out prompt is also trained on, with the same image if it has one."""
     known = {(same_text(text), digest) for text, digest in training.keys}
     for text, digest in held_out.keys:
         if (same_text(text), digest) in known:
             raise BadInput(
                 f"held-out prompt {shorten(text)} is also a training prompt: evaluation prompts must be others"
             )
-    return training, held_out
 
 
 def training_prompts(config: PromptsConfig) -> PromptSet:

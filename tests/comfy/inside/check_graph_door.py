@@ -80,7 +80,7 @@ def description(pack: object, model: dict, conditions: Path | None, **sections: 
 def with_conditions(pack: object, demo: SimpleNamespace, files: SimpleNamespace, config: Any) -> Any:
     """The same description with its prompts encoded beside it."""
     file = files.folder / "conditions.safetensors"
-    pack("trainer.prompts.conditions").save_conditions(file, *pack("nodes.host.encoding").encode(demo.clip, config))
+    pack("nodes.host.encoding").write(file, demo.clip, config)
     data = config.model_dump(mode="json")
     data["prompts"]["conditions"] = str(file)
     return pack("trainer.config").parse_config(data)
@@ -118,11 +118,10 @@ def patched(model: Any, lora: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleNamespace, caplog) -> None:
-    encode, save = pack("nodes.host.encoding").encode, pack("trainer.prompts.conditions").save_conditions
     configs = {}
     for door, model in (("diffusers", {"family": "sd3"}), ("graph", graph_section(files))):
         file = files.folder / f"{door}.safetensors"
-        save(file, *encode(demo.clip, description(pack, model, None)))
+        pack("nodes.host.encoding").write(file, demo.clip, description(pack, model, None))
         targets = list(PAIRS) if door == "diffusers" else list(PAIRS.values())
         configs[door] = description(pack, model, file, lora={"rank": 4, "alpha": 8, "targets": targets})
     one, first, events = train(pack, configs["diffusers"], None)
@@ -360,32 +359,6 @@ def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model
 
 
 # ---------------------------------------------------------------------------------------------------------- conditions
-
-
-def test_conditions_come_back_from_their_file(pack, tmp_path: Path) -> None:
-    entries, conditions = pack("trainer.models").EntryConditions, pack("trainer.prompts.conditions")
-    shared = torch.randn(1, 16, 4, 4)
-    rows = [
-        {
-            "cross_attn": torch.randn(1, n, 8),
-            "guidance": 3.5,
-            "reference_latents": [shared],
-            "mask": None,
-            "n": {"a": 1},
-        }
-        for n in (5, 7)
-    ]
-    conditions.save_conditions(tmp_path / "c.safetensors", ["a", "b"], entries.of(rows))
-    texts, back = conditions.load_conditions(tmp_path / "c.safetensors")
-    assert texts == ["a", "b"]
-    for before, after in zip(rows, back.entries, strict=True):
-        assert torch.equal(before["cross_attn"], after["cross_attn"])
-        assert torch.equal(before["reference_latents"][0], after["reference_latents"][0])
-        assert (after["guidance"], after["mask"], after["n"]) == (3.5, None, {"a": 1})
-    assert back.entries[0]["reference_latents"][0] is back.entries[1]["reference_latents"][0]
-    picked = back.rows(torch.tensor([1, 0, 1]))
-    groups = [(index.tolist(), entry["cross_attn"].shape) for index, entry in picked.groups()]
-    assert sorted(groups) == [([0, 2], (1, 7, 8)), ([1], (1, 5, 8))]
 
 
 def test_conditioning_that_is_no_data_is_refused(pack) -> None:

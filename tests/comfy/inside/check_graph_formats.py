@@ -173,9 +173,7 @@ def test_a_scaled_file_goes_from_the_graph_into_training(
         "optimizer": {"learning_rate": 1e-2},
     }
     config, events = pack("trainer.config").parse_config(data), []
-    pack("trainer.prompts.conditions").save_conditions(
-        Path(config.prompts.conditions), *pack("nodes.host.encoding").encode(demo.clip, config)
-    )
+    pack("nodes.host.encoding").write(Path(config.prompts.conditions), demo.clip, config)
     trainer = pack("trainer.loop").Trainer(
         config, None, pack("trainer.utils.distributed").Processes("cpu"), events.append
     )

@@ -81,14 +81,15 @@ def test_lora_file_gives_the_same_output_in_comfyui_and_the_trainer(pack, demo, 
     assert (expected - base).abs().max() > 1e-2, "the LoRA does nothing, so this test would see nothing"
 
 
-def test_prompts_of_the_graphs_clip_equal_the_trainers_own(pack, demo) -> None:
+def test_prompts_of_the_graphs_clip_equal_the_trainers_own(pack, demo, tmp_path: Path) -> None:
     data = {
         "prompts": {"texts": ["a red circle", "two blue squares"], "negative": "grey"},
         "rewards": [{"name": "shapes"}],
+        "rollout": {"guidance_scale": 2},
         "evaluation": {"texts": ["a green triangle"]},
     }
     config = pack("trainer.config").parse_config(data)
-    texts, conditions = pack("nodes.host.encoding").encode(demo.clip, config)
+    texts, conditions = encoded(pack, tmp_path, demo.clip, config)
     assert texts == ["a red circle", "two blue squares", "a green triangle", "grey"]
     own = pack("trainer.models").FAMILIES["sd3"].encode(config.model, texts, CPU)
     assert conditions.tensors.keys() == own.tensors.keys()
@@ -96,7 +97,76 @@ def test_prompts_of_the_graphs_clip_equal_the_trainers_own(pack, demo) -> None:
         assert (conditions.tensors[name] - value).abs().max() < 1e-4, name
 
 
-def test_a_clip_of_another_model_is_refused(pack, demo) -> None:
+def encoded(pack: object, folder: Path, clip: object, config: object) -> tuple[list[str], object]:
+    """The texts that a clip encodes for a run, and their conditions."""
+    pack("nodes.host.encoding").write(folder / "c.safetensors", clip, config)
+    stored = pack("trainer.prompts.store").open_conditions(folder / "c.safetensors")
+    return [text for text, _ in stored.keys], stored.rows(torch.arange(len(stored)))
+
+
+def config_of(pack: object, **sections: object) -> object:
+    data = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "shapes"}]} | sections
+    return pack("trainer.config").parse_config(data)
+
+
+def test_a_negative_prompt_that_is_not_used_is_not_encoded(pack, demo, tmp_path: Path) -> None:
+    negative = "blurry, ugly, " * 40
+    for guidance, texts in ((1.0, ["a red circle"]), (2.0, ["a red circle", negative.strip()])):
+        config = config_of(
+            pack,
+            prompts={"texts": ["a red circle"], "negative": negative},
+            rollout={"guidance_scale": guidance},
+        )
+        assert encoded(pack, tmp_path, demo.clip, config)[0] == texts
+
+
+@torch.no_grad()
+def test_long_prompts_beside_short_ones_keep_comfyuis_own_lengths(pack, demo, tmp_path: Path) -> None:
+    texts = ["a red circle", "a red circle and a blue square, " * 8, "two triangles"]
+    config = config_of(pack, prompts={"texts": texts})
+    _, conditions = encoded(pack, tmp_path, demo.clip, config)
+    alone = [demo.encode(text.strip())[0][0] for text in texts]
+    lengths = [value.shape[1] for value in alone]
+    assert lengths[1] > lengths[0] == lengths[2]
+    assert conditions.lengths.tolist() == lengths
+    for row, value in enumerate(alone):
+        assert torch.equal(conditions.tensors["embeds"][row, : lengths[row]], value[0])
+
+
+def test_weights_of_prompts_reach_the_clip_and_not_the_rewards(pack, demo, tmp_path: Path) -> None:
+    encoding, sets = pack("nodes.host.encoding"), pack("trainer.prompts.sets")
+    assert encoding.applies_weights(demo.clip)
+
+    class LanguageModel:
+        tokenize = staticmethod(lambda text: {"llm": [[(5, 1.0), (6, 1.0)]], "extra": [None, "x"]})
+
+    assert not encoding.applies_weights(LanguageModel)
+    prompts = {"texts": ["a (red:1.5) circle"], "weight_syntax": True}
+    config = config_of(pack, prompts=prompts)
+    texts, conditions = encoded(pack, tmp_path, demo.clip, config)
+    assert texts == ["a (red:1.5) circle"]
+    assert torch.equal(conditions.tensors["embeds"], demo.encode("a (red:1.5) circle")[0][0])
+    assert not torch.equal(conditions.tensors["embeds"], demo.encode("a red circle")[0][0])
+    training, _ = sets.read_prompts(config)
+    assert training.scored == ["a red circle"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a (red:1.5) fox", "((a)) b", "(a (b:1.2) c:0.5) d", "(a:b)", "(:1)", "()", "a) (b", "(a", "a)", ")(",
+        r"\(a\) (b)",
+        "((a:1.1) (b:2):3)", "(a: 2 )", "(a:nan)", "(a:1_0)", "(16:9)", "x(a)y(b)z", "(a)(b)", "(((a)", "a)))(((b",
+    ],
+)  # fmt: skip
+def test_words_without_weights_are_those_comfyui_encodes(pack, text: str) -> None:
+    from comfy.sd1_clip import escape_important, token_weights, unescape_important
+
+    words = "".join(unescape_important(part) for part, _ in token_weights(escape_important(text), 1.0))
+    assert pack("trainer.prompts.text").without_weights(text) == words
+
+
+def test_a_clip_of_another_model_is_refused(pack, demo, tmp_path: Path) -> None:
     config = pack("trainer.config").parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "shapes"}]})
 
     class Other:
@@ -106,7 +176,8 @@ def test_a_clip_of_another_model_is_refused(pack, demo) -> None:
         )
 
     with pytest.raises(pack("trainer.utils.errors").BadInput, match="768 and 768 wide.*takes 128 and 128"):
-        pack("nodes.host.encoding").encode(Other, config)
+        pack("nodes.host.encoding").write(tmp_path / "c.safetensors", Other, config)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------- names
@@ -241,6 +312,9 @@ def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
     [
         (" \n\n", "", "prompts is empty"),
         ("a\nb\n a ", "", "prompts holds 'a' more than once"),
+        ("# a\n\ufeff\n", "", "prompts is empty"),
+        ("a b\nc", "# d\na  b", "held_out_prompts holds 'a b', which is also in prompts"),
+        ("a\nb \ud83e", "", "prompts holds 'b .ud83e', in which a surrogate is not part of a pair"),
         ("a", "b\nb", "held_out_prompts holds 'b' more than once"),
         ("a\nb", "b", "held_out_prompts holds 'b', which is also in prompts"),
     ],
