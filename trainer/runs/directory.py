@@ -126,6 +126,8 @@ class RunDirectory:
             (self.path / "report" / "summary.json").unlink(missing_ok=True)  # it says that the run is finished
             self._write_description(config, command)
         remove_leftovers(self.path)
+        for report in self.path.glob("error-*.txt"):  # of an earlier start
+            report.unlink(missing_ok=True)
         self.stop_file.unlink(missing_ok=True)  # an old request; from here on every request is for this process
 
     def _stored_hash(self) -> str | None:
