@@ -7,6 +7,8 @@ does it, by Pillow. Images that require a gradient are not rounded, and resized 
 import torch
 from torch import Tensor
 
+from ..utils.media import to_bytes, to_picture, to_tensor
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -19,11 +21,6 @@ def luma(images: Tensor) -> Tensor:
     return torch.einsum("bchw,c->bhw", images.float(), images.new_tensor(LUMA, dtype=torch.float32))
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Pixels rounded to the 256 values of an image file, `[..., 3, H, W]` uint8."""
-    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def rounded(images: Tensor) -> Tensor:
     """Pixels rounded to 256 values, float32 in [0, 1]; as they are if they require a gradient."""
     return images.float() if images.requires_grad else to_bytes(images).float() / 255
@@ -31,16 +28,7 @@ def rounded(images: Tensor) -> Tensor:
 
 def to_pil(images: Tensor) -> list:
     """`[B, 3, H, W]` in [0, 1] as PIL images."""
-    from PIL import Image
-
-    return [Image.fromarray(array) for array in to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def from_pil(picture: object) -> Tensor:
-    """An RGB PIL image as `[3, H, W]` float32 in [0, 1]."""
-    import numpy as np
-
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    return [to_picture(image) for image in images.detach()]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> Tensor:
@@ -73,7 +61,7 @@ def shortest_and_crop(images: Tensor, size: int, crop: str = "torchvision") -> T
         return resize(images, height, width)[..., top : top + size, left : left + size]
     box = (left, top, left + size, top + size)
     pictures = [picture.resize((width, height), Image.Resampling.BICUBIC).crop(box) for picture in to_pil(images)]
-    return torch.stack([from_pil(picture) for picture in pictures]).to(images.device)
+    return torch.stack([to_tensor(picture) for picture in pictures]).to(images.device)
 
 
 def trimmed(images: Tensor) -> Tensor:

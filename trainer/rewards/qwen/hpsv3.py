@@ -5,9 +5,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...config import Section
+from ...utils.media import to_tensor
 from ..base import Dtype, dtype_option
 from ..files import check_sha256, file_option
-from ..preprocess import from_pil, to_pil
+from ..preprocess import to_pil
 from .network import SIZES_7B, QwenReward, plain, read_named, smart_size
 
 PIXELS = 256 * 28 * 28
@@ -83,4 +84,4 @@ class HPSv3(QwenReward):
 
         height, width = smart_size(images.shape[-2], images.shape[-1], PIXELS, PIXELS)
         picture = to_pil(images)[0].resize((width, height), Image.Resampling.BICUBIC)
-        return from_pil(picture).expand(2, -1, -1, -1).to(images.device)
+        return to_tensor(picture).expand(2, -1, -1, -1).to(images.device)

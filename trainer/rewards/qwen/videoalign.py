@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...config import Section
+from ...utils.media import to_bytes
 from ..base import Dtype, MemoryHook, dtype_option
 from ..files import check_files, check_sha256, file_option
-from ..preprocess import to_bytes
 from .network import SIZES_2B, QwenReward, plain, read_named, smart_size
 
 SMALLEST, LARGEST = 128 * 28 * 28, 256 * 28 * 28

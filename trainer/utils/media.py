@@ -1,0 +1,196 @@
+"""Image and video files: the one reader, the one writer, and the conversions between images and tensors."""
+
+import io
+import warnings
+from collections.abc import Iterable
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .errors import BadInput
+from .files import write_atomically
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP"}
+"""Formats that are read, by Pillow's name. Pillow has decoders for many more, some of them rarely tested."""
+MAX_PIXELS = 8192 * 8192
+"""The largest image that is decoded. A small file can hold a very large image."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_image(source: Path | bytes, name: str | None = None) -> "Image.Image":
+    """Decode an image as it is meant to be seen: 8-bit RGB, upright, on white.
+
+    The EXIF orientation is applied, transparency is composited on white, 16 bits per channel are reduced to 8, and of
+    an animation the first frame is taken. Colour profiles are ignored, as ComfyUI ignores them.
+
+    Args:
+        source: a path, or the content of a file.
+        name: what messages call the image; by default its path.
+
+    Raises:
+        BadInput: there is no such file, it is not a PNG, JPEG or WebP image, it is damaged, or it has more than
+            MAX_PIXELS pixels.
+    """
+    from PIL import ImageOps
+
+    what = _name(source, name)
+    try:
+        with _open(source, what) as picture:
+            picture.load()
+            return _on_white(_eight_bits(ImageOps.exif_transpose(picture)))
+    except BadInput:
+        raise
+    except Exception as error:
+        raise _unreadable(what, error) from error
+
+
+def read_image(source: Path | bytes, name: str | None = None) -> Tensor:
+    """An image as `[3, H, W]` float32 in [0, 1]; see `open_image`."""
+    return to_tensor(open_image(source, name))
+
+
+def check_image(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
+    """Width and height as stored in the file's header; no pixel is decoded.
+
+    Raises:
+        BadInput: as `open_image`, except for damage behind the header.
+    """
+    what = _name(source, name)
+    try:
+        with _open(source, what) as picture:
+            return picture.size
+    except BadInput:
+        raise
+    except Exception as error:
+        raise _unreadable(what, error) from error
+
+
+def _name(source: Path | bytes, name: str | None) -> str:
+    return name or ("image" if isinstance(source, bytes) else f"image {source}")
+
+
+def _open(source: Path | bytes, what: str) -> "Image.Image":
+    """The image before its pixels are decoded, with its size checked."""
+    from PIL import Image
+
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise BadInput(f"{what} cannot be read: there is no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
+    except Image.DecompressionBombError as error:
+        raise BadInput(f"{what} is too large: {_LIMIT}") from error
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        picture.close()
+        raise BadInput(f"{what} has {width} x {height} pixels: {_LIMIT}")
+    return picture
+
+
+_LIMIT = f"at most {MAX_PIXELS / 1e6:.0f} million pixels (8192 x 8192) are read"
+
+
+def _unreadable(what: str, error: Exception) -> BadInput:
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        *others, last = FORMATS.values()
+        return BadInput(f"{what} is not a {', '.join(others)} or {last} image, or is damaged")
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return BadInput(f"{what} cannot be read: {' '.join(reason.split())}")
+
+
+def _eight_bits(picture: "Image.Image") -> "Image.Image":
+    """16-bit grey as 8-bit grey, which Pillow's own conversion would clip to white; other images unchanged."""
+    if picture.mode.partition(";")[0] != "I":
+        return picture
+    import numpy as np
+    from PIL import Image
+
+    levels = np.asarray(picture).astype(np.int64)
+    grey = Image.fromarray(np.rint(levels.clip(0, 65535) / 257).astype(np.uint8))
+    transparent = picture.info.get("transparency")
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _on_white(picture: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    rgba = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------- conversion
+
+
+def to_tensor(picture: "Image.Image") -> Tensor:
+    """An image as `[3, H, W]` float32 in [0, 1]."""
+    import numpy as np
+
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def to_picture(image: Tensor) -> "Image.Image":
+    """`[3, H, W]` in [0, 1] as an 8-bit RGB image."""
+    from PIL import Image
+
+    return Image.fromarray(to_bytes(image).permute(1, 2, 0).cpu().numpy())
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Pixels in [0, 1] rounded to the 256 values of an image file: uint8, same shape."""
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_picture(path: Path, picture: "Image.Image") -> None:
+    """Write an image as PNG.
+
+    Raises:
+        OSError: the disk is full or not writable; an existing file at `path` is left as it was.
+    """
+    write_atomically(path, png(picture))
+
+
+def png(picture: "Image.Image") -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_video(path: Path, pictures: Iterable["Image.Image"], fps: float) -> None:
+    """Write images of one size as an MP4 that browsers play: H.264, 4:2:0, without the last line of an odd edge.
+
+    Raises:
+        OSError: the disk is full or not writable; an existing file at `path` is left as it was.
+    """
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = None
+        for picture in pictures:
+            if stream is None:
+                stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+                stream.width, stream.height = picture.width // 2 * 2, picture.height // 2 * 2
+                stream.pix_fmt = "yuv420p"
+            even = picture.crop((0, 0, stream.width, stream.height))
+            container.mux(stream.encode(av.VideoFrame.from_image(even)))
+        container.mux(stream.encode(None))
+    write_atomically(path, buffer.getvalue())
