@@ -148,9 +148,12 @@ class ModelReward(Reward):
 
     def stored_elements(self) -> int:
         """How many numbers the files of the network hold."""
+        return sum(map(stored_elements, self.weight_files()))
+
+    def weight_files(self) -> list[Path]:
+        """Files that hold the network's weights."""
         rules = {name: file_rule(field) for name, field in type(self.options).model_fields.items()}
-        names = [name for name, rule in rules.items() if rule and rule.weights]
-        return sum(stored_elements(Path(getattr(self.options, name))) for name in names)
+        return [Path(getattr(self.options, name)) for name, rule in rules.items() if rule and rule.weights]
 
     def register_memory_hook(self, hook: MemoryHook) -> None:
         self.memory_hook = hook

@@ -14,11 +14,12 @@ from torch.nn.functional import normalize as unit
 
 from ..config import Section
 from ..utils.errors import BadInput
+from ..utils.media import to_tensor
 from .base import Dtype, ModelReward, dtype_option
 from .clip.contrastive import architecture, open_clip_network
 from .clip.layout import from_transformers
 from .clip.text import tokenizer
-from .files import build, file_option, fill, read_weights, stored_elements
+from .files import build, file_option, fill, read_weights
 from .preprocess import normalize, shortest_and_crop, to_pil
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -89,8 +90,8 @@ class GenEvalLike(ModelReward):
             if prompt not in self.asked:
                 raise ValueError(f"{prompt[:100]!r} is none of the prompts of {self.options.prompts}")
 
-    def stored_elements(self) -> int:
-        return super().stored_elements() + stored_elements(Path(self.options.detector) / "model.safetensors")
+    def weight_files(self) -> list[Path]:
+        return [Path(self.options.clip), Path(self.options.detector) / "model.safetensors"]
 
     def build(self) -> nn.Module:
         path, config, what = Path(self.options.clip), architecture(self.network), "OpenAI's CLIP ViT-L/14"
@@ -120,8 +121,7 @@ class GenEvalLike(ModelReward):
         from PIL import Image
 
         picture = to_pil(image[None])[0].resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
-        pixels = normalize(pixels.permute(2, 0, 1).float() / 255, MEAN, STD)[None].to(image.device)
+        pixels = normalize(to_tensor(picture), MEAN, STD)[None].to(image.device)
         output = self.module["detector"](pixel_values=pixels.to(self.dtype))
         masks = output.masks_queries_logits.float()
         masks = interpolate(masks, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]

@@ -28,7 +28,7 @@ def rounded(images: Tensor) -> Tensor:
 
 def to_pil(images: Tensor) -> list:
     """`[B, 3, H, W]` in [0, 1] as PIL images."""
-    return [to_picture(image) for image in images]
+    return [to_picture(image) for image in images.detach()]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> Tensor:

@@ -91,7 +91,7 @@ def test_prompts_one_for_all_or_one_each(pack) -> None:
         split(" \n", 3, "images")
 
 
-def test_a_prompt_that_cannot_be_scored_is_said(pack, load) -> None:
+def test_a_prompt_that_cannot_be_judged_is_said(pack, load) -> None:
     with pytest.raises(ValueError, match="a cat"):
         score(pack, load("shapes"), prompts=["a cat"] * 3)
 
@@ -127,7 +127,7 @@ def test_the_best_come_first(nodes) -> None:
 
 @pytest.fixture
 def film(pack, monkeypatch):
-    """A video reward, registered like any other."""
+    """A judge of videos, registered like any other."""
     rewards = pack("trainer.rewards")
 
     class Film(rewards.Reward):
@@ -183,7 +183,7 @@ def test_a_video_reward_is_not_given_images(pack, film) -> None:
     reward = pack("nodes.types").Rewards((pack("trainer.config").RewardConfig(name="film"),))
     with pytest.raises(ValueError, match=r"'film' \w+ videos"):
         score(pack, reward)
-    with pytest.raises(ValueError, match=r"'film' \w+ videos"):
+    with pytest.raises(ValueError, match="'film' judges videos"):
         single = torch.zeros(1, 1, 3, 16, 16)
         pack("nodes.host.scoring").score_all(reward, single, ["a"], torch.device("cpu"), lambda size: None)
 
@@ -195,7 +195,7 @@ def test_a_video_reward_scores_frames(pack, film) -> None:
     assert scores["film"].tolist() == pytest.approx([GREY.mean().item()])
 
 
-# ------------------------------------------------------------------- every reward that runs on the CPU, in small
+# -------------------------------------------------------------------- every judge that works on the CPU, in small
 
 
 @pytest.fixture(scope="module")

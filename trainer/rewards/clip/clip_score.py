@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...config import Section
 from ...utils.errors import BadInput
 from ..base import Dtype, dtype_option
-from ..files import WEIGHTS, build, file_option, fill, read_weights, stored_elements
+from ..files import WEIGHTS, build, file_option, fill, read_weights
 from ..preprocess import to_pil, trimmed
 from .contrastive import ContrastiveReward, architecture, open_clip_network
 
@@ -81,8 +81,8 @@ class ClipScore(ContrastiveReward):
             raise BadInput(f"reward 'clip': the tokenizer settings {str(settings)[:80]} of {self.file} are unknown")
         return clean
 
-    def stored_elements(self) -> int:
-        return stored_elements(self.file)
+    def weight_files(self) -> list[Path]:
+        return [self.file]
 
     def build(self) -> nn.Module:
         module = self._network()
