@@ -1,18 +1,19 @@
-"""GPU memory that an update of a connected model takes, computed on the meta device from core's own networks.
+"""GPU memory that training a connected model takes, computed on the meta device from core's own networks.
 
-    python benchmarks/memory.py --comfyui ~/ComfyUI            # the tables in docs/comfy-backend.md
+    python benchmarks/memory.py --comfyui ~/ComfyUI            # the table in docs/comfy-backend.md
     python benchmarks/memory.py --comfyui ~/ComfyUI --check    # the same counting against memory really allocated
 
 Nothing is loaded and nothing runs on a GPU. Each network is built in its released size without weights; the trainer's
-own adapter puts the LoRA on it and checkpoints its blocks; one prediction goes forward and backward, and every tensor
-is counted from when it is made until nothing holds it any more. Attention counts as a fused kernel, which keeps what
-comes in and goes out. Not counted: the GPU's own context (about 0.5 GB), fragmentation, buffers of matrix libraries,
-the VAE and rewards (they are idle in an update), and the weights' copies that ComfyUI makes to move them from RAM.
+own adapter puts the LoRA on it and checkpoints its blocks; one prediction goes forward and backward, the VAE decodes as
+many images as `model.decode_batch_size` says by default, and every tensor is counted from when it is made until nothing
+refers to it any more. Attention counts as a fused kernel, which keeps what comes in and goes out. An update, decoding
+and rewards take turns; ComfyUI moves what is idle out of the GPU. Not counted: the GPU's own context (about 0.5 GB),
+fragmentation, workspaces of matrix libraries, and the copies of weights that ComfyUI makes to move them from RAM.
+`benchmarks/memory_presets.py` does the same for the presets of diffusers folders.
 """
 
 import argparse
 import sys
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from trainer.models.memory import STATES
+from trainer.utils.allocation import AllocatedBytes, attention_memory, peak_bytes
+
 META = torch.device("meta")
 GB = 2**30
-STATES = 16
-"""Bytes of a LoRA parameter: float32 weight and gradient, and AdamW's two moments."""
 CONTEXT = 1.5 * GB
 """Left free for what is not counted."""
 
@@ -43,6 +43,7 @@ class Network:
         text: tokens and width of the token embeddings, and width of the pooled vector.
         guided: whether it needs a negative prompt, so that two predictions are kept at once.
         frames: of a video.
+        vae: its VAE, one of `DECODERS`.
         masked: whether the text's mask is asked for.
         multiple: height and width are taken as the next multiple of this.
     """
@@ -52,6 +53,7 @@ class Network:
     text: tuple[int, int, int | None]
     guided: bool = False
     frames: int = 1
+    vae: str = "kl"
     masked: bool = False
     multiple: int = 16
 
@@ -152,15 +154,18 @@ LTXV = {
 NETWORKS = {
     "SD 1.5": Network("SD15", SD15, (77, 768, None), guided=True),
     "SDXL": Network("SDXL", SDXL, (77, 2048, 1280), guided=True),
-    "Z-Image": Network("ZImage", Z_IMAGE, (100, 2560, None)),
-    "FLUX.1-dev": Network("Flux", FLUX, (512, 4096, 768)),
-    "Qwen-Image": Network("QwenImage", {"image_model": "qwen_image", "num_layers": 60}, (100, 3584, None), guided=True),
+    "Z-Image": Network("ZImage", Z_IMAGE, (100, 2560, None), vae="kl-16"),
+    "FLUX.1-dev": Network("Flux", FLUX, (512, 4096, 768), vae="kl-16"),
+    "Qwen-Image": Network(
+        "QwenImage", {"image_model": "qwen_image", "num_layers": 60}, (100, 3584, None), guided=True, vae="wan"
+    ),
     "Wan 2.1 1.3B": Network(
         "WAN21_T2V",
         WAN | {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
         (512, 4096, None),
         guided=True,
         frames=33,
+        vae="wan",
     ),
     "Wan 2.1 14B": Network(
         "WAN21_T2V",
@@ -168,9 +173,12 @@ NETWORKS = {
         (512, 4096, None),
         guided=True,
         frames=33,
+        vae="wan",
     ),
-    "HunyuanVideo": Network("HunyuanVideo", HUNYUAN, (256, 4096, 768), frames=33),
-    "LTX-Video 2B": Network("LTXV", LTXV, (128, 4096, None), guided=True, frames=33, masked=True, multiple=32),
+    "HunyuanVideo": Network("HunyuanVideo", HUNYUAN, (256, 4096, 768), frames=33, vae="hunyuan"),
+    "LTX-Video 2B": Network(
+        "LTXV", LTXV, (128, 4096, None), guided=True, frames=33, vae="ltx", masked=True, multiple=32
+    ),
 }
 TINY = Network(
     "Flux", FLUX | {"hidden_size": 256, "num_heads": 2, "depth": 3, "depth_single_blocks": 6}, (64, 4096, 768)
@@ -180,63 +188,12 @@ TINY = Network(
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
-class Fused(torch.autograd.Function):
-    """The memory of a fused attention kernel, and none of its values."""
-
-    @staticmethod
-    def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, shape: tuple, rows: int) -> Tensor:
-        output = q.new_empty(shape)
-        context.save_for_backward(q, k, v, output, q.new_empty(rows, dtype=torch.float32))
-        return output
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple:
-        return *(torch.empty_like(value) for value in context.saved_tensors[:3]), None, None
-
-
 def fused_attention(_: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *arguments: Any, **keywords: Any) -> Tensor:
-    """In place of ComfyUI's attention."""
+    """In place of ComfyUI's attention: the memory of a fused kernel, and none of its values."""
     batch, tokens = (q.shape[0], q.shape[2]) if keywords.get("skip_reshape") else q.shape[:2]
     width = q.shape[-1] if keywords.get("skip_reshape") else q.shape[-1] // heads
-    kept = (batch, heads, tokens, width) if keywords.get("skip_output_reshape") else (batch, tokens, heads * width)
-    return Fused.apply(q, k, v, kept, batch * heads * tokens)
-
-
-class Counted(TorchDispatchMode):
-    """Bytes of all tensors made inside that something still holds.
-
-    Attributes:
-        peak: their largest sum.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        given = {value.untyped_storage()._cdata for value in tensors((arguments, keywords or {}))}
-        result = function(*arguments, **(keywords or {}))
-        for value in tensors(result):
-            storage = value.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self.known:
-                self._keep(storage)
-        return result
-
-    def _keep(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, key, size)
-
-    def _let_go(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
-
-
-def tensors(values: Any) -> Iterator[Tensor]:
-    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    shape = (batch, heads, tokens, width) if keywords.get("skip_output_reshape") else (batch, tokens, heads * width)
+    return attention_memory(q, k, v, shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -310,7 +267,7 @@ def counted(network: Network, size: int, weights: torch.dtype, rank: int, batch:
     adapter = list(lora.parameters(model.module).values())
     base = [value for value in model.module.parameters() if not value.requires_grad]
     gradients = sum(value.numel() * 4 for value in adapter)
-    with Counted() as counter:
+    with AllocatedBytes() as counter:
         update(model, network, batch)
     return (
         sum(value.numel() for value in base),
@@ -318,6 +275,53 @@ def counted(network: Network, size: int, weights: torch.dtype, rank: int, batch:
         sum(value.numel() for value in adapter),
         counter.peak - gradients,
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+KL = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+def decoder(kind: str) -> torch.nn.Module:
+    """Core's autoencoder in its released size, without weights, in bfloat16."""
+    import comfy.model_management
+    from comfy.ldm.lightricks.vae import causal_video_autoencoder
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from comfy.ldm.wan.vae import WanVAE
+
+    comfy.model_management.ENABLE_PYTORCH_ATTENTION = True  # as on a GPU
+    causal_video_autoencoder.get_max_chunk_size = lambda device: causal_video_autoencoder.MAX_CHUNK_SIZE
+    makers = {
+        "kl": lambda: AutoencoderKL(ddconfig=KL, embed_dim=4),
+        "kl-16": lambda: AutoencoderKL(ddconfig=KL | {"z_channels": 16}, embed_dim=16),
+        "wan": lambda: WanVAE(dim=96, z_dim=16),
+        "hunyuan": lambda: AutoencoderKL(
+            ddconfig=KL | {"z_channels": 16, "conv3d": True, "time_compress": 4}, embed_dim=16
+        ),
+        "ltx": lambda: causal_video_autoencoder.VideoVAE(version=0),
+    }
+    with META:
+        return makers[kind]().to(torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def decoding(network: Network, size: int) -> int:
+    """Bytes of decoding as many images as the trainer decodes at once by default."""
+    model = build(network, size, torch.bfloat16, 1, META)
+    latents = torch.zeros(model.decode_batch_size, *model.latent_shape, dtype=torch.bfloat16, device=META)
+    vae = decoder(network.vae)
+    return peak_bytes(lambda: vae.decode(latents))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -333,10 +337,10 @@ def in_ram(bytes_needed: float, weights: float, gpu: float) -> str:
 
 def table(names: list[str], sizes: list[int], rank: int, batch: int) -> Iterator[str]:
     yield (
-        "| model | size | parameters | weights bf16 / fp8 | LoRA | activations | total bf16 / fp8 | "
+        "| model | size | parameters | weights bf16 / fp8 | LoRA | activations | decoding | total bf16 / fp8 | "
         "24 GB | 16 GB | 12 GB |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for name in names:
         network = NETWORKS[name]
         for size in [-(-size // network.multiple) * network.multiple for size in sizes]:
@@ -349,6 +353,7 @@ def table(names: list[str], sizes: list[int], rank: int, batch: int) -> Iterator
             yield (
                 f"| {name} | {size} x {size}{frames} | {parameters / 1e9:.2f}B | {wide / GB:.1f} / {narrow / GB:.1f} | "
                 f"{adapter / 1e6:.0f}M, {states / GB:.2f} | {active / GB:.1f} / {packed / GB:.1f} | "
+                f"{decoding(network, size) / GB:.1f} | "
                 f"{both[0] / GB:.1f} / {both[1] / GB:.1f} | {fits} |"
             )
 
@@ -369,7 +374,7 @@ def check() -> tuple[float, float]:
             now += event.nbytes()
             peak = max(peak, now)
     model = build(TINY, 256, torch.float32, 16, META)
-    with Counted() as counter:
+    with AllocatedBytes() as counter:
         update(model, TINY, 2)
     return peak / 2**20, counter.peak / 2**20
 

@@ -31,7 +31,7 @@ class RunMemory:
 
     Attributes:
         weights: the network and the VAE.
-        adapter: the LoRA, its gradient and the optimizer's states.
+        adapter: the LoRA, its gradient, the optimizer's states and its moving average.
         rollout: one forward pass of `rollout.batch_size` images at its peak.
         update: one forward and backward pass of `objective.batch_size` predictions at its peak.
         decode: decoding at its peak.
@@ -66,7 +66,7 @@ def run_memory(family: type[DiffusersModel], config: RunConfig, processes: int =
 
     return RunMemory(
         weights=weight_bytes(config.model, processes),
-        adapter=parameters * STATES,
+        adapter=parameters * (STATES + (4 if config.lora.ema_decay else 0)),
         rollout=forward_bytes(passes(rollout.batch_size)),
         update=update_bytes(passes(batch)) - parameters * 4,  # gradients are the adapter's
         decode=family.decode_bytes(config.model),
