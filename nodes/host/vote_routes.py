@@ -11,7 +11,7 @@ from ...trainer.rewards.preference import PIXELS, load_backbone
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from ...trainer.votes.analysis import Analyst
-from ...trainer.votes.importing import import_folder
+from ...trainer.votes.importing import export, import_favourites, import_folder
 from ...trainer.votes.records import Item, Vote
 from .folders import votes_folder
 from .reward_files import backbone_file
@@ -34,6 +34,7 @@ def add_vote_routes(routes: Routes) -> None:
     routes.post("/votes/{name}/vote", _vote)
     routes.post("/votes/{name}/undo", _undo)
     routes.post("/votes/{name}/import", _import)
+    routes.post("/votes/{name}/export", _export)
     routes.post("/votes/{name}/delete", _delete)
     routes.post("/votes/{name}/restore", _restore)
 
@@ -134,15 +135,28 @@ def _after(request: web.Request, collection: store.Collection) -> dict:
 
 
 def _import(request: web.Request, body: dict) -> dict:
-    """Add the images of a folder inside ComfyUI's input or output folder."""
-    folder = _inside(body.get("base", "output"), body.get("folder", ""))
+    """Add the images of a folder inside ComfyUI's input or output folder; or of two, of which one holds better ones."""
+    base, prompt = body.get("base", "output"), str(body.get("prompt") or "")
+    fields = ("better", "worse") if "better" in body or "worse" in body else ("folder",)
+    folders = [_inside(base, body.get(field), field) for field in fields]
     collection = store.create(votes_folder(), request.match_info["name"])
-    done = import_folder(collection, folder, str(body.get("prompt") or ""))
-    left_out = f"; {len(done.complaints)} files were left out" if done.complaints else ""
-    return {"message": f"{done.new} images added, {done.known} were there{left_out}", "warnings": done.complaints}
+    done = (import_folder if len(folders) == 1 else import_favourites)(collection, *folders, prompt)
+    parts = [f"{done.new} images added", f"{done.known} were there"]
+    parts += [f"{done.votes} votes added"] if done.votes else []
+    parts += [f"{len(done.complaints)} files were left out"] if done.complaints else []
+    return {"message": ", ".join(parts), "warnings": done.complaints}
 
 
-def _inside(base: object, folder: object) -> Path:
+def _export(request: web.Request, body: dict) -> dict:
+    """Write a collection as a ZIP file into ComfyUI's output folder."""
+    collection = _collection(request)
+    file = votes_folder().parent / "exports" / f"{collection.name}.zip"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    export(collection, file)
+    return {"filename": file.name, "subfolder": "dancegrpo/exports", "type": "output"}
+
+
+def _inside(base: object, folder: object, field: str) -> Path:
     """A folder inside ComfyUI's input or output folder.
 
     Raises:
@@ -151,11 +165,11 @@ def _inside(base: object, folder: object) -> Path:
     if base not in BASES:
         raise BadInput(f"base is {str(base)[:40]!r}: choose output or input")
     if not isinstance(folder, str) or not folder or "\0" in folder:
-        raise BadInput("folder is empty: give a folder inside ComfyUI's input or output folder")
+        raise BadInput(f"{field} is empty: give a folder inside ComfyUI's input or output folder")
     root = Path(BASES[base]()).resolve()
     path = (root / folder).resolve()
     if not path.is_relative_to(root):
-        raise BadInput(f"folder {folder[:80]!r} is not inside ComfyUI's {base} folder")
+        raise BadInput(f"{field} {folder[:80]!r} is not inside ComfyUI's {base} folder")
     return path
 
 
