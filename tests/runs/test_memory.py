@@ -1,4 +1,4 @@
-"""A long run needs no more memory than a short one."""
+"""What an iteration holds is known before the start, and a long run needs no more than a short one."""
 
 import json
 import os
@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from trainer.cli import main
+from trainer.config import RunConfig, parse_config
+from trainer.runs import memory
+from trainer.runs.memory import check_iteration, iteration_bytes
+from trainer.utils.errors import BadInput
 
 MEASURE = """
 import gc, json, sys
@@ -58,3 +64,40 @@ def test_memory_stays_flat_over_500_iterations(tiny_sd3: Path, tmp_path: Path, k
     sizes = json.loads(done.stdout.splitlines()[-1])
     assert len(sizes) == 21, "iterations 100 to 600"
     assert max(sizes) <= 1.02 * sizes[0], [round(size / 2**20, 1) for size in sizes]
+
+
+def config(**rollout: object) -> RunConfig:
+    data = {"model": {"height": 64, "width": 32}, "prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]}
+    return parse_config({**data, "rollout": {"steps": 11, "group_size": 6, "prompts_per_iteration": 4, **rollout}})
+
+
+def test_bytes_of_an_iteration() -> None:
+    images, pixels, latents = 24, 3 * 64 * 32, 16 * 8 * 4
+    # Each of the 10 stochastic steps keeps where it starts and where it ends; then the final latents and the image.
+    assert iteration_bytes(config(), 1) == images * 4 * (pixels + 21 * latents)
+    assert iteration_bytes(config(), 5) == 5 * 4 * (pixels + 21 * latents), "the largest part of 24 images over 5"
+    assert iteration_bytes(config(window={"size": 2}), 1) == images * 4 * (pixels + 5 * latents)
+    assert iteration_bytes(config(), 1, latent_numbers=100) == images * 4 * (pixels + 21 * 100)
+
+
+def test_an_iteration_that_cannot_fit_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = iteration_bytes(config(), 2)
+    monkeypatch.setattr(memory, "_memory_bytes", lambda device, processes: need)
+    check_iteration(config(), 2)
+    with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 hold"):
+        check_iteration(config(), 1)
+
+
+def test_a_run_that_cannot_fit_claims_no_directory(tiny_description: dict, tmp_path: Path, capsys: object) -> None:
+    file = tmp_path / "run.json"
+    tiny_description["rollout"] |= {"group_size": 10_000, "prompts_per_iteration": 1_000_000}
+    file.write_text(json.dumps(tiny_description))
+    assert main(["train", str(file), "--output", str(tmp_path / "run")]) == 2
+    assert "GiB per process in every iteration" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    for setting in ("rollout.group_size=100000000", "rollout.batch_size=1e21", "lora.alpha=1e308"):
+        assert main(["train", str(file), "--output", str(tmp_path / "run"), "--set", setting]) == 2
+        assert f"{setting.split('=')[0]} is" in capsys.readouterr().err
+    wild = ["--set", "optimizer.weight_decay=1000", "--set", "optimizer.learning_rate=0.01"]
+    assert main(["train", str(file), "--output", str(tmp_path / "run"), *wild]) == 2
+    assert "weight_decay 1000 times learning_rate 0.01 is not below 1" in capsys.readouterr().err
