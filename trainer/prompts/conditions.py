@@ -96,9 +96,7 @@ def conditions_for(
     return RunConditions(stored.select(training_rows), stored.select(held_out_rows), unconditional)
 
 
-def check_conditions(
-    config: RunConfig, family: type[DiffusionModel], training: PromptSet, held_out: PromptSet
-) -> None:
+def check_conditions(config: RunConfig, family: type[DiffusionModel], training: PromptSet, held_out: PromptSet) -> None:
     """Look at the file `prompts.conditions`, where the description names one, without reading it whole.
 
     Raises:
