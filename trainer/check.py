@@ -50,7 +50,7 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     objective = make_objective(config)
     prompts, held_out = read_prompts(config, objective.training_prompts())
     rewards, judges = check_rewards(config, processes, prompts, held_out)
-    _check_media(judges, config.model.frames)
+    check_media(judges, config.model.frames)
     objective.check(family, rewards)
     if config.prompts.conditions is not None and conditions_exist:
         check_conditions(config, family, prompts, held_out)
@@ -73,18 +73,20 @@ def check_rewards(
         raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
     rewards = {reward.name: load_reward(reward) for reward in config.rewards}
     judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
-    _check_groups(rewards, processes)
+    check_groups(rewards, processes)
     _check_prompts(judges, [*prompts.scored, *held_out.scored])
     return rewards, judges
 
 
-def _check_groups(rewards: Mapping[str, Reward], processes: int) -> None:
+def check_groups(rewards: Mapping[str, Reward], processes: int) -> None:
+    """Raise BadInput where a reward compares the images of a group that several processes share."""
     for name, reward in rewards.items():
         if reward.groupwise and processes > 1:
             raise BadInput(f"reward {name!r} compares all images of a group: it works in one process, not {processes}")
 
 
-def _check_media(rewards: Mapping[str, Reward], frames: int) -> None:
+def check_media(rewards: Mapping[str, Reward], frames: int) -> None:
+    """Raise BadInput where a reward scores videos, and the model makes images."""
     for name, reward in rewards.items():
         if reward.media == "video" and frames < 2:
             raise BadInput(f"reward {name!r} judges videos, and model.frames is {frames}: give it a model of videos")

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trainer.check import check_groups, check_media
 from trainer.cli import main
 from trainer.config import RewardConfig, Section
-from trainer.loop import check_groups, check_media
 from trainer.models.diffusers.sd3 import SD3Model
 from trainer.rewards import REWARDS, Threshold, load_reward, score, score_or_nan, with_files_from
 from trainer.rewards.base import ModelReward, Reward
