@@ -46,8 +46,8 @@ def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
             f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
-            f"base model's weights and decoding take {need / GIB:.1f} GiB: close other programs, choose bfloat16, or lower "
-            "model.decode_batch_size"
+            f"base model's weights and decoding take {need / GIB:.1f} GiB: close other programs, choose bfloat16, or "
+            "lower model.decode_batch_size"
         )
 
 
