@@ -1,6 +1,7 @@
 """What an iteration trains on: images sampled by the policy, scored, and ranked within their groups."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from .objectives.advantage import Advantages, active_images, advantages_of
 from .objectives.base import Experience
 from .rollout import Execution, Prompting, sample
 from .runs.metrics import Clock
+from .runs.pictures import Sample
 from .runs.recorder import Recorder
 from .score import score_by_group
 from .utils.distributed import Processes
@@ -105,11 +107,23 @@ class Collector:
                 columns[name] = score_by_group(reward, images, experience.texts, slots).tolist()
             for reward in self.rewards.values():
                 reward.idle()
-        self.recorder.rollout_picture(images, experience.iteration, experience.texts)
+        self.recorder.rollout_picture(images, experience.iteration, self._samples(experience, columns))
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
         shape = experience.active.shape
         return {name: values[:, i].reshape(shape) for i, name in enumerate(columns)}
+
+    def _samples(self, experience: Experience, columns: dict[str, list[float]]) -> list[Sample]:
+        """What is known of this process's images, for people."""
+        seed, iteration = self.config.runtime.seed, experience.iteration
+        return [
+            Sample(
+                text,
+                f"{seed}/{iteration}/{slot}/{member}",
+                {name: column[row] if math.isfinite(column[row]) else None for name, column in columns.items()},
+            )
+            for row, (text, (slot, member)) in enumerate(zip(experience.texts, experience.members, strict=True))
+        ]
 
 
 def gather_scores(scores: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

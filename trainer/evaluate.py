@@ -1,5 +1,6 @@
 """Deterministic sampling on held-out prompts with fixed noise, and how the rewards score it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from .config import RunConfig
 from .models import DiffusionModel
 from .objectives.advantage import Mixture
 from .rollout import Execution, Plan, Prompting, sample, unmatched
+from .runs.pictures import Sample
 from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise
@@ -30,14 +32,14 @@ class Evaluation:
         spread: per reward, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per reward, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
-        texts: the prompts of these images.
+        samples: their prompts, seeds and scores.
     """
 
     rewards: dict[str, float | None]
     spread: dict[str, float | None]
     categories: dict[str, dict[str, float | None]]
     images: Tensor
-    texts: list[str]
+    samples: list[Sample]
 
     def record(self) -> dict:
         """Plain data, without the images."""
@@ -74,7 +76,7 @@ class Evaluator:
             first: record of the run's first evaluation, in whose units rewards are mixed; None if this is the first.
         """
         scores: list[tuple[int, dict[str, float]]] = []
-        shown: list[tuple[int, Tensor]] = []
+        shown: list[tuple[int, Tensor, Sample]] = []
         batches = self._batches()
         for number, (pairs, own) in enumerate(batches):
             images = self._images(pairs, own, number, len(batches))
@@ -87,7 +89,7 @@ class Evaluator:
             for row, (p, k) in enumerate(pairs[:own]):
                 scores.append((p, {name: column[row] for name, column in columns.items()}))
                 if k == 0 and p in self._pictured():
-                    shown.append((p, images[row].cpu()))
+                    shown.append((p, images[row].cpu(), self._sample(p, scores[-1][1])))
         for reward in self.rewards.values():
             reward.idle()
         scores, shown = self.processes.gather(scores), self.processes.gather(shown)
@@ -135,6 +137,10 @@ class Evaluator:
         )
         return self.model.decode(sampled.final[:own]) if own else None
 
+    def _sample(self, prompt: int, scores: dict[str, float]) -> Sample:
+        finite = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+        return Sample(self.prompts.texts[prompt], str(self.config.evaluation.seed), finite)
+
     def _plan(self) -> Plan:
         config, rollout = self.config.evaluation, self.config.rollout
         steps = config.steps or rollout.steps
@@ -169,9 +175,9 @@ class Evaluator:
             for name, column in columns.items()
         }
         means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
-        shown = sorted(shown, key=lambda pair: pair[0])
-        images = torch.stack([image for _, image in shown])
-        return Evaluation(means, spread, categories, images, [self.prompts.texts[p] for p, _ in shown])
+        shown = sorted(shown, key=lambda entry: entry[0])
+        images, samples = torch.stack([image for _, image, _ in shown]), [sample for *_, sample in shown]
+        return Evaluation(means, spread, categories, images, samples)
 
 
 def no_noise(step: int) -> Tensor:

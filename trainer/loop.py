@@ -190,7 +190,7 @@ class Trainer:
             result = self.evaluator.evaluate(self.evaluations[0] if self.evaluations else None)
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)
-        self.recorder.evaluation(record, result.images, result.texts)
+        self.recorder.evaluation(record, result.images, result.samples)
         if self.processes.is_main:
             self.listener({"evaluation": record})
 

@@ -13,9 +13,9 @@ from server import PromptServer
 
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
+from ...trainer.runs.pictures import captioned
 from ...trainer.runs.progress import duration, number, table
 from ...trainer.utils.errors import BadInput, RunFailed
-from ...trainer.utils.media import open_image
 from .folders import publish_lora
 
 GRACE = 6.0
@@ -93,7 +93,7 @@ def _preview(picture: Path | None) -> tuple | None:
     if picture is None:
         return None
     try:
-        return ("JPEG", open_image(picture), 1024)
+        return ("JPEG", captioned(picture), 1024)
     except BadInput:
         return None
 

@@ -11,8 +11,9 @@ from comfy_execution.graph import ExecutionBlocker
 from ...trainer.objectives.advantage import Mixture
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
+from ...trainer.runs.pictures import captioned
 from ...trainer.utils.errors import BadInput
-from ...trainer.utils.media import read_image
+from ...trainer.utils.media import read_image, to_tensor
 from ..types import RunType
 from . import runs
 from .folders import publish_lora, published_loras, run_folder
@@ -134,8 +135,13 @@ def _curve(run: RunDirectory, events: list[dict]) -> torch.Tensor | None:
 
 def _samples(run: RunDirectory) -> torch.Tensor | None:
     both = run.path / "report" / "before_after.png"
-    picture = both if both.exists() and runs.is_finished(run) else newest_sample(run)
-    return None if picture is None else _image(picture)
+    if both.exists() and runs.is_finished(run):
+        return _image(both)
+    newest = newest_sample(run)
+    try:
+        return None if newest is None else to_tensor(captioned(newest)).movedim(0, -1)[None]
+    except BadInput:
+        return None
 
 
 def _image(source: Path | bytes) -> torch.Tensor | None:

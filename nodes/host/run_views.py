@@ -1,6 +1,5 @@
 """What the panel and headless clients read of runs: plain data, from the files in the run directories."""
 
-import json
 import os
 import re
 import threading
@@ -12,7 +11,9 @@ from typing import Any
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.events import EventReader, last_events, read_evaluations
+from ...trainer.runs.pictures import read_samples
 from ...trainer.utils.errors import BadInput
+from ...trainer.utils.media import check_image
 from ...trainer.utils.names import check_name
 from .folders import published_loras, run_folder, runs_folder
 
@@ -188,17 +189,23 @@ def samples(run: RunDirectory) -> list[dict[str, Any]]:
     for path in sorted((run.path / "samples").glob("*.png")):
         match = _PICTURE.fullmatch(path.name)
         if match:
-            record = _cells(path.with_suffix(".json"))
+            record = _cells(path)
             found.append({"file": path.name, "kind": match[1], "iteration": int(match[2]), **record})
     return sorted(found, key=lambda one: (one["kind"], one["iteration"]))
 
 
-def _cells(path: Path) -> dict[str, Any]:
+def _cells(picture: Path) -> dict[str, Any]:
+    """Cells with their place as left, top, width and height in pixels, and the picture's size."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"cells": record["cells"], "size": record["size"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        size = list(check_image(picture))
+    except BadInput:
         return {"cells": [], "size": None}
+    cells = []
+    for sample in read_samples(picture):
+        left, top, right, bottom = sample.box
+        box = [left, top, right - left, bottom - top]
+        cells.append({"prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores, "box": box})
+    return {"cells": cells, "size": size}
 
 
 def sample_file(run: RunDirectory, name: str) -> Path:

@@ -9,6 +9,7 @@ import torch
 from trainer.config import parse_config
 from trainer.runs import recorder
 from trainer.runs.directory import RunDirectory
+from trainer.runs.pictures import Sample
 from trainer.runs.recorder import Recorder
 from trainer.utils.errors import RunFailed
 
@@ -96,8 +97,8 @@ def test_a_run_that_lost_its_directory_writes_nothing(run: RunDirectory) -> None
         lambda: recorder_.status("running", 1),
         lambda: recorder_.progress("rollout", 1, 2),
         lambda: recorder_.event({"iteration": 1}),
-        lambda: recorder_.rollout_picture(images, 0, ["a"]),
-        lambda: recorder_.evaluation(record, images, ["a"]),
+        lambda: recorder_.rollout_picture(images, 0, [Sample("a")]),
+        lambda: recorder_.evaluation(record, images, [Sample("a")]),
         lambda: recorder_.best(1, Weights(2.0).result()),
         lambda: recorder_.newest(1, {}),
         lambda: recorder_.begin(0),

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..utils.media import save_video
 from . import report
 from .directory import Checkpoint, RunDirectory
 from .events import add_evaluation
+from .pictures import Sample, before_after, boxes, write_samples
 from .trackers import Trackers
 
 STATUS_INTERVAL = 1.0
@@ -85,38 +87,43 @@ class Recorder:
 
     # -------------------------------------------------------------------------------------------- pictures
 
-    def rollout_picture(self, images: Tensor, iteration: int, prompts: list[str]) -> None:
+    def rollout_picture(self, images: Tensor, iteration: int, samples: list[Sample]) -> None:
         """The first groups of this process, a row per group of up to 12 images, every `samples_every` iterations.
 
         Args:
             images: `[N, 3, H, W]`, or videos `[N, F, 3, H, W]`, of which the first group is shown; in [0, 1].
-            prompts: N texts.
+            samples: prompt, seed and scores of each.
         """
         every = self.config.runtime.samples_every
         if self.writes and every and iteration % every == 0:
             group = min(self.config.rollout.group_size, 12)
             count = group if images.ndim == 5 else 4 * group
             path = self.run.path / "samples" / f"rollout_{iteration:06d}.png"
-            self._show(path, images[:count].cpu(), group, largest=96)
-            self.trackers.pictures("rollout", images[:group].cpu(), prompts[:group], iteration)
+            self._show(path, images[:count].cpu(), group, 96, samples[:count])
+            captions = [sample.prompt for sample in samples[:group]]
+            self.trackers.pictures("rollout", images[:group].cpu(), captions, iteration)
 
-    def evaluation(self, record: dict, images: Tensor, prompts: list[str]) -> None:
+    def evaluation(self, record: dict, images: Tensor, samples: list[Sample]) -> None:
         """Scores and pictures of the held-out prompts.
 
         Args:
             record: as in the summary, with `iteration` and `rewards`.
             images: `[N, 3, H, W]` or `[N, F, 3, H, W]` in [0, 1], one per shown prompt.
-            prompts: N texts.
+            samples: prompt, seed and scores of each.
         """
         if self.writes:
+            self.run.require_ownership()
             add_evaluation(self.run.path / "evaluations.jsonl", record)
-            self._show(self._evaluation_path(record["iteration"]), images, columns=6, largest=160)
+            self._show(self._evaluation_path(record["iteration"]), images, 6, 160, samples)
             self.trackers.evaluation(record)
-            self.trackers.pictures("evaluation", images, prompts, record["iteration"])
+            self.trackers.pictures("evaluation", images, [sample.prompt for sample in samples], record["iteration"])
 
-    def _show(self, path: Path, images: Tensor, columns: int, largest: int) -> None:
-        """A grid of images; of videos a grid that moves, and as the picture its middle frame."""
+    def _show(self, path: Path, images: Tensor, columns: int, largest: int, samples: list[Sample]) -> None:
+        """A grid of images; of videos a grid that moves, and as the picture its middle frame. Beside it, its cells."""
         self.run.require_ownership()
+        height, width = (side * report.magnification(images, largest) for side in images.shape[-2:])
+        places = boxes(len(samples), columns, width, height)
+        write_samples(path, [replace(sample, box=box) for sample, box in zip(samples, places, strict=True)])
         if images.ndim == 5:
             frames = [report.grid(frame, columns, largest) for frame in images.unbind(1)]
             save_video(path.with_suffix(".mp4"), frames, self.config.model.fps)
@@ -225,7 +232,7 @@ class Recorder:
             pictures = [self._evaluation_path(e["iteration"]) for e in (evaluations or [{"iteration": 0}])]
             first, last = pictures[0], pictures[-1]
             if first != last and first.exists() and last.exists():
-                report.before_after(first, last, folder / "before_after.png")
+                before_after(first, last, folder / "before_after.png")
             write_json(folder / "summary.json", summary)
             self.status(state, iteration, error)
             self.trackers.close()

@@ -18,6 +18,11 @@ POINTS = 500
 """Points of a curve; more are averaged, because a figure is not wider."""
 
 
+def magnification(images: Tensor, largest: int) -> int:
+    """How many times small images are enlarged, so that their longer edge comes near `largest` pixels."""
+    return max(1, largest // max(images.shape[-2:]))
+
+
 def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
     """Images side by side as one picture, small ones enlarged without smoothing.
 
@@ -26,7 +31,7 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
         columns: images per row.
         largest: wanted edge of one image in pixels.
     """
-    factor = max(1, largest // max(images.shape[-2:]))
+    factor = magnification(images, largest)
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     height, width, gap = images.shape[-2], images.shape[-1], 4
     rows = -(-len(images) // columns)
@@ -42,22 +47,6 @@ def save_picture(path: Path, picture: "Image") -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
-
-
-def before_after(before: Path, after: Path, target: Path) -> None:
-    """Put two grids of the same prompts and noise beside each other under their titles."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    pictures = [Image.open(path).convert("RGB") for path in (before, after)]
-    font, head, gap = ImageFont.load_default(size=24), 44, 24
-    width = sum(p.width for p in pictures) + gap
-    canvas = Image.new("RGB", (width, head + max(p.height for p in pictures)), "white")
-    left = 0
-    for title, picture in zip(("before", "after"), pictures, strict=True):
-        ImageDraw.Draw(canvas).text((left + picture.width / 2, head / 2), title, "black", font, anchor="mm")
-        canvas.paste(picture, (left, head))
-        left += picture.width + gap
-    save_picture(target, canvas)
 
 
 def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
