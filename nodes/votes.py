@@ -37,7 +37,7 @@ class CollectForVoting(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Image.Input("images"),
+                io.Image.Input("images", tooltip="A batch. An image that is in the collection already is kept once."),
                 io.String.Input(
                     "prompt",
                     multiline=True,

@@ -362,7 +362,7 @@ def test_failing_reward_fails_the_run_and_keeps_what_it_had(
     assert main(["train", str(file), "--output", str(run.path)]) == 1
     assert "has left" in (run.path / "error-0.txt").read_text()
     assert run.status()["state"] == "failed"
-    assert run.status()["error"].startswith("RuntimeError: the judge has left (details in ")
+    assert "the judge has left" in run.status()["error"]
     assert run.load_checkpoint()[0].state["iteration"] == 1
     assert not launch.is_running(run)
     install(monkeypatch, lambda scores, call: scores)

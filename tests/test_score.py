@@ -152,7 +152,8 @@ def test_every_door_sees_the_same_image(tmp_path: Path, capsys: pytest.CaptureFi
     rows, _ = lines(capsys)
     assert [float(row[0]) for row in rows] == pytest.approx(list(expected.values()), abs=1e-6)
     sent = [base64.b64encode(file.read_bytes()).decode() for file in files]
-    images, _ = read_message(json.dumps({"images": sent, "prompts": ["a"] * 3}).encode(), "image")
+    message = read_message(json.dumps({"images": sent, "prompts": ["a"] * 3}).encode(), "image")
+    images = message.decoded(torch.device("cpu"))
     for file, image in zip(files, images, strict=True):
         assert torch.equal(image, read_image(file))
     upright = images[2].mean(0)

@@ -28,9 +28,13 @@ def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
     """
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts:
-        raise BadInput("prompts is empty: write one prompt per line")
-    if shared := set(texts) & set(tests):
-        raise BadInput(f"held_out_prompts holds {min(shared)[:100]!r}, which is also in prompts; hold out others")
+        raise BadInput("prompts is empty: write one prompt per line (lines that begin with # are comments)")
+    check_prompts(texts, "prompts")
+    check_prompts(tests, "held_out_prompts")
+    known = set(map(same_text, texts))
+    for text in tests:
+        if same_text(text) in known:
+            raise BadInput(f"held_out_prompts holds {shorten(text)}, which is also in prompts; hold out others")
     return texts, tests
 
 

@@ -228,7 +228,7 @@ def pixels(path: Path) -> bytes:
 def test_other_settings_under_an_old_name_say_what_changed(comfy: Server) -> None:
     comfy.run(graph("one", wait=False))
     comfy.run(look("one", "stop"))
-    assert "runtime.iterations was 2 and is now 3" in error_of(comfy, graph("one", 3))
+    assert "runtime.iterations was 2 and is now 1" in error_of(comfy, graph("one", 1))
     assert "prompts.texts was" in error_of(comfy, graph("one", prompts="a red circle\na red square"))
     other = graph("one")
     del other["train"]["inputs"]["clip"]
@@ -546,7 +546,7 @@ def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, input
         ({"prompts": "a\nb\na"}, "prompts holds 'a' more than once"),
         ({"held_out_prompts": "a blue square"}, "held_out_prompts holds 'a blue square', which is also in prompts"),
         ({"gpus": "0,0", "processes": 2}, "gpus is '0,0': 2 processes take 2 different GPUs"),
-        ({"processes": 5}, "processes is 5, more than the images of an iteration: lower it"),
+        ({"processes": 5}, "5 processes are more than the 4 images of an iteration"),
         ({"settings": {"a": 1}}, "settings must be connected to a node of this pack; it holds dict data"),
     ],
 )

@@ -147,7 +147,7 @@ def test_the_gradient_makes_images_better(folder: Path, clip_file: Path, backbon
     images = (pictures(seed=1)[5:8] * 255).round() / 255  # without a gradient, pixels are rounded
     before = score(judge, images, ["x"] * 3)
     pixels = images.clone().requires_grad_()
-    scores = judge.judge(pixels, ["x"] * 3)
+    scores = judge.score_batch(pixels, ["x"] * 3)
     torch.testing.assert_close(scores.detach(), before, rtol=1e-3, atol=1e-3)
     (slope,) = torch.autograd.grad(scores.sum(), pixels)
     assert slope.isfinite().all()

@@ -170,14 +170,14 @@ def test_an_extended_run_says_what_its_learning_rate_does(
     program: Forks, tiny_description: dict, tmp_path: Path
 ) -> None:
     del tiny_description["evaluation"]
-    tiny_description["optimizer"]["decay"] = True
+    tiny_description["optimizer"]["schedule"] = "linear"
     tiny_description["runtime"] |= {"iterations": 2, "samples_every": 0}
     file, run = write_description(tmp_path / "run.json", tiny_description), tmp_path / "run"
     assert program.run("train", file, "--output", run)[0] == 0
     before = lora_of(run)
     code, output = program.run("train", file, "--output", run, "--set", "runtime.iterations=3")
     assert code == 0, output
-    assert "optimizer.decay: the learning rate goes on as in the longer run, and falls to 0 at its end" in output
+    assert "optimizer.schedule: the learning rate goes on as in the longer run, and falls to 0 at its end" in output
     assert any(not torch.equal(value, before[name]) for name, value in lora_of(run).items()), "it is not 0"
 
 

@@ -30,7 +30,7 @@ run = RunDirectory.open(Path(sys.argv[2]), config, []) if len(sys.argv) > 2 else
 sizes = []
 
 def listen(event):
-    if event["iteration"] >= 100 and event["iteration"] % 25 == 0:
+    if event.get("iteration", 0) >= 100 and event["iteration"] % 25 == 0:
         gc.collect()
         sizes.append(psutil.Process().memory_info().rss)
 

@@ -51,7 +51,9 @@ def test_progress_reaches_status_and_listener_at_a_bounded_rate(run: RunDirector
     recorder_ = Recorder(run, CONFIG, None, writes=True, listener=heard.append)
     recorder_.status("running", 3)
     write = run.write_status
-    run.write_status = lambda state, **fields: written.append(fields["progress"]["done"]) or write(state, **fields)
+    run.write_status = lambda state, **fields: (
+        written.append((fields["progress"] or {}).get("done")) or write(state, **fields)
+    )
     for step in range(101):  # a step takes 0.05 s
         recorder_.progress("rollout", step, 100)
         clock[0] = 0.05 * (step + 1)

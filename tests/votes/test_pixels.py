@@ -22,7 +22,8 @@ def test_oklab_is_that_of_its_author() -> None:
         [0.45201, -0.03246, -0.31153],
     ]
     found = oklab(colors[:, :, None, None])[..., 0, 0]
-    torch.testing.assert_close(found[[0, 2, 3, 4]], torch.tensor(known), rtol=0, atol=2e-3)
+    coloured = [0, 2, 3, 4]
+    torch.testing.assert_close(found[coloured], torch.tensor(known)[coloured], rtol=0, atol=2e-3)
     assert found[1].abs().max() < 0.05  # the small number under the root lifts black a little
     grey = oklab(torch.linspace(0, 1, 20)[:, None, None, None].expand(20, 3, 1, 1))[..., 0, 0]
     assert grey[:, 1:].abs().max() < 1e-4

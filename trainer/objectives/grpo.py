@@ -248,7 +248,7 @@ class Grpo(Objective):
         return f"clipped {record['clip_fraction'] or 0:.0%}, rollout off by {off:.1e}"
 
     def closing(self, records: list[dict]) -> list[str]:
-        off = max(record["rollout_deviation"]["max"] or 0.0 for record in records)
+        off = max((record["rollout_deviation"]["max"] or 0.0 for record in records), default=0.0)
         return [f"largest deviation of a ratio from 1 by rounding between rollout and update {off:.1e}"]
 
 
