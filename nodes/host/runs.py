@@ -9,10 +9,10 @@ from pathlib import Path
 from ...trainer.check import check_rewards, check_run
 from ...trainer.config import RunConfig, parse_config
 from ...trainer.prompts.sets import read_prompts
-from ...trainer.prompts.text import prompt_lines
+from ...trainer.prompts.text import check_prompts, prompt_lines, same_text
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
-from ...trainer.utils.errors import BadInput
+from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.files import move_file
 from ..types import Blueprint, Rewards
 from . import dry_run, memory

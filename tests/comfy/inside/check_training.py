@@ -270,7 +270,7 @@ def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
         ("evaluation.file=/etc/passwd", "evaluation.file is given on the node"),
         ("evaluation={file: /etc/passwd}", "evaluation.file is given on the node"),
         ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards is given on the node"),
-        ("rollout.steps=!!python/object/apply:os.system [ls]", "is not a YAML value"),
+        ("rollout.steps=!!python/object/apply:os.system [ls]", "uses a YAML tag"),
     ],
 )
 def test_bad_overrides_are_one_sentence(pack, overrides: str, says: str) -> None:
