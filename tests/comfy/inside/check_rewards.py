@@ -183,7 +183,7 @@ def test_a_video_reward_is_not_given_images(pack, film) -> None:
     reward = pack("nodes.types").Rewards((pack("trainer.config").RewardConfig(name="film"),))
     with pytest.raises(ValueError, match=r"'film' \w+ videos"):
         score(pack, reward)
-    with pytest.raises(ValueError, match="'film' judges videos"):
+    with pytest.raises(ValueError, match="'film' scores videos"):
         single = torch.zeros(1, 1, 3, 16, 16)
         pack("nodes.host.scoring").score_all(reward, single, ["a"], torch.device("cpu"), lambda size: None)
 
@@ -209,7 +209,7 @@ def files(pack, tmp_path_factory):
         for key in ("rewards", "clip_vision"):
             patch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], set()))
             folder_paths.filename_list_cache.pop(key, None)
-        patch.setattr(pack("nodes.host.votes"), "votes_folder", lambda: folder)
+        patch.setattr(pack("nodes.host.reward_files"), "votes_folder", lambda: folder)
         yield {
             name: {key: str(value).removeprefix(f"{folder}/") for key, value in options.items()}
             for name, options in written.items()

@@ -357,8 +357,9 @@ def test_one_that_another_comfyui_has_started_meanwhile_is_not_started_again(
         started.append(run.path.name)
 
     monkeypatch.setattr(launch, "start_run", start_elsewhere)
-    monkeypatch.setattr(launch, "is_running", lambda run: False)  # as it was before the other one's start
     run = runs.begin("both", described, None, "", 1, None)
+    answers = [False, True, False, True]  # as it was before the other one's start, and after it
+    monkeypatch.setattr(launch, "is_running", lambda run: answers.pop(0))
     assert runs.begin("both", described, None, "", 1, None).path == run.path
     assert not runs.resume(run)
     assert started == ["both"]
@@ -368,7 +369,7 @@ def test_one_that_another_comfyui_has_started_meanwhile_is_not_started_again(
     ("changes", "says"),
     [
         ({"rewards": [{"name": "film"}]}, "reward 'film' judges videos, and model.frames is 1"),
-        ({"evaluation": {"texts": ["a"], "rewards": [{"name": "film"}]}}, "reward 'film' judges videos"),
+        ({"evaluation": {"texts": ["a green circle"], "rewards": [{"name": "film"}]}}, "reward 'film' judges videos"),
         ({"rollout": {"kernel": "ddim"}}, "rollout.kernel is 'ddim': models of family sd3 take dance"),
         ({"rewards": [{"name": "pickscore"}]}, "reward 'pickscore': path .* does not exist"),
     ],
