@@ -286,7 +286,7 @@ def test_command_line_refuses_what_it_cannot_serve(capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit) as end:
             main(["reward-server", "brightness", "--port", port])
         assert end.value.code == 2
-        assert "is not a port: they end at 65535" in " ".join(capsys.readouterr().err.split())
+        assert "argument --port: " in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -93,9 +93,22 @@ def _installed(point: EntryPoint, taken: list[str]) -> type[Reward]:
     return reward
 
 
+def declared() -> Iterable[EntryPoint]:
+    """Entry points of the group. ComfyUI waits for this, so the metadata of packages without any is not parsed."""
+    files = (file for folder in sys.path for file in Path(folder or ".").glob("*-info/entry_points.txt"))
+    return entry_points(group=GROUP) if any(_names_the_group(file) for file in files) else ()
+
+
+def _names_the_group(file: Path) -> bool:
+    try:
+        return GROUP.encode() in file.read_bytes()
+    except OSError:
+        return False
+
+
 REWARDS: dict[str, type[Reward]] = {
     **{reward.name: reward for reward in OWN},
-    **installed_rewards(entry_points(group=GROUP)),
+    **installed_rewards(declared()),
 }
 
 
