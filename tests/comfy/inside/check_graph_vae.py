@@ -45,9 +45,16 @@ def stirred(module: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
+def core_vae(weights: dict[str, Tensor], **options: Any) -> Any:
+    """Core only warns of weights a file lacks and leaves them uninitialised, which is NaN on some days."""
+    vae = comfy.sd.VAE(sd=dict(weights), dtype=torch.float32, **options)
+    assert set(weights) >= set(vae.first_stage_model.state_dict())
+    return vae
+
+
 def wan_vae() -> Any:
-    network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16)
-    return comfy.sd.VAE(sd=stirred(network), dtype=torch.float32)
+    network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    return core_vae(stirred(network))
 
 
 def ltx_vae() -> Any:
@@ -66,7 +73,7 @@ def ltx_vae() -> Any:
         "timestep_conditioning": True,
     }
     weights = stirred(VideoVAE(config=config))
-    return comfy.sd.VAE(sd=weights, metadata={"config": json.dumps({"vae": config})}, dtype=torch.float32)
+    return core_vae(weights, metadata={"config": json.dumps({"vae": config})})
 
 
 def graph_model(pack: Callable, core: str, network: dict, vae: Any, **size: int) -> Any:
