@@ -19,6 +19,12 @@ from .sharding import shard
 from .single_file import input_channels_of, load_network
 from .vae import IMAGE_VAES, check_vae, decode, encode, latent_channels, load_vae, vae_dtype, vae_on_meta, vae_scale
 
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+"""LoRA targets: the image's attention, by the names of diffusers."""
+
+JOINT_ATTENTION = (*ATTENTION, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+"""LoRA targets: as `ATTENTION`, and the text's side of joint attention."""
+
 
 class DiffusersModel(DiffusionModel):
     """A family whose models are diffusers folders.

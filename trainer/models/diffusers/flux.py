@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ..base import Conditions
-from .family import DiffusersModel
+from .family import ATTENTION, DiffusersModel
 from .latents import pack, unpack
 from .vae import latent_channels, vae_scale
 
@@ -24,7 +24,7 @@ class FluxModel(DiffusersModel):
     text_tokens = 512
     input_layers = ("x_embedder.weight", "img_in.weight")
     # In double and single blocks; what the reference's LoRA script trains.
-    default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    default_targets = ATTENTION
 
     @classmethod
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...config import ModelConfig
 from ...utils.errors import BadInput
 from ..base import PICTURE, Conditions, Rows
-from .family import DiffusersModel
+from .family import ATTENTION, DiffusersModel
 from .vae import latent_channels
 
 
@@ -25,7 +25,7 @@ class HunyuanVideoModel(DiffusersModel):
     condition_widths = {"embeds": "text_embed_dim", "pooled": "pooled_projection_dim"}
     condition_masks = ("mask",)
     text_tokens = 256
-    default_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    default_targets = ATTENTION
     input_layers = ("x_embedder.proj.weight", "img_in.proj.weight")
     vae_classes = ("AutoencoderKLHunyuanVideo",)
     video = True

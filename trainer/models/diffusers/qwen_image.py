@@ -9,7 +9,7 @@ from torch import Tensor
 from ...config import ModelConfig
 from ...utils.media import open_image
 from ..base import PICTURE, Conditions
-from .family import DiffusersModel
+from .family import JOINT_ATTENTION, DiffusersModel
 from .latents import pack, together, unpack
 from .vae import latent_channels
 
@@ -28,16 +28,7 @@ class QwenImageModel(DiffusersModel):
     text_tokens = 512  # of a long prompt; usual ones have about 100
     input_layers = ("img_in.weight",)
     vae_classes = ("AutoencoderKLQwenImage",)
-    default_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    default_targets = JOINT_ATTENTION
 
     @classmethod
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:

@@ -10,7 +10,7 @@ from ...config import ModelConfig
 from ...shapes import WEIGHTS
 from ...utils.errors import BadInput
 from ..base import Conditions
-from .family import DiffusersModel
+from .family import JOINT_ATTENTION, DiffusersModel
 from .folders import read_json
 from .vae import vae_scale
 
@@ -27,16 +27,7 @@ class SD3Model(DiffusersModel):
     condition_widths = {"embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
     text_tokens = 77 + T5_TOKENS
     input_layers = ("pos_embed.proj.weight", "x_embedder.proj.weight")
-    default_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    default_targets = JOINT_ATTENTION
 
     @classmethod
     def folder(cls, config: ModelConfig) -> Path:
