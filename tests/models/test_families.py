@@ -92,7 +92,7 @@ def test_rollout_without_noise_is_the_pipelines_own(
     expected = generate(case, folder, config, shown, start, "latent").reshape(mine.shape)
     assert mine.std() > 0.1
     assert (mine - start).abs().max() > 0.1
-    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
     images = model.decode(mine)
     assert images.shape == (2, *((config.frames,) if config.frames > 1 else ()), 3, config.height, config.width)
     assert images.std() > 1e-3
@@ -286,7 +286,7 @@ UNEVEN = {
     "plain": {},
     "updates, KL, guard": {"objective": {"updates": 3, "kl_weight": 0.5, "ratio": "guard"}},
     "window, best of n": {"advantage": {"best_of_n": 2}, "rollout": {"window": {"size": 2}, "guidance_scale": 2.0}},
-    "skipped groups": {"reward": {"threshold": 0.00275}, "rollout": {"shared_noise": False}},
+    "skipped groups": {"reward": {"threshold": 0.002}, "rollout": {"shared_noise": False}},
 }
 
 

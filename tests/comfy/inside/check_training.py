@@ -14,8 +14,11 @@ import nodes as comfy_nodes
 CPU = torch.device("cpu")
 
 
-def test_the_nodes_are_imported_in_less_than_half_a_second(import_seconds: float) -> None:
-    assert 0 < import_seconds < 0.5
+def test_importing_the_nodes_imports_no_library_that_comfyui_has_not(imported: set[str]) -> None:
+    """That is what keeps ComfyUI's start short, on any machine: torch's own libraries take seconds to import."""
+    own = {name for name in imported if name.endswith("_pack")}
+    assert len(own) == 1
+    assert imported - own <= {"pydantic", "annotated_types", "yaml"}
 
 
 def test_a_refusal_is_reported_at_one_input(pack) -> None:

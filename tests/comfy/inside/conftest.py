@@ -4,7 +4,6 @@ import asyncio
 import importlib
 import importlib.util
 import sys
-import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,24 +26,24 @@ def load_pack() -> None:
     spec.loader.exec_module(module)
 
 
-def seconds_to_import() -> float:
-    """What the nodes add to ComfyUI's start, in seconds of the processor: a busy machine does not change them."""
+def imported_with_the_nodes() -> set[str]:
+    """Top-level packages that loading the nodes and reading their schemas adds to a ComfyUI that has started."""
     import server  # noqa: F401 - all this is there before ComfyUI loads a pack
 
-    begun = time.process_time()
+    before = set(sys.modules)
+    load_pack()
     extension = asyncio.run(sys.modules[NAME].comfy_entrypoint())
     for node in asyncio.run(extension.get_node_list()):
         node.GET_SCHEMA()
-    return time.process_time() - begun
+    return {name.split(".")[0] for name in set(sys.modules) - before}
 
 
-load_pack()
-IMPORT_SECONDS = seconds_to_import()
+IMPORTED = imported_with_the_nodes()
 
 
 @pytest.fixture(scope="session")
-def import_seconds() -> float:
-    return IMPORT_SECONDS
+def imported() -> set[str]:
+    return IMPORTED
 
 
 @pytest.fixture(scope="session")
