@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .utils.section import Section
+from ..utils.section import Section
 
 
 class GraphSampling(Section):
