@@ -118,19 +118,19 @@ def _override(data: dict[str, Any], override: str) -> None:
     if len(parents) > 10:
         raise BadInput(f"setting {key} names more sections inside each other than there are")
     value = parse_document(text, f"setting {key}: {shorten(text)}")
-    place = data
+    target = data
     for parent in parents:
-        if isinstance(place, dict) and place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent if isinstance(place, dict) else _index(place, parent, key)]
-        if not isinstance(place, dict | list):
+        if isinstance(target, dict) and target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent if isinstance(target, dict) else _index(target, parent, key)]
+        if not isinstance(target, dict | list):
             raise BadInput(f"setting {key}: {cut(parent, 100)} is not a section")
-    place[last if isinstance(place, dict) else _index(place, last, key)] = value
+    target[last if isinstance(target, dict) else _index(target, last, key)] = value
 
 
-def _index(place: list, text: str, key: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= len(place):
-        raise BadInput(f"setting {key}: {cut(text, 100)} is not an index below {len(place)}")
+def _index(target: list, text: str, key: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= len(target):
+        raise BadInput(f"setting {key}: {cut(text, 100)} is not an index below {len(target)}")
     return int(text)
 
 

@@ -66,7 +66,7 @@ class WindowConfig(Section):
         "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
     )
     start: int = Field(0, ge=0, le=1000, description="First step the window may begin at.")
-    every: Positive = Field(25, description="Iterations a moving window stays at one place.")
+    every: Positive = Field(25, description="Iterations a moving window stays at one position.")
 
 
 class RolloutConfig(Section):
