@@ -1,4 +1,4 @@
-"""The command line: train, resume, status, stop, demo, encode, score, reward-server, presets."""
+"""The command line: train, resume, status, stop, demo, evaluate, encode, score, reward-server, presets."""
 
 import argparse
 import io
@@ -70,6 +70,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
     demo.add_argument("--processes", type=_positive, default=1)
     demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser("evaluate", help="judge the base model and LoRAs on held-out prompts")
+    evaluate.add_argument("description", type=Path, help="run description, YAML or JSON, or the directory of a run")
+    evaluate.add_argument("loras", nargs="*", type=Path, metavar="LORA", help="LoRA file, or the directory of a run")
+    evaluate.add_argument("--prompts", type=Path, help="file of held-out prompts, in place of the description's")
+    evaluate.add_argument("--output", type=Path, help="folder for the results; default evaluations/<description>")
+    evaluate.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    evaluate.set_defaults(run=_evaluate)
 
     encode = commands.add_parser(
         "encode", help="encode a description's prompts, so that training loads no text encoder"
@@ -156,6 +164,23 @@ def _stop(args: argparse.Namespace) -> int:
     state = run.status().get("state", "never started")
     print(f"{'stopped' if stopped else 'was not running'}: {args.directory} ({state})")
     return FINISHED
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .evaluation.command import read_description, run_evaluation
+
+    config = read_description(args.description, args.overrides, args.prompts)
+    output = args.output or _unused(Path("evaluations") / args.description.resolve().stem)
+    run_evaluation(config, args.loras, output)
+    return FINISHED
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or one beside it with a number, so that no results are written over."""
+    number, free = 2, folder
+    while free.exists():
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return free
 
 
 def _encode(args: argparse.Namespace) -> int:
