@@ -72,24 +72,13 @@ def dump(data: Any) -> bytes:
     return json.dumps(data).encode()
 
 
-WHOLE = [
-    b"",
-    b"null",
-    b"[]",
-    b"{}",
-    b"5",
-    b"\xff\xfe\x00",
-    b"{",
-    b"[" * 100_000,
-    b"\0" * 512,
-    b"\xef\xbb\xbf{}",
-    b"\n\n",
-]
+WHOLE = [b"", b"null", b"[]", b"[1]", b"{}", b"5", b"true", b'"text"', b"{", b"\n\n", b"[" * 100_000]
+WHOLE += [b"\0" * 512, b"\xff\xfe\x00", b"\xef\xbb\xbf{}"]
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
     """A file that was cut, overwritten in places, or replaced as a whole."""
-    action = rng.choice(["cut", "flip", "flip", "insert", "replace", "twice"])
+    action = rng.choice(["cut", "flip", "insert", "replace", "replace", "twice"])
     if action == "replace" or not content:
         return rng.choice(WHOLE)
     if action == "cut":
