@@ -100,7 +100,12 @@ class TrainLoRA(io.ComfyNode):
 def _sockets() -> list[io.Input]:
     return [
         ModelType.Input("grpo_model", lazy=True, tooltip="The model that learns: GRPO Base Model or Demo Model."),
-        RewardType.Input("reward", lazy=True, tooltip="What is rewarded; Combine Rewards mixes several."),
+        RewardType.Input(
+            "reward",
+            optional=True,
+            lazy=True,
+            tooltip="What is rewarded; Combine Rewards mixes several. Only objective dpo with a collection needs none.",
+        ),
         io.Clip.Input(
             "clip",
             optional=True,
@@ -128,7 +133,11 @@ def _widgets() -> list[io.Input]:
             tooltip="Name of the run and its LoRA. It belongs to these settings: other settings need another name, but "
             "more iterations extend the run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
         ),
-        _text("prompts", "Training prompts, one per line; or a list of prompts. Each iteration uses some of them."),
+        _text(
+            "prompts",
+            "Training prompts, one per line; or a list of prompts. Each iteration uses some of them. Empty where the "
+            "objective trains on a collection, whose prompts it takes.",
+        ),
         _text(
             "held_out_prompts",
             "Prompts that are not trained on, one per line: images of them are scored before and after.",
@@ -209,7 +218,8 @@ def _processes(given: dict[str, list]) -> tuple[int, list[int] | None]:
 
 def _check_widgets(given: dict[str, list]) -> None:
     check_name(inputs.single(given["name"], "name"))
-    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"))
+    decided = "settings" not in given  # else the objective may bring its own
+    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"), needed=decided)
     _processes(given)
     inputs.single(given["wait"], "wait")
     _start_from(given)
@@ -227,9 +237,10 @@ def _start_from(given: dict[str, list]) -> Path | None:
 
 def _description(given: dict[str, list], model: dict) -> dict:
     """The plain data of the run description."""
-    reward, settings = inputs.single(given["reward"], "reward"), _optional(given, "settings")
+    reward, settings = _optional(given, "reward"), _optional(given, "settings")
     evaluation_rewards = _optional(given, "evaluation_rewards")
-    connected(reward, types.Rewards, "reward")
+    if reward is not None:
+        connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
     if evaluation_rewards is not None:

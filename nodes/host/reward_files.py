@@ -14,11 +14,11 @@ from ...trainer.rewards.preference import PIXELS, Preference
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from .folders import votes_folder
+from .vote_collections import COLLECTION, collection_folder
 
 FOLDER = "rewards"
 LIMIT = 2**31
 LONG = 60
-COLLECTION = "my_votes"
 CLIP_LARGE = "clip-vit-l"
 """Stands for the CLIP ViT-L/14 file of the reward aesthetic."""
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -105,7 +105,7 @@ def _with_votes(config: RewardConfig) -> RewardConfig:
         BadInput: there is no such collection or file.
     """
     options = dict(config.options)
-    options["collection"] = str(store.find(votes_folder(), options.get("collection", COLLECTION)).folder)
+    options["collection"] = collection_folder(options.get("collection", COLLECTION))
     options["backbone"] = backbone_file(options.get("backbone", PIXELS))
     return config.model_copy(update={"options": options})
 

@@ -192,7 +192,7 @@ def test_two_processes_give_the_run_of_one(offline: dict, program: Forks, tmp_pa
     assert_same_learning(newest_checkpoint(tmp_path / "one"), newest_checkpoint(tmp_path / "two"))
 
 
-# ------------------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------------- what is refused
 
 
 def test_the_collection_decides_which_objective_it_is(offline: dict, tiny_description: dict) -> None:

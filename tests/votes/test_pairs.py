@@ -63,7 +63,8 @@ def test_a_table_of_image_files_and_prompts_is_a_set_of_pairs(tmp_path: Path) ->
     for name in ("a.png", "b.png", "sub/c.png"):
         picture(len(name)).save(tmp_path / name)
     table = tmp_path / "pairs.csv"
-    table.write_text("better,worse,prompt\na.png,b.png,a fox\nsub/c.png,a.png,a cat\nno.png,a.png,a cat\na.png,b.png,\n")
+    rows = ["better,worse,prompt", "a.png,b.png,a fox", "sub/c.png,a.png,a cat", "no.png,a.png,a cat", "a.png,b.png,"]
+    table.write_text("\n".join(rows))
     found = read_pairs(table)
     assert [p.prompt for p in found.pairs] == ["a fox", "a cat"] == found.prompts
     assert len(found.files) == 3

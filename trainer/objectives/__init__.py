@@ -47,4 +47,12 @@ def _options(value: Any) -> Any:
 ObjectiveSection = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(_options)]
 """The section `objective` of a run description: the options of any registered objective, told apart by `name`."""
 
-__all__ = ["DEFAULT", "OBJECTIVES", "Objective", "ObjectiveOptions", "ObjectiveSection", "make_objective", "objective_class"]
+__all__ = [
+    "DEFAULT",
+    "OBJECTIVES",
+    "Objective",
+    "ObjectiveOptions",
+    "ObjectiveSection",
+    "make_objective",
+    "objective_class",
+]

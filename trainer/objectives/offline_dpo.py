@@ -53,7 +53,7 @@ class OfflineDpo(Dpo):
                 "into evaluation.rewards"
             )
         if config.model.frames > 1:
-            raise ValueError(f"model.frames is {config.model.frames}, and objective.collection holds images: set it to 1")
+            raise ValueError(f"model.frames is {config.model.frames}, and a collection holds images: set it to 1")
 
     @classmethod
     def shares(cls, config: RunConfig) -> tuple[int, str]:
