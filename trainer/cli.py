@@ -1,4 +1,4 @@
-"""The command line: train, resume, status, stop, demo, encode, score, reward-server, presets."""
+"""The command line: train, resume, status, stop, demo, encode, score, reward-server, collect, presets."""
 
 import argparse
 import io
@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
     server.add_argument("--port", type=_port, default=8100)
     server.set_defaults(run=_reward_server)
+
+    collect = commands.add_parser("collect", help="put a run's samples into a collection of votes")
+    collect.add_argument("directory", type=Path, help="run directory")
+    collect.add_argument("collection", type=Path, help="folder of the collection; made if there is none")
+    collect.add_argument("--kind", default="rollout", help="rollout (default) or evaluation")
+    collect.add_argument("--iteration", type=int, help="of the samples; default the newest")
+    collect.set_defaults(run=_collect)
 
     presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
     presets.add_argument("name", nargs="?")
@@ -207,6 +214,17 @@ def _reward_config(args: argparse.Namespace) -> RewardConfig:
 
     config = RewardConfig(name=args.reward, options=settings(args.options))
     return config if args.files is None else with_files_from(config, [args.files])
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from .votes import store
+    from .votes.importing import import_run
+
+    folder = args.collection.absolute()
+    collection = store.create(folder.parent, folder.name)
+    done = import_run(collection, RunDirectory.attach(args.directory), args.kind, args.iteration)
+    print(f"{done.new} images added to {folder}, {done.known} were there")
+    return FINISHED
 
 
 def _presets(args: argparse.Namespace) -> int:
