@@ -136,7 +136,7 @@ def _after(request: web.Request, collection: store.Collection) -> dict:
 
 
 def _import(request: web.Request, body: dict) -> dict:
-    """Add the samples of a run; the images of a folder of ComfyUI's; or those of two, of which one holds better ones."""
+    """Add the samples of a run; or the images of a folder of ComfyUI's; or of two, of which one holds better ones."""
     if "run" in body:
         return _import_run(request, body)
     base, prompt = body.get("base", "output"), str(body.get("prompt") or "")
