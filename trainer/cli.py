@@ -91,17 +91,20 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--port", type=_port, default=8100)
     server.set_defaults(run=_reward_server)
 
+    _collect_arguments(commands)
+    presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
+    presets.add_argument("name", nargs="?")
+    presets.set_defaults(run=_presets)
+    return parser
+
+
+def _collect_arguments(commands: argparse._SubParsersAction) -> None:
     collect = commands.add_parser("collect", help="put a run's samples into a collection of votes")
     collect.add_argument("directory", type=Path, help="run directory")
     collect.add_argument("collection", type=Path, help="folder of the collection; made if there is none")
     collect.add_argument("--kind", default="rollout", help="rollout (default) or evaluation")
     collect.add_argument("--iteration", type=int, help="of the samples; default the newest")
     collect.set_defaults(run=_collect)
-
-    presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
-    presets.add_argument("name", nargs="?")
-    presets.set_defaults(run=_presets)
-    return parser
 
 
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,8 +220,8 @@ def _reward_config(args: argparse.Namespace) -> RewardConfig:
 
 
 def _collect(args: argparse.Namespace) -> int:
+    from .runs.voting import import_run
     from .votes import store
-    from .votes.importing import import_run
 
     folder = args.collection.absolute()
     collection = store.create(folder.parent, folder.name)

@@ -64,7 +64,7 @@ class Evaluator:
         processes: Processes,
         execution: Execution,
     ) -> None:
-        self.config, self.prompts, self.rewards = config, checked.held_out, checked.judges
+        self.config, self.prompts, self.rewards = config, checked.held_out, checked.all_rewards
         self.model, self.prompting = model, prompting
         self.processes, self.execution = processes, execution
 

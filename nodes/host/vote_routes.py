@@ -8,10 +8,11 @@ import folder_paths
 from aiohttp import web
 
 from ...trainer.rewards.preference import PIXELS, load_backbone
+from ...trainer.runs.voting import import_run
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from ...trainer.votes.analysis import Analyst
-from ...trainer.votes.importing import export, import_favourites, import_folder, import_run
+from ...trainer.votes.importing import export, import_favourites, import_folder
 from ...trainer.votes.records import Item, Vote
 from .folders import votes_folder
 from .reward_files import backbone_file

@@ -146,8 +146,8 @@ class Experience:
 
     def advantages_of(self, items: list[Item]) -> Tensor:
         """`[N]` float32 on the device."""
-        slots, places = zip(*(item.member for item in items), strict=True)
-        return self.advantages.values[list(slots), list(places)].to(self.device)
+        slots, members = zip(*(item.member for item in items), strict=True)
+        return self.advantages.values[list(slots), list(members)].to(self.device)
 
 
 class ObjectiveOptions(Section):

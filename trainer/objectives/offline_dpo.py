@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..models import DiffusionModel
     from ..prompts.sets import PromptSet
     from ..rewards import Reward
-    from ..votes.pairs import Pairs
+    from .pairs import Pairs
 
 
 class OfflineDpo(Dpo):
@@ -62,7 +62,7 @@ class OfflineDpo(Dpo):
     @cached_property
     def data(self) -> Pairs:
         """The pairs, read once."""
-        from ..votes.pairs import read_pairs
+        from .pairs import read_pairs
 
         return read_pairs(Path(self.options.collection))
 

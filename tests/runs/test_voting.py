@@ -11,10 +11,10 @@ from trainer.config import parse_config
 from trainer.loop import Trainer
 from trainer.runs.directory import RunDirectory
 from trainer.runs.pictures import read_samples
+from trainer.runs.voting import import_run
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 from trainer.votes import store
-from trainer.votes.importing import import_run
 from trainer.votes.records import Vote
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from trainer.objectives.pairs import read_pairs
 from trainer.utils.errors import BadInput
 from trainer.votes import store
-from trainer.votes.pairs import read_pairs
 from trainer.votes.records import Vote
 from trainer.votes.store import Collection
 

@@ -12,7 +12,7 @@ from ..prompts.text import check_text, clean
 from ..utils.documents import read_text
 from ..utils.errors import BadInput
 from ..utils.media import check_image
-from .store import Collection
+from ..votes.store import Collection
 
 FEWEST = 2
 """Pairs below which nothing is trained."""
