@@ -9,11 +9,11 @@ from ..trainer.utils.errors import BadInput
 from . import types
 from .host import inputs, memory, progress, results, runs
 from .host.folders import check_name
-from .types import CATEGORY, ModelType, RewardType, SettingsType, connected
+from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
 
 BASE_MODEL = "(the base model)"
 MOST_PROCESSES = 64
-DESCRIPTIONS = ("reward", "settings", "evaluation_rewards")
+DESCRIPTIONS = ("reward", "settings", "evaluation_rewards", "objective")
 """Sockets whose values are made at no cost, and with which most mistakes are found."""
 LOADED = ("grpo_model", "clip", "conditioning")
 """Sockets behind which models are loaded."""
@@ -185,6 +185,9 @@ def _late_inputs() -> list[io.Input]:
             tooltip="A LoRA to start from, instead of the base model alone: training continues to change it. It must "
             "be made for this model, and of no higher rank than lora.rank.",
         ),
+        ObjectiveType.Input(
+            "objective", optional=True, lazy=True, tooltip="GRPO Objective; without it, that of the settings."
+        ),
     ]
 
 
@@ -218,7 +221,7 @@ def _processes(given: dict[str, list]) -> tuple[int, list[int] | None]:
 
 def _check_widgets(given: dict[str, list]) -> None:
     check_name(inputs.single(given["name"], "name"))
-    decided = "settings" not in given  # else the objective may bring its own
+    decided = "settings" not in given and "objective" not in given  # else the objective may bring its own
     runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"), needed=decided)
     _processes(given)
     inputs.single(given["wait"], "wait")
@@ -243,6 +246,10 @@ def _description(given: dict[str, list], model: dict) -> dict:
         connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
+    objective = _optional(given, "objective")
+    if objective is not None:
+        connected(objective, types.Objective, "objective")
+        settings = {**(settings or {}), "objective": dict(objective)}
     if evaluation_rewards is not None:
         connected(evaluation_rewards, types.Rewards, "evaluation_rewards")
     negative = inputs.text(_optional(given, "negative", ""), "negative")

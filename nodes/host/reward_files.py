@@ -26,10 +26,11 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 def option_widgets(kind: type[reward_models.Reward]) -> list[io.Input]:
     """A widget per option of a reward."""
-    return [_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    return [option_widget(name, field) for name, field in kind.Options.model_fields.items()]
 
 
-def _widget(name: str, field: FieldInfo) -> io.Input:
+def option_widget(name: str, field: FieldInfo) -> io.Input:
+    """The widget of an option, with its default, range and description."""
     default, tip = field.get_default(call_default_factory=True), field.description
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     if "reward_file" in extra:

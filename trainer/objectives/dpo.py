@@ -124,7 +124,8 @@ class Dpo(ForwardProcessObjective):
         latents = model.process.noised(images, eps, sigma)
         target = model.process.target(images, eps, sigma)
         with self.policy.using("base"):
-            base = mean_square(self.predict(experience, latents, sigma, rows) - target)
+            reference = self.predict(experience, latents, sigma, rows)
+        base = mean_square(reference - target)
         prediction = self.predict(experience, latents, sigma, rows)
         error = mean_square(prediction - target)
         winner, loser = error.chunk(2)
@@ -132,6 +133,8 @@ class Dpo(ForwardProcessObjective):
         value = dpo_loss(error - base, self.options.beta)
         if self.options.winner_weight:
             value = value + self.options.winner_weight * winner
+        if self.options.kl_weight:
+            value = value + self.options.kl_weight * sum(mean_square(prediction - reference).chunk(2)) / 2
         sums = {
             "winner": gains[0].sum(),
             "loser": gains[1].sum(),
