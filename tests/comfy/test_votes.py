@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_host import PromptFailed, Server, open_panel, panels
+from PIL import Image
 
 from trainer.config import parse_config, preset
 from trainer.runs import report
@@ -25,12 +26,16 @@ MARKUP = "<img src=x onerror=window.hacked=1>"
 IMAGES = 12
 
 
-def refused(comfy: Server, path: str, body: dict | None = None) -> str:
+def send(comfy: Server, path: str, body: dict | None = None, **headers: str) -> bytes:
     data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"http://127.0.0.1:{comfy.port}/dancegrpo{path}", data=data, headers=headers)
+    return urllib.request.urlopen(request, timeout=60).read()
+
+
+def refused(comfy: Server, path: str, body: dict | None = None) -> str:
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=60)
+        send(comfy, path, body)
     assert error.value.code == 400
     return json.loads(error.value.read())["error"]
 
@@ -136,6 +141,38 @@ def test_what_cannot_be_a_vote_is_refused(comfy: Server, collection: store.Colle
     assert "no collection named" in refused(comfy, "/votes/nowhere/vote", good)
     assert "not inside ComfyUI's output folder" in refused(comfy, "/votes/new/import", {"folder": "../models"})
     assert "choose output or input" in refused(comfy, "/votes/new/import", {"base": "/", "folder": "etc"})
+
+
+@pytest.mark.parametrize("name", ["..", "..%2Fx", "%2Fetc", "a%2Fb", "C:%5Cx", "x%00", "a%E2%80%AEb", "CON", "a" * 300])
+def test_collection_names_lead_nowhere_else(comfy: Server, name: str) -> None:
+    before = sorted(comfy.base.rglob("*"))
+    for path, body in [("", None), ("/create", {}), ("/import", {"folder": "x"}), ("/export", {}), ("/delete", {})]:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            send(comfy, f"/votes/{name}{path}", body)
+        assert error.value.code in (400, 404, 405)
+        error.value.read()
+    assert sorted(comfy.base.rglob("*")) == before
+
+
+def test_votes_of_another_site_s_page_are_refused(comfy: Server, collection: store.Collection) -> None:
+    left, right, *_ = sorted(collection.files())
+    body = {"id": "x", "left": left, "right": right, "choice": "left"}
+    for headers in ({"Origin": "http://example.com"}, {"Sec-Fetch-Site": "cross-site"}, {"Content-Type": "text/plain"}):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            send(comfy, "/votes/by%20rule/vote", body, **headers)
+        assert error.value.code in (400, 403)
+    assert collection.ledger().votes == []
+
+
+def test_an_image_of_a_hundred_megapixels_is_left_out_with_a_sentence(comfy: Server, root: Path) -> None:
+    folder = comfy.base / "input" / "large"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("1", (12_000, 9_000)).save(folder / "large.png")
+    save_picture(folder / "small.png", to_picture(picture(0.5)))
+    answer = comfy.post("/dancegrpo/votes/sizes/import", {"base": "input", "folder": "large"})
+    assert answer["message"] == "1 images added, 0 were there, 1 files were left out"
+    assert "large.png has 12000 x 9000 pixels: at most 67 million" in answer["warnings"][0]
+    shutil.rmtree(root / "sizes")
 
 
 def test_a_corrupt_line_costs_that_line_alone(comfy: Server, collection: store.Collection) -> None:
