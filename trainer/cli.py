@@ -1,4 +1,4 @@
-"""The command line: train, resume, status, stop, demo, evaluate, encode, score, reward-server, presets."""
+"""The command line; `python -m trainer --help` lists the commands."""
 
 import argparse
 import io
@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _run_commands(commands)
     _evaluation_commands(commands)
     _reward_commands(commands)
+    _collect_arguments(commands)
     return parser
 
 
@@ -123,6 +124,15 @@ def _reward_commands(commands: Commands) -> None:
 
 def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+
+
+def _collect_arguments(commands: Commands) -> None:
+    collect = commands.add_parser("collect", help="put a run's samples into a collection of votes")
+    collect.add_argument("directory", type=Path, help="run directory")
+    collect.add_argument("collection", type=Path, help="folder of the collection; made if there is none")
+    collect.add_argument("--kind", default="rollout", help="rollout (default) or evaluation")
+    collect.add_argument("--iteration", type=int, help="of the samples; default the newest")
+    collect.set_defaults(run=_collect)
 
 
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +262,17 @@ def _reward_config(args: argparse.Namespace) -> RewardConfig:
 
     config = RewardConfig(name=args.reward, options=settings(args.options))
     return config if args.files is None else with_files_from(config, [args.files])
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from .runs.voting import import_run
+    from .votes import store
+
+    folder = args.collection.absolute()
+    collection = store.create(folder.parent, folder.name)
+    done = import_run(collection, RunDirectory.attach(args.directory), args.kind, args.iteration)
+    print(f"{done.new} images added to {folder}, {done.known} were there")
+    return FINISHED
 
 
 def _presets(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..diffusion import kernels
 from ..diffusion.solvers import solver_names
-from ..objectives import DEFAULT, OBJECTIVES, ObjectiveSection
+from ..objectives import DEFAULT, OBJECTIVES, ObjectiveSection, objective_class
 from ..objectives.advantage import AdvantageConfig
 from ..prompts.text import check_prompts, check_text, clean
 from ..utils.documents import dump_yaml
@@ -265,7 +265,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
-        objective = OBJECTIVES[self.objective.name]
+        objective = objective_class(self.objective)
         if not self.prompts.has_source and objective.needs_rollout:
             raise ValueError("prompts names none: give them in exactly one of texts, file and shapes")
         if not self.rewards and objective.needs_rewards:
