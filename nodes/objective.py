@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..trainer.config import parse_sections
-from ..trainer.objectives import DEFAULT, OBJECTIVES, Objective, ObjectiveOptions
+from ..trainer.objectives import DEFAULT, OBJECTIVES, Objective
 from ..trainer.utils.errors import BadInput
 from . import types
 from .host.reward_files import option_widget
@@ -15,9 +15,9 @@ from .types import CATEGORY, ObjectiveType
 
 
 def widgets(kind: type[Objective]) -> list[io.Input]:
-    """A widget per option: the objective's own ones first, then those that all have."""
+    """A widget per option: the objective's own ones first, then those that several have."""
     fields = {name: field for name, field in kind.Options.model_fields.items() if name != "name"}
-    own = [name for name in fields if name not in ObjectiveOptions.model_fields]
+    own = [name for name in fields if name in kind.Options.__annotations__]
     return [_widget(name, fields[name]) for name in [*own, *(name for name in fields if name not in own)]]
 
 
