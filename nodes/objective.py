@@ -22,10 +22,16 @@ def widgets(kind: type[Objective]) -> list[io.Input]:
 
 
 def _widget(name: str, field: FieldInfo) -> io.Input:
-    """Texts and numbers that may be missing are text boxes, in which nothing stands for none."""
+    """Texts and numbers that may be missing are text boxes, in which nothing stands for none.
+
+    All are optional, so that a program need not name them, and options that are new later break no saved graph.
+    """
     if field.annotation is str or field.default is None:
-        return io.String.Input(name, default=field.default or "", tooltip=f"{field.description} Empty for none.")
-    return option_widget(name, field)
+        text = f"{field.description} Empty for none."
+        return io.String.Input(name, default=field.default or "", tooltip=text, optional=True)
+    found = option_widget(name, field)
+    found.optional = True
+    return found
 
 
 class GRPOObjective(io.ComfyNode):
@@ -76,7 +82,7 @@ def section(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BadInput: a value is not accepted, or there is no such collection.
     """
-    given = {key: value for key, value in values.items() if key != "objective" and value != ""}
+    given = {key: value for key, value in values.items() if key != "objective" and value not in ("", None)}
     found = parse_sections({"objective": {"name": values["objective"], **given}})["objective"]
     return with_collection(found.model_dump(mode="json"))
 

@@ -659,7 +659,7 @@ def voting_graph(name: str, graph: Graph) -> dict:
         box = [left[first] - 20, top - 90, left[last] + widths[last] - left[first] + 40, foot - top + 60]
         groups.append({"id": number, "title": title, "bounding": box, "color": "#3f789e", "font_size": 24, "flags": {}})
     note = note_node(len(nodes) + 1, [0, 0], [widths[0], 680], voting_workflows.NOTES[name])
-    return document([*nodes, note], links, groups, 0.75)
+    return document([*nodes, note], links, groups, 0.75, [110, 190])
 
 
 def placed(graph: Graph, left: list[int], widths: tuple[int, ...], feet: list[int]) -> tuple[list, list, list[int]]:
@@ -714,8 +714,8 @@ def placed(graph: Graph, left: list[int], widths: tuple[int, ...], feet: list[in
     return nodes, links, feet
 
 
-def document(nodes: list[dict], links: list, groups: list[dict], scale: float) -> dict:
-    """The file that the interface saves."""
+def document(nodes: list, links: list, groups: list, scale: float, offset: tuple[int, int] = (60, 60)) -> dict:
+    """The file that the interface saves, and what it shows of the graph at first."""
     return {
         "revision": 0,
         "last_node_id": len(nodes),
@@ -724,7 +724,7 @@ def document(nodes: list[dict], links: list, groups: list[dict], scale: float) -
         "links": links,
         "groups": groups,
         "config": {},
-        "extra": {"ds": {"scale": scale, "offset": [60, 60]}},
+        "extra": {"ds": {"scale": scale, "offset": list(offset)}},
         "version": 0.4,
     }
 
