@@ -210,6 +210,12 @@ class WatchdogConfig(Section):
         description="Stop after so many iterations in a row in which nothing could be trained, because the images of "
         "every group had equal rewards or none was finite.",
     )
+    diversity_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5,
+        description="Warn when the images of a held-out prompt differ from each other less than this share of what "
+        "they did in the first evaluation (root mean square difference of their thumbnails); 0 never warns. It needs "
+        "evaluation.images_per_prompt of 2 or more.",
+    )
 
 
 class RuntimeConfig(Section):
