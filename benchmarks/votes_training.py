@@ -8,7 +8,8 @@ The voter looks at pixels alone and prefers blue things on light ground (`liking
 200 images of prompts that name no colour, the voter votes on pairs of them, and a LoRA is trained from these votes in
 one of two ways. `judge`: the objective nft with the reward `preference` and backbone `pixels`, fitted to the votes.
 `dpo`: the objective dpo on the pairs themselves, without rollout and reward. What is measured is the share of images
-of held-out prompts that the voter prefers to the base model's for the same prompt and noise; a tie counts half.
+of held-out prompts that the voter prefers to the base model's for the same prompt and noise; a tie counts half. Beside
+it stands the share of images that show what the prompt asks for, by the shapes world's checker, which nobody trains on.
 
 Every case is one line of `runs/votes_training/results.jsonl`, and one that is there is not done again.
 """
@@ -28,8 +29,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from trainer.config import RunConfig, parse_config, preset
+from trainer.config import RewardConfig, RunConfig, parse_config, preset
 from trainer.loop import Trainer
+from trainer.rewards import load_reward, score
 from trainer.rollout import Plan, Prompting, sample
 from trainer.shapes.prompts import balanced_prompts, parse
 from trainer.shapes.world import PALETTE
@@ -164,15 +166,17 @@ def case(root: Path, votes: int, mode: str, way: str, seed: int, overrides: list
         config = describe(way, seed, collection, overrides)
         trainer = Trainer(config, None, Processes("cpu"))
         held_out = colourless(True, HELD_OUT)
-        before = liking(draw(trainer, held_out, IMAGES, "held out", seed))
+        base = draw(trainer, held_out, IMAGES, "held out", seed)
+        before, prompts = liking(base), [text for text in held_out for _ in range(IMAGES)]
         counter, began, curve = Counter(trainer), time.perf_counter(), []
         for iteration in range(1, config.runtime.iterations + 1):
             event = trainer.iterate()
             if iteration % max(1, config.runtime.iterations // 4) == 0:
                 cost, seconds = counter.count, time.perf_counter() - began
-                after = liking(draw(trainer, held_out, IMAGES, "held out", seed))
+                images = draw(trainer, held_out, IMAGES, "held out", seed)
+                after = liking(images)
                 point = {"iteration": iteration, "equivalents": cost, "seconds": seconds}
-                curve.append(point | {"win": win(after, before)})
+                curve.append(point | {"win": win(after, before), "right": right(images, prompts)})
                 counter.count, began = cost, began + time.perf_counter() - began - seconds
     return {
         "votes": votes,
@@ -183,12 +187,18 @@ def case(root: Path, votes: int, mode: str, way: str, seed: int, overrides: list
         "winners": state["votes"]["winners"],
         "agreement": state["agreement"] and state["agreement"]["share"],
         "win": curve[-1]["win"],
+        "right": [right(base, prompts), curve[-1]["right"]],
         "liking": [before.mean().item(), after.mean().item()],
         "equivalents": curve[-1]["equivalents"],
         "seconds": curve[-1]["seconds"],
         "objective": event["objective"],
         "curve": curve,
     }
+
+
+def right(images: Tensor, prompts: list[str]) -> float:
+    """Share of images that show what their prompt asks for."""
+    return score(load_reward(RewardConfig(name="shapes-strict")), images, prompts).mean().item()
 
 
 def win(after: Tensor, before: Tensor) -> float:
@@ -198,7 +208,10 @@ def win(after: Tensor, before: Tensor) -> float:
 
 def report(results: list[dict]) -> str:
     """A row per number of votes, choice of pairs and way: means over seeds, and the seeds' own figures."""
-    lines = ["| votes | pairs | way | agreement | preferred to the base's | equivalents | seconds |", "|---" * 7 + "|"]
+    lines = [
+        "| votes | pairs | way | agreement | preferred to the base's | right before, after | equivalents | seconds |"
+    ]
+    lines.append("|---" * 8 + "|")
     keys = sorted({(r["votes"], r["mode"], r["way"]) for r in results}, key=lambda k: (k[2], k[0], k[1]))
     for votes, mode, way in keys:
         some = [r for r in results if (r["votes"], r["mode"], r["way"]) == (votes, mode, way)]
@@ -207,6 +220,7 @@ def report(results: list[dict]) -> str:
         mean = lambda name: np.mean([r[name] for r in some])  # noqa: B023, E731
         lines.append(
             f"| {votes} | {mode} | {way} | {agreement:.0%} | {mean('win'):.0%} ({shares}) "
+            f"| {np.mean([r['right'][0] for r in some]):.0%}, {np.mean([r['right'][1] for r in some]):.0%} "
             f"| {mean('equivalents'):,.0f} | {mean('seconds'):.0f} |"
         )
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..trainer.config import parse_sections
-from ..trainer.objectives import DEFAULT, OBJECTIVES, Objective, ObjectiveOptions
+from ..trainer.objectives import DEFAULT, OBJECTIVES, Objective
 from ..trainer.utils.errors import BadInput
 from . import types
 from .host.reward_files import option_widget
@@ -15,17 +15,23 @@ from .types import CATEGORY, ObjectiveType
 
 
 def widgets(kind: type[Objective]) -> list[io.Input]:
-    """A widget per option: the objective's own ones first, then those that all have."""
+    """A widget per option: the objective's own ones first, then those that several have."""
     fields = {name: field for name, field in kind.Options.model_fields.items() if name != "name"}
-    own = [name for name in fields if name not in ObjectiveOptions.model_fields]
+    own = [name for name in fields if name in kind.Options.__annotations__]
     return [_widget(name, fields[name]) for name in [*own, *(name for name in fields if name not in own)]]
 
 
 def _widget(name: str, field: FieldInfo) -> io.Input:
-    """Texts and numbers that may be missing are text boxes, in which nothing stands for none."""
+    """Texts and numbers that may be missing are text boxes, in which nothing stands for none.
+
+    All are optional, so that a program need not name them, and options that are new later break no saved graph.
+    """
     if field.annotation is str or field.default is None:
-        return io.String.Input(name, default=field.default or "", tooltip=f"{field.description} Empty for none.")
-    return option_widget(name, field)
+        text = f"{field.description} Empty for none."
+        return io.String.Input(name, default=field.default or "", tooltip=text, optional=True)
+    found = option_widget(name, field)
+    found.optional = True
+    return found
 
 
 class GRPOObjective(io.ComfyNode):
@@ -76,7 +82,7 @@ def section(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BadInput: a value is not accepted, or there is no such collection.
     """
-    given = {key: value for key, value in values.items() if key != "objective" and value != ""}
+    given = {key: value for key, value in values.items() if key != "objective" and value not in ("", None)}
     found = parse_sections({"objective": {"name": values["objective"], **given}})["objective"]
     return with_collection(found.model_dump(mode="json"))
 

@@ -1,6 +1,6 @@
-"""Writes the examples for released models: each as a graph for the interface, and its API twin.
+"""Writes the examples for released models and for votes: each as a graph for the interface, and its API twin.
 
-    python tools/build_workflows.py http://127.0.0.1:8188
+    python -m tools.build_workflows http://127.0.0.1:8188
 
 The address is that of a running ComfyUI with this pack, whose node descriptions give widgets and sockets.
 """
@@ -10,6 +10,10 @@ import sys
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools import voting_workflows
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
@@ -638,8 +642,34 @@ def _first_frame(
 
 def interface_graph(example: Example, graph: Graph) -> dict:
     """The same as the interface saves it, in columns from left to right."""
-    links, nodes, feet = [], [], [0] * len(WIDTHS)
     left = [sum(WIDTHS[:i]) + i * 70 for i in range(len(WIDTHS))]
+    nodes, links, feet = placed(graph, left, WIDTHS, [0] * len(WIDTHS))
+    nodes.append(_note(example, len(nodes) + 1, max(feet[:2])))
+    return document(nodes, links, [], 0.5)
+
+
+def voting_graph(name: str, graph: Graph) -> dict:
+    """A graph of `voting_workflows`: its note at the top left, and a titled group around each of its parts."""
+    widths, tops, gap = voting_workflows.WIDTHS, voting_workflows.TOPS, 60
+    left = [sum(widths[:i]) + i * gap for i in range(len(widths))]
+    nodes, links, feet = placed(graph, left, widths, list(tops))
+    groups = []
+    for number, (title, first, last) in enumerate(voting_workflows.GROUPS, 1):
+        top, foot = min(tops[first : last + 1]), max(feet[first : last + 1])
+        box = [left[first] - 20, top - 90, left[last] + widths[last] - left[first] + 40, foot - top + 60]
+        groups.append({"id": number, "title": title, "bounding": box, "color": "#3f789e", "font_size": 24, "flags": {}})
+    note = note_node(len(nodes) + 1, [0, 0], [widths[0], 680], voting_workflows.NOTES[name])
+    return document([*nodes, note], links, groups, 0.75, [110, 190])
+
+
+def placed(graph: Graph, left: list[int], widths: tuple[int, ...], feet: list[int]) -> tuple[list, list, list[int]]:
+    """Nodes and links as the interface saves them, the nodes of a column below each other; and where columns end.
+
+    Args:
+        left, widths: of the columns.
+        feet: where each column begins.
+    """
+    links, nodes = [], []
     outgoing: dict[tuple[str, int], list[int]] = {}
     for key, node in graph.nodes.items():
         description, column = graph.info[node["class_type"]], graph.columns[key]
@@ -650,7 +680,7 @@ def interface_graph(example: Example, graph: Graph) -> dict:
                 slot["link"] = len(links) + 1
                 links.append([slot["link"], int(source[0]), source[1], int(key), index, slot["type"]])
                 outgoing.setdefault((source[0], source[1]), []).append(slot["link"])
-        size = [WIDTHS[column], _height(description, slots, shown)]
+        size = [widths[column], _height(description, slots, shown)]
         nodes.append(
             {
                 "id": int(key),
@@ -681,16 +711,20 @@ def interface_graph(example: Example, graph: Graph) -> dict:
     # A link's type is that of where it comes from.
     sources = {(node["id"], slot): output["type"] for node in nodes for slot, output in enumerate(node["outputs"])}
     links = [[*link[:5], sources[link[1], link[2]]] for link in links]
-    nodes.append(_note(example, len(nodes) + 1, max(feet[:2])))
+    return nodes, links, feet
+
+
+def document(nodes: list, links: list, groups: list, scale: float, offset: tuple[int, int] = (60, 60)) -> dict:
+    """The file that the interface saves, and what it shows of the graph at first."""
     return {
         "revision": 0,
         "last_node_id": len(nodes),
         "last_link_id": len(links),
         "nodes": nodes,
         "links": links,
-        "groups": [],
+        "groups": groups,
         "config": {},
-        "extra": {"ds": {"scale": 0.5, "offset": [60, 60]}},
+        "extra": {"ds": {"scale": scale, "offset": list(offset)}},
         "version": 0.4,
     }
 
@@ -745,11 +779,16 @@ Core's loaders -> *GRPO Base Model* -> *GRPO Train LoRA* -> core's *Load LoRA Mo
 **Rewards** go into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where they are from. **Prompts**: these are a beginning; write some hundreds of your own. **Settings** are the preset's with the lines below it; *height*, *width*, *frames* and the noise levels are on the left. Another number of steps has to be changed in the overrides (`rollout.steps=...`) and on the scheduler.
 
 The settings are starting points: they were checked against the nodes, and never run on the released weights. The picture in the template browser shows this graph, for want of weights."""
+    return note_node(number, [0, top], [sum(WIDTHS[:2]) + 70, 600], text)
+
+
+def note_node(number: int, pos: list[int], size: list[int], text: str) -> dict:
+    """A note as the interface saves it."""
     return {
         "id": number,
         "type": "MarkdownNote",
-        "pos": [0, top],
-        "size": [sum(WIDTHS[:2]) + 70, 600],
+        "pos": pos,
+        "size": size,
         "flags": {},
         "order": number - 1,
         "mode": 0,
@@ -772,6 +811,11 @@ def files(info: dict) -> dict[str, str]:
         graph = api_graph(example, info)
         for folder, data in (("", interface_graph(example, graph)), ("api/", graph.nodes)):
             written[f"{folder}{example.name}.json"] = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    for name, add in voting_workflows.GRAPHS.items():
+        graph = Graph(info)
+        add(graph.add)
+        for folder, data in (("", voting_graph(name, graph)), ("api/", graph.nodes)):
+            written[f"{folder}{name}.json"] = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     return written
 
 

@@ -21,6 +21,7 @@ from trainer.runs.directory import RunDirectory
 from trainer.runs.pictures import Sample, boxes, write_samples
 from trainer.utils.media import read_image, save_picture, to_picture
 from trainer.votes import store
+from trainer.votes.records import Vote
 
 MARKUP = "<img src=x onerror=window.hacked=1>"
 IMAGES = 12
@@ -141,6 +142,51 @@ def test_what_cannot_be_a_vote_is_refused(comfy: Server, collection: store.Colle
     assert "no collection named" in refused(comfy, "/votes/nowhere/vote", good)
     assert "not inside ComfyUI's output folder" in refused(comfy, "/votes/new/import", {"folder": "../models"})
     assert "choose output or input" in refused(comfy, "/votes/new/import", {"base": "/", "folder": "etc"})
+
+
+def dpo(collection: str, by: str = "node", **inputs: object) -> dict:
+    """A training graph that takes its objective from the node, or from the overrides of a preset."""
+    given = {"objective": "dpo", "objective.collection": collection}
+    overrides = f"objective={json.dumps({'name': 'dpo', 'collection': collection})}" if by == "overrides" else ""
+    graph = {
+        "model": ("DemoModel", {}),
+        "objective": ("Objective", given),
+        "settings": ("Preset", {"preset": "demo", "overrides": overrides}),
+        "reward": ("LoadReward", {"reward": "brightness"}),
+        "train": (
+            "TrainLoRA",
+            {"grpo_model": ["model", 3], "settings": ["settings", 0], "name": "pairs", "prompts": "", "wait": True}
+            | {"processes": 1}
+            | ({"objective": ["objective", 0]} if by == "node" else {})
+            | inputs,
+        ),
+    }
+    return {key: {"class_type": f"DanceGRPO_{kind}", "inputs": values} for key, (kind, values) in graph.items()}
+
+
+@pytest.mark.parametrize("by", ["node", "overrides"])
+@pytest.mark.parametrize("name", ["/etc", "../votes", "..", "a/b", "C:\\x", "nowhere"])
+def test_a_graph_names_a_collection_and_never_a_path(comfy: Server, by: str, name: str) -> None:
+    with pytest.raises(PromptFailed, match="collection.* cannot be used|no collection named"):
+        comfy.run(dpo(name, by))
+    assert not (comfy.base / "output" / "dancegrpo" / "runs" / "pairs").exists()
+
+
+def test_what_does_not_go_with_pairs_is_one_sentence_on_the_node(comfy: Server, collection: store.Collection) -> None:
+    left, right, third, *_ = sorted(collection.files())
+    for graph, says in [
+        (dpo("by rule"), "there are 0 pairs of by rule: at least 2 are needed"),
+        (dpo("by rule", prompts="a circle"), "the pairs of the objective's collection bring their own: clear it"),
+        (dpo("by rule", reward=["reward", 0]), "disconnect it, or connect it to evaluation_rewards"),
+        (dpo("", prompts="a circle"), "reward is not connected: only objective dpo with a collection trains without"),
+    ]:
+        if "0 pairs" not in says:
+            collection.record([Vote(left, right, id="1"), Vote(right, third, id="2")])
+        with pytest.raises(PromptFailed) as failed:
+            comfy.run(graph)
+        (fault,) = failed.value.faults
+        assert fault.node == "train"
+        assert says in fault.text
 
 
 @pytest.mark.parametrize("name", ["..", "..%2Fx", "%2Fetc", "a%2Fb", "C:%5Cx", "x%00", "a%E2%80%AEb", "CON", "a" * 300])

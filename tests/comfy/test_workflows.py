@@ -1,8 +1,10 @@
 """The example workflows: each as it is saved for the interface, and its twin run over the API."""
 
 import importlib.util
+import io
 import json
 import sys
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +87,10 @@ def test_a_graph_is_tidy(path: Path) -> None:
         assert sources[source, out]["type"] == kind
 
 
-MODELS = [path for path in GRAPHS if int(path.stem.split()[0]) >= 7]
+MODELS = [path for path in GRAPHS if 7 <= int(path.stem.split()[0]) <= 18]
 """The graphs for released models."""
+VOTES = [path for path in GRAPHS if int(path.stem.split()[0]) in (19, 20)]
+"""The graphs for votes, which the script writes as well."""
 MISSING_FILES = ("ckpt_name", "unet_name", "vae_name", "clip_name", "clip_name1", "clip_name2", "clip_name3", "image")
 
 
@@ -119,13 +123,13 @@ def test_a_graph_for_a_released_model_lacks_nothing_but_its_files(comfy: Server,
                     assert name in node["inputs"]
 
 
-def test_graphs_for_released_models_are_what_the_script_writes(info: dict) -> None:
+def test_graphs_for_released_models_and_votes_are_what_the_script_writes(info: dict) -> None:
     spec = importlib.util.spec_from_file_location("build", ROOT / "tools" / "build_workflows.py")
     script = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = script  # its dataclasses look themselves up there
     spec.loader.exec_module(script)
     written = script.files(info)
-    assert len(written) == 2 * len(MODELS) == 24
+    assert len(written) == 2 * len([*MODELS, *VOTES]) == 28
     for path, content in written.items():
         assert (ROOT / "workflows" / path).read_text(encoding="utf-8") == content, (
             f"{path}: run tools/build_workflows.py"
@@ -198,3 +202,66 @@ def test_a_lora_early_or_late(comfy: Server) -> None:
         if prompt[key]["class_type"] == "DanceGRPO_ScoreImages"
     }
     assert means["Score: LoRA all the way"] > means["Score: Base model"]
+
+
+# -------------------------------------------------------------------------------------------------------------- votes
+
+
+@pytest.mark.parametrize("path", VOTES, ids=lambda path: path.stem)
+def test_a_graph_for_votes_is_small_and_begins_with_its_note(path: Path) -> None:
+    graph = json.loads(path.read_text())
+    assert len(graph["nodes"]) <= 12
+    assert graph["extra"]["ds"]["scale"] >= 0.75
+    (note,) = [node for node in graph["nodes"] if node["type"] == "MarkdownNote"]
+    assert note["pos"] == [min(node["pos"][axis] for node in graph["nodes"]) for axis in (0, 1)], "at the top left"
+    assert len(graph["groups"]) == 3
+    inside = [[n["id"] for n in graph["nodes"] if within(n, group["bounding"])] for group in graph["groups"]]
+    assert sorted(sum(inside, [])) == sorted(node["id"] for node in graph["nodes"] if node is not note)
+    assert all(group["title"] for group in graph["groups"])
+
+
+def within(node: dict, box: list[float]) -> bool:
+    (x, y), (width, height) = node["pos"], node["size"]
+    left, top, wide, high = box
+    return left <= x and top + 30 <= y - 30 and x + width <= left + wide and y + height <= top + high
+
+
+@pytest.mark.parametrize("path", VOTES, ids=lambda path: path.stem)
+def test_what_was_voted_on_is_trained_on(comfy: Server, path: Path) -> None:
+    """The part that collects, votes over the routes by a rule (the darker image is better), then the whole graph."""
+    prompt, name = api(path.stem), f"graph {path.stem.split()[0]}"
+    for node in prompt.values():
+        node["inputs"] |= {key: name for key, value in node["inputs"].items() if value == "my_votes"}
+        if node["class_type"] == "DanceGRPO_Preset":
+            node["inputs"]["overrides"] = node["inputs"]["overrides"].replace("iterations=40", "iterations=2")
+    (collect,) = [key for key, node in prompt.items() if node["class_type"] == "DanceGRPO_CollectForVoting"]
+    with pytest.raises(PromptFailed, match="no collection named|holds 0 votes with a winner|at least 2 are needed"):
+        comfy.run(prompt)
+    comfy.run({key: prompt[key] for key in above(prompt, collect)})
+    quoted = urllib.parse.quote(name)
+    state = comfy.get(f"/dancegrpo/votes/{quoted}")
+    assert (state["images"], state["prompts"]) == (128, 16)
+    pair = comfy.get(f"/dancegrpo/votes/{quoted}/pair")["pair"]
+    for _ in range(12):
+        dark = {side: brightness(comfy, quoted, pair[side]["image"]) for side in ("left", "right")}
+        body = {"id": pair["id"], "choice": min(dark, key=dark.get)}
+        body |= {side: pair[side]["image"] for side in dark}
+        pair = comfy.post(f"/dancegrpo/votes/{quoted}/vote", body)["pair"]
+    outputs = comfy.run(prompt)
+    (train,) = [key for key, node in prompt.items() if node["class_type"] == "DanceGRPO_TrainLoRA"]
+    (data,) = outputs[train]["dancegrpo"]
+    assert (data["state"], data["iteration"]) == ("finished", 2)
+    assert data["lora_name"]
+    log = (comfy.base / "output" / data["folder"] / "log.txt").read_text()
+    assert f"12 votes of {name}" in log or f"12 pairs of {name}" in log
+    assert saved(comfy, prompt, outputs).is_file()
+
+
+def above(prompt: dict, key: str) -> set[str]:
+    """A node and all that it depends on."""
+    links = [value[0] for value in prompt[key]["inputs"].values() if isinstance(value, list)]
+    return {key}.union(*(above(prompt, link) for link in links))
+
+
+def brightness(comfy: Server, name: str, image: str) -> float:
+    return np.asarray(Image.open(io.BytesIO(comfy.fetch(f"/dancegrpo/votes/{name}/images/{image}")))).mean()

@@ -1,0 +1,154 @@
+"""The examples for votes, on the embedded model: what stands in them. `build_workflows` writes them."""
+
+from collections.abc import Callable
+
+Add = Callable[..., str]
+"""`Graph.add` of build_workflows: column, class, title and inputs of a node; gives its number."""
+
+WIDTHS = (440, 300, 320, 340, 360, 420, 420)
+"""Of the columns; the note stands in the first."""
+TOPS = (0, 0, 0, 0, 0, 0, 0)
+GROUPS = (
+    ("1. Make images, and vote on them in the sidebar", 1, 3),
+    ("2. Train on your votes", 4, 5),
+    ("3. Compare", 6, 6),
+)
+"""Title, first and last column."""
+PROMPTS = """a circle
+a square
+a triangle
+a picture of a circle
+a poster of a square
+a print of a triangle
+a circle and a square
+a square and a triangle
+a triangle and a circle
+a drawing of a triangle and a square
+two circles
+three squares
+a drawing of two triangles
+a circle above a square
+a square to the left of a triangle
+a triangle below a circle"""
+HELD_OUT = """an image of a circle
+an image of a square
+a drawing of a triangle
+a poster of a circle and a square
+a print of a circle and a triangle
+a poster of two circles
+an image of three squares
+a picture of two triangles"""
+JUDGE = """objective={name: nft}
+rollout.steps=6
+rollout.solver=2m
+rollout.prompts_per_iteration=6
+rollout.group_size=6
+optimizer.learning_rate=3e-3
+lora.ema_decay=0
+runtime.iterations=40"""
+PAIRS = """rollout.prompts_per_iteration=24
+optimizer.learning_rate=3e-3
+lora.ema_decay=0
+runtime.iterations=40"""
+MODELS = """**For a real model:** put its loaders and *GRPO Base Model* in place of *Demo Model*, with its *clip* wired into *GRPO Train LoRA*, and a preset such as `one-gpu-flux`; examples 7 to 18 show the loaders. The numbers under **Train** are for the embedded model alone: begin with a learning rate of 1e-4. The backbone `pixels` sees colours and layout; choose a CLIP vision file to teach what an image shows."""
+STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: that part alone runs, and makes 128 images.
+2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. It says how well your votes are understood.
+3. Queue the graph."""
+
+NOTES = {
+    "19 Teach it what you like": f"""# Teach it what you like
+
+Vote on pairs of images; a judge learns from the votes what you like, and the LoRA learns from the judge.
+
+{STEPS}
+
+Without votes, *Load Reward* refuses and says so. New votes are another run: change the *name* on *GRPO Train LoRA*.
+
+The judge scores **any** image, so this way makes new images and learns from them: it got further than `dpo` from the same votes (`docs/votes.md`). A judge can be fooled; look at the pictures.
+
+{MODELS}""",
+    "20 dpo straight from pairs": f"""# dpo straight from pairs
+
+Vote on pairs of images; the LoRA learns from the pairs alone. No images are made while it trains, and no reward is needed.
+
+{STEPS}
+
+Pairs are votes with a winner between two images of one prompt. Ties and skipped pairs are left out, and the log says how many. New votes are another run: change the *name* on *GRPO Train LoRA*.
+
+This is the cheaper way, and it stays near what was voted on. With a few dozen votes it moves less than a judge does (`docs/votes.md`).
+
+{MODELS}""",
+}
+
+
+def _collected(add: Add, name: str) -> tuple[str, str]:
+    """Images of every prompt, put into a collection; the model and the prompts."""
+    model = add(1, "DanceGRPO_DemoModel")
+    prompts = add(1, "DanceGRPO_PromptLines", prompts=PROMPTS)
+    text = add(2, "CLIPTextEncode", "Prompt, one after the other", clip=[model, 1], text=[prompts, 0])
+    latent = add(1, "EmptySD3LatentImage", width=64, height=64, batch_size=8)
+    sample = add(
+        2,
+        "KSampler",
+        model=[model, 0],
+        positive=[text, 0],
+        negative=[text, 0],
+        latent_image=[latent, 0],
+        seed=1,
+        steps=10,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    images = add(3, "VAEDecode", samples=[sample, 0], vae=[model, 2])
+    add(3, "DanceGRPO_CollectForVoting", images=[images, 0], prompt=[prompts, 0], name=name)
+    return model, prompts
+
+
+def _compared(add: Add, train: str, name: str) -> None:
+    add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix=f"dancegrpo/{name}")
+
+
+def judge(add: Add) -> None:
+    model, prompts = _collected(add, "my_votes")
+    reward = add(
+        4,
+        "DanceGRPO_LoadReward",
+        reward="preference",
+        **{"reward.collection": "my_votes", "reward.backbone": "pixels"},
+    )
+    settings = add(4, "DanceGRPO_Preset", preset="demo", overrides=JUDGE)
+    train = add(
+        5,
+        "DanceGRPO_TrainLoRA",
+        grpo_model=[model, 3],
+        reward=[reward, 0],
+        settings=[settings, 0],
+        name="what_i_like",
+        prompts=[prompts, 0],
+        held_out_prompts=HELD_OUT,
+    )
+    _compared(add, train, "what_i_like")
+
+
+def pairs(add: Add) -> None:
+    model, _ = _collected(add, "my_votes")
+    objective = add(
+        4, "DanceGRPO_Objective", objective="dpo", **{"objective.collection": "my_votes", "objective.beta": 20.0}
+    )
+    settings = add(4, "DanceGRPO_Preset", preset="demo", overrides=PAIRS)
+    train = add(
+        5,
+        "DanceGRPO_TrainLoRA",
+        grpo_model=[model, 3],
+        objective=[objective, 0],
+        settings=[settings, 0],
+        name="my_pairs",
+        prompts="",
+        held_out_prompts=HELD_OUT,
+    )
+    _compared(add, train, "my_pairs")
+
+
+GRAPHS: dict[str, Callable[[Add], None]] = {"19 Teach it what you like": judge, "20 dpo straight from pairs": pairs}
