@@ -72,7 +72,7 @@ class CompareLoRAs(io.ComfyNode):
             if waiting := _waiting(given, ("reward",)):
                 return waiting
             connected(inputs.single(given["reward"], "reward"), types.Rewards, "reward")
-            return _waiting(given, (*MODELS, "model", "clip", "vae", "latent_image", "conditioning"))
+            return _waiting(given, (*MODELS, "model", "clip", "vae", "latent_image", "conditioning", "sigmas"))
 
     @classmethod
     def execute(cls, **given: list) -> io.NodeOutput:
@@ -112,6 +112,9 @@ def _sockets() -> list[io.Input]:
             lazy=True,
             tooltip="What every prompt carries beside its text, such as guidance, reference latents or a first frame. "
             "The text in it is not used.",
+        ),
+        io.Sigmas.Input(
+            "sigmas", optional=True, lazy=True, tooltip="Noise levels, in place of those of steps and scheduler."
         ),
     ]
 
@@ -214,13 +217,15 @@ def _weights(given: dict[str, list]) -> dict[str, dict[str, Tensor]]:
 
 
 def _parts(given: dict[str, list]) -> list:
-    """Model, CLIP, VAE, the empty latent, and the conditioning or None."""
+    """Model, CLIP, VAE, the empty latent, and the conditioning and the noise levels or None."""
     sockets = (("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE"))
     found = [inputs.linked(inputs.single(given[name], name), name, kind) for name, kind in sockets]
     latent, conditioning = inputs.single(given["latent_image"], "latent_image"), _optional(given, "conditioning")
     if not isinstance(latent, dict) or not isinstance(latent.get("samples"), Tensor):
         raise BadInput("latent_image must be connected to an output of type LATENT")
-    return [*found, latent, None if conditioning is None else inputs.conditioning(conditioning, "conditioning")]
+    carried = None if conditioning is None else inputs.conditioning(conditioning, "conditioning")
+    levels = _optional(given, "sigmas")
+    return [*found, latent, carried, None if levels is None else inputs.noise_levels(levels, "sigmas")]
 
 
 NODES = [CompareLoRAs]

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable
 
-Add = Callable[..., str]
-"""`Graph.add` of build_workflows: column, class, title and inputs of a node; gives its number."""
+from .workflow_graph import Add, Layout
 
 WIDTHS = (440, 300, 320, 340, 360, 420, 420)
 """Of the columns; the note stands in the first."""
-TOPS = (0, 0, 0, 0, 0, 0, 0)
 GROUPS = (
     ("1. Make images, and vote on them in the sidebar", 1, 3),
     ("2. Train on your votes", 4, 5),
@@ -152,3 +150,4 @@ def pairs(add: Add) -> None:
 
 
 GRAPHS: dict[str, Callable[[Add], None]] = {"19 Teach it what you like": judge, "20 dpo straight from pairs": pairs}
+LAYOUTS = {name: Layout(note, WIDTHS, GROUPS) for name, note in NOTES.items()}

@@ -43,13 +43,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Parts:
-    """What comes through the sockets: ComfyUI's MODEL, CLIP, VAE, LATENT and, or None, CONDITIONING."""
+    """What comes through the sockets: ComfyUI's MODEL, CLIP, VAE, LATENT and, or None, CONDITIONING and SIGMAS."""
 
     model: Any
     clip: Any
     vae: Any
     latent: dict
     conditioning: list | None
+    sigmas: Tensor | None
 
 
 def judged(
@@ -122,6 +123,7 @@ def _images(model: Any, parts: Parts, sampling: Sampling, positive: list, negati
         positive,
         negative,
         latent,
+        sigmas=parts.sigmas,
         disable_pbar=True,
         seed=derive(sampling.seed, text),
     )
