@@ -1,4 +1,4 @@
-"""The model that learns: what core's loaders load, or a diffusers folder."""
+"""GRPO Base Model: the model to train, from core's loaders or from a diffusers folder."""
 
 import torch
 from comfy.samplers import SCHEDULER_NAMES
@@ -27,27 +27,27 @@ def folder_inputs() -> list[io.Input]:
         io.Combo.Input(
             "folder",
             options=list(diffusers_folders()) or [NO_FOLDER],
-            tooltip="A diffusers folder (it holds model_index.json) inside ComfyUI's models/diffusers. Not "
-            "used where a model is connected.",
+            tooltip="A diffusers folder (with a model_index.json) inside ComfyUI's models/diffusers. Ignored if a "
+            "model is connected.",
         ),
         io.Combo.Input(
             "family",
             options=[family for family in FAMILIES if family != "comfy"],
-            tooltip="The kind of model in the diffusers folder. Not used where a model is connected.",
+            tooltip="The model family of the diffusers folder. Ignored if a model is connected.",
         ),
         io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip=fields["width"].description),
         io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip=fields["height"].description),
         io.Combo.Input(
             "dtype",
             options=["bfloat16", "float32"],
-            tooltip=f"{fields['dtype'].description} Not used where a model is connected: that keeps the dtype "
-            "its loader chose.",
+            tooltip=f"{fields['dtype'].description} Ignored if a model is connected, which keeps the dtype of its "
+            "loader.",
         ),
         io.Combo.Input(
             "vae_dtype",
             options=["float32", "bfloat16", "float16", "auto"],
             advanced=True,
-            tooltip=f"{fields['vae_dtype'].description} Not used where a VAE is connected: that keeps its own.",
+            tooltip=f"{fields['vae_dtype'].description} Ignored if a VAE is connected, which keeps its dtype.",
         ),
         io.Boolean.Input(
             "gradient_checkpointing",
@@ -65,22 +65,22 @@ def model_inputs() -> list[io.Input]:
         io.Model.Input(
             "model",
             optional=True,
-            tooltip="From core's Load Diffusion Model or Load Checkpoint, also through Load LoRA and "
-            "ModelSampling nodes: exactly this is trained, by ComfyUI's own code.",
+            tooltip="From core's Load Diffusion Model or Load Checkpoint, optionally through Load LoRA and "
+            "ModelSampling nodes. It is trained with ComfyUI's own code.",
         ),
         io.Vae.Input("vae", optional=True, tooltip="The connected model's VAE, from core's loaders."),
         io.Sigmas.Input(
             "sigmas",
             optional=True,
-            tooltip="Noise levels of a connected model, one more than the settings' steps, in place of scheduler.",
+            tooltip="Noise levels for a connected model, instead of scheduler. Their number must be steps + 1.",
         ),
         io.Combo.Input(
             "scheduler",
             options=[*SCHEDULER_NAMES, BY_SHIFT],
             default="simple",
             optional=True,
-            tooltip="How a connected model's noise levels are spaced, as in KSampler. 'by shift' takes them "
-            "from the settings' shift instead.",
+            tooltip="Scheduler of a connected model's noise levels, as in KSampler. 'by shift' uses the shift of the "
+            "settings instead.",
         ),
         io.Int.Input("frames", default=1, min=1, max=4096, optional=True, tooltip=fields["frames"].description),
         io.Float.Input(
@@ -91,7 +91,7 @@ def model_inputs() -> list[io.Input]:
             step=0.5,
             optional=True,
             advanced=True,
-            tooltip=f"{GraphModel.model_fields['reserve_gb'].description} Of a connected model.",
+            tooltip=f"{GraphModel.model_fields['reserve_gb'].description} For a connected model only.",
         ),
     ]
 
@@ -103,9 +103,9 @@ class BaseModel(io.ComfyNode):
             node_id="DanceGRPO_BaseModel",
             display_name="GRPO Base Model",
             category=CATEGORY,
-            description="The model that learns: whatever core's loaders load, with its VAE; or a diffusers folder in "
-            "models/diffusers, and its family. A connected model keeps the dtype that its loader chose: folder, "
-            "family, dtype and vae_dtype are not used with it.",
+            description="The model to train: a MODEL and VAE from core's loaders, or a diffusers folder in "
+            "models/diffusers and its family. If a model is connected, folder, family, dtype and vae_dtype are "
+            "ignored.",
             search_aliases=[
                 "grpo model",
                 "base model",
@@ -154,7 +154,7 @@ class BaseModel(io.ComfyNode):
         config = _checked({**used, "family": "comfy", "graph": graph})
         describe.check_size(model, config)
         progress.say(
-            f"the connected model as loaded ({graph['weights'] or 'quantized'}); not used: {', '.join(FOR_FOLDERS)}",
+            f"using the connected model ({graph['weights'] or 'quantized'}); ignored: {', '.join(FOR_FOLDERS)}",
             cls.hidden.unique_id,
         )
         return io.NodeOutput(Model(config.model_dump(mode="json"), Blueprint.of(model)))
@@ -164,7 +164,7 @@ class BaseModel(io.ComfyNode):
         known = diffusers_folders()
         if folder not in known:
             raise BadInput(
-                f"folder {folder[:100]!r} is not in models/diffusers; there are {', '.join(known) or 'none'}"
+                f"folder {folder[:100]!r} is not in models/diffusers; choose one of: {', '.join(known) or '(none)'}"
             )
         return io.NodeOutput(Model(_checked({**values, "path": str(known[folder])}).model_dump(mode="json")))
 

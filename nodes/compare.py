@@ -1,4 +1,4 @@
-"""Compare LoRAs: the connected model with and without LoRAs on the same prompts and noise, judged by rewards."""
+"""Compare LoRAs: scores images of the connected model with and without LoRAs, from the same prompts and noise."""
 
 import hashlib
 from pathlib import Path
@@ -31,8 +31,8 @@ class CompareLoRAs(io.ComfyNode):
             node_id="DanceGRPO_CompareLoRAs",
             display_name="Compare LoRAs (DanceGRPO)",
             category=CATEGORY,
-            description="The model with and without LoRAs on the same prompts and noise: mean reward with an interval, "
-            "how often a LoRA wins against the base, diversity, and a contact sheet.",
+            description="Compares LoRAs with the base model on the same prompts and noise: mean reward with confidence "
+            "interval, win rate, diversity, and a contact sheet.",
             search_aliases=[
                 "evaluate", "evaluate lora", "lora comparison", "compare models", "win rate", "benchmark", "ab test",
                 "contact sheet", "xy plot", "lora", "reward model", "preference", "dancegrpo",
@@ -58,14 +58,14 @@ class CompareLoRAs(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **given: list) -> str:
-        """Changes with the LoRA files: training may write another one under the same name."""
+        """A fingerprint of the LoRA files, which may be overwritten under the same name."""
         files = [folder_paths.get_full_path("loras", name) for name in _chosen(given)]
         stats = [file and (Path(file).stat().st_mtime_ns, Path(file).stat().st_size) for file in files]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
     @classmethod
     def check_lazy_status(cls, **given: list) -> list[str]:
-        """Models are loaded only once everything else is known to be usable."""
+        """Check all other inputs before models are loaded."""
         with progress.errors_on_node(cls.hidden.unique_id):
             _texts(given)
             _files(given)
@@ -103,15 +103,15 @@ def _sockets() -> list[io.Input]:
         io.Clip.Input("clip", lazy=True, tooltip="Encodes the prompts."),
         io.Vae.Input("vae", lazy=True, tooltip="Decodes the images."),
         io.Latent.Input(
-            "latent_image", lazy=True, tooltip="An empty latent: its size is that of the images, its batch is not used."
+            "latent_image", lazy=True, tooltip="An empty latent with the size of the images; its batch size is ignored."
         ),
         RewardType.Input("reward", lazy=True, tooltip="The judges; Combine Rewards makes several of them one socket."),
         io.Conditioning.Input(
             "conditioning",
             optional=True,
             lazy=True,
-            tooltip="What every prompt carries beside its text, such as guidance, reference latents or a first frame. "
-            "The text in it is not used.",
+            tooltip="What all prompts share besides the text, such as guidance, reference latents or a first frame. "
+            "Its text is ignored.",
         ),
         io.Sigmas.Input(
             "sigmas", optional=True, lazy=True, tooltip="Noise levels, in place of those of steps and scheduler."
@@ -126,10 +126,10 @@ def _widgets() -> list[io.Input]:
             "prompts", tooltip="One per line: prompts that were not trained on, the more the surer the result.", **text
         ),
         io.String.Input(
-            "negative", default="", optional=True, tooltip="Negative prompt, used where cfg is not 1.", **text
+            "negative", default="", optional=True, tooltip="Negative prompt, used if cfg is not 1.", **text
         ),
         io.Int.Input(
-            "images_per_prompt", default=4, min=1, max=64, tooltip="Two or more also show how different they are."
+            "images_per_prompt", default=4, min=1, max=64, tooltip="With two or more, diversity is measured."
         ),
         io.Int.Input(
             "seed", default=1234, min=0, max=2**63 - 1, control_after_generate=False,
@@ -141,7 +141,7 @@ def _widgets() -> list[io.Input]:
         io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, tooltip="As in KSampler."),
         io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, tooltip="As in KSampler."),
         io.Float.Input(
-            "strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="Of every LoRA; 1 is as trained."
+            "strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="Strength of all LoRAs; 1 is as trained."
         ),
     ]  # fmt: skip
 
@@ -176,7 +176,7 @@ def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
 def _texts(given: dict[str, list]) -> list[str]:
     texts = prompt_lines("\n".join(inputs.text(text, "prompts") for text in given["prompts"]))
     if not texts:
-        raise BadInput("prompts is empty: write one prompt per line (lines that begin with # are comments)")
+        raise BadInput("prompts is empty: enter one prompt per line (lines that begin with # are comments)")
     check_prompts(texts, "prompts")
     return texts
 
@@ -197,7 +197,7 @@ def _files(given: dict[str, list]) -> dict[str, Path]:
     for name in _chosen(given):
         file = folder_paths.get_full_path("loras", name)
         if file is None:
-            raise BadInput(f"LoRA {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one of it")
+            raise BadInput(f"LoRA {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one from the list")
         found[name] = Path(file)
     return found
 

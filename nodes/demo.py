@@ -1,4 +1,4 @@
-"""The embedded model as ordinary MODEL, CLIP and VAE, by ComfyUI's own classes."""
+"""Demo Model: the embedded model as MODEL, CLIP and VAE, loaded into ComfyUI's own classes."""
 
 import json
 from pathlib import Path
@@ -57,7 +57,7 @@ class SmallCLIP(CLIPTextModel):
 
 
 class TextEncoders(torch.nn.Module):
-    """Two small CLIP text encoders side by side, joined as Stable Diffusion 3 joins its own two."""
+    """Two small CLIP text encoders whose outputs are concatenated, as in Stable Diffusion 3."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, model_options: dict) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class TextEncoders(torch.nn.Module):
 
 
 class Tokenizer:
-    """Both encoders' tokens of a text, with ComfyUI's prompt weights."""
+    """Tokenizes a text for both encoders, with ComfyUI's prompt weights."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizers = {}
@@ -167,15 +167,15 @@ class DemoModel(io.ComfyNode):
             node_id="DanceGRPO_DemoModel",
             display_name="Demo Model (DanceGRPO)",
             category=CATEGORY,
-            description="A small model of coloured shapes that comes with this pack: no download, fast on a CPU. "
-            "64 x 64 pixels, prompts such as 'a red circle and a blue square'.",
+            description="A small model for images of coloured shapes that comes with this pack: no download, fast on a "
+            "CPU. Use 64 x 64 pixels and prompts such as 'a red circle and a blue square'.",
             search_aliases=["shapes", "embedded model", "toy model", "grpo demo", "tiny model"],
             outputs=[
                 io.Model.Output(tooltip="A Stable Diffusion 3 transformer of a few million parameters."),
                 io.Clip.Output(tooltip="Two small CLIP text encoders."),
                 io.Vae.Output(tooltip="An autoencoder of TAESD's architecture."),
                 ModelType.Output(display_name="GRPO_MODEL", tooltip="The same model for GRPO Train LoRA."),
-                io.LoraModel.Output(tooltip="A LoRA that the pack's demo has trained on it, from rewards."),
+                io.LoraModel.Output(tooltip="A LoRA for this model, trained from rewards by the demo."),
             ],
         )
 

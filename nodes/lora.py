@@ -1,4 +1,4 @@
-"""A LoRA that is active during a part of the sampling only, by ComfyUI's own weight hooks."""
+"""Apply LoRA over Sigmas: a LoRA that is active in a part of the sampling steps, with ComfyUI's weight hooks."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def load_patches(model: ModelPatcher, lora: dict[str, Tensor]) -> dict:
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(lora), keys)
     if not patches:
-        raise BadInput(f"lora: none of its {len(lora)} tensors fits this model; it was made for another one")
+        raise BadInput(f"lora: none of its {len(lora)} tensors fits the model; choose a LoRA made for this model")
     return patches
 
 
@@ -46,7 +46,7 @@ def with_scheduled_lora(
     model: ModelPatcher, lora: dict[str, Tensor], strength: float, start: float, end: float
 ) -> ModelPatcher:
     """A clone of `model` on which every sampling runs with the LoRA between `start` and `end`."""
-    # Weights that are swapped while sampling need the patcher that holds them itself, as core's own hooks do.
+    # Hooks change weights during sampling, which needs a patcher without dynamic loading, as for core's hooks.
     patched = model.get_non_dynamic_delegate() if _is_dynamic(model) else model.clone()
     hook = comfy.hooks.WeightHook()
     patched.add_hook_patches(hook=hook, patches=load_patches(patched, lora), strength_patch=strength)
@@ -62,7 +62,7 @@ def with_scheduled_lora(
 
 
 def add_hook(conds: dict[str, list[dict]], hook: comfy.hooks.Hook) -> None:
-    """Put the hook on all conditions; those that shared a group of hooks share the new one, so they stay one batch."""
+    """Add the hook to all conditionings. Those that shared a hook group still do, so they stay in one batch."""
     groups: dict[int, comfy.hooks.HookGroup] = {}
     for cond in (cond for conditions in conds.values() for cond in conditions):
         before = cond.get("hooks")
@@ -83,15 +83,15 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
             node_id="DanceGRPO_ApplyLoRAOverSigmas",
             display_name="Apply LoRA over Sigmas (DanceGRPO)",
             category=f"{CATEGORY}/sampling",
-            description="Use a LoRA during a part of the sampling: early steps decide what is in the image, late ones "
-            "its texture. A LoRA that over-optimized texture is best used early (MixGRPO).",
+            description="Apply a LoRA in a part of the sampling steps only: early steps decide the content of an "
+            "image, late ones its texture. A LoRA that over-optimized texture is best used early (MixGRPO).",
             search_aliases=["lora", "lora schedule", "lora timestep", "lora range", "early lora", "hybrid inference"],
             inputs=[
-                io.Model.Input("model", lazy=True, tooltip="The model that samples; the LoRA must be made for it."),
+                io.Model.Input("model", lazy=True, tooltip="The model; the LoRA must be made for it."),
                 io.Combo.Input(
                     "lora_name",
                     options=[FROM_SOCKET, *folder_paths.get_filename_list("loras")],
-                    tooltip="A file of the loras folder, or the LORA_MODEL connected below.",
+                    tooltip="A file of the loras folder, or the LORA_MODEL connected to lora.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -99,7 +99,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Strength while it is active: 1 as trained, 0 not at all.",
+                    tooltip="Strength of the LoRA while it is active; 1 is as trained.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -107,7 +107,7 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Where the LoRA begins; 0 is pure noise, 1 the finished image.",
+                    tooltip="Where the LoRA becomes active; 0 is pure noise, 1 the finished image.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -115,20 +115,20 @@ class ApplyLoRAOverSigmas(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Where it ends: it is active while sigma(start) >= sigma > sigma(end).",
+                    tooltip="Where the LoRA ends: it is active while sigma(start) >= sigma > sigma(end).",
                 ),
                 io.LoraModel.Input("lora", optional=True, tooltip="A LoRA from the graph, such as one just trained."),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the LoRA over that part of the sampling.")],
+            outputs=[io.Model.Output(tooltip="The model, with the LoRA active in that part of the sampling.")],
         )
 
     @classmethod
     def check_lazy_status(
         cls, start_percent: float, end_percent: float, model: ModelPatcher | None = None, **_: object
     ) -> list[str]:
-        """The model is loaded only once the two numbers fit each other."""
+        """Check the range before the model is loaded."""
         if not start_percent < end_percent:
-            raise BadInput(f"start_percent is {start_percent} and end_percent {end_percent}: start must be below end")
+            raise BadInput(f"start_percent {start_percent} must be below end_percent {end_percent}")
         return ["model"] if model is None else []
 
     @classmethod
@@ -161,7 +161,7 @@ def _read(name: str) -> dict[str, Tensor]:
     """
     file = folder_paths.get_full_path("loras", name)
     if file is None:
-        raise BadInput(f"lora_name {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one of it")
+        raise BadInput(f"lora_name {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one from the list")
     return read_weights(Path(file))
 
 

@@ -1,4 +1,4 @@
-"""The objective of a run as a node, made from the registry: one choice, and the options of what is chosen."""
+"""GRPO Objective: selects an objective and its options; the widgets are generated from the registry."""
 
 from typing import Any
 
@@ -42,8 +42,8 @@ class GRPOObjective(io.ComfyNode):
             node_id="DanceGRPO_Objective",
             display_name="GRPO Objective",
             category=CATEGORY,
-            description="How scores, or votes, become an update. dpo with the name of a collection trains on its "
-            "pairs, without sampling and without a reward.",
+            description="The training objective (loss). dpo with the name of a collection trains on your votes, "
+            "without sampling and without a reward.",
             search_aliases=[
                 "objective",
                 "loss",
@@ -59,7 +59,7 @@ class GRPOObjective(io.ComfyNode):
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.DynamicCombo.Input(
-                    "objective", options=choices, tooltip="What each is, costs and needs: docs/objectives.md."
+                    "objective", options=choices, tooltip="The objective; docs/objectives.md compares them."
                 )
             ],
             outputs=[ObjectiveType.Output(display_name="objective", tooltip="For GRPO Train LoRA.")],
@@ -67,7 +67,7 @@ class GRPOObjective(io.ComfyNode):
 
     @classmethod
     def execute(cls, objective: dict | None = None) -> io.NodeOutput:
-        if objective is None:  # ComfyUI leaves a choice out that it does not know
+        if objective is None:  # ComfyUI drops a choice that is not among the options
             raise BadInput(f"objective is unknown: choose one of {', '.join(OBJECTIVES)}")
         return io.NodeOutput(types.Objective(section(objective)))
 
@@ -77,10 +77,10 @@ def _others() -> list[str]:
 
 
 def section(values: dict[str, Any]) -> dict[str, Any]:
-    """The section `objective` that the widgets stand for.
+    """The section `objective` of the run description, from the values of the widgets.
 
     Raises:
-        BadInput: a value is not accepted, or there is no such collection.
+        BadInput: a value is invalid, or the collection does not exist.
     """
     given = {key: value for key, value in values.items() if key != "objective" and value not in ("", None)}
     found = parse_sections({"objective": {"name": values["objective"], **given}})["objective"]

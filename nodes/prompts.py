@@ -1,4 +1,4 @@
-"""One prompt per line, as a list."""
+"""Prompt Lines: splits a text into a list of prompts, one per line."""
 
 from comfy_api.latest import io
 
@@ -16,28 +16,28 @@ class PromptLines(io.ComfyNode):
             node_id="DanceGRPO_PromptLines",
             display_name="Prompt Lines (DanceGRPO)",
             category=CATEGORY,
-            description="One prompt per line, as a list: nodes that take one prompt run once for each.",
+            description="A list of prompts, one per line: nodes that take one prompt run once for each of them.",
             search_aliases=["split prompts", "text to list", "prompt list", "lines"],
             inputs=[
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     dynamic_prompts=False,
-                    tooltip="One prompt per line. Blank lines and lines that begin with # are left out.",
+                    tooltip="One prompt per line. Blank lines and lines that begin with # are ignored.",
                 )
             ],
             outputs=[
                 io.String.Output(
                     display_name="prompt",
                     is_output_list=True,
-                    tooltip="One text per line. GRPO Train LoRA takes the whole list.",
+                    tooltip="The prompts. GRPO Train LoRA takes the whole list.",
                 )
             ],
         )
 
     @classmethod
     def validate_inputs(cls, prompts: str | None = None) -> bool | str:
-        if prompts is None:  # it arrives by wire, and is not known yet
+        if prompts is None:  # it comes through a link and is not known yet
             return True
         try:
             return bool(_lines(prompts))

@@ -1,4 +1,4 @@
-"""Rewards: load, combine, threshold; score images with them, and pick the best."""
+"""Nodes to load, combine and threshold rewards, to score images, and to pick the best images."""
 
 import math
 
@@ -18,7 +18,7 @@ from .host.scoring import bar_plot, best_of, score_all, score_table, split_promp
 from .types import CATEGORY, Rewards, RewardType, connected
 
 SOCKETS = 4
-FOR_SCORING = "For Score Images, GRPO Train LoRA, Threshold and Combine Rewards."
+FOR_SCORING = "For Score Images, GRPO Train LoRA, Threshold Reward and Combine Rewards."
 VIDEO = "one video"
 
 
@@ -30,8 +30,8 @@ class LoadReward(io.ComfyNode):
             node_id="DanceGRPO_LoadReward",
             display_name="Load Reward (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="A reward that scores images, for training and for Score Images. Its weights are read when "
-            "it is used.",
+            description="A reward that scores images or videos, for training and for Score Images. Its weights are "
+            "loaded when it is used.",
             search_aliases=[
                 "reward model", "scorer", "aesthetic", "hps", "clip score", "grpo reward", "rlhf", "human feedback",
                 "preference", "vote",
@@ -39,7 +39,7 @@ class LoadReward(io.ComfyNode):
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             inputs=[
                 io.DynamicCombo.Input(
-                    "reward", options=choices, tooltip="Which reward. Its model files belong in models/rewards."
+                    "reward", options=choices, tooltip="The reward. Put its model files in models/rewards."
                 )
             ],
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
@@ -51,7 +51,7 @@ class LoadReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, reward: dict | None = None) -> io.NodeOutput:
-        if reward is None:  # ComfyUI leaves a choice out that it does not know
+        if reward is None:  # ComfyUI drops a choice that is not among the options
             raise BadInput(f"reward {cls._chosen()} is unknown: choose one of {', '.join(reward_models.REWARDS)}")
         name = reward["reward"]
         given = {key: value for key, value in reward.items() if key != "reward"}
@@ -79,15 +79,15 @@ class CombineRewards(io.ComfyNode):
                     min=-1000.0,
                     max=1000.0,
                     step=0.05,
-                    tooltip="Negative asks for less of it. The authors advise 0.7 for HPS-v2.1 and 1.4 for CLIP.",
+                    tooltip="A negative weight minimises the reward. DanceGRPO's authors use HPS-v2.1 0.7, CLIP 1.4.",
                 ),
             ]
         return io.Schema(
             node_id="DanceGRPO_CombineRewards",
             display_name="Combine Rewards (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="Several rewards with weights. Training normalizes each to mean 0 and std 1 within the images "
-            "of a prompt before it adds them; scoring adds the raw scores.",
+            description="A weighted sum of several rewards. Training normalizes each to mean 0 and std 1 within the "
+            "images of a prompt first; Score Images adds the raw scores.",
             search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight", "reward model"],
             inputs=inputs,
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
@@ -106,7 +106,7 @@ class CombineRewards(io.ComfyNode):
         names = [config.name for config in combined]
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            raise BadInput(f"reward {repeated!r} is combined more than once: give it one socket and one weight")
+            raise BadInput(f"reward {repeated!r} is connected more than once: connect it once, with one weight")
         return io.NodeOutput(Rewards(tuple(combined)))
 
 
@@ -129,10 +129,10 @@ class ThresholdReward(io.ComfyNode):
             node_id="DanceGRPO_ThresholdReward",
             display_name="Threshold Reward (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="1 where a reward is above the threshold, else 0: the paper's binary reward.",
+            description="Turns a reward into 1 if it is above the threshold, else 0 (DanceGRPO's binary reward).",
             search_aliases=["binary reward", "pass fail", "reward cut", "reward model"],
             inputs=[
-                RewardType.Input("reward", tooltip="One reward; combine after the threshold, not before."),
+                RewardType.Input("reward", tooltip="A single reward; use Combine Rewards after this node."),
                 io.Float.Input(
                     "threshold",
                     default=0.5,
@@ -140,7 +140,7 @@ class ThresholdReward(io.ComfyNode):
                     max=10000.0,
                     step=0.01,
                     round=False,
-                    tooltip="In the reward's own units, before its weight; Score Images shows what it usually gives.",
+                    tooltip="In the units of the raw score, before the weight. Score Images shows typical scores.",
                 ),
             ],
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
@@ -150,10 +150,10 @@ class ThresholdReward(io.ComfyNode):
     def execute(cls, reward: Rewards, threshold: float) -> io.NodeOutput:
         connected(reward, Rewards, "reward")
         if len(reward.rewards) != 1:
-            raise BadInput(f"reward holds {len(reward.rewards)} rewards: a threshold is for one, before combining")
+            raise BadInput(f"reward combines {len(reward.rewards)} rewards: apply the threshold before Combine Rewards")
         (config,) = reward.rewards
         if config.threshold is not None:
-            raise BadInput(f"reward {config.name!r} has the threshold {config.threshold} already")
+            raise BadInput(f"reward {config.name!r} already has a threshold ({config.threshold}): use only one")
         return io.NodeOutput(Rewards((_changed(config, threshold=inputs.finite(threshold, "threshold")),)))
 
 
@@ -164,7 +164,7 @@ class ScoreImages(io.ComfyNode):
             node_id="DanceGRPO_ScoreImages",
             display_name="Score Images (DanceGRPO)",
             category=f"{CATEGORY}/rewards",
-            description="The score that a reward gives each image, as numbers, as text and as a plot.",
+            description="Scores each image with a reward; outputs the scores as numbers, as text and as a plot.",
             search_aliases=[
                 "rate images", "evaluate", "reward score", "reward model", "score video", "benchmark", "preference",
             ],
@@ -174,7 +174,7 @@ class ScoreImages(io.ComfyNode):
                 io.String.Input(
                     "prompt",
                     multiline=True,
-                    tooltip="What the images should show: one line for all of them, or a line per image.",
+                    tooltip="Prompt of the images: one line for all images, or one line per image.",
                 ),
                 io.Combo.Input(
                     "batch",
@@ -195,11 +195,11 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
-        return True if prompt is None or prompt.strip() else "prompt is empty: write what the images should show"
+        return True if prompt is None or prompt.strip() else "prompt is empty: enter the prompt of the images"
 
     @classmethod
     def check_lazy_status(cls, reward: Rewards, images: Tensor | None = None, **_: object) -> list[str]:
-        """The images are made only once the reward is known to be usable."""
+        """Check the reward before the images are computed."""
         connected(reward, Rewards, "reward")
         return ["images"] if images is None else []
 
@@ -237,7 +237,7 @@ class PickBest(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The images to choose from, all of one size."),
                 io.Float.Input("scores", force_input=True, tooltip="From Score Images, one per image."),
-                io.Int.Input("k", default=1, min=1, max=4096, tooltip="How many."),
+                io.Int.Input("k", default=1, min=1, max=4096, tooltip="Number of images to keep."),
             ],
             outputs=[
                 io.Image.Output(tooltip="The k best images, the best first."),
@@ -250,7 +250,7 @@ class PickBest(io.ComfyNode):
     def execute(cls, images: list[Tensor], scores: list[float], k: list[int]) -> io.NodeOutput:
         sizes = {tuple(inputs.image_batch(batch, "images").shape[1:]) for batch in images}
         if len(sizes) > 1:
-            raise BadInput(f"images have {len(sizes)} different sizes: all must have one")
+            raise BadInput(f"images have {len(sizes)} different sizes: all images must have the same size")
         pictures, count = torch.cat(images), inputs.single(k, "k")
         if len(pictures) != len(scores):
             raise BadInput(f"{len(pictures)} images but {len(scores)} scores: there must be one score per image")

@@ -18,7 +18,7 @@ class Run(io.ComfyNode):
             node_id="DanceGRPO_Run",
             display_name="GRPO Run",
             category=CATEGORY,
-            description="Look at a training run, watch it to its end, stop it, or resume it; and get its LoRA.",
+            description="Show a training run, wait for its end, stop it or resume it, and get its LoRA.",
             search_aliases=[
                 "grpo run", "training status", "resume training", "stop training", "lora", "rlhf", "dancegrpo",
             ],
@@ -26,13 +26,13 @@ class Run(io.ComfyNode):
             not_idempotent=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                RunType.Input("run", optional=True, tooltip="From GRPO Train LoRA; or give its name below."),
-                io.String.Input("name", default="", optional=True, tooltip="Name of a run, where none is connected."),
+                RunType.Input("run", optional=True, tooltip="From GRPO Train LoRA; or enter a name below."),
+                io.String.Input("name", default="", optional=True, tooltip="Name of a run, if none is connected."),
                 io.Combo.Input(
                     "action",
                     options=list(ACTIONS),
-                    tooltip="look: its state now. watch: wait for its end (cancel ends the watching, not the run). "
-                    "stop: end it, keeping what was learned. resume: continue a stopped or broken run.",
+                    tooltip="look: show its current state. watch: wait for its end (Cancel does not stop the run). "
+                    "stop: stop it and keep the newest LoRA. resume: continue a stopped or crashed run.",
                 ),
             ],
             outputs=results.outputs(status_first=True),
@@ -49,15 +49,15 @@ class Run(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> float:
-        return float("nan")  # a new object each time: ComfyUI compares by identity first
+        return float("nan")  # NaN differs from the last value; a new object, as ComfyUI compares by identity first
 
     @classmethod
     def execute(cls, action: str, run: str | None = None, name: str = "") -> io.NodeOutput:
         with progress.errors_on_node(cls.hidden.unique_id):
             if run is None and not name:
-                raise BadInput("no run: connect one, or give its name")
+                raise BadInput("no run is given: connect a run, or enter its name")
             if run is not None and name and name != run:
-                raise BadInput(f"run {run!r} is connected and the name is {name!r}: clear the name, or disconnect")
+                raise BadInput(f"run {run!r} is connected, but name is {name!r}: clear the name or disconnect the run")
             directory = runs.existing(run or name)
             if action == "stop":
                 launch.stop(directory, grace=progress.GRACE)

@@ -1,4 +1,4 @@
-"""Sampling: the trainer's transition kernels as a SAMPLER, and one initial noise for a whole batch."""
+"""Nodes for sampling: the trainer's transition kernels as a SAMPLER, and a NOISE that is equal for a whole batch."""
 
 from collections.abc import Callable
 
@@ -23,22 +23,23 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
 def kernel_tip() -> str:
-    """What each kernel does, a line each."""
+    """Tooltip of `kernel`: the formulas of each kernel, one line per kernel."""
     lines = [f"{k.name} ({k.process.name}): {k.mean}; std {k.std}" for k in KERNELS.values()]
     notation = (
-        "The random part of a step. s is sigma, s' the next one; x0 and x1 are the model's estimates of the image and "
-        "the noise in the latents x, and v = x1 - x0. Kernels marked flow are for flow models, those marked vp for "
-        "SD1.5, SDXL and other epsilon or v models, with a = 1/(1 + s²); ode is for all."
+        "How a sampling step adds noise: the next latents are the mean plus the std times new noise. s is sigma, and "
+        "s' the next one; x0 and x1 are the model's estimates of the image and the noise in the latents x, and "
+        "v = x1 - x0. Kernels marked flow are for flow models, those marked vp for SD1.5, SDXL and other epsilon or "
+        "v-prediction models, with a = 1/(1 + s²); ode works with all models."
     )
     return "\n".join([notation, *lines]).replace("`", "")
 
 
 def eta_tip() -> str:
-    """The scale of eta in each kernel, a line each."""
+    """Tooltip of `eta`: its range and usual value for each kernel, one line per kernel."""
     lines = [
         f"{k.name}: 0 to {k.largest_eta:g}, usually {k.default_eta:g}" for k in KERNELS.values() if not k.deterministic
     ]
-    head = "Strength of the noise; 0 is deterministic. Each kernel has its own scale, which no other sampler shares."
+    head = "Strength of the added noise; 0 is deterministic. The same value has a different effect in each kernel."
     return "\n".join([head, *lines])
 
 
@@ -55,7 +56,7 @@ def take_step(
     eta: float,
     noise: Tensor | None,
 ) -> Tensor:
-    """One step of the trainer in ComfyUI's scale of latents and noise levels (see `Process.k_scale`).
+    """One sampling step of the trainer, for latents and noise levels in ComfyUI's scale (see `Process.k_scale`).
 
     Args:
         x, denoised: latents `[B, ...]` and the model's image estimate.
@@ -75,9 +76,9 @@ def take_step(
 
 
 def step_noise(x: Tensor, seed: int, first_image: int, sigma: float, device: str) -> Tensor:
-    """Standard normal noise, shaped as `x`; an image's part depends on the seed, its number and sigma alone.
+    """Standard normal noise, shaped as `x`. The noise of an image depends only on the seed, its number and sigma.
 
-    So an image stays as it is when the batch is split or grown, and when the schedule is split.
+    An image therefore does not change when the batch is split or enlarged, or when the sigmas are split.
     """
     device = x.device if device == "gpu" else "cpu"
     rows = []
@@ -104,12 +105,12 @@ def sample_sde(
     noise_device: str,
     first_image: int,
 ) -> Tensor:
-    """A sampler function of ComfyUI: `model(x, sigma)` gives the image estimate, whatever the network predicts.
+    """A sampler function for ComfyUI: `model(x, sigma)` returns the image estimate, whatever the network predicts.
 
     Args:
         x: noisy latents `[B, ...]` of any rank.
         sigmas: T + 1 noise levels.
-        start_step, end_step: steps start_step <= i < end_step are stochastic; one to sigma 0 never is.
+        start_step, end_step: steps start_step <= i < end_step are stochastic, except a step to sigma 0.
 
     Raises:
         ValueError: the kernel does not fit this model.
@@ -132,21 +133,21 @@ def sample_sde(
 
 
 def check_kernel(kernel: str, eta: float, process: Process) -> None:
-    """Raise ValueError where kernel, eta and the model's process do not fit."""
+    """Raise ValueError if the kernel or eta cannot be used with a model of this process."""
     chosen = kernels.named(kernel)
     if chosen.deterministic:
         return
     if chosen.process is not process:
-        what = "this is a flow model" if process is FLOW else "this model predicts epsilon or v"
+        what = "is not for flow models" if process is FLOW else "is not for epsilon or v-prediction models"
         fitting = [*kernels.stochastic(process), *(k.name for k in KERNELS.values() if k.deterministic)]
-        raise ValueError(f"kernel is {kernel!r}, and {what}: choose one of {', '.join(fitting)}")
+        raise ValueError(f"kernel {kernel!r} {what}: choose one of {', '.join(fitting)}")
     chosen.check_eta(eta)
 
 
 def check_eta(kernel: str | None, eta: float | None) -> None:
-    """Raise ValueError for a kernel that does not exist or an eta that it does not take; None is not known yet."""
+    """Raise ValueError if the kernel does not exist or does not accept eta; None is a value that is not known yet."""
     if eta is not None and not 0 <= eta <= LARGEST_ETA:
-        raise ValueError(f"eta is {eta}: it must lie in 0 to {LARGEST_ETA:g}")
+        raise ValueError(f"eta is {eta}: it must be between 0 and {LARGEST_ETA:g}")
     if kernel is not None and eta is not None:
         kernels.named(kernel).check_eta(eta)
     elif kernel is not None:
@@ -163,7 +164,7 @@ class SDESampler(io.ComfyNode):
             node_id="DanceGRPO_SDESampler",
             display_name="SDE Sampler (DanceGRPO)",
             category=f"{CATEGORY}/sampling",
-            description="Samples with the transition kernels that GRPO trains with. For SamplerCustomAdvanced.",
+            description="Stochastic sampler with the transition kernels that GRPO training uses.",
             search_aliases=["sde", "grpo", "eta", "stochastic sampler", "flow sde", "flow-grpo", "cps", "ddim eta"],
             inputs=[
                 io.Combo.Input("kernel", options=list(KERNELS), default="dance", tooltip=kernel_tip()),
@@ -182,7 +183,7 @@ class SDESampler(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the steps' noise. The initial noise has a seed of its own, in the NOISE node.",
+                    tooltip="Seed of the noise that the steps add. The NOISE node has the seed of the initial noise.",
                 ),
                 io.Int.Input("start_step", default=0, min=0, max=LAST_STEP, tooltip="First stochastic step."),
                 io.Int.Input(
@@ -190,14 +191,14 @@ class SDESampler(io.ComfyNode):
                     default=LAST_STEP,
                     min=0,
                     max=LAST_STEP,
-                    tooltip="Steps from this one on are deterministic; so is the last in any case.",
+                    tooltip="This step and all later ones are deterministic. The step to sigma 0 always is.",
                 ),
                 io.Combo.Input(
                     "noise_device",
                     options=["cpu", "gpu"],
                     default="cpu",
                     advanced=True,
-                    tooltip="Where noise is drawn. cpu gives the same image on every machine.",
+                    tooltip="Where the noise is drawn. With cpu it is the same on every machine.",
                 ),
                 io.Int.Input(
                     "first_image",
@@ -205,7 +206,7 @@ class SDESampler(io.ComfyNode):
                     min=0,
                     max=LAST_STEP,
                     advanced=True,
-                    tooltip="Number of the batch's first image. Image 3 of a batch is made alone with a 3 here.",
+                    tooltip="Number of the first image of the batch. Set it to 3 to sample image 3 of a batch alone.",
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
@@ -219,7 +220,7 @@ class SDESampler(io.ComfyNode):
         start_step: int | None = None,
         end_step: int | None = None,
     ) -> bool | str:
-        # A value that arrives by wire is not known yet; a named one is no longer looked at by ComfyUI itself.
+        # A value that comes through a link is None here. ComfyUI does not check the inputs that are named here.
         try:
             check_eta(kernel, eta)
         except ValueError as error:
@@ -228,7 +229,7 @@ class SDESampler(io.ComfyNode):
         end = LAST_STEP if end_step is None else end_step
         if 0 <= start <= end:
             return True
-        return f"start_step is {start} and end_step {end}: they must not be negative, nor the start above the end"
+        return f"start_step is {start} and end_step is {end}: use 0 or more, and start_step at most end_step"
 
     @classmethod
     def execute(cls, **options: object) -> io.NodeOutput:
@@ -236,7 +237,7 @@ class SDESampler(io.ComfyNode):
 
 
 class SharedNoise:
-    """A NOISE: what RandomNoise gives the first image, for every image of the batch."""
+    """A NOISE that gives every image of the batch the noise that RandomNoise gives the first image."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -258,8 +259,8 @@ class GroupNoise(io.ComfyNode):
             node_id="DanceGRPO_GroupNoise",
             display_name="Group Noise (DanceGRPO)",
             category=f"{CATEGORY}/sampling",
-            description="One initial noise for every image of the batch, as DanceGRPO samples its groups. "
-            "What then differs between the images is the noise of the steps alone.",
+            description="The same initial noise for every image of the batch, as in DanceGRPO's groups. The images "
+            "then differ only by the noise that the sampling steps add, so use it with SDE Sampler.",
             search_aliases=["shared noise", "same noise", "grpo group", "batch noise"],
             inputs=[
                 io.Int.Input(
@@ -268,7 +269,7 @@ class GroupNoise(io.ComfyNode):
                     min=0,
                     max=MAX_SEED,
                     control_after_generate=True,
-                    tooltip="Seed of the initial noise: what RandomNoise gives the first image for this seed.",
+                    tooltip="Seed of the noise. It equals the noise of RandomNoise for the first image with this seed.",
                 )
             ],
             outputs=[io.Noise.Output(tooltip="For SamplerCustomAdvanced.")],

@@ -1,4 +1,4 @@
-"""Settings of a run as widgets, made from the run description's own fields."""
+"""Nodes for the settings of a run, with widgets that are generated from the fields of the run description."""
 
 from collections.abc import Iterator
 
@@ -52,15 +52,15 @@ ADVANCED = (
     "runtime.checkpoint_every",
     "runtime.device",
 )
-"""New ones go at the end: saved workflows keep values by position."""
+"""Append new ones at the end: saved workflows store widget values by position."""
 SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluation", "runtime")
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
-"""Fields of `evaluation` that the training node's own sockets and boxes fill."""
+"""Fields of `evaluation` that are set by inputs of GRPO Train LoRA."""
 _STEP = {"optimizer.learning_rate": 1e-6, "objective.clip_range": 1e-6, "optimizer.weight_decay": 1e-5}
 _LARGEST = 2**31 - 1
 OVERRIDES_TOOLTIP = (
-    "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They win "
-    "over everything above. docs/configuration.md lists all of them."
+    "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They take "
+    "precedence over the widgets. docs/configuration.md lists all settings."
 )
 
 
@@ -103,20 +103,19 @@ def _range(field: FieldInfo, step: float) -> tuple[float, float]:
 
 
 def settings(data: dict, overrides: str) -> dict:
-    """Sections of a run description: complete, and valid in themselves.
+    """Validated sections of a run description, with all defaults.
 
     Args:
         data: sections as plain data.
-        overrides: text of the box, one setting per line.
+        overrides: text of the widget `overrides`, one setting per line.
 
     Raises:
-        BadInput: an unknown setting, a value that is not accepted, one that belongs to another node, or a collection
-            that does not exist.
+        BadInput: a setting is unknown, invalid or set by another node, or a collection does not exist.
     """
     sections = parse_sections({name: data.get(name, {}) for name in SECTIONS}, list(_lines(overrides)))
     for field in _ELSEWHERE:
         if getattr(sections["evaluation"], field):
-            raise BadInput(f"setting evaluation.{field} is given on the node GRPO Train LoRA, not here")
+            raise BadInput(f"setting evaluation.{field} cannot be set here: set it on GRPO Train LoRA")
     found = {name: section.model_dump(mode="json") for name, section in sections.items()}
     return found | {"objective": with_collection(found["objective"])}
 
@@ -126,8 +125,8 @@ def _lines(overrides: str) -> Iterator[str]:
         section = line.split("=")[0].split(".")[0].strip()
         if section not in SECTIONS:
             raise BadInput(
-                f"setting {line.strip()!r} cannot be given here: model, prompts and rewards have their own nodes, and "
-                f"the other sections are {', '.join(SECTIONS)}"
+                f"setting {line.strip()!r} cannot be set here: model, prompts and rewards are set by other nodes. "
+                f"The sections that can be set here are {', '.join(SECTIONS)}"
             )
         yield line.strip()
 
@@ -139,7 +138,7 @@ class Settings(io.ComfyNode):
             node_id="DanceGRPO_Settings",
             display_name="GRPO Settings",
             category=CATEGORY,
-            description="How a LoRA is trained: sampling, learning rate, iterations. All the rest is under advanced.",
+            description="Settings of GRPO Train LoRA: sampling, learning rate, iterations. More are under advanced.",
             search_aliases=["grpo settings", "training settings", "hyperparameters", "learning rate", "dancegrpo"],
             inputs=[
                 *(widget(setting, advanced=False) for setting in MAIN),
@@ -175,8 +174,8 @@ class Preset(io.ComfyNode):
             display_name="GRPO Preset",
             category=CATEGORY,
             description=(
-                "Settings that are known to work together, by name, in place of GRPO Settings. Model, prompts and "
-                "rewards always come from their own nodes."
+                "A preset of settings, to use instead of GRPO Settings. The preset's model, prompts and rewards are "
+                "ignored; other nodes set them."
             ),
             search_aliases=["grpo preset", "training preset", "paper settings", "demo settings", "dancegrpo"],
             inputs=[

@@ -1,4 +1,4 @@
-"""GRPO Train LoRA: the training itself is a process of its own."""
+"""GRPO Train LoRA: starts, resumes or attaches to a run, which trains in a separate process."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType,
 BASE_MODEL = "(the base model)"
 MOST_PROCESSES = 64
 DESCRIPTIONS = ("reward", "settings", "evaluation_rewards", "objective")
-"""Sockets whose values are made at no cost, and with which most mistakes are found."""
+"""Inputs that are cheap to compute. They are checked first, because most mistakes are in them."""
 LOADED = ("grpo_model", "clip", "conditioning")
-"""Sockets behind which models are loaded."""
+"""Inputs whose computation loads a model."""
 
 
 class TrainLoRA(io.ComfyNode):
@@ -27,9 +27,9 @@ class TrainLoRA(io.ComfyNode):
             display_name="GRPO Train LoRA",
             category=CATEGORY,
             description=(
-                "Train a LoRA from rewards, in a process of its own. Queueing the same again continues the run of that "
-                "name, or gives its result; it never trains the same twice. Cancel stops it and keeps what was "
-                "learned."
+                "Train a LoRA from rewards, in a separate process. If the same graph is queued again, the run of that "
+                "name is resumed, or its result is returned; it is never trained twice. Cancel stops the run and keeps "
+                "the newest LoRA."
             ),
             search_aliases=[
                 "grpo", "rlhf", "dpo", "reinforcement learning", "rl", "human feedback", "preference", "vote",
@@ -43,12 +43,12 @@ class TrainLoRA(io.ComfyNode):
             outputs=results.outputs(status_first=False),
         )  # fmt: skip
 
-    # ComfyUI repeats a refusal at every input named here, so only one is. The other inputs are checked by
-    # `check_lazy_status`, still before anything is loaded.
+    # ComfyUI shows an error once for every input named here, so only `name` is. `check_lazy_status` checks the other
+    # inputs, also before anything is loaded.
     @classmethod
     def validate_inputs(cls, name: list[str | None] = (None,)) -> bool | str:
         try:
-            if name[0] is not None:  # else it arrives through a link
+            if name[0] is not None:  # None if it comes through a link
                 check_name(name[0])
         except BadInput as error:
             return str(error)
@@ -60,7 +60,7 @@ class TrainLoRA(io.ComfyNode):
 
     @classmethod
     def check_lazy_status(cls, **given: list) -> list[str]:
-        """Names of the inputs to compute next: first descriptions, then what loads models."""
+        """Names of the inputs to compute next: first those that are cheap, then those that load models."""
         with progress.errors_on_node(cls.hidden.unique_id):
             _check_widgets(given)
             if waiting := _waiting(given, DESCRIPTIONS):
@@ -99,28 +99,28 @@ class TrainLoRA(io.ComfyNode):
 
 def _sockets() -> list[io.Input]:
     return [
-        ModelType.Input("grpo_model", lazy=True, tooltip="The model that learns: GRPO Base Model or Demo Model."),
+        ModelType.Input("grpo_model", lazy=True, tooltip="The model to train: from GRPO Base Model or Demo Model."),
         RewardType.Input(
             "reward",
             optional=True,
             lazy=True,
-            tooltip="What is rewarded; Combine Rewards mixes several. Only objective dpo with a collection needs none.",
+            tooltip="The reward to maximise; use Combine Rewards for several. Not needed for dpo with a collection.",
         ),
         io.Clip.Input(
             "clip",
             optional=True,
             lazy=True,
-            tooltip="Encodes the prompts, so that the trainer loads no text encoder. Without it, the trainer uses "
-            "those of the model's folder.",
+            tooltip="Encodes the prompts, so that the training process loads no text encoder. Required for a connected "
+            "model. Without it, the text encoders of the diffusers folder are used.",
         ),
         SettingsType.Input(
-            "settings", optional=True, lazy=True, tooltip="GRPO Settings or GRPO Preset; without it, every default."
+            "settings", optional=True, lazy=True, tooltip="From GRPO Settings or GRPO Preset; else the defaults."
         ),
         RewardType.Input(
             "evaluation_rewards",
             optional=True,
             lazy=True,
-            tooltip="Rewards that are measured on the held-out prompts and not trained on.",
+            tooltip="Rewards that are only measured on the held-out prompts, not trained.",
         ),
     ]
 
@@ -130,8 +130,8 @@ def _widgets() -> list[io.Input]:
         io.String.Input(
             "name",
             default="my_lora",
-            tooltip="Name of the run and its LoRA. It belongs to these settings: other settings need another name, but "
-            "more iterations extend the run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
+            tooltip="Name of the run and its LoRA. Other settings need a new name; more iterations extend the existing "
+            "run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
         ),
         _text(
             "prompts",
@@ -140,18 +140,18 @@ def _widgets() -> list[io.Input]:
         ),
         _text(
             "held_out_prompts",
-            "Prompts that are not trained on, one per line: images of them are scored before and after.",
+            "Prompts that are not trained on, one per line. Their images are scored before and after training.",
             default="",
             optional=True,
         ),
-        _text("negative", "Negative prompt, used where guidance_scale is not 1.", default="", optional=True),
+        _text("negative", "Negative prompt, used if guidance_scale is not 1.", default="", optional=True),
         io.Boolean.Input(
             "wait",
             default=True,
             label_on="wait for the result",
             label_off="in the background",
-            tooltip="Wait and show progress, or return at once and leave the run to GRPO Run. Other prompts can be "
-            "queued while a run is in the background.",
+            tooltip="Wait for the run and show its progress, or return at once and continue with the graph; then use "
+            "GRPO Run to watch, stop or resume the run.",
         ),
         io.Int.Input(
             "processes", default=1, min=1, max=MOST_PROCESSES, tooltip="Processes that share the training: one per GPU."
@@ -161,20 +161,20 @@ def _widgets() -> list[io.Input]:
             default="",
             optional=True,
             advanced=True,
-            tooltip="GPU numbers, such as 0,1: as many as processes. Empty uses those that ComfyUI sees.",
+            tooltip="GPU numbers, such as 0,1, one per process. If empty, the GPUs that ComfyUI sees are used.",
         ),
     ]
 
 
 def _late_inputs() -> list[io.Input]:
-    """Inputs after the widgets; saved workflows keep widget values by position, so new widgets go to the end."""
+    """Inputs added later. Saved workflows store widget values by position, so new widgets go to the end."""
     return [
         io.Conditioning.Input(
             "conditioning",
             optional=True,
             lazy=True,
-            tooltip="What every prompt carries beside its text, with a connected model: guidance, reference latents, a "
-            "first frame, masks. The text in it is not used.",
+            tooltip="For a connected model: what all prompts share besides the text, such as guidance, reference "
+            "latents, a first frame or masks. Its text is ignored.",
         ),
         io.Combo.Input(
             "start_from",
@@ -182,11 +182,11 @@ def _late_inputs() -> list[io.Input]:
             default=BASE_MODEL,
             optional=True,
             advanced=True,
-            tooltip="A LoRA to start from, instead of the base model alone: training continues to change it. It must "
-            "be made for this model, and of no higher rank than lora.rank.",
+            tooltip="An existing LoRA to continue training from. It must be for this model, and its rank must not be "
+            "higher than lora.rank.",
         ),
         ObjectiveType.Input(
-            "objective", optional=True, lazy=True, tooltip="GRPO Objective; without it, that of the settings."
+            "objective", optional=True, lazy=True, tooltip="From GRPO Objective; else the objective of the settings."
         ),
     ]
 
@@ -199,7 +199,7 @@ def _text(name: str, tooltip: str, **options: object) -> io.Input:
 
 
 def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
-    """Which of these sockets are connected to something that has not been computed yet."""
+    """Those of these inputs that are connected and not computed yet."""
     return [name for name in names if name in given and list(given[name]) == [None]]
 
 
@@ -209,7 +209,7 @@ def _optional(given: dict[str, list], name: str, default: object = None) -> obje
 
 
 def _prompts(given: dict[str, list], name: str) -> str:
-    """Text with a prompt per line; each text of a connected list, such as from Prompt Lines, has lines of its own."""
+    """The prompts, one per line. A connected list, such as that of Prompt Lines, is joined."""
     return "\n".join(inputs.text(text, name) for text in given.get(name, []))
 
 
@@ -234,7 +234,7 @@ def _start_from(given: dict[str, list]) -> Path | None:
         return None
     file = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
     if file is None:
-        raise BadInput(f"start_from is {str(name)[:100]!r}, which is not in ComfyUI's list of LoRAs: choose one of it")
+        raise BadInput(f"start_from {str(name)[:100]!r} is not in ComfyUI's list of LoRAs: choose one from the list")
     return Path(file).absolute()
 
 

@@ -1,4 +1,4 @@
-"""What flows between the nodes of this pack: parts of a run description, never loaded objects."""
+"""Types of the sockets of this pack. Their values are parts of a run description, not loaded models."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +24,12 @@ RunType = io.Custom("GRPO_RUN")
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What is needed to build a connected MODEL again without its weights.
+    """What is needed to rebuild a connected MODEL without its weights.
 
     Attributes:
-        kind: its class, a `BaseModel` of ComfyUI's.
-        config: ComfyUI's configuration of it.
-        sampling: its `model_sampling`, as nodes have changed it.
+        kind: its class, a subclass of ComfyUI's `BaseModel`.
+        config: its `model_config`.
+        sampling: its `model_sampling`, including changes by ModelSampling nodes.
     """
 
     kind: type
@@ -74,10 +74,10 @@ class Rewards:
 
 
 def connected(value: object, kind: type, field: str) -> None:
-    """A workflow in API format may hold any literal in place of a link, such as a model with paths of its choice.
+    """Check that a value comes from a link: a workflow in API format can put any literal in its place.
 
     Raises:
         BadInput: the value was not made by a node of this pack.
     """
     if not isinstance(value, kind):
-        raise BadInput(f"{field} must be connected to a node of this pack; it holds {type(value).__name__} data")
+        raise BadInput(f"{field} must be connected to a node of this pack; literal values are not accepted")

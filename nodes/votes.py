@@ -1,4 +1,4 @@
-"""Images put into a collection, to be voted on in the sidebar."""
+"""GRPO Collect for Voting: adds images to a collection, which is voted on in the sidebar."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ class CollectForVoting(io.ComfyNode):
             node_id="DanceGRPO_CollectForVoting",
             display_name="GRPO Collect for Voting",
             category=CATEGORY,
-            description="Put images into a collection. Vote on pairs of them in the GRPO tab of the sidebar; the "
-            "reward 'preference' in GRPO Load Reward learns from the votes.",
+            description="Add images to a collection. Vote on pairs of them in the GRPO tab of the sidebar; the reward "
+            "'preference' of Load Reward is fitted to the votes.",
             search_aliases=[
                 "vote",
                 "votes",
@@ -37,20 +37,20 @@ class CollectForVoting(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Image.Input("images", tooltip="A batch. An image that is in the collection already is kept once."),
+                io.Image.Input("images", tooltip="A batch. Images that are already in the collection are skipped."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
                     dynamic_prompts=False,
-                    tooltip="What the images should show: one line for all, or one line per image. It is shown with "
-                    "each pair, and images of one prompt are compared first. May be empty.",
+                    tooltip="Prompt of the images: one line for all, one line per image, or empty. It is shown with "
+                    "each pair, and pairs of images with the same prompt are shown first.",
                 ),
                 io.String.Input(
                     "name",
                     default="my_votes",
-                    tooltip="Name of the collection, in output/dancegrpo/votes. An image that is in it already is not "
-                    "added again.",
+                    tooltip="Name of the collection, a folder in output/dancegrpo/votes. It is created if it does not "
+                    "exist.",
                 ),
             ],
             outputs=[
@@ -62,7 +62,7 @@ class CollectForVoting(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
         try:
-            if name is not None:  # it arrives by wire, and is not known yet
+            if name is not None:  # None if it comes through a link and is not known yet
                 check_name(name, "collection")
         except BadInput as error:
             return str(error)

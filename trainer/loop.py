@@ -31,16 +31,16 @@ from .utils.errors import BadInput, RunFailed, StoppedByWatchdog, StopRequested
 
 
 class Trainer:
-    """One run of one description.
+    """Loads the models of a run and trains it.
 
     Args:
-        config: the description.
-        run: where it is kept; None keeps nothing.
-        processes: who shares it.
-        listener: is handed every event, and the progress inside iterations, in the first process.
+        config: the run description.
+        run: the run directory; None writes nothing to disk.
+        processes: the processes that train together.
+        listener: called in the main process with every event and with the progress inside iterations.
 
     Raises:
-        BadInput: files, prompts or rewards that do not fit; nothing large is loaded before these checks.
+        BadInput: files, prompts or rewards cannot be used; this is checked before any large model is loaded.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trainer:
         self._assemble(checked)
 
     def _encode(self, family: type, run: RunDirectory | None) -> tuple[Prompting, Prompting]:
-        """Conditions of the training prompts and of the held-out prompts."""
+        """Text embeddings of the training prompts and of the held-out prompts."""
         self.recorder.progress("encoding", 0, len(self.prompts.texts) + len(self.held_out.texts))
         folder = None if run is None else run.path
         found = conditions_for(self.config, family, self.prompts, self.held_out, self.processes, folder)
@@ -84,7 +84,7 @@ class Trainer:
         return Prompting(found.training, unconditional), Prompting(found.held_out, unconditional)
 
     def _assemble(self, checked: Checked) -> None:
-        """The parts of an iteration."""
+        """Create the collector, the engine and the evaluator."""
         config, processes = self.config, self.processes
         match = processes.most if config.model.sharded else unmatched
         execution = Execution(config.rollout.batch_size, match, self._report)
@@ -95,10 +95,10 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- the run
 
     def train(self) -> dict:
-        """Run to the end, to a stop, or to a failure; returns the summary.
+        """Train until the run is finished or stopped; returns the summary.
 
         Raises:
-            RunFailed: the watchdog or a limit stopped it; what was learned is kept.
+            RunFailed: training failed or the watchdog stopped it; the newest checkpoint and LoRA are kept.
         """
         self._resume()
         self.recorder.status("running", self.iteration)
@@ -124,11 +124,11 @@ class Trainer:
         return self._finish("finished")
 
     def iterate(self) -> dict:
-        """One iteration; returns its event."""
+        """One iteration of rollout, scoring and update; returns its event."""
         clock = Clock()
         self.updates_before = self.policy.updates
         if self.recorder.writes:
-            self.sampled = self.policy.result()  # the LoRA that the coming rewards are about
+            self.sampled = self.policy.result()  # the LoRA that this rollout samples with
         experience = self.collector.collect(self.iteration, clock)
         with clock("update"):
             update = self.engine.update(experience)
@@ -182,7 +182,7 @@ class Trainer:
         return wanted and self.iteration not in [record["iteration"] for record in self.evaluations]
 
     def evaluate(self) -> None:
-        """Score images of the held-out prompts, where there are any, and record the result."""
+        """Score images of the held-out prompts, if there are any, and record the result."""
         if not self.held_out.texts:
             return
         self.updates_before = self.policy.updates
@@ -196,7 +196,7 @@ class Trainer:
         if self.processes.is_main:
             self.listener({"evaluation": record})
 
-    # ------------------------------------------------------------------------------ keeping, resuming, stopping
+    # ----------------------------------------------------------------------------- saving, resuming, stopping
 
     def _save(self) -> None:
         state = {
@@ -220,7 +220,7 @@ class Trainer:
             self.policy.start()
         if len(set(self.processes.gather([self.iteration]))) > 1:
             raise BadInput(
-                "the processes found different checkpoints: the run directory must be one that all hosts share"
+                "the processes found different checkpoints: put the run directory on a file system that all hosts share"
             )
         self.recorder.begin(self.iteration)
         self.processes.wait()
@@ -228,7 +228,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         if state["prompts"] != self._prompts_digest():
-            raise BadInput("the prompts of this run have changed since it was stopped; start another run for them")
+            raise BadInput("the prompts of this run have changed since it was stopped: restore them or start a new run")
         self.policy.restore(checkpoint.tensors, state["updates"])
         self.iteration, self.seconds, self.evaluations = state["iteration"], state["seconds"], state["evaluations"]
         self.watchdog.restore(state["watchdog"])
@@ -249,10 +249,10 @@ class Trainer:
             raise StopRequested
 
     def _report(self, phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
-        """Say how far the iteration is, and stop it where that was asked for and loses nothing.
+        """Report the progress of an iteration, and stop the run if requested.
 
-        What is saved is whole iterations, so none is cut short after its first optimizer step. Several processes must
-        agree, so they only look at steps that all of them come to.
+        Checkpoints contain whole iterations, so an iteration is not interrupted after its first optimizer step. With
+        several processes, all must stop at the same step, so they check only at steps that all of them reach.
         """
         self.recorder.progress(phase, step, steps)
         may_stop = aligned or self.processes.count == 1

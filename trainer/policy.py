@@ -1,4 +1,4 @@
-"""The policy: a LoRA on a frozen model, its optimizer, its moving average and its older copy."""
+"""The policy: a LoRA on a frozen base model, with its optimizer, moving average and old copy."""
 
 import math
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ from .utils.distributed import Processes
 from .utils.seeds import derive
 
 Weights = Literal["live", "base", "average", "old"]
-"""Those that learn; the base model's alone; their moving average; the copy that an objective keeps."""
+"""`live`: the LoRA that is trained; `base`: no LoRA; `average`: its moving average; `old`: the objective's copy."""
 
 
 class Policy:
     """
     Args:
-        model: with a frozen base; gets the LoRA injected here.
+        model: the frozen base model, into which the LoRA is injected here.
         config: of the run.
-        keeps_old: keep a copy of the LoRA for `using("old")`; it begins as the LoRA does.
+        keeps_old: keep an old copy of the LoRA for `using("old")`, initialised with the LoRA's weights.
     """
 
     def __init__(self, model: DiffusionModel, config: RunConfig, keeps_old: bool = False) -> None:
@@ -35,7 +35,7 @@ class Policy:
             model.module, config.lora, model.default_targets, derive(config.runtime.seed, "lora"), model.device
         )
         for name in self.modules:
-            model.lora_key(name)  # before hours of training, not after
+            model.lora_key(name)  # fails now, rather than after hours of training
         self.parameters = lora.parameters(model.module)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -53,14 +53,14 @@ class Policy:
 
     @contextmanager
     def using(self, weights: Weights) -> Iterator[None]:
-        """Inside, the model runs with these weights, and without gradient unless they are the live ones.
+        """In this context the model uses these weights, without gradient unless they are `live`.
 
-        Nothing is copied: parameters are pointed at other storage and back. So a backward pass afterwards finds the
-        live weights, also where gradient checkpointing computes activations again, and gradients stay where they are.
-        `average` is `live` where the run keeps no moving average.
+        Nothing is copied: parameters temporarily point at other storage. A later backward pass therefore uses the live
+        weights, even where gradient checkpointing recomputes activations, and `.grad` is not affected. If the run has
+        no moving average, `average` is the same as `live`.
 
         Raises:
-            ValueError: `old` weights are not kept.
+            ValueError: the policy keeps no old copy.
         """
         before = self._active
         self._activate(weights)
@@ -93,10 +93,10 @@ class Policy:
     # ------------------------------------------------------------------------------------------------- learning
 
     def start(self) -> None:
-        """Take over the weights of `lora.start_from`, where one is named.
+        """Load the weights of `lora.start_from`, if it is set.
 
         Raises:
-            BadInput: the file is not a LoRA of what is trained.
+            BadInput: the file is not a LoRA for the trained modules.
         """
         config, model = self.config.lora, self.model
         if config.start_from is None:
@@ -110,10 +110,10 @@ class Policy:
         """One optimizer step with the gradients of all processes.
 
         Args:
-            scaler: whose scale the gradients have; None where they have none. It is told whether they were finite.
+            scaler: unscales the gradients, and adapts its scale to whether they were finite; None for no loss scale.
 
         Returns:
-            the gradient norm, or None if it was not finite and the step left out.
+            the gradient norm, or None if it was not finite and the step was skipped.
         """
         gradients = []
         for parameter in self.parameters.values():
@@ -138,25 +138,25 @@ class Policy:
         return norm if finite else None
 
     def learning_rate(self) -> float:
-        """Of the next optimizer step."""
+        """Learning rate of the next optimizer step."""
         config, whole = self.config.optimizer, self.config.runtime.iterations * self.config.objective.updates
         warm = min(1.0, (self.updates + 1) / config.warmup) if config.warmup else 1.0
         left = max(0.0, 1 - self.updates / whole) if config.schedule == "linear" else 1.0
         return config.learning_rate * warm * left
 
-    # --------------------------------------------------------------------------------------- keeping and resuming
+    # ---------------------------------------------------------------------------------------- saving and resuming
 
     def result(self) -> dict[str, Tensor]:
-        """A copy of the weights a run ends with: the LoRA's, or their moving average where there is one."""
+        """A copy of the weights that are the run's result: the moving average if there is one, else the LoRA."""
         weights = self.average.weights if self.average else self.parameters
         return {name: value.detach().clone() for name, value in weights.items()}
 
     def save_lora(self, path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Write a LoRA under the names ComfyUI loads."""
+        """Write a LoRA file with ComfyUI's key names."""
         lora.save(path, lora.comfy_weights(weights, self.config.lora.alpha, self.model.lora_key), metadata)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that changes in training, by name."""
+        """All tensors that change during training, by name."""
         tensors = {f"lora/{name}": parameter for name, parameter in self.parameters.items()}
         if self.average:
             tensors |= {f"average/{name}": value for name, value in self.average.weights.items()}
@@ -167,7 +167,7 @@ class Policy:
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Go back to what `tensors` returned after so many updates."""
+        """Load what `tensors` returned after this number of optimizer steps."""
         lora.load(self.model.module, {name: tensors[f"lora/{name}"] for name in self.parameters})
         if self.average:
             self.average.weights = {n: tensors[f"average/{n}"].to(p.device) for n, p in self.parameters.items()}

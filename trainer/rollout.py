@@ -1,4 +1,4 @@
-"""Sampling trajectories in batches; a forward pass that several images share is made once."""
+"""Rollout: samples trajectories in batches. Steps whose latents are equal within a group are computed once."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the images of an iteration are sampled, and what is kept of their trajectories; the same for all groups.
+    """How the images of an iteration are sampled, and which parts of the trajectories are stored.
 
     Attributes:
-        kernel: of the stochastic steps.
+        kernel: transition kernel of the stochastic steps.
         eta: strength of its noise.
-        sigmas: T + 1 falling noise levels, of a flow model from 1 to 0.
-        stochastic: T flags; the other steps are deterministic. The last is never stochastic.
-        shared_noise: images of a group start from one noise.
-        guidance_scale: classifier-free guidance; 1 is off.
-        solver: of the deterministic steps, a name of `SOLVERS`.
-        keep_means: keep the mean of each stochastic step.
-        stop: steps that are taken; None for all. Fewer leave `Trajectories.final` at noise level `sigmas[stop]`.
+        sigmas: T + 1 decreasing noise levels, for a flow model from 1 to 0.
+        stochastic: T flags: which steps are stochastic. The last step never is.
+        shared_noise: all images of a group start from the same noise.
+        guidance_scale: scale of classifier-free guidance; 1 is off.
+        solver: solver of the deterministic steps, a name in `SOLVERS`.
+        keep_means: store the mean of each stochastic step.
+        stop: number of steps to take; None takes all. `Trajectories.final` then has noise level `sigmas[stop]`.
     """
 
     kernel: str
@@ -45,7 +45,10 @@ class Plan:
 
     @property
     def shared_step(self) -> int:
-        """The step whose latents are still common to a group: the first stochastic one; -1 where none is."""
+        """The last step at which all images of a group have the same latents; -1 without shared noise.
+
+        This is the first stochastic step, or the number of steps if there is none.
+        """
         if not self.shared_noise:
             return -1
         return self.stochastic.index(True) if any(self.stochastic) else len(self.stochastic)
@@ -53,15 +56,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The S stochastic steps of B trajectories, and what they led to.
+    """The S stochastic steps and the final latents of B trajectories.
 
     Attributes:
         final: latents of the images, `[B, ...]` float32.
         steps: the stochastic steps, ascending.
         samples, next_samples: latents before and after each of them, `[S, B, ...]` float32.
         log_probs: `[S, B]` float32.
-        means: `[S, B, ...]`, or None where the plan does not keep them.
-        forwards: number of latents the network was run on.
+        means: `[S, B, ...]`, or None without `Plan.keep_means`.
+        forwards: forward passes of the network, one per latent.
     """
 
     final: Tensor
@@ -75,13 +78,13 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Prompting:
-    """Conditions of a set of prompts, in memory or in files, and those of the negative prompt that goes with them."""
+    """Conditioning of a set of prompts, in memory or in a file, and of the negative prompt."""
 
     conditions: Conditions | StoredConditions
     unconditional: Conditions | None = None
 
     def rows(self, index: Tensor) -> Prompting:
-        """The prompts of `index` (`[N]` long), repeated or left out as it says."""
+        """Select prompts by `index` (`[N]` long)."""
         return Prompting(self.conditions.rows(index), self.unconditional)
 
     def to(self, device: torch.device) -> Prompting:
@@ -90,24 +93,24 @@ class Prompting:
 
 
 class Report(Protocol):
-    """Told how far a phase is, before each of its steps; may raise StopRequested."""
+    """A callback for the progress of a phase, called before each of its steps; may raise StopRequested."""
 
     def __call__(self, phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
         """
         Args:
-            phase: such as rollout.
-            step: from 0.
-            steps: how many the phase has.
-            aligned: whether every process gets to this very step, so that all can agree to stop here.
+            phase: name of the phase, such as `rollout`.
+            step: number of the step, from 0.
+            steps: number of steps of the phase.
+            aligned: whether every process reaches this step, so that all can stop together here.
         """
 
 
 def silent(phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
-    """A `Report` that nobody reads."""
+    """A `Report` that does nothing."""
 
 
 def unmatched(forwards: int) -> int:
-    """Without sharding, a rank makes as many forward passes as it needs itself."""
+    """The `match` without sharding: a rank makes only the forward passes that it needs."""
     return forwards
 
 
@@ -119,7 +122,7 @@ class Execution:
         batch_size: latents per forward pass where no gradient is needed.
         match: maps the forward passes this rank needs to the number it must make; under FSDP, the maximum over ranks.
             Collective: must precede the first forward pass.
-        report: told how far a phase is.
+        report: callback for progress.
     """
 
     batch_size: int = 96
@@ -136,7 +139,7 @@ def predict(
     plan: Plan,
     execution: Execution = Execution(),
 ) -> Tensor:
-    """Predictions of all rows, `batch_size` at a time; row i belongs to prompt `index[i]`."""
+    """Predictions for all rows, in batches of `Execution.batch_size`; row i has prompt `index[i]`."""
     parts, chunks = [], torch.arange(len(latents), device=latents.device).split(execution.batch_size)
     spare = [chunks[0][:1]] * (execution.match(len(chunks)) - len(chunks))
     for rows in [*chunks, *spare]:
@@ -160,17 +163,17 @@ def sample(
 ) -> Trajectories:
     """Sample B trajectories.
 
-    With shared noise, all images of a group have the same latents until the first stochastic step, so up to and
-    including it the network runs once per prompt.
+    With shared noise, all images of a group have the same latents before the first stochastic step, so up to and
+    including that step the network runs once per prompt.
 
     Args:
-        prompting: conditions of U prompts.
-        prompt_of: `[B]` long, each trajectory's prompt, 0 <= . < U.
-        initial: noise, `[U, ...]` with shared noise, else `[B, ...]`.
-        step_noise: gives a stochastic step's noise, `[B, ...]`.
-        execution: its phase is reported as `rollout`, before every step.
+        prompting: conditioning of U prompts.
+        prompt_of: `[B]` long, index of each trajectory's prompt, from 0 to U - 1.
+        initial: initial noise, `[U, ...]` with shared noise, else `[B, ...]`.
+        step_noise: returns the noise of a stochastic step, `[B, ...]`.
+        execution: batch size and callbacks; every step is reported as phase `rollout`.
     """
-    per_prompt = plan.shared_noise  # one row per prompt, until the rows of a group differ
+    per_prompt = plan.shared_noise  # one row per prompt, until the images of a group differ
     index = torch.arange(len(initial), device=prompt_of.device) if per_prompt else prompt_of
     latents, forwards, solver = initial.float(), 0, SOLVERS[plan.solver](model.process)
     starts, ends, log_probs, means = [], [], [], []

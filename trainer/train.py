@@ -1,4 +1,4 @@
-"""Carrying out a run description: in this process, or in several that this one starts and waits for."""
+"""Runs a run description, in this process or in several processes that it starts and waits for."""
 
 import os
 import signal
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from .utils.distributed import Processes
 
 FINISHED, FAILED, BAD_INPUT = 0, 1, 2
-"""Exit codes: finished or stopped on request, failed with one clear line, bad input."""
+"""Exit codes: finished or stopped on request; failed, with a one-line message; invalid input."""
 
 
 def run_description(config: RunConfig, output: Path, arguments: list[str], processes: int) -> int:
-    """Train in this process, or in several started for it; returns the exit code.
+    """Train in this process, or in several that are started here; returns the exit code.
 
     Args:
         output: run directory.
-        arguments: this command line, for the record.
+        arguments: the command line, which is stored in run.yaml.
 
     Raises:
-        BadInput: something the user gave cannot be accepted.
-        RunFailed: the run could not go on; the message names the rank where there are several.
+        BadInput: an input of the user is invalid.
+        RunFailed: the run failed; with several processes, the message names the rank.
     """
     check_trackers(config)
     world_size = int(os.environ["WORLD_SIZE"]) if is_rank() else processes
@@ -50,10 +50,10 @@ def run_description(config: RunConfig, output: Path, arguments: list[str], proce
 
 
 def _check(config: RunConfig, output: Path, world_size: int) -> None:
-    """Refuse a description that cannot run before it gets a run directory; one that has a directory was checked then.
+    """Check a description before its run directory is created. An existing run was checked when it was created.
 
     Raises:
-        BadInput: it cannot run.
+        BadInput: the description cannot be run.
     """
     if (output / "run.yaml").exists() or (is_rank() and os.environ["RANK"] != "0"):
         return
@@ -79,10 +79,10 @@ def _run_ranks(config: RunConfig, output: Path, arguments: list[str], processes:
 
 
 class _Crash(RunFailed):
-    """An error that nobody expected, which is its cause.
+    """An unexpected error, which is its `__cause__`.
 
     Args:
-        details: file that holds its traceback; empty where it could not be written.
+        details: file with the traceback; empty if it could not be written.
     """
 
     def __init__(self, error: BaseException, details: str) -> None:
@@ -92,10 +92,10 @@ class _Crash(RunFailed):
 
 
 def _verdict(run: RunDirectory, ranks: Ranks, codes: list[int]) -> int:
-    """What became of a run whose ranks have all ended.
+    """The exit code of a run whose ranks have all ended.
 
     Raises:
-        BadInput, RunFailed: what the first failure was, and in which rank.
+        BadInput, RunFailed: the first failure, with its rank.
     """
     asked, status, failure = run.stop_requested(), run.status(), _failure(ranks, codes)
     if status.get("state") in ("finished", "stopped"):
@@ -103,7 +103,7 @@ def _verdict(run: RunDirectory, ranks: Ranks, codes: list[int]) -> int:
     if asked and failure is None:
         _set_status(run, "stopped")
         return FINISHED
-    failure = failure or Failure(0, "the training processes exited unexpectedly; see the output above")
+    failure = failure or Failure(0, "the training processes exited unexpectedly; see their output above")
     if (status.get("state"), status.get("error")) != ("failed", failure.sentence):
         _set_status(run, "failed", error=failure.sentence, bad_input=failure.bad_input)
     where = f" (details in {failure.details})" if failure.details else ""
@@ -111,14 +111,14 @@ def _verdict(run: RunDirectory, ranks: Ranks, codes: list[int]) -> int:
 
 
 def _failure(ranks: Ranks, codes: list[int]) -> Failure | None:
-    """The first cause: what a rank reported, or the signal that ended it."""
+    """The first failure: what a rank reported, or the signal that killed it."""
     reported = cause(ranks.failures.reports())
     if reported is not None and not reported.lost_peer:
         return reported
     for rank, number in ranks.killed_by.items():
         name = signal.Signals(number).name
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return Failure(rank, f"rank {rank} was ended by {name}{hint}")
+        hint = "; the system does this when memory runs out" if name == "SIGKILL" else ""
+        return Failure(rank, f"rank {rank} was killed by {name}{hint}")
     if reported is not None:
         return reported
     for rank, code in enumerate(codes):
@@ -128,7 +128,7 @@ def _failure(ranks: Ranks, codes: list[int]) -> Failure | None:
 
 
 def _set_status(run: RunDirectory, state: str, **fields: object) -> None:
-    """Replace the status of a run whose processes have ended, unless another process has begun to work on it."""
+    """Replace the status of a run whose processes have ended, unless another process has resumed it."""
     if not (run.path / "run.yaml").is_file():
         return
     with suppress(BadInput, OSError):
@@ -140,20 +140,20 @@ def _set_status(run: RunDirectory, state: str, **fields: object) -> None:
 
 
 def _run_as_rank(config: RunConfig, output: Path, arguments: list[str]) -> int:
-    """This process's part of a distributed run; a failure is told to the other ranks, which end as well."""
+    """Run one rank of a distributed run; a failure is reported to the other ranks, which then exit as well."""
     run, rank, failures = RunDirectory(output), int(os.environ["RANK"]), Failures.join()
 
     def last_words() -> None:
         if rank == 0:
             failure = cause(failures.reports())
             _write_failure(run, failure.sentence, failure.bad_input)
-            if PARENT not in os.environ:  # else the process that started this one says it
+            if PARENT not in os.environ:  # else the parent process prints it
                 print(f"failed: {failure.sentence}", file=sys.stderr, flush=True)
 
     watch = FailureWatch(failures.exist, last_words)
     try:
         code = _run_here(config, run, arguments)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must know
+    except Exception as error:  # noqa: BLE001 - the other ranks must be told of any error
         origin = error.__cause__ if isinstance(error, _Crash) else error
         failures.report(Failure.of(rank, origin, _sentence(origin), getattr(error, "details", "")))
         failure = cause(failures.reports())
@@ -163,7 +163,7 @@ def _run_as_rank(config: RunConfig, output: Path, arguments: list[str]) -> int:
             print(f"failed: {failure.sentence}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(BAD_INPUT if failure.bad_input else FAILED)  # leaving Python's way could wait for the other ranks
+        os._exit(BAD_INPUT if failure.bad_input else FAILED)  # a normal exit could wait for the other ranks
     watch.stop()
     run.release()
     return code
@@ -184,7 +184,7 @@ def _run_alone(config: RunConfig, run: RunDirectory, arguments: list[str]) -> in
 
 
 def _run_here(config: RunConfig, run: RunDirectory, arguments: list[str]) -> int:
-    # The lock comes before the seconds of imports, so that whoever asks sees a run that is starting.
+    # Take the lock before the imports, which take seconds, so that other processes see that the run is starting.
     fault = None
     if not is_rank() or os.environ["RANK"] == "0":
         try:
@@ -199,20 +199,20 @@ def _run_here(config: RunConfig, run: RunDirectory, arguments: list[str]) -> int
     if fault := processes.broadcast(fault):
         raise BadInput(fault)
     code = _train_in(config, run, processes)
-    processes.close()  # only when all went well: others may still wait in a collective operation
+    processes.close()  # only without an error: else other ranks may still wait in a collective operation
     return code
 
 
 def _launcher() -> int:
-    """The process whose end ends the whole run."""
+    """Id of the process whose end ends the whole run."""
     return int(os.environ.get(PARENT) or (os.getppid() if is_rank() else os.getpid()))
 
 
 def _say_starting(run: RunDirectory, config: RunConfig, launcher: int) -> None:
-    """Replace what the status said of an earlier start, and say what became of a run that is extended.
+    """Write the status `starting`, and print a message if the run is extended.
 
     Args:
-        launcher: the process whose end ends the whole run.
+        launcher: id of the process whose end ends the whole run.
     """
     run.claim()
     run.write_status(
@@ -228,7 +228,7 @@ def _say_starting(run: RunDirectory, config: RunConfig, launcher: int) -> None:
     if run.extended_from is not None:
         print(f"the run is extended from {run.extended_from} to {config.runtime.iterations} iterations")
         if config.optimizer.schedule == "linear":
-            print("optimizer.schedule: the learning rate goes on as in the longer run, and falls to 0 at its end")
+            print("optimizer.schedule: the learning rate now follows the longer run and reaches 0 at its new end")
 
 
 def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> int:
@@ -266,7 +266,7 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
 
 
 def _write_failure(run: RunDirectory, sentence: str, bad_input: bool) -> None:
-    """Put the reason into the status, where the directory can be written and is this process's own."""
+    """Write the error to the status, if this process holds the run's lock and the disk is writable."""
     with suppress(RunFailed, OSError):
         if not run.holds_lock:
             return
@@ -274,7 +274,7 @@ def _write_failure(run: RunDirectory, sentence: str, bad_input: bool) -> None:
 
 
 def _write_details(run: RunDirectory, rank: int, error: BaseException) -> str:
-    """Keep the traceback beside the run; returns the file's path."""
+    """Write the traceback into the run directory; returns the path of the file."""
     report = run.path / f"error-{rank}.txt"
     with suppress(RunFailed, OSError):
         run.require_ownership()
@@ -284,7 +284,7 @@ def _write_details(run: RunDirectory, rank: int, error: BaseException) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    """What is wrong, in one line."""
+    """The error message in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":
         return (

@@ -1,4 +1,4 @@
-"""A connected model without its weights: finds out what its run would refuse before memory is freed for it."""
+"""Checks a connected model and its conditioning on the meta device, before ComfyUI's models are unloaded."""
 
 import copy
 import logging
@@ -26,16 +26,16 @@ META = torch.device("meta")
 
 
 class Shell(ComfyModel):
-    """The trainer's model on no device: it computes shapes alone."""
+    """The trainer's model on the meta device: it computes shapes only."""
 
     def _make_resident(self) -> None:
         """There is nothing to move."""
 
     def take(self, entry: Entry) -> None:
-        """Run the network on a prompt's conditions.
+        """Run the network on the conditioning of a prompt.
 
         Raises:
-            BadInput: the model does not take them.
+            BadInput: the model needs an input that the conditioning does not have.
         """
         latents = torch.zeros(1, *self.latent_shape)
         try:
@@ -45,7 +45,7 @@ class Shell(ComfyModel):
         given = {name: part.process_cond(batch_size=1, area=None) for name, part in condition["model_conds"].items()}
         levels = torch.full((1,), 0.5, device=META)
         options = {"cond_or_uncond": [0], "uuids": [condition["uuid"]], "sigmas": levels}
-        options["optimized_attention_override"] = _attention  # others ask how much memory is free
+        options["optimized_attention_override"] = _attention  # other implementations query free memory
         given = self.comfy.samplers.cond_cat([given])
         try:
             self.base.apply_model(latents.to(META), levels, **given, transformer_options=options)
@@ -56,23 +56,23 @@ class Shell(ComfyModel):
 
 
 def _lacking(error: Exception) -> BadInput:
-    return BadInput(f"the model needs something that clip does not give ({error}): {WANTED}")
+    return BadInput(f"clip and conditioning lack an input of the model ({error}): {WANTED}")
 
 
 def _attention(_: Any, *arguments: Any, **keywords: Any) -> Tensor:
     return attention_pytorch(*arguments, **keywords)
 
 
-WANTED = "connect the clip that belongs to it, and in conditioning what it asks for"
+WANTED = "connect the CLIP that belongs to the model and, if it needs more than text, conditioning"
 
 
 def refuse(blueprint: Blueprint, config: RunConfig, conditions: EntryConditions | None) -> None:
     """
     Args:
-        conditions: of the run's prompts; None where they have been encoded before.
+        conditions: text embeddings of the run's prompts; None if they were encoded earlier.
 
     Raises:
-        BadInput: what the trainer would say of the model once it has loaded it.
+        BadInput: the trainer would refuse the model, the LoRA targets or the conditioning.
     """
     training = comfy.model_management.in_training
     try:
@@ -91,7 +91,7 @@ def refuse(blueprint: Blueprint, config: RunConfig, conditions: EntryConditions 
 
 
 def _shell(blueprint: Blueprint, config: RunConfig) -> Shell | None:
-    """None where the model cannot be built from its description alone."""
+    """The model without weights; None if it cannot be built from its configuration alone."""
     description = object.__new__(type(blueprint.config))  # its own attribute look-up is in the way of copy.copy
     vars(description).update(vars(blueprint.config), unet_config=dict(blueprint.config.unet_config), quant_config=None)
     with _with_shapes():
@@ -104,7 +104,7 @@ def _shell(blueprint: Blueprint, config: RunConfig) -> Shell | None:
 
 @contextmanager
 def _with_shapes() -> Iterator[None]:
-    """Where ComfyUI's dynamic memory is on, layers would have no weights at all before a file is loaded."""
+    """Turn ComfyUI's dynamic memory off, with which layers have no weights before a file is loaded."""
     settings = sys.modules.get("comfy.memory_management", SimpleNamespace())  # older ones have none
     dynamic = getattr(settings, "aimdo_enabled", False)
     settings.aimdo_enabled = False
@@ -120,7 +120,7 @@ def _refuse_conditions(shell: Shell, conditions: EntryConditions) -> None:
     def look(name: str, width: int) -> Any:
         def hook(layer: nn.Module, arguments: tuple) -> None:
             if arguments and isinstance(arguments[0], Tensor) and arguments[0].shape[-1] != width:
-                wrong.append(f"{name} takes {width} numbers for a token and is given {arguments[0].shape[-1]}")
+                wrong.append(f"layer {name} expects width {width} and gets {arguments[0].shape[-1]}")
 
         return hook
 
@@ -134,9 +134,9 @@ def _refuse_conditions(shell: Shell, conditions: EntryConditions) -> None:
         shell.take(conditions.entries[0])
     except BadInput:
         raise
-    except Exception as error:  # noqa: BLE001 - what some network cannot compute without values, the trainer can
-        logging.debug("what the model takes was looked at in part: %s", error)
+    except Exception as error:  # noqa: BLE001 - some networks need values, which the trainer will have
+        logging.debug("the dry run of the model ended early: %s", error)
     finally:
         shell.base.model_sampling = sampling
     if wrong:
-        raise BadInput(f"the model does not take what clip and conditioning give ({wrong[0]}): {WANTED}")
+        raise BadInput(f"clip or conditioning does not match the model ({wrong[0]}): {WANTED}")

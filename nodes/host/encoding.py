@@ -1,4 +1,4 @@
-"""Prompts encoded by the CLIP of the graph, into a file that the trainer reads, so that it loads no text encoder."""
+"""Encodes prompts with the CLIP of the graph into a file, so that the trainer does not load a text encoder."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ from .progress import check_interrupt
 
 @contextmanager
 def encoded_prompts(clip: object, config: RunConfig, conditioning: list | None = None) -> Iterator[Path]:
-    """A temporary file with the conditions of a run's prompts, to be moved away; else it is deleted.
+    """A temporary file with a run's encoded prompts. It is deleted at the end unless the caller has moved it.
 
     Raises:
-        BadInput: as `write`.
+        BadInput: see `write`.
     """
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,16 +38,14 @@ def encoded_prompts(clip: object, config: RunConfig, conditioning: list | None =
 
 
 def write(path: Path, clip: object, config: RunConfig, conditioning: list | None = None) -> None:
-    """Encode every prompt of a run, one at a time, into a file of conditions.
-
-    The negative prompt is encoded only where guidance uses it.
+    """Encode the prompts of a run, one at a time, into a file. The negative prompt is included if guidance uses it.
 
     Args:
-        conditioning: CONDITIONING whose content beside the text goes with every prompt, for models of the graph.
+        conditioning: CONDITIONING that is added to every prompt without its text, for a connected model.
 
     Raises:
-        BadInput: the text encoders do not belong to the model, the conditioning holds what cannot be stored, or the
-            disk has no room.
+        BadInput: the text encoders do not belong to the model, the conditioning contains something that cannot be
+            stored, or the disk is full.
     """
     training, held_out = read_prompts(config)
     keys = list(prompts_to_encode(config, training, held_out, needs_negative(config, held_out)))
@@ -62,17 +60,17 @@ def write(path: Path, clip: object, config: RunConfig, conditioning: list | None
 
 
 def first_row(path: Path) -> Conditions:
-    """The first prompt's conditions in a file."""
+    """The conditioning of the first prompt of a file."""
     return open_conditions(path).rows(torch.tensor([0]))
 
 
 def applies_weights(clip: object) -> bool:
-    """Whether the CLIP takes `(word:1.5)` for a weight; encoders that are language models take it for text."""
+    """Whether the CLIP supports prompt weights such as `(word:1.5)`; language models treat them as text."""
     return any(weight != 1.0 for weight in _weights(clip.tokenize("(a:1.5)")))
 
 
 def _weights(tokens: object) -> Iterator[float]:
-    """Second numbers of the tuples (token, weight, ...) in whatever a tokenizer gives."""
+    """The weights of all tuples (token, weight, ...) in the nested output of a tokenizer."""
     if isinstance(tokens, tuple) and len(tokens) > 1 and isinstance(tokens[1], int | float):
         yield tokens[1]
     elif isinstance(tokens, dict | list | tuple):
@@ -81,27 +79,27 @@ def _weights(tokens: object) -> Iterator[float]:
 
 
 def _encoded(clip: object, text: str) -> tuple[torch.Tensor, dict]:
-    """Token embeddings `[1, tokens, width]`, and what comes with them."""
+    """Text embeddings `[1, tokens, width]`, and the other entries of the conditioning."""
     check_interrupt()
     try:
         scheduled = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     except RecursionError as error:
-        raise BadInput(f"prompt {shorten(text)} nests parentheses too deep for clip") from error
+        raise BadInput(f"prompt {shorten(text)} has too many nested parentheses for clip: remove some") from error
     if len(scheduled) != 1:
-        raise BadInput("clip changes over the sampling steps (hooks with a schedule), which training cannot follow")
+        raise BadInput("clip has scheduled hooks, which training does not support: remove them from the clip")
     tokens, extra = scheduled[0]
     return tokens, extra
 
 
 def _row(family: type[DiffusionModel], config: RunConfig, tokens: torch.Tensor, extra: dict) -> Conditions:
-    """One prompt's conditions for a model of a diffusers folder."""
+    """The conditioning of one prompt for a model of a diffusers folder."""
     pooled = extra.get("pooled_output")
     pooled = None if pooled is None else pooled.float().cpu()
     return family.outside_conditions(config.model, tokens.float().cpu(), pooled)
 
 
 TEXT = ("pooled_output", "attention_mask", "num_tokens", "conditioning_lyrics", "t5xxl_ids", "t5xxl_weights")
-"""What text encoders put into CONDITIONING, and other nodes do not."""
+"""Entries of a CONDITIONING that come from the text encoder."""
 
 
 def _entry(tokens: torch.Tensor, extra: dict, carried: Entry) -> Entry:
@@ -111,15 +109,15 @@ def _entry(tokens: torch.Tensor, extra: dict, carried: Entry) -> Entry:
 
 
 def _carried(conditioning: list | None) -> Entry:
-    """What a CONDITIONING holds beside its text.
+    """The entries of a CONDITIONING that do not come from the text encoder.
 
     Raises:
-        BadInput: it has several parts, or holds an object that cannot be stored.
+        BadInput: it has several parts, or an entry that cannot be stored.
     """
     if conditioning is None:
         return {}
     if len(conditioning) != 1:
-        raise BadInput(f"conditioning has {len(conditioning)} parts, and training takes one")
+        raise BadInput(f"conditioning has {len(conditioning)} parts: connect one that is not combined from several")
     carried = {name: value for name, value in conditioning[0][1].items() if name not in TEXT}
     if (seen := carried.get("clip_vision_output")) is not None:
         names = ("last_hidden_state", "penultimate_hidden_states", "image_embeds", "mm_projected", "image_sizes")

@@ -1,4 +1,4 @@
-"""Folders of runs, LoRAs and diffusers models, and the names that runs may have."""
+"""Folders of runs, votes, LoRAs and diffusers models."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ...trainer.utils.names import check_name
 
 
 def votes_folder() -> Path:
-    """Where collections of votes lie."""
+    """The folder of all collections of votes."""
     return Path(folder_paths.get_output_directory()).resolve() / "dancegrpo" / "votes"
 
 
@@ -22,10 +22,10 @@ def runs_folder() -> Path:
 
 
 def run_folder(name: str) -> Path:
-    """The folder of a run, which need not exist.
+    """The folder of a run, which may not exist yet.
 
     Raises:
-        BadInput: the name cannot be used.
+        BadInput: the name is invalid.
     """
     return runs_folder() / check_name(name)
 
@@ -35,14 +35,14 @@ def _loras_root() -> Path:
 
 
 def register_loras() -> None:
-    """Let ComfyUI list LoRAs of its output folder, if it does not yet."""
+    """Add `output/loras` to ComfyUI's LoRA folders, if it is not one yet."""
     listed = {Path(folder).resolve() for folder in folder_paths.get_folder_paths("loras")}
     if _loras_root() not in listed:
         folder_paths.add_model_folder_path("loras", str(_loras_root()))
 
 
 def publish_lora(source: Path, name: str) -> str:
-    """Copy a run's LoRA to where ComfyUI lists it, unless it is there; never over another file.
+    """Copy a run's LoRA to where ComfyUI lists it, unless it is there already; never overwrites another file.
 
     Returns:
         its name in ComfyUI's list of LoRAs.
@@ -62,11 +62,11 @@ def publish_lora(source: Path, name: str) -> str:
             continue
         register_loras()
         return os.path.join("dancegrpo", target.name)  # noqa: PTH118 - as ComfyUI writes names in its lists
-    raise BadInput(f"there are too many LoRAs of the name {stem}; move some away")
+    raise BadInput(f"there are too many LoRAs named {stem} in output/loras/dancegrpo: move or delete some")
 
 
 def published_loras(name: str) -> list[Path]:
-    """The LoRA files that `publish_lora` has made for a run."""
+    """The LoRA files that `publish_lora` has written for a run."""
     return sorted((_loras_root() / "dancegrpo").glob(f"{name}_*.safetensors"))
 
 
@@ -77,11 +77,11 @@ def _iteration(lora: Path) -> int:
         with safe_open(lora, framework="pt") as file:
             return int(json.loads(file.metadata()["dancegrpo"])["iteration"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{lora} is damaged: it does not say which iteration it is from") from error
+        raise BadInput(f"{lora} is damaged: its metadata with the iteration cannot be read") from error
 
 
 def diffusers_folders() -> dict[str, Path]:
-    """The diffusers folders in ComfyUI's model folders, by the name shown."""
+    """The diffusers folders in ComfyUI's model folders, by the name that is shown to the user."""
     found: dict[str, Path] = {}
     for root in folder_paths.get_folder_paths("diffusers"):
         for name, folder in _below(Path(root)):
@@ -90,7 +90,7 @@ def diffusers_folders() -> dict[str, Path]:
 
 
 def _below(root: Path) -> Iterator[tuple[str, Path]]:
-    """Folders below `root` with a model_index.json; nothing is looked for inside them, nor twice behind links."""
+    """Folders below `root` with a model_index.json, without searching inside them or following a link twice."""
     visited = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = Path(folder).resolve()

@@ -1,4 +1,4 @@
-"""Checks of what arrives at a node: a workflow in API format may hold any literal, and a link of type * any value."""
+"""Checks of input types: in API format any literal can replace a link, and a link of type * can carry any value."""
 
 import math
 from typing import TypeVar
@@ -12,10 +12,10 @@ LITERALS = (str, bytes, bool, int, float, dict, list, tuple)
 
 
 def linked(value: T, field: str, socket: str) -> T:
-    """A MODEL, CLIP, VAE or other object of ComfyUI's, as it is.
+    """Check for a MODEL, CLIP, VAE or other object of ComfyUI, and return it.
 
     Raises:
-        BadInput: the workflow holds plain data in place of the link.
+        BadInput: the workflow has a literal value instead of a link.
     """
     if value is None or isinstance(value, LITERALS):
         raise _not_linked(value, field, socket)
@@ -23,7 +23,7 @@ def linked(value: T, field: str, socket: str) -> T:
 
 
 def image_batch(value: object, field: str) -> Tensor:
-    """An IMAGE, as it is: `[B, H, W, C]` with 1, 3 or 4 channels and at least one image.
+    """Check for an IMAGE, `[B, H, W, C]` with 1, 3 or 4 channels and at least one image, and return it.
 
     Raises:
         BadInput: it is something else.
@@ -32,13 +32,14 @@ def image_batch(value: object, field: str) -> Tensor:
         raise _not_linked(value, field, "IMAGE")
     if value.ndim != 4 or value.shape[-1] not in (1, 3, 4) or 0 in value.shape:
         raise BadInput(
-            f"{field} has shape {tuple(value.shape)}: images are [number, height, width, 1, 3 or 4 channels]"
+            f"{field} has shape {tuple(value.shape)}: it must be [batch, height, width, channels], not empty, with 1, "
+            "3 or 4 channels"
         )
     return value
 
 
 def lora_tensors(value: object, field: str) -> dict[str, Tensor]:
-    """A LORA_MODEL, as it is.
+    """Check for a LORA_MODEL, and return it.
 
     Raises:
         BadInput: it is something else.
@@ -49,7 +50,7 @@ def lora_tensors(value: object, field: str) -> dict[str, Tensor]:
 
 
 def conditioning(value: object, field: str) -> list:
-    """A CONDITIONING, as it is.
+    """Check for a CONDITIONING, and return it.
 
     Raises:
         BadInput: it is something else.
@@ -61,7 +62,7 @@ def conditioning(value: object, field: str) -> list:
 
 
 def noise_levels(value: object, field: str) -> Tensor:
-    """SIGMAS, as they are: `[T + 1]`.
+    """Check for SIGMAS, `[T + 1]`, and return them.
 
     Raises:
         BadInput: they are something else.
@@ -72,7 +73,7 @@ def noise_levels(value: object, field: str) -> Tensor:
 
 
 def finite(value: float, field: str) -> float:
-    """A number of a widget, as it is; JSON as Python reads it also holds NaN and Infinity.
+    """Check for a finite number, and return it: Python's JSON parser accepts NaN and Infinity.
 
     Raises:
         BadInput: it is not finite.
@@ -83,7 +84,7 @@ def finite(value: float, field: str) -> float:
 
 
 def text(value: object, field: str) -> str:
-    """A text, as it is.
+    """Check for a string, and return it.
 
     Raises:
         BadInput: it is something else.
@@ -94,7 +95,7 @@ def text(value: object, field: str) -> str:
 
 
 def whole_number(value: object, field: str, low: int, high: int) -> int:
-    """An integer of a range, as it is.
+    """Check for an integer in a range, and return it.
 
     Raises:
         BadInput: it is something else.
@@ -105,15 +106,15 @@ def whole_number(value: object, field: str, low: int, high: int) -> int:
 
 
 def single(values: list, field: str) -> object:
-    """The one value of an input of a node that takes lists.
+    """The value of an input that must not be a list, on a node with `is_input_list`.
 
     Raises:
-        BadInput: a list of several values, or of none, is connected.
+        BadInput: a list of several values, or an empty list, is connected.
     """
     if len(values) != 1:
-        raise BadInput(f"{field} is connected to a list of {len(values)} values: connect one")
+        raise BadInput(f"{field} is connected to a list of {len(values)} values: connect a single value")
     return values[0]
 
 
 def _not_linked(value: object, field: str, socket: str) -> BadInput:
-    return BadInput(f"{field} must be connected to an output of type {socket}; it holds {type(value).__name__} data")
+    return BadInput(f"{field} must be connected to an output of type {socket}; it got another kind of value")

@@ -12,11 +12,11 @@ from ...trainer.utils.errors import BadInput
 
 GIB = 2**30
 HEADROOM = 0.5 * GIB
-"""The least that a process needs beside the weights: the CUDA context and libraries."""
+"""Memory in bytes that a process needs at least besides the weights: the CUDA context and libraries."""
 
 
 def free_memory() -> None:
-    """Unload ComfyUI's models, so that the trainer gets as much of the device as possible."""
+    """Unload ComfyUI's models to free device memory for the trainer."""
     memory.unload_all_models()
     gc.collect()
     memory.soft_empty_cache()
@@ -25,7 +25,7 @@ def free_memory() -> None:
 def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool) -> None:
     """
     Raises:
-        BadInput: with the figures, where a device cannot even hold the model's weights and decode its images.
+        BadInput: a device has too little memory for the model's weights and for decoding.
     """
     need, ram = model_bytes(model, processes) + HEADROOM, memory.get_free_memory(torch.device("cpu"))
     if on_cpu or memory.get_torch_device().type == "cpu":
@@ -42,14 +42,14 @@ def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, o
 def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
-            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
-            f"base model's weights and decoding take {need / GIB:.1f} GiB: close other programs, choose bfloat16, or "
+            f"{label} has {free / GIB:.1f} GiB of free memory after ComfyUI's models were unloaded, but the base "
+            f"model's weights and decoding need {need / GIB:.1f} GiB: close other programs, choose bfloat16, or "
             "lower model.decode_batch_size"
         )
 
 
 def _devices(gpus: list[int] | None, processes: int) -> list[tuple[str, torch.device]]:
-    """Those devices of the run that ComfyUI sees and can measure."""
+    """The devices of the run whose free memory ComfyUI can query."""
     own = memory.get_torch_device()
     if gpus is None and processes == 1:
         return [(f"device {own}", own)]
@@ -60,14 +60,14 @@ def _devices(gpus: list[int] | None, processes: int) -> list[tuple[str, torch.de
 
 
 def parse_gpus(text: str, processes: int) -> list[int] | None:
-    """GPU numbers from a widget; None leaves the choice to ComfyUI's own environment.
+    """GPU numbers from a widget; None if it is empty.
 
     Raises:
-        BadInput: not a list of as many different numbers as there are processes.
+        BadInput: it is not a list of different numbers, one per process.
     """
     gpus = gpu_numbers(text)
     if gpus and (len(set(gpus)) != len(gpus) or len(gpus) != processes):
-        raise BadInput(f"gpus is {text!r}: {processes} processes take {processes} different GPUs")
+        raise BadInput(f"gpus is {text!r}: list {processes} different GPUs, one per process, or leave it empty")
     return gpus or None
 
 
@@ -78,15 +78,15 @@ def gpu_numbers(text: str) -> list[int]:
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(word.isascii() and word.isdigit() and len(word) < 5 for word in words):
-        raise BadInput(f"gpus is {text[:60]!r}: give numbers separated by commas, such as 0,1, or nothing")
+        raise BadInput(f"gpus is {text[:60]!r}: enter numbers separated by commas, such as 0,1, or leave it empty")
     return [int(word) for word in words]
 
 
 def require_gpus(gpus: list[int] | None, processes: int) -> None:
     """
     Raises:
-        BadInput: there are more processes than GPUs that ComfyUI sees, and none are named.
+        BadInput: there are more processes than GPUs that ComfyUI sees, and `gpus` is None.
     """
     seen = torch.cuda.device_count()
     if gpus is None and seen and processes > seen and memory.get_torch_device().type != "cpu":
-        raise BadInput(f"{processes} processes, but ComfyUI sees {seen} GPU(s): name them in gpus, such as 0,1")
+        raise BadInput(f"processes is {processes}, but ComfyUI sees {seen} GPU(s): list GPUs in gpus, such as 0,1")

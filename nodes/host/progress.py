@@ -1,4 +1,4 @@
-"""What a node shows while it works, and waiting for a run."""
+"""Text, progress bar and errors on a node, and waiting for a run."""
 
 import time
 from collections import deque
@@ -21,12 +21,12 @@ from .folders import publish_lora
 GRACE = 6.0
 """Seconds a run has to stop by itself when the user cancels; after that its processes are killed."""
 POLL = 0.5
-"""Seconds between two looks at a run."""
+"""Seconds between two checks of a run."""
 EXIT = 10.0
 """Seconds to wait for the processes of an ended run to release their memory."""
 LOG_LINES = 30
 RECENT = 20
-"""Iterations whose mean time gives the time left."""
+"""Number of iterations over which the time per iteration is averaged to estimate the time left."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the node
@@ -40,8 +40,8 @@ def check_interrupt() -> None:
 def say(text: str, node_id: str | None) -> None:
     """Show text on a node, in the browser that queued the running prompt.
 
-    A prompt queued without a browser has no node on any screen. Sent to everybody, its text would appear on the nodes
-    of the same number in other people's graphs.
+    Nothing is sent for a prompt that was queued without a browser: sent to all clients, the text would appear on nodes
+    with the same id in other graphs.
     """
     server = getattr(PromptServer, "instance", None)  # there is none outside a running ComfyUI
     client = getattr(server, "client_id", None)
@@ -51,7 +51,7 @@ def say(text: str, node_id: str | None) -> None:
 
 @contextmanager
 def errors_on_node(node_id: str | None) -> Iterator[None]:
-    """Show what a node refuses, or why its run failed, on the node as well."""
+    """Also show the message of a BadInput or RunFailed as text on the node."""
     try:
         yield
     except (BadInput, RunFailed) as error:
@@ -60,7 +60,7 @@ def errors_on_node(node_id: str | None) -> Iterator[None]:
 
 
 class NodeProgress:
-    """A node's progress bar, preview picture and line of text; sends only what changed.
+    """A node's progress bar, preview image and text; only changes are sent.
 
     Args:
         node_id: the running node.
@@ -75,7 +75,7 @@ class NodeProgress:
     def show(self, iteration: int, text: str, picture: Path | None) -> None:
         """
         Args:
-            picture: the newest picture of samples, if there is one.
+            picture: the newest sample grid, if there is one.
         """
         if (iteration, picture) != (self.iteration, self.picture):
             preview = _preview(picture) if picture != self.picture else None
@@ -102,7 +102,7 @@ def _preview(picture: Path | None) -> tuple | None:
 
 
 class RunView:
-    """The state of a run as text; events are read once each."""
+    """The state of a run as text."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run, self.seen = run, 0
@@ -152,7 +152,7 @@ def _rewards(first: dict[str, dict], last: dict[str, dict]) -> list[str]:
 
 
 def wait(run: RunDirectory, progress: NodeProgress) -> None:
-    """Until the run has ended, showing how it goes.
+    """Wait until the run has ended, and show its progress.
 
     Raises:
         RunFailed: it failed or its processes died; with the last lines of its log.
@@ -161,7 +161,7 @@ def wait(run: RunDirectory, progress: NodeProgress) -> None:
     seen, view = None, RunView(run)
     while True:
         check_interrupt()
-        running = launch.is_running(run)  # before the files are read: the last look sees their end
+        running = launch.is_running(run)  # checked before the files are read, so that the last read is complete
         stamp = _stamp(run)
         if stamp != seen or not running:
             seen = stamp
@@ -186,14 +186,14 @@ def raise_failure(run: RunDirectory) -> None:
 
 
 def cancel(run: RunDirectory, name: str) -> None:
-    """End every process of a run; what it learned is kept, also as a LoRA that ComfyUI lists."""
+    """Stop a run, and copy its newest LoRA to where ComfyUI lists it."""
     launch.stop(run, grace=GRACE)
     if run.lora_file.exists():
         publish_lora(run.lora_file, name)
 
 
 def wait_or_cancel(run: RunDirectory, name: str, progress: NodeProgress) -> None:
-    """`wait`, but a cancelled prompt ends the run."""
+    """`wait`, but stop the run if the user cancels the prompt."""
     try:
         wait(run, progress)
     except InterruptProcessingException:
@@ -209,7 +209,7 @@ def _stamp(run: RunDirectory) -> tuple:
 
 
 def log_tail(run: RunDirectory) -> str:
-    """The last lines of what the run printed."""
+    """The last lines of the run's log."""
     if not run.log_file.exists():
         return ""
     with run.log_file.open("rb") as file:
@@ -220,6 +220,6 @@ def log_tail(run: RunDirectory) -> str:
 
 
 def newest_sample(run: RunDirectory) -> Path | None:
-    """The newest picture of samples."""
+    """The newest sample grid."""
     pictures = list((run.path / "samples").glob("*.png"))
     return max(pictures, key=lambda path: path.stat().st_mtime_ns, default=None)

@@ -1,4 +1,4 @@
-"""The outputs of a run's nodes, and the same as data in ComfyUI's history."""
+"""Outputs of GRPO Train LoRA and GRPO Run, and the same results as JSON in ComfyUI's history."""
 
 import hashlib
 import math
@@ -20,43 +20,43 @@ from .folders import publish_lora, published_loras, run_folder
 from .progress import RunView, newest_sample, say
 
 DATA = "dancegrpo"
-"""Key of a node's structured results in `/history` and `/api/jobs`: a list of one object."""
+"""Key of a node's JSON results in `/history` and `/api/jobs`; the value is a list with one object."""
 
 
 def outputs(status_first: bool) -> list[io.Output]:
-    """The outputs of GRPO Train LoRA, or those of GRPO Run, which begin with the status and end with the run."""
+    """The outputs of GRPO Train LoRA; with `status_first` those of GRPO Run (status first, run last)."""
     found = [
         io.LoraModel.Output(display_name="lora_model", tooltip="The newest LoRA, for core's Load LoRA Model."),
         io.LossMap.Output(
             display_name="loss_map",
-            tooltip="Minus the mean reward per iteration, for core's Plot Loss Graph. (GRPO's own loss is about 0 by "
-            "construction.)",
+            tooltip="Minus the mean reward of each iteration, for core's Plot Loss Graph (GRPO's own loss is always "
+            "about 0).",
         ),
         io.String.Output(
-            display_name="lora_name", tooltip="Its name in the lists of ComfyUI's LoRA loaders, once the run has ended."
+            display_name="lora_name", tooltip="The LoRA's name in ComfyUI's LoRA loaders, once the run has ended."
         ),
         RunType.Output(display_name="run", tooltip="For GRPO Run."),
-        io.Image.Output(display_name="curve", tooltip="Rewards over the iterations."),
-        io.Image.Output(display_name="samples", tooltip="Before and after, or the newest samples."),
+        io.Image.Output(display_name="curve", tooltip="Plot of the rewards over the iterations."),
+        io.Image.Output(display_name="samples", tooltip="Images before and after training, or the newest samples."),
     ]
     if not status_first:
         return found
     run = found.pop(3)
-    return [io.String.Output(display_name="status", tooltip="State, rewards and time left."), *found, run]
+    return [io.String.Output(display_name="status", tooltip="State, rewards and remaining time."), *found, run]
 
 
 def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool) -> io.NodeOutput:
-    """What a run has so far; nodes behind an output that is not there yet are not executed."""
+    """The current outputs of a run. Nodes that are connected to an output without a value yet are not executed."""
     name, running = run.path.name, launch.is_running(run)
     text, events = RunView(run).text(running), run.events()
     samples, values = _samples(run), losses(run, events)
     try:
         lora, lora_name = _lora(run, running)
-    except BadInput as error:  # the rest of the run is there nevertheless
+    except BadInput as error:  # the other outputs are still valid
         lora, lora_name, text = None, None, f"{text}\n{error}"
     found = [
         _or_blocked(lora),
-        _or_blocked({"loss": values} if len(set(values)) > 1 else None),  # core's plot divides by their range
+        _or_blocked({"loss": values} if len(set(values)) > 1 else None),  # core's plot divides by max - min
         _or_blocked(lora_name),
         name,
         _or_blocked(_curve(run, events)),
@@ -96,7 +96,7 @@ def _data(run: RunDirectory, events: list[dict], lora_name: str | None, running:
 
 
 def jsonable(value: object) -> object:
-    """The same data with None in place of numbers that JSON cannot hold."""
+    """The same data with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: jsonable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -119,7 +119,7 @@ def losses(run: RunDirectory, events: list[dict]) -> list[float]:
 
 
 def _lora(run: RunDirectory, running: bool) -> tuple[dict[str, torch.Tensor] | None, str | None]:
-    """The newest LoRA, and its name in ComfyUI's lists once the run has ended; None for what is not there yet.
+    """The newest LoRA, and its name in ComfyUI's list once the run has ended; None if not available yet.
 
     Raises:
         BadInput: its file is damaged.
@@ -150,7 +150,7 @@ def _samples(run: RunDirectory) -> torch.Tensor | None:
 
 
 def _image(source: Path | bytes) -> torch.Tensor | None:
-    """An image file as ComfyUI's IMAGE, `[1, H, W, 3]`; None where it is damaged."""
+    """An image file as ComfyUI's IMAGE, `[1, H, W, 3]`; None if it is damaged."""
     try:
         return read_image(source).movedim(0, -1)[None]
     except BadInput:
@@ -158,12 +158,12 @@ def _image(source: Path | bytes) -> torch.Tensor | None:
 
 
 def fingerprint(name: str | None) -> float | str:
-    """Changes whenever the run of this name or its published LoRA does.
+    """A fingerprint that changes whenever the run of this name or its published LoRA changes.
 
-    NaN stands for a value that never equals another. ComfyUI compares by identity first, so each call makes a new one.
+    NaN means "always changed". ComfyUI compares by identity first, so each call creates a new NaN object.
 
     Args:
-        name: None where it arrives through a link and is not known yet.
+        name: None if it comes through a link and is not known yet.
     """
     try:
         run = RunDirectory(run_folder(name))

@@ -1,4 +1,4 @@
-"""A reward's options as widgets, and its files in ComfyUI's folders."""
+"""The widgets for a reward's options, and the reward's files in ComfyUI's folders."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,7 +20,7 @@ FOLDER = "rewards"
 LIMIT = 2**31
 LONG = 60
 CLIP_LARGE = "clip-vit-l"
-"""Stands for the CLIP ViT-L/14 file of the reward aesthetic."""
+"""The backbone name for the CLIP ViT-L/14 file of the reward `aesthetic`."""
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
 
 
@@ -55,7 +55,7 @@ def option_widget(name: str, field: FieldInfo) -> io.Input:
 
 
 def _range(field: FieldInfo) -> dict[str, float]:
-    """The widget's limits; where there is none, the option's own check applies."""
+    """Limits of the widget. The option itself is validated later."""
     found = {"min": -LIMIT, "max": LIMIT}
     for rule in field.metadata:
         for key, end in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
@@ -65,16 +65,16 @@ def _range(field: FieldInfo) -> dict[str, float]:
 
 
 def option_values(kind: type[reward_models.Reward], widgets: dict[str, Any]) -> dict[str, Any]:
-    """The options that the widgets stand for: texts of several lines become lists where a list is wanted."""
+    """The options from the widgets' values; for list options, multi-line text becomes a list."""
     lists = {name for name, field in kind.Options.model_fields.items() if field.annotation == list[str]}
     return {name: prompt_lines(value) if name in lists else value for name, value in widgets.items()}
 
 
 def _file_widget(name: str, default: str, rule: dict[str, Any], tip: str | None) -> io.Input:
-    """The files of models/rewards that fit; folders too where the reward takes one.
+    """A list of the files in models/rewards with a suitable extension, and of folders if the option accepts one.
 
-    As with core's loaders, only what is there is listed, and ComfyUI refuses any other name at its own widget. What is
-    listed in place of a missing file tells where to put it.
+    As in core's loaders, only existing files are listed, and ComfyUI refuses other names. If the default file is
+    missing, an entry says where to put it.
     """
     files = [Path(file) for file in folder_paths.get_filename_list(FOLDER)]
     found = {file for file in files if file.suffix.lower() in rule["suffixes"]}
@@ -87,7 +87,7 @@ def _file_widget(name: str, default: str, rule: dict[str, Any], tip: str | None)
 
 
 def with_files(config: RewardConfig) -> RewardConfig:
-    """The same reward with full paths of its files in ComfyUI's folders.
+    """The same reward with absolute paths of its files in ComfyUI's folders.
 
     Raises:
         BadInput: a file is missing, or an option is not accepted.
@@ -95,12 +95,12 @@ def with_files(config: RewardConfig) -> RewardConfig:
     if config.name == Preference.name:
         config = _with_votes(config)
     config = reward_models.with_files_from(config, map(Path, folder_paths.get_folder_paths(FOLDER)))
-    reward_models.load_reward(config)  # looks at options and files, and reads no weights
+    reward_models.load_reward(config)  # checks options and files without reading weights
     return config
 
 
 def _with_votes(config: RewardConfig) -> RewardConfig:
-    """The reward with the folder of its collection and the file of its backbone.
+    """The reward with the paths of its collection and its backbone.
 
     Raises:
         BadInput: there is no such collection or file.
@@ -112,7 +112,7 @@ def _with_votes(config: RewardConfig) -> RewardConfig:
 
 
 def backbone_file(name: object) -> str:
-    """The file of a backbone; `pixels`, which needs none, as it is.
+    """The path of a backbone's file; `pixels` has no file and is returned unchanged.
 
     Raises:
         BadInput: there is no such file in ComfyUI's folders.
@@ -122,7 +122,7 @@ def backbone_file(name: object) -> str:
     if name == CLIP_LARGE:
         return _clip_large()
     if name not in folder_paths.get_filename_list("clip_vision"):
-        raise BadInput(f"backbone {str(name)[:80]!r} is not in models/clip_vision: choose {PIXELS}, or put it there")
+        raise BadInput(f"backbone {str(name)[:80]!r} is not in models/clip_vision: put it there, or choose {PIXELS}")
     return folder_paths.get_full_path_or_raise("clip_vision", str(name))
 
 
@@ -135,10 +135,10 @@ def _clip_large() -> str:
 
 
 def votes_fingerprint(reward: object) -> str:
-    """Changes with the votes of a collection, so that ComfyUI does not reuse scores from before them.
+    """A fingerprint that changes with the votes of a collection, so that ComfyUI does not reuse outdated scores.
 
     Args:
-        reward: the widgets of a reward, as ComfyUI hands them over.
+        reward: the widget values of a reward, as ComfyUI passes them.
     """
     if not isinstance(reward, dict) or reward.get("reward") != Preference.name:
         return ""

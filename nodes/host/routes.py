@@ -1,4 +1,4 @@
-"""Routes of this pack on ComfyUI's own server: `/dancegrpo/...`. Names, never paths; changes only by POST."""
+"""HTTP routes of this pack on ComfyUI's server, `/dancegrpo/...`. They take names, never paths."""
 
 import asyncio
 import json
@@ -13,15 +13,15 @@ from ...trainer.utils.errors import BadInput, RunFailed
 
 PREFIX = "/dancegrpo"
 LARGEST_BODY = 1_000_000
-"""Bytes of a request; images enter a collection by name, not in a body."""
+"""Largest request body in bytes. Images are imported by folder name, so no body contains image data."""
 
 Body = dict | None
 Handler = Callable[[web.Request, Body], dict | web.StreamResponse]
-"""Does a request's work outside the event loop; the body is None for GET. Its dict is answered as JSON."""
+"""Handles a request in a thread, outside the event loop. The body is None for GET; a dict is sent as JSON."""
 
 
 class Routes:
-    """Registers handlers so that each answers JSON, keeps the event loop free, and refuses in one sentence.
+    """Registers handlers: they run in a thread, answer with JSON, and report errors in one sentence.
 
     Args:
         table: ComfyUI's own route table.
@@ -40,14 +40,14 @@ class Routes:
 
 
 def number(request: web.Request, name: str) -> int:
-    """A whole number from the query; 0 where it is not given.
+    """A non-negative integer of the query; 0 if it is absent.
 
     Raises:
         BadInput: it is not one.
     """
     text = request.query.get(name, "0")
     if not text.isascii() or not text.isdecimal() or len(text) > int(math.log10(2**53)):
-        raise BadInput(f"{name} is {text[:40]!r}: give a whole number from 0 on")
+        raise BadInput(f"{name} is {text[:40]!r}: it must be a whole number, 0 or more")
     return int(text)
 
 
@@ -60,7 +60,7 @@ def _answering(handler: Handler, reads_body: bool) -> Callable[[web.Request], Aw
             return web.json_response({"error": str(error)}, status=400)
         except OSError as error:
             reason = error.strerror or str(error)
-            return web.json_response({"error": f"the disk refused: {reason}"}, status=500)
+            return web.json_response({"error": f"a file could not be read or written: {reason}"}, status=500)
         except Exception:
             logging.exception("DanceGRPO: %s %s failed", request.method, request.path)
             return web.json_response({"error": "this request failed; see ComfyUI's log"}, status=500)
@@ -75,7 +75,7 @@ async def _body(request: web.Request) -> dict:
     """The JSON object of a request that may change something.
 
     Raises:
-        BadInput: it comes from another site's page, is too large, or is not a JSON object.
+        BadInput: it comes from a page of another origin, is too large, or is not a JSON object.
     """
     _refuse_other_sites(request)
     if request.content_type != "application/json":
@@ -93,9 +93,9 @@ async def _body(request: web.Request) -> dict:
 
 
 def _refuse_other_sites(request: web.Request) -> None:
-    """A browser says where a request comes from; programs send neither header."""
+    """Refuse cross-site requests of browsers. Other programs send neither of these headers."""
     if request.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
-        raise BadInput("requests of other sites are refused")
+        raise BadInput("requests from pages of other sites are refused")
     origin = request.headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("Host"):
-        raise BadInput("requests of other sites are refused")
+        raise BadInput("requests from pages of other sites are refused")

@@ -1,4 +1,4 @@
-"""Routes of runs: `/dancegrpo/runs/...` on ComfyUI's own server. Names, never paths; changes only by POST."""
+"""HTTP routes of runs, `/dancegrpo/runs/...`. They take names, never paths; only POST requests change anything."""
 
 from aiohttp import web
 

@@ -1,4 +1,4 @@
-"""What the panel and headless clients read of runs: plain data, from the files in the run directories."""
+"""Data about runs for the panel and other HTTP clients, read from the files in the run directories."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from ...trainer.utils.names import check_name
 from .folders import published_loras, run_folder, runs_folder
 
 MOST_EVENTS = 1000
-"""Events in one answer; of more, evenly spaced ones are sent."""
+"""Most events in one answer; if there are more, an evenly spaced subset is sent."""
 LOG_BYTES = 200_000
 _PICTURE = re.compile(r"(rollout|evaluation)_(\d{6})\.(png|mp4)")
 _REMEMBERED = 64
@@ -26,7 +26,7 @@ _REMEMBERED = 64
 
 @dataclass
 class _Followed:
-    """The events of one run, read from the file as it grows."""
+    """The events of one run; new ones are read when the file has grown."""
 
     reader: EventReader
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -35,7 +35,7 @@ class _Followed:
 
 
 class EventCache:
-    """Follows the event logs that clients ask for, so that nothing is read twice."""
+    """Caches the event logs that clients request, so that each line is read once."""
 
     def __init__(self) -> None:
         self._followed: dict[str, _Followed] = {}
@@ -54,12 +54,11 @@ class EventCache:
         """Events after an iteration.
 
         Args:
-            after: number of the last iteration the client has.
-            generation: the one its events are of; with another one it is sent everything.
+            after: the last iteration that the client already has.
+            generation: generation of the client's events; if it is not the current one, all events are sent.
 
         Returns:
-            `generation`, which changes when the log was rewritten (a resumed run drops what it does again), and
-            `events`, at most MOST_EVENTS of them.
+            `generation`, which changes when a resumed run has rewritten the log, and `events`, at most MOST_EVENTS.
         """
         followed = self._of(run)
         with followed.lock:
@@ -79,7 +78,7 @@ class EventCache:
 
 
 def _first_after(events: list[dict], iteration: int) -> int:
-    """Index of the first event after an iteration; a client asks for the newest few, so the search starts there."""
+    """Index of the first event after an iteration, searched from the end because clients need the newest."""
     index = len(events)
     while index and events[index - 1]["iteration"] > iteration:
         index -= 1
@@ -87,7 +86,7 @@ def _first_after(events: list[dict], iteration: int) -> int:
 
 
 def thinned(events: list, most: int) -> list:
-    """Evenly spaced ones, the last included."""
+    """An evenly spaced subset of `most` events, including the last."""
     if len(events) <= most:
         return events
     return [events[round(i * (len(events) - 1) / (most - 1))] for i in range(most)]
@@ -99,7 +98,7 @@ def thinned(events: list, most: int) -> list:
 def find(name: str) -> RunDirectory:
     """
     Raises:
-        BadInput: the name cannot be one, or there is no such run.
+        BadInput: the name is invalid, or there is no such run.
     """
     folder = run_folder(name)
     if not (folder / "run.yaml").is_file():
@@ -108,7 +107,7 @@ def find(name: str) -> RunDirectory:
 
 
 def brief(run: RunDirectory) -> dict[str, Any]:
-    """A run as a line of the list."""
+    """A summary of a run for the list of runs."""
     status, live = run.status(), launch.is_running(run)
     recent = last_events(run.path / "events.jsonl", 20)
     state = status.get("state", "starting")
@@ -132,14 +131,14 @@ def brief(run: RunDirectory) -> dict[str, Any]:
 
 
 def _phase(progress: object) -> str | None:
-    """The phase inside an iteration, as in "rollout 3 of 10"."""
+    """The current phase of an iteration, such as "rollout 3 of 10"."""
     if not isinstance(progress, dict) or "phase" not in progress:
         return None
     return f"{progress['phase']} {progress.get('done')} of {progress.get('total')}"
 
 
 def detail(run: RunDirectory) -> dict[str, Any]:
-    """A run with everything but its events, samples and log."""
+    """`brief`, and evaluations, memory and LoRA of a run."""
     recent = last_events(run.path / "events.jsonl", 1)
     return {
         **brief(run),
@@ -150,13 +149,13 @@ def detail(run: RunDirectory) -> dict[str, Any]:
 
 
 def _lora_name(name: str) -> str | None:
-    """The newest LoRA of a run under its name in ComfyUI's lists."""
+    """The name of a run's newest LoRA in ComfyUI's list of LoRAs."""
     newest = max(published_loras(name), key=lambda path: path.stat().st_mtime_ns, default=None)
     return None if newest is None else os.path.join("dancegrpo", newest.name)  # noqa: PTH118 - as ComfyUI writes it
 
 
 def list_runs() -> list[dict[str, Any]]:
-    """All runs, the one that changed last first."""
+    """All runs, the most recently changed first."""
     found = [RunDirectory(path.parent) for path in runs_folder().glob("*/run.yaml")]
     return sorted((brief(run) for run in found), key=lambda run: run["time"] or 0, reverse=True)
 
@@ -167,7 +166,7 @@ def description(run: RunDirectory) -> str:
 
 
 def log(run: RunDirectory, offset: int) -> dict[str, Any]:
-    """What the run printed since an offset in bytes, at most the last LOG_BYTES of it."""
+    """The run's output from an offset in bytes on, at most the last LOG_BYTES."""
     path = run.log_file
     size = path.stat().st_size if path.is_file() else 0
     start = offset if 0 <= offset <= size else 0
@@ -184,7 +183,7 @@ def log(run: RunDirectory, offset: int) -> dict[str, Any]:
 
 
 def samples(run: RunDirectory) -> list[dict[str, Any]]:
-    """Pictures of samples, oldest first, each with what is known of its cells."""
+    """Sample grids, oldest first, each with the prompt, seed, scores and box of its cells."""
     found = []
     for path in sorted((run.path / "samples").glob("*.png")):
         match = _PICTURE.fullmatch(path.name)
@@ -195,7 +194,7 @@ def samples(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _cells(picture: Path) -> dict[str, Any]:
-    """Cells with their box as left, top, width and height in pixels, and the picture's size."""
+    """The cells of a grid, with the box as left, top, width and height in pixels, and the size of the grid."""
     try:
         size = list(check_image(picture))
     except BadInput:
@@ -209,14 +208,14 @@ def _cells(picture: Path) -> dict[str, Any]:
 
 
 def sample_file(run: RunDirectory, name: str) -> Path:
-    """A picture or video of samples.
+    """A sample grid or video of a run.
 
     Raises:
-        BadInput: there is none of this name.
+        BadInput: it has no file of this name.
     """
     path = run.path / "samples" / name
     if not _PICTURE.fullmatch(name) or path.is_symlink() or not path.is_file():
-        raise BadInput(f"there is no picture named {name[:80]!r}")
+        raise BadInput(f"there is no sample image named {name[:80]!r}")
     return path
 
 
@@ -233,13 +232,13 @@ def deleted() -> list[str]:
 
 
 def delete(run: RunDirectory) -> str:
-    """Move a run that is not live to the bin; returns its name there.
+    """Move a run that is not running to `deleted_folder`; returns its name there.
 
     Raises:
-        BadInput: it is live.
+        BadInput: it is running.
     """
     if launch.is_running(run):
-        raise BadInput(f"run {run.path.name!r} is live: stop it before you delete it")
+        raise BadInput(f"run {run.path.name!r} is running: stop it before you delete it")
     target = deleted_folder() / run.path.name
     if target.exists():
         target = deleted_folder() / f"{run.path.name[:40]} {time.strftime('%Y-%m-%d %H.%M.%S')}"
@@ -252,13 +251,13 @@ def restore(name: str) -> str:
     """Move a deleted run back.
 
     Raises:
-        BadInput: there is none of this name, or a run has its name now.
+        BadInput: there is no deleted run of this name, or another run uses the name now.
     """
     source, target = deleted_folder() / check_name(name), run_folder(name)
     if not (source / "run.yaml").is_file():
         raise BadInput(f"there is no deleted run named {name!r}")
     if target.exists():
-        raise BadInput(f"there is a run named {name!r}: delete or rename it first")
+        raise BadInput(f"there is already a run named {name!r}: delete or rename it first")
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
     return target.name

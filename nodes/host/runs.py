@@ -1,4 +1,4 @@
-"""A run as the nodes see it: its description, and starting, attaching to or resuming it."""
+"""Runs for the nodes: building a run description, and starting, resuming or attaching to its run."""
 
 import hashlib
 import json
@@ -32,13 +32,13 @@ def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[
     """
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts and needed:
-        raise BadInput("prompts is empty: write one prompt per line (lines that begin with # are comments)")
+        raise BadInput("prompts is empty: enter one prompt per line (lines that begin with # are comments)")
     check_prompts(texts, "prompts")
     check_prompts(tests, "held_out_prompts")
     known = set(map(same_text, texts))
     for text in tests:
         if same_text(text) in known:
-            raise BadInput(f"held_out_prompts holds {shorten(text)}, which is also in prompts; hold out others")
+            raise BadInput(f"held_out_prompts: {shorten(text)} is also in prompts; remove it from one of them")
     return texts, tests
 
 
@@ -92,7 +92,7 @@ def _samples(objective: dict | None) -> bool:
 
 
 def upstream_digest(get_node: Callable[[str], dict], link: list) -> str:
-    """Stands for what an input is connected to: the nodes above it with their widgets, whatever their ids are."""
+    """A digest of what an input is connected to: all upstream nodes and their widgets, independent of node ids."""
     known: dict[str, list] = {}
 
     def describe_node(node_id: str) -> list:
@@ -140,17 +140,17 @@ def begin(
     conditioning: list | None = None,
     blueprint: Blueprint | None = None,
 ) -> RunDirectory:
-    """The run of this name: started, resumed or extended; attached to while it goes on or when it is finished.
+    """The run of this name, started, resumed or extended as needed; unchanged if it is running or finished.
 
     Args:
         data: plain data of its description.
-        clip: ComfyUI's text encoders; None leaves encoding to the trainer.
-        clip_source: stands for where `clip` and `conditioning` come from.
-        conditioning: CONDITIONING whose content beside the text goes with every prompt.
+        clip: ComfyUI's text encoders; None if the trainer encodes the prompts.
+        clip_source: digest of what `clip` and `conditioning` are connected to.
+        conditioning: CONDITIONING that is added to every prompt, without its text.
         blueprint: of a connected model.
 
     Raises:
-        BadInput: something cannot be accepted; nothing has been started.
+        BadInput: an input is invalid; nothing has been started.
     """
     folder = run_folder(name)
     file = folder / f"conditions-{clip_source}.safetensors"
@@ -168,7 +168,7 @@ def begin(
             return run
     _check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
-        raise BadInput("conditioning goes with a connected model and clip: disconnect it, or connect them")
+        raise BadInput("conditioning needs a connected model and clip: connect model and clip, or disconnect it")
     with ExitStack() as stack:
         encoded = None
         if clip is not None and not file.exists():
@@ -187,7 +187,7 @@ def begin(
 
 
 def resume(run: RunDirectory) -> bool:
-    """Resume a run that was stopped or whose processes died; returns whether there was anything to do.
+    """Resume a run that was stopped or has crashed; returns whether there was anything left to do.
 
     Raises:
         BadInput: there is too little memory, or a file that the run needs is missing.
@@ -199,8 +199,8 @@ def resume(run: RunDirectory) -> bool:
     conditions = config.prompts.conditions
     if conditions is not None and not Path(conditions).is_file():
         raise BadInput(
-            f"run {run.path.name!r} lacks {Path(conditions).name}, which holds its encoded prompts: queue its GRPO "
-            "Train LoRA again, which encodes them again and resumes the run"
+            f"run {run.path.name!r} has lost its file of encoded prompts, {Path(conditions).name}: queue its GRPO "
+            "Train LoRA node again, which encodes the prompts again and resumes the run"
         )
     _check(config, processes, gpus)
     _make_room(config, processes, gpus)
@@ -215,15 +215,15 @@ def resume(run: RunDirectory) -> bool:
 
 
 def _is_extended(run: RunDirectory, config: RunConfig) -> bool:
-    """Whether a description asks for more iterations than the run was made for."""
+    """Whether a description has more iterations than the run."""
     return config.runtime.iterations > run.config().runtime.iterations
 
 
 def _refuse_extension(name: str, run: RunDirectory, config: RunConfig) -> None:
     if _is_extended(run, config):
         raise BadInput(
-            f"run {name!r} goes on to iteration {run.config().runtime.iterations}: queue this again when it has ended, "
-            f"or stop it first, to extend it to {config.runtime.iterations}"
+            f"run {name!r} is still running, to iteration {run.config().runtime.iterations}: to extend it to "
+            f"{config.runtime.iterations}, stop it or wait until it has ended, and queue this again"
         )
 
 
@@ -231,7 +231,7 @@ def _refuse_changes(name: str, run: RunDirectory, config: RunConfig) -> None:
     if changes := run.changes(config):
         raise BadInput(
             f"name {name!r} belongs to a run with other settings: {'; '.join(changes[:5])}. Choose another name for a "
-            "new run, or undo these changes to continue the old one"
+            "new run, or undo these changes to resume the existing run"
         )
 
 
@@ -239,10 +239,10 @@ def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> N
     """Refuse what cannot be trained with any model, before a model is loaded.
 
     Args:
-        data: plain data of a run description; its `model` section is not looked at.
+        data: plain data of a run description; its `model` section is ignored.
 
     Raises:
-        BadInput: something cannot be accepted.
+        BadInput: a setting, prompt, reward or GPU cannot be used.
     """
     config = parse_config({**data, "model": {}})
     check_rewards(config, processes, *read_prompts(config))
@@ -251,7 +251,7 @@ def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> N
 
 
 def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
-    """Refuse on the node, before anything starts, what the trainer would refuse."""
+    """Check what the trainer would check, so that errors appear on the node before anything starts."""
     check_run(config, processes, conditions_exist=False)
     if config.model.graph is not None and config.prompts.conditions is None:
         raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
@@ -260,13 +260,14 @@ def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
 
 
 def _refuse_busy_gpus(gpus: list[int] | None) -> None:
-    """Two runs on one GPU would both be slow, or run out of memory."""
+    """Refuse a GPU that another run uses: both would be slow, or run out of memory."""
     for folder in runs_folder().glob("*/status.json") if gpus else ():
         other = RunDirectory(folder.parent)
         shared = set(gpus) & set(other.status().get("gpus") or [])
         if shared and launch.is_running(other):
             raise BadInput(
-                f"GPU {min(shared)} is in use by run {other.path.name!r}: wait for it, stop it, or name others"
+                f"GPU {min(shared)} is in use by run {other.path.name!r}: stop that run or wait for it, or choose "
+                "other gpus"
             )
 
 

@@ -1,4 +1,4 @@
-"""Scoring images for the score node, and the scores as text and as a picture."""
+"""Scoring for Score Images, and the scores as text and as a bar plot."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,26 +19,26 @@ def split_prompts(text: str, count: int, what: str) -> list[str]:
     """One prompt per image; a single line is used for all.
 
     Raises:
-        BadInput: there are neither one line nor one per image.
+        BadInput: there is not one line, and not one line per image.
     """
     check_text(text, "prompt")
     lines = prompt_lines(text)
     if not lines:
-        raise BadInput("prompt is empty: write what the images should show")
+        raise BadInput("prompt is empty: enter the prompt of the images")
     if len(lines) not in (1, count):
-        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
+        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: use one line for all, or one line each")
     return lines if len(lines) == count else lines * count
 
 
 def score_all(
     reward: Rewards, items: Tensor, prompts: list[str], device: torch.device, make_room: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    """Raw scores `[B]` by the reward's name.
+    """Raw scores `[B]` of each reward, by name.
 
     Args:
         items: images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1].
-        device: for rewards that are networks.
-        make_room: called with the bytes that such a reward needs there.
+        device: for rewards with a network.
+        make_room: called with the size in bytes of such a network before it is moved to the device.
 
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
@@ -70,7 +70,7 @@ class Judge:
         """
         check_interrupt()
         if self.model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
-            raise BadInput(f"reward {self.name!r} scores videos: give it frames, with batch set to 'one video'")
+            raise BadInput(f"reward {self.name!r} scores videos: connect frames, and set batch to 'one video'")
         if self.network is not None:
             self.make_room(sum(p.numel() * p.element_size() for p in self.network.parameters()))
         try:
@@ -98,7 +98,7 @@ def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], 
 
 
 def _network(reward: reward_models.Reward) -> torch.nn.Module | None:
-    """A reward's network, read from its file; None for a rule."""
+    """A reward's network, loaded from its file; None for a rule-based reward."""
     inner = reward.reward if isinstance(reward, reward_models.Threshold) else reward
     inner.load()
     return inner.module if isinstance(inner, ModelReward) else None
@@ -119,12 +119,12 @@ def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> 
 
 
 def best_of(scores: Tensor) -> int:
-    """Index of the highest score, the first of equal ones; NaN stands for no score."""
+    """Index of the highest score, the first one in a tie; NaN means no score."""
     return int(scores.nan_to_num(-torch.inf).argmax())
 
 
 def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
-    """A panel per reward and one for their sum, a bar per image: `[1, H, W, 3]` in [0, 1]."""
+    """A bar plot per reward, and one of the weighted sum, as an IMAGE `[1, H, W, 3]` in [0, 1]."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Collections of votes by name: a workflow names one, and a run description holds its folder."""
+"""Finds collections of votes by name: workflows have the name, run descriptions the folder."""
 
 from ...trainer.objectives import OBJECTIVES
 from ...trainer.utils.errors import BadInput
@@ -12,16 +12,16 @@ def collection_folder(name: str) -> str:
     """The folder of a collection.
 
     Raises:
-        BadInput: the name cannot be one, or there is no such collection.
+        BadInput: the name is invalid, or there is no such collection.
     """
     return str(store.find(votes_folder(), name).folder)
 
 
 def with_collection(objective: dict) -> dict:
-    """The section `objective` with the folder of the collection that it names; as it is where it names none.
+    """The section `objective`, with the name of a collection replaced by its folder.
 
     Raises:
-        BadInput: there is no such collection; a path is none.
+        BadInput: there is no such collection; paths are not accepted.
     """
     fields = OBJECTIVES[objective["name"]].Options.model_fields
     extras = {name: field.json_schema_extra for name, field in fields.items()}

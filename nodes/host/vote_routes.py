@@ -1,4 +1,4 @@
-"""Routes of votes: `/dancegrpo/votes/...` on ComfyUI's own server. Names, never paths; changes only by POST."""
+"""HTTP routes of votes, `/dancegrpo/votes/...`. They take names, never paths; only POST requests change anything."""
 
 import uuid
 from pathlib import Path
@@ -42,7 +42,7 @@ def add_vote_routes(routes: Routes) -> None:
 
 
 def _describer(backbone: str) -> Any:
-    """Features of an image file by a backbone, which is loaded once."""
+    """A function that computes the features of an image file with a backbone, which is loaded once."""
     module = load_backbone(backbone)
 
     def describe(path: Path) -> "np.ndarray":
@@ -70,7 +70,7 @@ def _collection(request: web.Request) -> store.Collection:
 
 
 def _backbone(request: web.Request) -> str:
-    """What the pairs are chosen by: the query's `backbone`, by default the one that needs no file."""
+    """The backbone whose features are used to choose pairs: `backbone` of the query, by default `pixels`."""
     return backbone_file(request.query.get("backbone", PIXELS))
 
 
@@ -112,7 +112,7 @@ def _image(request: web.Request, body: None) -> web.FileResponse:
 
 def _create(request: web.Request, body: dict) -> dict:
     collection = store.create(votes_folder(), request.match_info["name"])
-    return {"message": f"collection {collection.name} is there"}
+    return {"message": f"collection {collection.name} exists"}
 
 
 def _vote(request: web.Request, body: dict) -> dict:
@@ -145,9 +145,9 @@ def _import(request: web.Request, body: dict) -> dict:
     folders = [_inside(base, body.get(field), field) for field in fields]
     collection = store.create(votes_folder(), request.match_info["name"])
     done = (import_folder if len(folders) == 1 else import_favourites)(collection, *folders, prompt)
-    parts = [f"{done.new} images added", f"{done.known} were there"]
+    parts = [f"{done.new} images added", f"{done.known} already in the collection"]
     parts += [f"{done.votes} votes added"] if done.votes else []
-    parts += [f"{len(done.complaints)} files were left out"] if done.complaints else []
+    parts += [f"{len(done.complaints)} files skipped"] if done.complaints else []
     return {"message": ", ".join(parts), "warnings": done.complaints}
 
 
@@ -175,7 +175,7 @@ def _inside(base: object, folder: object, field: str) -> Path:
     """A folder inside ComfyUI's input or output folder.
 
     Raises:
-        BadInput: it is elsewhere.
+        BadInput: it is outside of it.
     """
     if base not in BASES:
         raise BadInput(f"base is {str(base)[:40]!r}: choose output or input")
@@ -190,7 +190,7 @@ def _inside(base: object, folder: object, field: str) -> Path:
 
 def _delete(request: web.Request, body: dict) -> dict:
     store.delete(votes_folder(), request.match_info["name"])
-    return {"message": f"collection {request.match_info['name']} is in the bin; it can be restored"}
+    return {"message": f"collection {request.match_info['name']} was deleted; it can be restored"}
 
 
 def _restore(request: web.Request, body: dict) -> dict:

@@ -8,50 +8,50 @@ from ..utils.section import Section
 
 
 class GraphSampling(Section):
-    """Noise levels that a node of the graph gave the model (ModelSamplingSD3 and its like)."""
+    """Model sampling set by a node of the graph, such as ModelSamplingSD3."""
 
     kind: Literal["flow", "flux", "noise"] = Field(
         "flow", description="ComfyUI's ModelSamplingDiscreteFlow, ModelSamplingFlux or ModelSamplingDiscrete."
     )
-    predicts: Literal["flow", "noise", "v"] = Field("flow", description="What the network's output means.")
-    shift: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="Shift towards noise.")
+    predicts: Literal["flow", "noise", "v"] = Field("flow", description="Prediction type of the network.")
+    shift: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="Timestep shift.")
     multiplier: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
-        None, description="The timestep the network is told is sigma times this."
+        None, description="Factor from sigma to the timestep that the network gets."
     )
 
 
 class GraphLora(Section):
-    """A LoRA that the graph applied to the base model."""
+    """A LoRA that the graph applies to the base model."""
 
-    file: str = Field(description="Its .safetensors file.")
-    strength: Annotated[float, Field(ge=-100, le=100)] = Field(1.0, description="As in its loader.")
+    file: str = Field(description="LoRA file (.safetensors).")
+    strength: Annotated[float, Field(ge=-100, le=100)] = Field(1.0, description="Strength of the LoRA.")
 
 
 class GraphModel(Section):
-    """A model as ComfyUI loads it: which of its loaders, and which files."""
+    """A model of a ComfyUI graph: its loaders and files. Written by the node GRPO Base Model."""
 
-    folder: str = Field(description="ComfyUI's own folder, which holds main.py.")
+    folder: str = Field(description="ComfyUI's folder (with main.py).")
     loader: Literal["diffusion_model", "checkpoint"] = Field(
-        "diffusion_model", description="Load Diffusion Model or Load Checkpoint."
+        "diffusion_model", description="Loader of the network: Load Diffusion Model or Load Checkpoint."
     )
-    file: str = Field(description="File of the network.")
+    file: str = Field(description="File that the loader loads.")
     weights: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] | None = Field(
-        None, description="Type of the frozen weights; null leaves it to ComfyUI."
+        None, description="dtype of the frozen weights; null leaves the choice to ComfyUI."
     )
     vae_loader: Literal["vae", "checkpoint"] = Field("vae", description="Load VAE or Load Checkpoint.")
     vae_file: str = Field(description="File of the VAE.")
-    loras: list[GraphLora] = Field([], description="LoRAs applied before training; they stay in the base.")
-    sampling: GraphSampling | None = Field(None, description="Noise levels set by a node; null for the model's own.")
+    loras: list[GraphLora] = Field([], description="LoRAs merged into the base model before training.")
+    sampling: GraphSampling | None = Field(None, description="Model sampling; null for the model's default.")
     scheduler: str | None = Field(
-        None, description="ComfyUI's scheduler, such as simple; null goes by rollout.shift where it is a number."
+        None, description="ComfyUI scheduler, such as simple; null uses rollout.shift, if it is set."
     )
     sigmas: list[Annotated[float, Field(ge=0)]] | None = Field(
-        None, min_length=3, description="Noise levels in ComfyUI's scale, one more than rollout.steps."
+        None, min_length=3, description="Noise levels in ComfyUI's scale; their number is rollout.steps + 1."
     )
     reserve_gb: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0,
-        description="GPU memory in GB that weights leave free, for activations and rewards, beyond what ComfyUI keeps "
-        "free to sample an image. Weights that do not fit stay in RAM.",
+        description="GPU memory in GB to keep free for activations and rewards, in addition to what ComfyUI keeps free "
+        "for sampling. Weights that do not fit stay in RAM.",
     )
 
 
@@ -60,42 +60,42 @@ class ModelConfig(Section):
 
     family: str = Field("sd3", description="Model family, a name of trainer.models.FAMILIES.")
     path: str = Field(
-        "embedded", description="Folder of the model, or 'embedded' for the model of shapes in this pack."
+        "embedded", description="Diffusers folder, or 'embedded' for the small model that comes with this pack."
     )
     height: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image height in pixels.")
     width: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image width in pixels.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the frozen base weights; the LoRA is always float32."
+        "float32", description="dtype of the frozen base model; the LoRA is always float32."
     )
     frames: Annotated[int, Field(ge=1, le=10_000)] = Field(
-        1, description="Frames of a video; 1 is an image. Video families take 1 more than a multiple of 4."
+        1, description="Frames of a video; 1 for images. Most video models need a multiple of 4, plus 1."
     )
     fps: Annotated[float, Field(gt=0, le=240)] = Field(16.0, description="Frames per second of saved videos.")
     embedded_guidance: Annotated[float, Field(ge=0, le=100)] | None = Field(
         None,
-        description="Guidance a distilled model takes as an input (FLUX, HunyuanVideo); null is the family's own.",
+        description="Guidance input of guidance-distilled models (FLUX, HunyuanVideo); null for the family's default.",
     )
     network_file: str | None = Field(
-        None, description="Single .safetensors file of the transformer or UNet, in place of the folder's own."
+        None, description="A .safetensors file of the transformer or UNet, used instead of the folder's weights."
     )
     quantization: Literal["int8", "nf4"] | None = Field(
-        None, description="Keep the frozen base in 8 or 4 bits, through bitsandbytes."
+        None, description="Quantize the frozen base model to 8 or 4 bits with bitsandbytes."
     )
     sharded: bool = Field(
         False,
-        description="Divide the frozen base over all processes (FSDP2), for models that do not fit one GPU.",
+        description="Shard the frozen base model over all processes (FSDP2), if it does not fit on one GPU.",
     )
     vae_dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "float32",
-        description="Type the VAE decodes in; auto is bfloat16 where the device computes in it fast, else float32.",
+        description="dtype of the VAE; auto is bfloat16 if the device computes fast in it, else float32.",
     )
     decode_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
         None,
-        description="Images or videos the VAE decodes at once; null takes as many as make a megapixel, 32 at most. "
-        "A 512 x 512 image takes 0.75 GiB in float32.",
+        description="Batch size of VAE decoding; null uses as many images as make a megapixel, at most 32. A 512 x 512 "
+        "image needs 0.75 GiB in float32.",
     )
     graph: GraphModel | None = Field(
-        None, description="The model of a ComfyUI graph, for family comfy; path and the types above are not used then."
+        None, description="The model of a ComfyUI graph, for family comfy; path and dtypes are ignored then."
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
@@ -106,7 +106,7 @@ class ModelConfig(Section):
         if (self.family == "comfy") != (self.graph is not None):
             raise ValueError("model.graph is required for family 'comfy' and not allowed for other families")
         if self.graph is not None and (self.network_file or self.quantization):
-            raise ValueError("network_file and quantization are of diffusers folders; leave them out with graph")
+            raise ValueError("network_file and quantization need a diffusers folder: remove them, or remove graph")
         if self.sharded and (self.graph is not None or self.quantization):
             raise ValueError("sharded goes with diffusers folders alone, and without quantization")
         return self

@@ -16,26 +16,26 @@ from .model import ModelConfig
 
 
 class PromptsConfig(Section):
-    """What the model is asked for while it learns."""
+    """The training prompts."""
 
-    texts: list[str] = Field([], description="Prompts written here, one image group each.")
+    texts: list[str] = Field([], description="Training prompts as a list.")
     file: str | None = Field(
         None,
-        description="Text file with a prompt per line, where lines that begin with # are comments; or CSV, JSONL or "
-        "JSON with 'prompt', and where wanted 'category' and 'image', a first frame or source image beside the file.",
+        description="Text file with one prompt per line (lines that begin with # are comments); or a CSV, JSONL or "
+        "JSON file with 'prompt' and, optionally, 'category' and 'image' (path of a first frame or source image).",
     )
     shapes: int | None = Field(
-        None, ge=1, le=1_000_000, description="Use up to this many prompts per task of the shapes world."
+        None, ge=1, le=1_000_000, description="Use up to this many prompts per task of the embedded model."
     )
     conditions: str | None = Field(
         None,
-        description="File written by 'encode' that holds every prompt's conditions; no text encoder is loaded then.",
+        description="File with all encoded prompts, written by 'encode', so that no text encoder is loaded.",
     )
-    negative: str = Field("", description="Negative prompt, used where guidance_scale is not 1.")
+    negative: str = Field("", description="Negative prompt, used if guidance_scale is not 1.")
     weight_syntax: bool = Field(
         False,
-        description="Prompts carry ComfyUI's weights, such as (red:1.3), which the CLIP that wrote conditions has "
-        "applied; reward models get the words without them.",
+        description="Prompts contain ComfyUI's prompt weights, such as (red:1.3), which the CLIP has applied; reward "
+        "models get the prompts without them.",
     )
 
     _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
@@ -59,14 +59,14 @@ class PromptsConfig(Section):
 
 
 class WindowConfig(Section):
-    """The only steps that are stochastic and trained (MixGRPO)."""
+    """A window of sampling steps, the only ones that are stochastic and trained (MixGRPO)."""
 
     size: Positive = Field(2, description="Number of steps in the window.")
     position: Literal["fixed", "random", "moving"] = Field(
-        "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
+        "random", description="Begin at start in every iteration, at a random step from start on, or moving from start."
     )
-    start: int = Field(0, ge=0, le=1000, description="First step the window may begin at.")
-    every: Positive = Field(25, description="Iterations a moving window stays at one position.")
+    start: int = Field(0, ge=0, le=1000, description="First step at which the window may begin.")
+    every: Positive = Field(25, description="Iterations before a moving window moves by one step.")
 
 
 class RolloutConfig(Section):
@@ -76,27 +76,27 @@ class RolloutConfig(Section):
         "dance", description="Transition kernel of the stochastic steps; ddim for Stable Diffusion 1.x, 2.x and SDXL."
     )
     eta: Annotated[float, Field(gt=0, le=kernels.LARGEST_ETA)] = Field(
-        kernels.DANCE.default_eta, description="Strength of the added noise, in the kernel's own scale."
+        kernels.DANCE.default_eta, description="Strength of the added noise; its scale depends on the kernel."
     )
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(16, description="Sampling steps of a trajectory.")
     solver: Annotated[str, OneOf(solver_names)] = Field(
         "euler",
-        description="Solver of the deterministic steps: euler, or 2m (DPM-Solver++ 2M), which is of second order and "
-        "needs fewer steps.",
+        description="Solver of the deterministic steps: euler, or 2m (DPM-Solver++ 2M), a second-order solver "
+        "that needs fewer steps.",
     )
     shift: Annotated[float, Field(gt=0, le=100)] | None = Field(
         3.0,
-        description="Shift of a flow model's noise levels towards noise; null takes the levels of its own scheduler, "
-        "which in FLUX and Qwen-Image depend on the resolution. ddim always takes those.",
+        description="Timestep shift of a flow model; null uses the noise levels of the model's scheduler, which for "
+        "FLUX and Qwen-Image depend on the resolution. The kernel ddim always uses those.",
     )
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
-        1.0, description="Classifier-free guidance; 1 is off."
+        1.0, description="Scale of classifier-free guidance; 1 is off."
     )
-    group_size: Annotated[int, Field(ge=2, le=10_000)] = Field(12, description="Images per prompt, G.")
-    prompts_per_iteration: Positive = Field(8, description="Prompts per iteration over all processes, P.")
-    shared_noise: bool = Field(True, description="Every image of a group starts from the same noise.")
-    window: WindowConfig | None = Field(None, description="Limit stochastic steps to a window; null for all steps.")
-    batch_size: Positive = Field(96, description="Images denoised at once.")
+    group_size: Annotated[int, Field(ge=2, le=10_000)] = Field(12, description="Number of images per prompt (G).")
+    prompts_per_iteration: Positive = Field(8, description="Prompts per iteration (P), over all processes.")
+    shared_noise: bool = Field(True, description="Start all images of a group from the same noise.")
+    window: WindowConfig | None = Field(None, description="Window of stochastic steps; null for all but the last.")
+    batch_size: Positive = Field(96, description="Batch size of sampling in each process.")
 
     @model_validator(mode="after")
     def _fits(self) -> "RolloutConfig":
@@ -110,76 +110,76 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    """One reward model."""
+    """A reward."""
 
-    name: str = Field(description="Name of the reward model, as docs/rewards.md lists them.")
-    weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Weight of its advantages.")
-    threshold: float | None = Field(None, description="Turn the score into 1 above this value and 0 otherwise.")
+    name: str = Field(description="Name of the reward (docs/rewards.md lists them).")
+    weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Weight of this reward.")
+    threshold: float | None = Field(None, description="Replace the score by 1 if it is above this value, else 0.")
     options: dict[str, Any] = Field({}, description="Options of this reward, such as the path of its weights.")
 
 
 class LoraConfig(Section):
-    """The adapter that learns."""
+    """The LoRA that is trained."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of the LoRA.")
-    alpha: Annotated[float, Field(gt=0, le=100_000)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
-    targets: list[str] | None = Field(None, min_length=1, description="Module name endings; null for the family's own.")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Moving average of the LoRA; 0 is off.")
+    alpha: Annotated[float, Field(gt=0, le=100_000)] = Field(32.0, description="The scale of the LoRA is alpha / rank.")
+    targets: list[str] | None = Field(None, min_length=1, description="Suffixes of module names; null for defaults.")
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Decay of a moving average; 0 is off.")
     start_from: str | None = Field(
         None,
-        description="LoRA file (.safetensors, under ComfyUI's key names for this model) that training starts from; its "
+        description="LoRA file to continue training from (.safetensors, with ComfyUI's key names for this model); its "
         "rank must not exceed lora.rank.",
     )
 
 
 class OptimizerConfig(Section):
-    """AdamW."""
+    """The AdamW optimizer."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-4, description="Learning rate.")
     warmup: int = Field(0, ge=0, le=1_000_000, description="Optimizer steps of linear warm-up.")
     schedule: Literal["constant", "linear"] = Field(
         "constant",
-        description="Learning rate over the run: constant, or falling linearly to 0 after the last step. When a run is "
-        "extended, the line is drawn to the new end.",
+        description="Learning rate schedule: constant, or linear decay to 0 at the end of the run. If the run is "
+        "extended, it decays to 0 at the new end.",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="Decay of AdamW's first and second moments."
+        (0.9, 0.999), description="AdamW's betas."
     )
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(
         1e-4,
-        description="Weight decay; every step shrinks the LoRA by learning_rate times this, which must be below 1.",
+        description="Weight decay; learning_rate times weight_decay must be below 1.",
     )
-    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="Gradient norm is clipped to this.")
+    max_grad_norm: Annotated[float, Field(gt=0, le=1e6)] = Field(1.0, description="Gradients are clipped to this norm.")
 
     @model_validator(mode="after")
     def _shrinks(self) -> "OptimizerConfig":
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
-                f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} is not below 1: every "
-                "step would turn the LoRA around"
+                f"weight_decay {self.weight_decay:g} times learning_rate {self.learning_rate:g} must be below 1: "
+                "lower one of them"
             )
         return self
 
 
 class EvaluationConfig(Section):
-    """Deterministic sampling on fixed, held-out prompts and seeds."""
+    """Evaluation on held-out prompts, with deterministic sampling and fixed seeds."""
 
-    texts: list[str] = Field([], description="Held-out prompts written here.")
-    file: str | None = Field(None, description="File of held-out prompts, as for prompts.file.")
+    texts: list[str] = Field([], description="Held-out prompts as a list.")
+    file: str | None = Field(None, description="File with held-out prompts; see prompts.file.")
     shapes: int | None = Field(
-        None, ge=1, le=1_000_000, description="Up to this many held-out prompts per task of the shapes world."
+        None, ge=1, le=1_000_000, description="Use up to this many held-out prompts per task of the embedded model."
     )
     images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] = Field(4, description="Images per held-out prompt.")
     every: int = Field(
-        0, ge=0, le=1_000_000, description="Also evaluate every so many iterations; 0 only before and after."
+        0, ge=0, le=1_000_000, description="Iterations between evaluations; 0 evaluates only before and after training."
     )
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Sampling steps; null as in rollout.")
-    solver: Annotated[str, OneOf(solver_names)] = Field("euler", description="As rollout.solver, for every step.")
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Steps; null for rollout.steps.")
+    solver: Annotated[str, OneOf(solver_names)] = Field("euler", description="Solver of all steps; see rollout.solver.")
     guidance_scale: Annotated[float, Field(ge=0, le=100)] | None = Field(
-        None, description="Guidance; null as in rollout."
+        None, description="Guidance scale; null for rollout.guidance_scale."
     )
-    seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the fixed noise.")
-    rewards: list[RewardConfig] = Field([], description="Further reward models, evaluated and not trained on.")
+    seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the initial noise.")
+    rewards: list[RewardConfig] = Field([], description="Further rewards, which are evaluated but not trained.")
 
     _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
 
@@ -194,7 +194,7 @@ class EvaluationConfig(Section):
 
 
 class WatchdogConfig(Section):
-    """When a run that goes wrong stops by itself, keeping its best LoRA."""
+    """Conditions under which a run stops by itself and keeps its best LoRA."""
 
     reward_drop: Annotated[float, Field(gt=0, le=1e9)] = Field(
         3.0, description="Stop when the smoothed reward is this many standard deviations below its best."
@@ -202,43 +202,41 @@ class WatchdogConfig(Section):
     gradient_factor: Annotated[float, Field(gt=1, le=1e12)] = Field(
         1000.0, description="Stop when the gradient norm is this many times its running median."
     )
-    patience: Positive = Field(5, description="Iterations in a row a sign must last.")
-    max_dropped: Positive = Field(100, description="Stop after so many samples without a finite reward.")
-    max_bad_updates: Positive = Field(5, description="Stop after so many updates without a finite loss.")
+    patience: Positive = Field(5, description="Consecutive iterations with such a sign before the run stops.")
+    max_dropped: Positive = Field(100, description="Stop after this many samples without a finite reward.")
+    max_bad_updates: Positive = Field(5, description="Stop after this many updates without finite loss.")
     max_idle: Positive = Field(
         10,
-        description="Stop after so many iterations in a row in which nothing could be trained, because the images of "
-        "every group had equal rewards or none was finite.",
+        description="Stop after this many consecutive iterations without training, because the images of every group "
+        "had equal rewards, or no reward was finite.",
     )
     diversity_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5,
-        description="Warn when the images of a held-out prompt differ from each other less than this share of what "
-        "they did in the first evaluation (root mean square difference of their thumbnails); 0 never warns. It needs "
-        "evaluation.images_per_prompt of 2 or more.",
+        description="Warn when the diversity of the images of a held-out prompt (RMS difference of thumbnails) falls "
+        "below this fraction of the first evaluation's; 0 never warns. Requires evaluation.images_per_prompt of 2 or "
+        "more.",
     )
 
 
 class RuntimeConfig(Section):
-    """How long, where, and how often things are saved."""
+    """Length of the run, device, checkpoints and logging."""
 
-    iterations: Positive = Field(
-        100, description="Iterations of the whole run; may be raised later, which extends the run."
-    )
-    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of everything random.")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto uses a GPU where there is one.")
+    iterations: Positive = Field(100, description="Total number of iterations; raise it later to extend the run.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of all random numbers.")
+    device: Literal["auto", "cpu"] = Field("auto", description="auto uses a GPU if there is one.")
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
-    keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Newest checkpoints kept.")
+    keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Checkpoints to keep.")
     samples_every: int = Field(
-        10, ge=0, le=1_000_000, description="Iterations between sample grids of the rollout; 0 is never."
+        10, ge=0, le=1_000_000, description="Iterations between sample grids of the rollout; 0 for none."
     )
     watchdog: WatchdogConfig = WatchdogConfig()
     trackers: list[str] = Field(
         [],
-        description="Where scalars, samples and the description also go: tensorboard, wandb. Both write into the run "
-        "directory.",
+        description="Experiment trackers for scalars, samples and the description: tensorboard, wandb. Both write into "
+        "the run directory.",
     )
     wandb_mode: Literal["offline", "online"] = Field(
-        "offline", description="online sends what the tracker wandb records to its server; offline sends nothing."
+        "offline", description="Whether the tracker wandb sends its data to the wandb server (online) or not."
     )
 
 

@@ -1,7 +1,7 @@
-"""What a network predicts: the process that noises images, and the parametrisation of the prediction.
+"""Noising processes: how images are noised, and the prediction type (velocity or noise) that goes with it.
 
-A model family converts its network's output to the prediction of its process once, in `predict`. Nothing later asks
-whether that is a velocity or noise: it goes by the process.
+A model family converts its network's output to the prediction type of its process, in `predict`. All other code is
+independent of the prediction type and uses the methods of the process.
 
 Notation: sigma is the noise level, from 1 (noise) to 0 (image); the noised latents are
 x = signal(sigma) image + sigma noise.
@@ -18,33 +18,33 @@ Level = float | Tensor
 
 
 class Process(ABC):
-    """How images are noised, and what a network that undoes it predicts. Stateless; `FLOW` and `VP` are the two."""
+    """How images are noised, and what the network predicts. Stateless; the two instances are `FLOW` and `VP`."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def signal(self, sigma: Level) -> Level:
-        """The image's share of the noised latents, of the type and shape of `sigma`."""
+        """Coefficient of the image in the noised latents; same type and shape as `sigma`."""
 
     @abstractmethod
     def image(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
-        """The image estimate of a prediction.
+        """The image estimate (x0) from a prediction.
 
         Args:
             latents, prediction: `[B, ...]`.
-            sigma: in [0, 1] for FLOW, [0, 1) for VP; a number or `[B]`.
+            sigma: a number or `[B]`, in [0, 1] for FLOW and [0, 1) for VP.
 
         Returns:
-            shaped as `latents`.
+            the estimate, shaped as `latents`.
         """
 
     @abstractmethod
     def noise(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
-        """The noise estimate of a prediction; arguments as for `image`."""
+        """The noise estimate (x1) from a prediction; arguments as in `image`."""
 
     @abstractmethod
     def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
-        """The prediction that is right for `noised(image, noise, sigma)`: what a network is trained to give."""
+        """The training target for `noised(image, noise, sigma)`: the velocity for FLOW, the noise for VP."""
 
     @abstractmethod
     def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,15 +56,15 @@ class Process(ABC):
 
     @abstractmethod
     def k_scale(self, sigma: Level) -> Level:
-        """The factor from these latents to those of k-diffusion and ComfyUI at the same noise level.
+        """The factor that converts latents to the scale of k-diffusion and ComfyUI at the same noise level.
 
-        There, diffusion models have latents image + s noise with s = k_scale sigma, and flow models the same as here.
-        In both, (latents - image estimate) / s is the prediction of the process.
+        In that scale, latents of diffusion models are image + s noise with s = k_scale sigma; those of flow models are
+        unchanged. In both cases, (latents - image estimate) / s is the prediction of the process.
         """
 
     @abstractmethod
     def from_k_sigma(self, s: float) -> float:
-        """The sigma of a noise level of k-diffusion and ComfyUI."""
+        """Convert a noise level of k-diffusion and ComfyUI to sigma."""
 
     def noised(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
         """Latents at noise level sigma, shaped as `image`.
@@ -143,7 +143,7 @@ VP = VariancePreserving()
 
 
 def column(value: Level, latents: Tensor) -> Level:
-    """A level per batch row, shaped to multiply `latents`; a number as it is."""
+    """Reshape a `[B]` tensor so that it broadcasts over `latents`; a number is returned unchanged."""
     if not isinstance(value, Tensor):
         return value
     return value.to(latents.dtype).reshape(-1, *[1] * (latents.ndim - 1))

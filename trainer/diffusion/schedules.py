@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 
 def sigma_schedule(steps: int, shift: float = 1.0) -> list[float]:
-    """Evenly spaced noise levels from 1 to 0, shifted towards noise (SD3, arXiv 2403.03206, eq. 23).
+    """Evenly spaced noise levels from 1 to 0 with a timestep shift (SD3, arXiv 2403.03206, eq. 23).
 
     Args:
         steps: number of steps, >= 1.
@@ -20,7 +20,7 @@ def sigma_schedule(steps: int, shift: float = 1.0) -> list[float]:
 
 @dataclass(frozen=True)
 class Window:
-    """A run of stochastic steps [start, start + size): the only ones that are stochastic and trained (MixGRPO)."""
+    """A window of consecutive steps, the only ones that are stochastic and trained (MixGRPO)."""
 
     size: int
     position: str = "random"
@@ -30,8 +30,9 @@ class Window:
     def begin(self, steps: int, iteration: int, rng: random.Random) -> int:
         """First step of the window in this iteration.
 
-        `fixed` stays at `start`; `random` is anywhere; `moving` starts at `start` and moves on by one step every
-        `every` iterations, back to `start` after the last position. The last step of the schedule is never inside.
+        `fixed` always begins at `start`; `random` begins at a random step from `start` on; `moving` begins at `start`
+        and moves by one step every `every` iterations, returning to `start` after the last position. The last step of
+        the schedule is never inside the window.
         """
         positions = steps - 1 - self.size - self.start + 1
         if self.position == "fixed":
@@ -53,8 +54,8 @@ def trained_steps(stochastic: list[bool], mode: str, fraction: float, rng: rando
     """Which stochastic steps of one trajectory are trained, ascending.
 
     Args:
-        mode: `random` takes a random share (the paper's 60%), `first` the first share of them, `all` every one.
-        fraction: the share, 0 < fraction <= 1; at least one step is taken, fractions round down as the paper's code.
+        mode: `random` selects a random fraction (60% in the paper), `first` the first fraction, `all` all steps.
+        fraction: 0 < fraction <= 1. The number of steps is rounded down, as in the paper's code, and at least 1.
     """
     candidates = [i for i, flag in enumerate(stochastic) if flag]
     count = max(1, int(len(candidates) * fraction))

@@ -1,6 +1,6 @@
 """Solvers of the probability-flow ODE: the deterministic steps of a trajectory, and every step of an evaluation.
 
-A new solver is a class here and its name in the tuple of `SOLVERS`.
+To add a solver, write a class here and add it to `SOLVERS`.
 """
 
 import math
@@ -14,10 +14,10 @@ from .process import Process, column
 
 
 class Solver(ABC):
-    """Takes the deterministic steps of one batch of trajectories, from the highest noise level down.
+    """Takes the deterministic steps of a batch of trajectories, in order of decreasing noise level.
 
     Args:
-        process: of the model whose predictions it is given.
+        process: the process of the model.
     """
 
     name: ClassVar[str]
@@ -27,19 +27,19 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, latents: Tensor, prediction: Tensor, sigma: float, sigma_next: float) -> Tensor:
-        """The latents at sigma_next.
+        """Step from sigma to sigma_next.
 
         Args:
-            latents: `[B, ...]` of any rank.
-            prediction: of a model of the process, shaped as `latents`.
+            latents: `[B, ...]` with any number of dimensions.
+            prediction: prediction of the model, shaped as `latents`.
             sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0.
 
         Returns:
-            float32, shaped as `latents`.
+            latents at sigma_next, float32, shaped as `latents`.
         """
 
-    def reset(self) -> None:  # noqa: B027 - a one-step solver remembers nothing
-        """Forget the steps before, because the next one does not continue them: noise was added in between."""
+    def reset(self) -> None:  # noqa: B027 - a one-step solver has no state
+        """Discard the stored previous predictions, after a stochastic step has added noise."""
 
 
 class Euler(Solver):
@@ -61,7 +61,7 @@ class DPMSolver2M(Solver):
 
         x' = sigma'/sigma x + signal' (1 - e^-h) [m + h / (2 h_last) (m - m_last)],
 
-    which is `Euler` but for the last term. The first step has no last term, the last one to sigma 0 drops it.
+    which is `Euler` without the last term. The first step, and a last step to sigma 0, are first-order.
     """
 
     name = "2m"
@@ -86,7 +86,7 @@ class DPMSolver2M(Solver):
         return first_order + weight * half_ratio * (image - last_image)
 
     def _log_snr_step(self, sigma: float, sigma_next: float) -> float:
-        """h, from sigma to sigma_next > 0; infinite from a level without signal."""
+        """h, the step in log(signal / sigma); infinite if the signal is 0 at `sigma`."""
         signal, signal_next = self.process.signal(sigma), self.process.signal(sigma_next)
         return math.inf if signal == 0 else math.log(signal_next / sigma_next) - math.log(signal / sigma)
 

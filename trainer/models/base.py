@@ -1,4 +1,4 @@
-"""The interface behind which every model family stands."""
+"""The interface of model families, and the conditioning of prompts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,24 +14,24 @@ from ..diffusion.schedules import sigma_schedule
 from ..utils.errors import BadInput
 
 PICTURE = "picture_"
-"""Start of the names of conditions that come from a prompt's picture and hold for both branches of guidance."""
+"""Prefix of conditions that come from a prompt's image; they are used in both branches of guidance."""
 MEGAPIXEL = 2**20
 MAX_DECODE_BATCH = 32
-"""Decoded at once where the description gives no number: as many images as make a megapixel, at most these."""
+"""Largest default of `decode_batch_size`, which is as many images as make a megapixel."""
 
 
 ENCODED_AT_ONCE = 16
-"""Prompts that text encoders are given at once."""
+"""Batch size of text encoding."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the prompts say to the model: named tensors, each with one row per prompt.
+    """Conditioning of N prompts: named tensors (text embeddings, masks, image latents), each with one row per prompt.
 
     Attributes:
-        tensors: `[N, ...]`; sequences of tokens are `[N, tokens, width]`.
-        lengths: `[N]` long on the CPU, the tokens of each row, where the model has no mask and rows differ in them;
-            None where all have the same. Shorter rows are filled up with zeros, which the model is not given.
+        tensors: `[N, ...]`; text embeddings are `[N, tokens, width]`.
+        lengths: `[N]` long on the CPU, the number of tokens of each row, if the model has no mask and rows differ in
+            length; else None. Shorter rows are padded with zeros, which are removed before the model is called.
     """
 
     tensors: dict[str, Tensor]
@@ -41,7 +41,7 @@ class Conditions:
         return next(iter(self.tensors.values())).shape[0]
 
     def rows(self, index: Tensor) -> "Conditions":
-        """The rows of `index` (`[N]` long), repeated or left out as it says."""
+        """Select rows by `index` (`[N]` long)."""
         tensors = {name: value[index.to(value.device)] for name, value in self.tensors.items()}
         return Conditions(tensors, None if self.lengths is None else self.lengths[index.cpu()])
 
@@ -49,7 +49,7 @@ class Conditions:
         return Conditions({name: value.to(device) for name, value in self.tensors.items()}, self.lengths)
 
     def joined(self, other: "Conditions") -> "Conditions":
-        """These rows, then the other ones; shorter sequences of tokens are filled up with zeros."""
+        """Concatenate rows; shorter text embeddings are padded with zeros."""
         tensors = {name: stacked([value, other.tensors[name]]) for name, value in self.tensors.items()}
         if self.lengths is None and other.lengths is None and self._tokens() == other._tokens():
             return Conditions(tensors)
@@ -58,12 +58,12 @@ class Conditions:
         return Conditions(tensors, torch.cat([self._every_length(), other._every_length()]))
 
     def with_pictures_of(self, other: "Conditions") -> "Conditions":
-        """These texts with the pictures of `other`, row by row."""
+        """These conditions with the image conditions of `other`, row by row."""
         pictures = {name: value for name, value in other.tensors.items() if name.startswith(PICTURE)}
         return Conditions(self.tensors | pictures, self.lengths)
 
     def by_length(self) -> "list[tuple[Tensor, Conditions]]":
-        """Rows with the same number of tokens together: their indices, and their conditions without filling."""
+        """Group rows by their number of tokens: the indices of each group, and its conditions without padding."""
         if self.lengths is None:
             return [(torch.arange(len(self)), self)]
         parts = []
@@ -82,31 +82,31 @@ class Conditions:
 
 
 def is_tokens(name: str, value: Tensor) -> bool:
-    """Whether a condition is a prompt's sequence of tokens, `[N, tokens, width]`."""
+    """Whether a condition is a text embedding, `[N, tokens, width]`."""
     return value.ndim == 3 and not name.startswith(PICTURE)
 
 
 def stacked(values: list[Tensor]) -> Tensor:
-    """Rows one under the other, filled up with zeros to the longest along dimension 1."""
+    """Concatenate tensors, padded with zeros along dimension 1 to the longest."""
     longest = max(value.shape[1] for value in values)
     return torch.cat([filled(value, longest) for value in values])
 
 
 def filled(value: Tensor, length: int) -> Tensor:
-    """`[N, L, ...]` with zeros up to `length` along dimension 1."""
+    """Pad `[N, L, ...]` with zeros along dimension 1 to `length`."""
     missing = length - value.shape[1]
     return value if not missing else torch.cat([value, value.new_zeros(len(value), missing, *value.shape[2:])], dim=1)
 
 
 class DiffusionModel(ABC):
-    """A rectified-flow or diffusion model with a frozen base.
+    """A rectified-flow or diffusion model with frozen weights.
 
     Attributes:
-        config: of the model.
-        module: the network that predicts, into which the LoRA is injected.
-        default_targets: endings of the names of the modules a LoRA goes to.
-        process: how its images are noised and what its predictions mean; None in a class whose instances differ.
-        needs_opening_check: whether a run first looks if the model can be trained (`trainer.preflight`).
+        config: the `model` section.
+        module: the transformer or UNet, into which the LoRA is injected.
+        default_targets: suffixes of the names of the modules that get a LoRA by default.
+        process: its noising process and prediction type; None in a class whose instances differ.
+        needs_opening_check: whether a run first checks that the model can be trained (`trainer.preflight`).
     """
 
     config: ModelConfig
@@ -118,38 +118,38 @@ class DiffusionModel(ABC):
     @staticmethod
     @abstractmethod
     def check(config: ModelConfig) -> None:
-        """Look at the files without loading them.
+        """Check the files without loading them.
 
         Raises:
-            BadInput: the folder does not hold a model of this family, or the size cannot be taken.
+            BadInput: the folder has no model of this family, or the model does not support the image size.
         """
 
     @classmethod
     @abstractmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "DiffusionModel":
-        """Load the network (frozen, in `config.dtype`) and the VAE; no text encoder."""
+        """Load the network (frozen, in `config.dtype`) and the VAE, without text encoders."""
 
     @classmethod
     @abstractmethod
     def encode_pieces(
         cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
-        """Load the text encoders, encode, and free them again; a row per prompt in order, some at a time, on the CPU.
+        """Load the text encoders, encode, and free them; yields conditions on the CPU in pieces of a few prompts.
 
         Args:
-            pictures: per prompt its first frame or source image; None where it has none.
-            negative: the negative prompt, which some families encode with each picture. To have a row of its own, it
-                must be one of `prompts`, with any picture if the family takes them.
+            pictures: first frame or source image of each prompt, or None.
+            negative: the negative prompt, which some families encode together with each image. To get its own row, it
+                must also be in `prompts`, with any image if the family needs images.
 
         Raises:
-            BadInput: a component is missing, or the family needs pictures or takes none.
+            BadInput: a component is missing, or the family needs images or does not support them.
         """
 
     @classmethod
     def encode(
         cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
     ) -> Conditions:
-        """Every prompt's conditions at once, as `encode_pieces`; the last prompt is the negative one."""
+        """`encode_pieces` in one piece; the last prompt is the negative prompt."""
         pictures = list(pictures or [None] * len(prompts))
         pictures[-1] = pictures[-1] or pictures[0]
         pieces = [piece.tensors for piece in cls.encode_pieces(config, prompts, pictures, prompts[-1], device)]
@@ -157,29 +157,29 @@ class DiffusionModel(ABC):
 
     @classmethod  # noqa: B027 - a family may accept all
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
-        """Raise BadInput where conditions from a file do not fit the model; nothing large is loaded."""
+        """Raise BadInput if conditions from a file do not match the model, before anything large is loaded."""
 
     @classmethod  # noqa: B027 - a family may look at them when it is loaded
     def check_targets(cls, config: ModelConfig, targets: list[str]) -> None:
-        """Raise BadInput for a LoRA target that matches nothing, or nothing ComfyUI has a name for; loads nothing."""
+        """Raise BadInput for a LoRA target that matches no layer, or a layer without a LoRA key in ComfyUI."""
 
     @classmethod
     def notes(cls, config: ModelConfig) -> list[str]:
-        """What a user should know of these settings before the run starts, a sentence each."""
+        """Warnings about these settings to print before the run starts."""
         return []
 
     @classmethod
     def outside_conditions(cls, config: ModelConfig, embeds: Tensor, pooled: Tensor | None) -> Conditions:
-        """Conditions from text encoders that the host has loaded itself.
+        """Conditions from the output of text encoders that ComfyUI has loaded.
 
         Args:
             embeds: `[N, tokens, width]`.
-            pooled: `[N, width]`, or None where the text encoders give none.
+            pooled: `[N, width]`, or None if the text encoders have no pooled output.
 
         Raises:
-            BadInput: they do not fit this model, or this family only takes its own.
+            BadInput: they do not match this model, or this family supports only its own text encoders.
         """
-        raise BadInput(f"family {config.family} encodes prompts with its own text encoders: leave clip unconnected")
+        raise BadInput(f"family {config.family} encodes prompts with the text encoders of its folder: disconnect clip")
 
     @property
     @abstractmethod
@@ -188,7 +188,7 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """The prediction of `process`; float32, shaped as `latents`.
+        """Predict the velocity or noise, according to `process`; float32, shaped as `latents`.
 
         Args:
             latents: `[B, ...]` float32.
@@ -205,7 +205,7 @@ class DiffusionModel(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images `[B, 3, H, W]` or videos `[B, F, 3, H, W]`, float32 in [0, 1], `decode_batch_size` at a time.
 
-        An image does not depend on those beside it. Gradients flow to `latents` where these require them.
+        An image does not depend on the others of its batch. Gradients flow to `latents` if they require gradients.
         """
         return torch.cat([self.decode_batch(part) for part in latents.split(self.decode_batch_size)])
 
@@ -215,9 +215,9 @@ class DiffusionModel(ABC):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
-        """Latents `[B, ...]` of images or videos, float32, in the scale of the network: the inverse of `decode`.
+        """Encode images or videos to latents `[B, ...]`, float32, in the scale of the network: inverse of `decode`.
 
-        Deterministic: the mean where the VAE's encoder gives a distribution.
+        Deterministic: uses the mean of the VAE's distribution.
 
         Args:
             images: `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1], of the model's size.
@@ -230,7 +230,7 @@ class DiffusionModel(ABC):
         size = size if config.frames == 1 else (config.frames, *size)
         if tuple(images.shape[1:]) != size:
             given, wanted = (" x ".join(map(str, shape)) for shape in (images.shape[1:], size))
-            raise BadInput(f"images to encode are {given}, and the model takes {wanted}: resize them")
+            raise BadInput(f"images to encode have size {given}, but the model needs {wanted}: resize them")
         parts = images.float().split(self.decode_batch_size)
         return torch.cat([self.encode_image_batch(part.to(self.device)) for part in parts])
 
@@ -240,35 +240,35 @@ class DiffusionModel(ABC):
 
     @classmethod
     def decode_bytes(cls, config: ModelConfig) -> int:
-        """Peak memory of decoding `decode_batch_size` images beside the VAE's weights; nothing is loaded.
+        """Peak memory in bytes of decoding `decode_batch_size` images, without the VAE's weights; loads nothing.
 
-        0 where the model's host makes room for it.
+        0 if ComfyUI's memory management takes care of it.
         """
         return 0
 
     @abstractmethod
     def lora_key(self, module_name: str) -> "str | Rows":
-        """The name under which ComfyUI loads the LoRA of a module of `module`, or its part of a fused layer.
+        """ComfyUI's LoRA key for a submodule of `module`, or its part of a fused layer.
 
         Raises:
-            BadInput: ComfyUI has no name for it.
+            BadInput: ComfyUI has no LoRA key for it.
         """
 
     def lora_aliases(self, module_name: str) -> list[str]:
-        """Further names under which ComfyUI loads the LoRA of a module."""
+        """Further LoRA keys that ComfyUI accepts for a module."""
         return []
 
     def sigmas(self, steps: int, shift: float | None) -> list[float]:
-        """steps + 1 falling noise levels.
+        """steps + 1 decreasing noise levels.
 
         Args:
-            shift: of evenly spaced levels towards noise; None for those of the model's own scheduler.
+            shift: timestep shift of evenly spaced levels; None for the levels of the model's scheduler.
 
         Raises:
             BadInput: it has no scheduler.
         """
         if shift is None:
-            raise BadInput("rollout.shift is null, and this model brings no scheduler: give a number")
+            raise BadInput("rollout.shift is null, but this model has no scheduler: set rollout.shift to a number")
         return sigma_schedule(steps, shift)
 
     @property
@@ -287,11 +287,11 @@ class DiffusionModel(ABC):
         guidance_scale: float = 1.0,
         unconditional: Conditions | None = None,
     ) -> Tensor:
-        """`predict` with classifier-free guidance: both branches in one batch, mixed in float32.
+        """`predict` with classifier-free guidance: both branches in one batch, combined in float32.
 
         Args:
-            guidance_scale: w in uncond + w (cond - uncond); 1 asks for no second branch.
-            unconditional: one row, the negative prompt's.
+            guidance_scale: w in uncond + w (cond - uncond); with 1 the second branch is not computed.
+            unconditional: conditions of the negative prompt, one row.
         """
         if guidance_scale == 1.0:
             return self.predict_rows(latents, sigma, conditions)
@@ -301,7 +301,7 @@ class DiffusionModel(ABC):
         return self.guided(positive, negative, guidance_scale)
 
     def predict_rows(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """`predict`, called once for each number of tokens where rows differ in it."""
+        """`predict`, called once for each text length, if rows differ in length."""
         parts = [(rows.to(latents.device), part) for rows, part in conditions.by_length()]
         if len(parts) == 1:
             return self.predict(latents, sigma, parts[0][1])
@@ -309,24 +309,24 @@ class DiffusionModel(ABC):
         return torch.cat([self.predict(latents[rows], sigma[rows], part) for rows, part in parts])[order]
 
     def negatives(self, conditions: Conditions, unconditional: Conditions) -> Conditions:
-        """What the negative branch is given beside `conditions`, row by row."""
+        """Conditions of the negative branch for `conditions`, row by row."""
         device = next(iter(unconditional.tensors.values())).device
         index = torch.zeros(len(conditions), dtype=torch.long, device=device)
         return unconditional.rows(index).with_pictures_of(conditions)
 
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """Both branches' predictions mixed."""
+        """Combine the predictions of both branches."""
         return negative + scale * (positive - negative)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A module's part of a layer that ComfyUI keeps in one piece.
+    """The part of a module in a layer that is fused in ComfyUI, such as qkv.
 
     Attributes:
-        key: of the whole layer.
-        first: the part's first output row.
-        total: output rows of the whole layer.
+        key: LoRA key of the fused layer.
+        first: first output row of the part.
+        total: number of output rows of the fused layer.
     """
 
     key: str
@@ -340,11 +340,11 @@ def require_files(folder: Path, names: list[str], family: str) -> None:
         raise BadInput(f"model.path is {str(folder)!r}: there is no such folder")
     for name in names:
         if not (folder / name).exists():
-            raise BadInput(f"model.path {str(folder)!r} is no {family} folder: {name} is missing")
+            raise BadInput(f"model.path {str(folder)!r} is not a {family} folder: {name} is missing")
 
 
 def matching(module: nn.Module, targets: list[str]) -> list[str]:
-    """Names of the linear layers that targets, endings of names, choose.
+    """Names of the linear layers that match the targets, which are suffixes of names.
 
     Raises:
         BadInput: a target matches nothing.

@@ -1,4 +1,4 @@
-"""Objectives: how scored samples become a gradient. A new one is one file, registered in `OBJECTIVES`."""
+"""Objectives: how scored samples become a loss. To add one, write a class in a file here and add it to `OBJECTIVES`."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def make_objective(config: RunConfig) -> Objective:
 
 
 def _options(value: Any) -> Any:
-    """Options of the class that `name` stands for; without a name, those of the default objective."""
+    """Validate the options of the objective `name`, by default `DEFAULT`."""
     if isinstance(value, ObjectiveOptions):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"it must be a section, not {type(value).__name__}")
+        raise ValueError("it must be a section, such as {name: grpo}")
     name = value.get("name", DEFAULT)
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")
@@ -45,7 +45,7 @@ def _options(value: Any) -> Any:
 
 
 ObjectiveSection = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(_options)]
-"""The section `objective` of a run description: the options of any registered objective, told apart by `name`."""
+"""Type of the section `objective` of a run description: the options of the objective that `name` selects."""
 
 __all__ = [
     "DEFAULT",

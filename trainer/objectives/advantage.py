@@ -1,4 +1,4 @@
-"""How rewards become advantages: what is better than the other images of the same prompt."""
+"""Advantages: rewards normalised within the images of the same prompt, and combined."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ class AdvantageConfig(Section):
     """How the rewards of a group of images become advantages."""
 
     combine: Literal["advantages", "sum", "gdpo"] = Field(
-        "advantages", description="Mix rewards by normalised advantages, by raw sum, or by GDPO."
+        "advantages", description="Combine rewards as normalised advantages, as a raw weighted sum, or by GDPO."
     )
     normalize: Literal["group", "global-std", "global"] = Field(
-        "group", description="Mean and std: of the group, group mean with the std of all images, or of all (DDPO)."
+        "group", description="Mean and std of the group; mean of the group, std of all images; or both of all (DDPO)."
     )
-    clip: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest absolute advantage.")
+    clip: Annotated[float, Field(gt=0)] = Field(5.0, description="Advantages are clipped to this absolute value.")
     std_floor: Annotated[float, Field(gt=0)] = Field(1e-6, description="Groups with a smaller std are skipped.")
     best_of_n: int | None = Field(None, ge=2, multiple_of=2, description="Train on the best and worst of each group.")
 
@@ -30,9 +30,9 @@ class Advantages:
     """
     Attributes:
         values: `[P, G]` float32, 0 for dropped samples and skipped groups.
-        skipped: `[P]` bool, groups without spread: they teach nothing.
-        dropped: `[P, G]` bool, samples one of whose rewards is not finite.
-        spread: per reward, mean over groups of the standard deviation inside a group.
+        skipped: `[P]` bool, groups whose rewards are all (nearly) equal, which give no gradient.
+        dropped: `[P, G]` bool, samples with a reward that is not finite.
+        spread: per reward, the mean over groups of the std within a group.
     """
 
     values: Tensor
@@ -42,13 +42,13 @@ class Advantages:
 
     @classmethod
     def none(cls, prompts: int, group: int) -> "Advantages":
-        """Of images that are not ranked: all 0, and nothing skipped or dropped."""
+        """Advantages of unscored images: all 0, with nothing skipped or dropped."""
         values = torch.zeros(prompts, group)
         return cls(values, torch.zeros(prompts, dtype=torch.bool), torch.zeros_like(values, dtype=torch.bool), {})
 
 
 def advantages_of(rewards: Mapping[str, Tensor], weights: Mapping[str, float], config: AdvantageConfig) -> Advantages:
-    """`group_advantages` under the settings of a run."""
+    """`group_advantages` with the settings of a run."""
     return group_advantages(
         rewards,
         weights=weights,
@@ -60,7 +60,7 @@ def advantages_of(rewards: Mapping[str, Tensor], weights: Mapping[str, float], c
 
 
 def active_images(advantages: Advantages, config: AdvantageConfig) -> Tensor:
-    """`[P, G]` bool, the images that are trained on: not dropped, in no skipped group, best or worst where asked."""
+    """`[P, G]` bool, the images to train on: not dropped or skipped, and selected by `best_of_n` if it is set."""
     active = ~advantages.dropped & ~advantages.skipped[:, None]
     return best_of_n(advantages.values, config.best_of_n, active) if config.best_of_n else active
 
@@ -78,14 +78,14 @@ def group_advantages(
 
     Args:
         rewards: `[P, G]` (P prompts, G images each) or a mapping from names to such tensors. A sample whose reward is
-            NaN or infinite is dropped: it has advantage 0 and does not enter mean or spread.
-        weights: of each reward; 1 where absent.
-        combine: `advantages` normalises each reward in its group, weights, adds and normalises again (the paper's
-            mixing); `sum` weights and adds raw rewards; `gdpo` is `advantages` with the last normalisation over all
-            samples (arXiv 2601.05242).
-        normalize: `group` (mean and spread of the group), `global-std` (mean of the group, spread of all samples, as
-            Flow-GRPO) or `global` (mean and spread of all samples, as DDPO).
-        floor: groups whose spread is at most floor x max(1, |mean|) are skipped; also added to the divisor.
+            NaN or infinite is dropped: its advantage is 0 and it is not part of the mean and std.
+        weights: weight of each reward; 1 if absent.
+        combine: `advantages` normalises each reward within its group, takes the weighted sum and normalises it again
+            (the paper does not normalise again); `sum` is the weighted sum of raw rewards; `gdpo` is `advantages` with
+            the last normalisation over all samples (arXiv 2601.05242).
+        normalize: `group` (mean and std of the group), `global-std` (mean of the group, std of all samples, as
+            Flow-GRPO) or `global` (mean and std of all samples, as DDPO).
+        floor: groups whose std is at most floor x max(1, |mean|) are skipped; also added to the divisor.
         clip: largest absolute advantage.
 
     Raises:
@@ -119,10 +119,10 @@ def best_of_n(advantages: Tensor, keep: int, active: Tensor) -> Tensor:
     Args:
         advantages: `[P, G]`.
         keep: how many of each group, even, 2 <= keep <= G.
-        active: `[P, G]` bool, the samples that may be kept.
+        active: `[P, G]` bool, the samples to choose from.
 
     Returns:
-        `[P, G]` bool: the keep/2 highest and keep/2 lowest of each row, fewer of both where not so many are active.
+        `[P, G]` bool: the keep/2 highest and keep/2 lowest of each row, or fewer if too few are active.
     """
     mask = torch.zeros_like(active)
     for row, order in enumerate(advantages.argsort(dim=1, stable=True)):
@@ -156,7 +156,7 @@ def _group_std(value: Tensor, valid: Tensor) -> Tensor:
 
 
 def mean_group_std(rewards: Mapping[str, Tensor]) -> dict[str, float]:
-    """Per reward, the mean over groups of the std inside a group; images without all rewards are left out.
+    """Per reward, the mean over groups of the std within a group, without images that lack one of the rewards.
 
     Args:
         rewards: `[P, G]` float64 each.
@@ -170,7 +170,7 @@ def mean_group_std(rewards: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def _normalize(value: Tensor, valid: Tensor, mode: str, floor: float) -> tuple[Tensor, Tensor]:
-    """Centre and scale; also says which groups have too little spread to rank their members."""
+    """Subtract the mean and divide by the std. Also returns which groups have too small a std."""
     mean = _group_mean(value, valid)[:, None]
     std = _group_std(value, valid)[:, None]
     flat = (std <= floor * mean.abs().clamp(min=1)) | (valid.sum(1, keepdim=True) < 2)
@@ -186,19 +186,19 @@ def _normalize(value: Tensor, valid: Tensor, mode: str, floor: float) -> tuple[T
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several rewards as one number: the sum of weight x reward / unit, which is what training raises.
+    """Combines several rewards into one number, the sum of weight x reward / unit.
 
-    Wherever "the reward" of a run is spoken of, it is this number.
+    This number is "the reward" in evaluations, the watchdog and reward curves.
 
     Attributes:
-        weights: per trained reward.
-        units: what each is divided by; training normalises every reward within its group, so the std of a reward
-            under the base model is the unit that fits. 0 and None stand for 1.
+        weights: weight of each trained reward.
+        units: divisor of each reward; 0 and None mean 1. Training normalises each reward within its group, so the
+            matching unit is the reward's within-group std under the base model.
     """
 
     weights: Mapping[str, float]
     units: Mapping[str, float | None]
 
     def of(self, rewards: Mapping[str, Tensor] | Mapping[str, float]) -> Tensor | float:
-        """One value for the values of the rewards; NaN where one of them is."""
+        """The combined reward; NaN if one of the rewards is NaN."""
         return sum(weight * rewards[name] / (self.units[name] or 1.0) for name, weight in self.weights.items())

@@ -1,4 +1,4 @@
-"""Advantage-weighted matching (arXiv 2509.25050): the denoising error of a final image stands in for its likelihood."""
+"""Advantage-weighted matching (arXiv 2509.25050): minus the denoising error of a final image as its log-likelihood."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Weighting = Literal["uniform", "sigma", "sigma-squared", "huber", "generalised-h
 
 
 class AwmOptions(ForwardProcessOptions):
-    """Advantage-weighted matching: the simplest objective, on the forward process; one adapter is enough."""
+    """Advantage-weighted matching: an advantage-weighted denoising loss on final images; the simplest objective."""
 
-    name: Literal["awm"] = Field("awm", description="The objective.")
+    name: Literal["awm"] = Field("awm", description="Name of the objective.")
     weighting: Weighting = Field(
         "generalised-huber", description="How the squared error of a prediction becomes a log-likelihood."
     )
@@ -28,7 +28,7 @@ class AwmOptions(ForwardProcessOptions):
         0.25, description="Exponent of generalised-huber; 1 is the weight sigma."
     )
     advantage_scale: Annotated[float, Field(gt=0, le=100)] = Field(
-        1.0, description="The largest advantage, advantage.clip, is scaled to this; it is a scale, not a limit."
+        1.0, description="Advantages are scaled so that advantage.clip becomes this; they are not clipped to it."
     )
     trust_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="Weight of the squared distance to the predictions of a moving average of the LoRA; 0 is off."
@@ -42,7 +42,7 @@ class AwmOptions(ForwardProcessOptions):
 
 
 class Awm(ForwardProcessObjective):
-    """Mean over noised images of -A exp(logp - logp without gradient), logp minus the weighted denoising error."""
+    """The mean over noised images of -A exp(logp - stopgrad(logp)), where logp is minus the weighted error."""
 
     name = "awm"
     Options = AwmOptions
@@ -81,7 +81,7 @@ class Awm(ForwardProcessObjective):
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            items; the mean squared error of predictions on the run's own images; KL and trust distance where weighted.
+            number of items; mean squared denoising error on the run's images; KL and trust distance, if weighted.
         """
         record = {"items": every.items, "error": every.mean("error")}
         return record | {name: every.mean(name) for name in ("kl", "trust") if name in every.sums}
@@ -112,6 +112,6 @@ def log_likelihood(error: Tensor, sigma: Tensor, weighting: Weighting, power: fl
 
 
 def awm_loss(log_prob: Tensor, advantages: Tensor) -> Tensor:
-    """-A exp(logp - logp without gradient): the value is -A, the gradient that of -A logp. `[N]` float64."""
+    """-A exp(logp - stopgrad(logp)): its value is -A, its gradient is that of -A logp. `[N]` float64."""
     ratio = torch.exp(log_prob - log_prob.detach())
     return -advantages.double() * ratio

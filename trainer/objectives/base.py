@@ -1,4 +1,4 @@
-"""The interface behind which every objective stands, and what passes between it and the training loop."""
+"""The interface of objectives, and the data that they exchange with the training loop."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Item:
     """One term of the loss.
 
     Attributes:
-        member: the image it trains on; the process that holds this image computes the term.
-        step: the sampling step it belongs to, or the number of its draw where an objective draws noise levels.
-        other: an image it is compared with.
+        member: the image it trains on; the process that sampled this image computes the term.
+        step: the sampling step, or the number of the draw for objectives that draw noise levels.
+        other: a second image that it is compared with, if any.
     """
 
     member: Member
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Batch:
-    """Items that share a forward and backward pass; an objective adds what its loss needs."""
+    """Items of one forward and backward pass. Objectives subclass it to add what their loss needs."""
 
     items: list[Item]
 
@@ -56,9 +56,9 @@ class Loss:
 
     Attributes:
         value: `[N]`, one per item, with gradient.
-        sums: figures by name, added up over all items and processes.
-        peaks: figures by name, of which the largest is kept.
-        forwards: latents the network was run on.
+        sums: statistics by name, summed over all items and processes.
+        peaks: statistics by name, of which the maximum is taken.
+        forwards: forward passes of the network, one per latent.
     """
 
     value: Tensor
@@ -69,13 +69,13 @@ class Loss:
 
 @dataclass(frozen=True)
 class Totals:
-    """What the losses of one or several optimizer steps add up to, over all processes.
+    """Losses and statistics of one or several optimizer steps, over all processes.
 
     Attributes:
         items: number of terms.
         loss: sum of their values.
         sums, peaks: as in `Loss`.
-        forwards: latents the network was run on in this process.
+        forwards: forward passes of the network in this process, one per latent.
     """
 
     items: int = 0
@@ -85,11 +85,11 @@ class Totals:
     forwards: int = 0
 
     def mean(self, name: str, default: float = 0.0) -> float:
-        """A sum divided by the number of items, or `default` where there are none."""
+        """A sum divided by the number of items, or `default` if there are none."""
         return self.sums[name] / self.items if self.items else default
 
     def plus(self, other: Totals) -> Totals:
-        """Both together."""
+        """The totals of both."""
         names, high = {**self.sums, **other.sums}, {**self.peaks, **other.peaks}
         return Totals(
             self.items + other.items,
@@ -102,21 +102,21 @@ class Totals:
 
 @dataclass
 class Experience:
-    """What an iteration trains on: the images of this process, and what is known of those of all processes.
+    """The data that an iteration trains on: the images of this process, and the advantages of all images.
 
     Attributes:
         iteration: from 0.
         plan: how the images were sampled.
-        prompting: conditions of this process's prompts.
+        prompting: conditioning of this process's prompts.
         members: this process's B images.
-        prompt_of: `[B]` long, the row of `prompting` of each.
+        prompt_of: `[B]` long, index into `prompting` of each image.
         texts: B prompts.
         trajectories: of this process's images.
         advantages: of the images of all processes.
         active: `[P, G]` bool, the images of all processes that may be trained on.
-        scores: reward per name, `[P, G]` float64 over all processes, NaN where an image has none. An objective that
-            scores images itself fills in those of its own members, and the rest is NaN until they are gathered.
-        optimizer_steps: optimizer steps already made in this iteration.
+        scores: rewards by name, `[P, G]` float64 over all processes, NaN for an image without a score. An objective
+            that scores images itself sets the scores of this process's images; the others are NaN until gathered.
+        optimizer_steps: number of optimizer steps already taken in this iteration.
     """
 
     iteration: int
@@ -145,22 +145,22 @@ class Experience:
         return [[(slot, g) for g in row.nonzero().flatten().tolist()] for slot, row in enumerate(self.active)]
 
     def advantages_of(self, items: list[Item]) -> Tensor:
-        """`[N]` float32 on the device."""
+        """Advantages of the items' images, `[N]` float32 on the device."""
         slots, members = zip(*(item.member for item in items), strict=True)
         return self.advantages.values[list(slots), list(members)].to(self.device)
 
 
 class ObjectiveOptions(Section):
-    """How rewards become an update."""
+    """Options of every objective."""
 
-    name: str = Field(description="The objective.")
+    name: str = Field(description="Name of the objective.")
     updates: Positive = Field(1, description="Optimizer steps per iteration.")
     batch_size: Positive = Field(96, description="Predictions per forward and backward pass.")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What an objective works with once everything is loaded."""
+    """The loaded model, policy, rewards and prompts that an objective uses."""
 
     model: DiffusionModel
     policy: Policy
@@ -170,18 +170,18 @@ class Resources:
 
 
 class Objective(ABC):
-    """What is sampled, which terms are trained, and their loss; everything else is the same for all objectives.
+    """Defines the rollout, the terms that are trained, and their loss.
 
-    Making one loads nothing. `setup` hands over what was loaded; `preflight`, `plan`, `acting`, `collect`, `items`,
-    `batches`, `loss` and the two `after_` methods come after it, in this order in every iteration.
+    The constructor loads nothing. `setup` passes the loaded models; `preflight` is called once after it. Then `plan`,
+    `acting`, `collect`, `items`, `batches`, `loss` and the two `after_` methods are called in every iteration.
 
     Attributes:
         name: its name in run descriptions.
-        Options: what can be set.
-        needs_rewards: whether a run must name rewards.
-        needs_advantages: whether sampled images are scored and ranked before the update. Without, every image may be
-            trained on, and the objective scores images itself where it does at all.
-        needs_rollout: whether the trainer samples images; if not, `collect` gives what is trained on.
+        Options: its settings.
+        needs_rewards: whether a run must have rewards.
+        needs_advantages: whether images are scored before the update. If not, all images may be trained on, and the
+            objective scores them itself if needed.
+        needs_rollout: whether the trainer samples images; if not, `collect` returns the training data.
     """
 
     name: ClassVar[str]
@@ -207,17 +207,17 @@ class Objective(ABC):
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:
-        """Raise ValueError where settings of other sections do not go with this objective."""
+        """Raise ValueError if settings of other sections are incompatible with this objective."""
         rollout, updates = config.rollout, config.objective.updates
         members = config.advantage.best_of_n or rollout.group_size
         if rollout.prompts_per_iteration % updates and members % updates:
             raise ValueError(
-                f"objective.updates {updates} divides neither rollout.prompts_per_iteration "
-                f"{rollout.prompts_per_iteration} nor the {members} trained images of a group"
+                f"objective.updates is {updates}: it must divide rollout.prompts_per_iteration "
+                f"({rollout.prompts_per_iteration}) or the number of trained images of a group ({members})"
             )
 
     def training_prompts(self) -> PromptSet | None:
-        """Prompts of the objective's own data; None takes those of the section `prompts`.
+        """Prompts of the objective's own data; None if it uses the section `prompts`.
 
         Raises:
             BadInput: the data cannot be read.
@@ -225,110 +225,111 @@ class Objective(ABC):
         return None
 
     def check(self, family: type[DiffusionModel], rewards: Mapping[str, Reward]) -> None:  # noqa: B027
-        """Look at the family and the rewards of the run; nothing is loaded.
+        """Check the model family and the rewards of the run, before anything is loaded.
 
         Raises:
-            BadInput: the objective cannot train this family, or with these rewards.
+            BadInput: the objective cannot be used with this family or these rewards.
         """
 
     @property
     def keeps_old_weights(self) -> bool:
-        """Whether `policy.using("old")` is needed: a copy of the LoRA, kept in checkpoints."""
+        """Whether the policy keeps an old copy of the LoRA for `policy.using("old")`, also in checkpoints."""
         return False
 
     def setup(self, resources: Resources) -> None:
-        """Take over what was loaded."""
+        """Receive the loaded models."""
         self.model, self.policy, self.rewards = resources.model, resources.policy, resources.rewards
         self.prompting, self.processes = resources.prompting, resources.processes
 
     def preflight(self, experience: Experience) -> None:  # noqa: B027
-        """Look for faults of the model that would spoil this objective, on two images sampled for this alone.
+        """Check once, on two images sampled for this purpose, that the model works with this objective.
 
         Raises:
-            RunFailed: training could not work.
+            RunFailed: training would not work.
         """
 
     # ------------------------------------------------------------------------------------------ in every iteration
 
     @abstractmethod
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
-        """How the images of an iteration are sampled, and what is kept of their trajectories."""
+        """How the images of an iteration are sampled, and which parts of the trajectories are stored."""
 
     def acting(self) -> AbstractContextManager:
-        """Inside, the weights are those that sample: the live ones, unless an objective says otherwise."""
+        """Context in which the rollout samples: with the live weights, unless overridden."""
         return self.policy.using("live")
 
     def collect(self, iteration: int) -> Experience:
-        """What an iteration trains on, of an objective that needs no rollout."""
+        """The training data of an iteration, for an objective with `needs_rollout` False."""
         raise NotImplementedError
 
     @abstractmethod
     def items(self, experience: Experience) -> Iterator[list[Item]]:
-        """Per optimizer step, its items over all processes; the same in every process.
+        """For each optimizer step, the items of all processes; every process must yield the same.
 
-        An optimizer step is made before the next list is asked for.
+        The optimizer step is taken before the next list is requested.
         """
 
     @abstractmethod
     def spare(self, experience: Experience) -> Item:
-        """An item that this process can compute at any time.
+        """An item for dummy passes, which this process can compute at any time.
 
-        It fills up where this process has fewer batches than others and all must make the same number of forward
-        passes; its gradient is discarded.
+        With a sharded model all processes must make the same number of forward passes, so a process with fewer batches
+        makes dummy passes; their gradients are discarded.
         """
 
     @abstractmethod
     def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
-        """Arrange this process's items of one optimizer step."""
+        """Divide this process's items of one optimizer step into batches."""
 
     @abstractmethod
     def loss(self, model: DiffusionModel, experience: Experience, batch: Batch) -> Loss:
         """The loss of a batch.
 
-        Every batch must make the same forward passes in the same order: with a sharded model they are collective.
+        Every batch must make the same forward passes in the same order, because they are collective if the model is
+        sharded.
         """
 
     def after_step(self) -> None:  # noqa: B027
-        """After an optimizer step that was made."""
+        """Called after each optimizer step that was not skipped."""
 
     def after_iteration(self, iteration: int) -> None:  # noqa: B027
-        """After all optimizer steps of an iteration (from 0)."""
+        """Called after all optimizer steps of an iteration (counted from 0)."""
 
-    # ----------------------------------------------------------------------------------------------- what is said
+    # -------------------------------------------------------------------------------------------------- reporting
 
     @abstractmethod
     def record(self, every: Totals, first: Totals) -> dict:
-        """Plain data for the event of an iteration, under `objective`.
+        """Statistics for the event of an iteration, under its key `objective`.
 
         Args:
-            every: of all its optimizer steps.
-            first: of the first alone, in which the weights are still those the iteration began with.
+            every: totals of all optimizer steps of the iteration.
+            first: totals of the first one, before which the weights are still those of the rollout.
         """
 
     def alarm(self, record: dict) -> str | None:
-        """A sign of collapse in a record; the watchdog stops the run where signs last."""
+        """A sign of collapse in a record, as a clause; the watchdog stops the run if signs persist."""
         return None
 
     def warning(self, record: dict) -> str | None:
-        """What a user should be told about an iteration."""
+        """A warning to print after an iteration, if any."""
         return None
 
     def line(self, record: dict) -> str:
-        """A few words for the line printed per iteration."""
+        """Text for the line that is printed after each iteration."""
         return ""
 
     def closing(self, records: list[dict]) -> list[str]:
-        """Sentences for the end of a run."""
+        """Lines to print at the end of a run."""
         return []
 
     # ---------------------------------------------------------------------------------------------------- resuming
 
     def state(self) -> dict:
-        """Plain data that a checkpoint keeps; weights are the policy's."""
+        """JSON data for checkpoints; weights are saved by the policy."""
         return {}
 
     def restore(self, state: dict) -> None:  # noqa: B027
-        """Go back to what `state` returned."""
+        """Restore what `state` returned."""
 
 
 def split_updates(groups: list[list[Member]], updates: int) -> list[list[Member]]:
@@ -338,7 +339,7 @@ def split_updates(groups: list[list[Member]], updates: int) -> list[list[Member]
         groups: per group, its trained images (empty for a skipped group).
 
     Returns:
-        per optimizer step, its images: whole groups where their number allows, so that a shared first step is
+        the images of each optimizer step: whole groups if their number is divisible, so that a shared first step is
         computed once; else an equal part of every group.
     """
     if len(groups) % updates == 0:

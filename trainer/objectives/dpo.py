@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class DpoOptions(ForwardProcessOptions):
     """DPO: pairs of a better and a worse image, compared with the base model at the same noise and noise level."""
 
-    name: Literal["dpo"] = Field("dpo", description="The objective.")
+    name: Literal["dpo"] = Field("dpo", description="Name of the objective.")
     collection: str = Field(
         "",
         description="Pairs to train on, instead of sampled images that rewards have ranked: a collection of votes (its "
@@ -35,27 +35,26 @@ class DpoOptions(ForwardProcessOptions):
     )
     beta: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
         100.0,
-        description="How strongly the errors must differ from the base model's: the loss is "
-        "-log sigmoid(-beta / 2 difference), with errors as means over the latents' numbers (with sums, beta would be "
-        "smaller by their number).",
+        description="DPO's beta: the loss is -log sigmoid(-beta / 2 x difference), where the denoising errors are "
+        "averaged over the elements of the latents (for summed errors, divide beta by their number).",
     )
     noise_levels: Positive = Field(1, description="Noise levels drawn per pair and optimizer step.")
     level_distribution: Literal["schedule", "uniform", "logit-normal"] = Field(
         "logit-normal",
-        description="Where noise levels come from: the levels of the rollout's own steps, without repetition; or "
-        "uniform or logit-normal(0, 1) between the last and the first of them.",
+        description="Distribution of the noise levels: schedule draws from the levels of the rollout's steps without "
+        "repetition; uniform and logit-normal(0, 1) draw from the range of these levels.",
     )
     winner_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
-        0.0, description="Weight of the winner's own denoising error, which keeps it from rising with the loser's."
+        0.0, description="Weight of the winner's denoising error in the loss, which keeps that error from rising."
     )
 
 
 @dataclass(frozen=True)
 class PairBatch(Batch):
-    """Pairs at one noise and noise level each.
+    """Pairs of images, each with one noise and one noise level for both.
 
     Attributes:
-        rows: `[N]` long, the winner's image among this process's; its prompt is the loser's too.
+        rows: `[N]` long, index of the winner among this process's images; the loser has the same prompt.
         winner, loser: latents of the images, `[N, ...]` float32.
         sigma: `[N]` float32.
         noise: `[N, ...]` float32.
@@ -69,7 +68,7 @@ class PairBatch(Batch):
 
 
 class Dpo(ForwardProcessObjective):
-    """Mean over pairs of -log sigmoid(-beta/2 ((e_w - e_w base) - (e_l - e_l base)))."""
+    """The mean over pairs of -log sigmoid(-beta/2 ((e_w - e_w_base) - (e_l - e_l_base))), e the denoising error."""
 
     name = "dpo"
     Options = DpoOptions
@@ -96,7 +95,7 @@ class Dpo(ForwardProcessObjective):
         return pairs
 
     def _gather(self, experience: Experience, members: set[Member]) -> dict[Member, Tensor]:
-        """Final latents of images of all processes: the two of a pair may have been sampled by different ones."""
+        """Final latents of all images in pairs; the two of a pair may have been sampled by different processes."""
         here = [
             (m, experience.trajectories.final[experience.row_of[m]].cpu()) for m in members if m in experience.row_of
         ]
@@ -145,8 +144,8 @@ class Dpo(ForwardProcessObjective):
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            pairs; how far the errors on winners and losers are above the base model's; the share of pairs in which
-            the winner's error fell against the loser's.
+            number of pairs; mean denoising errors of winners and losers minus those of the base model; share of pairs
+            in which the winner's difference is below the loser's.
         """
         return {
             "pairs": every.items,
@@ -162,8 +161,8 @@ class Dpo(ForwardProcessObjective):
         if winner < RISING / self.options.beta:
             return None
         return (
-            f"the error on the better images is {winner:.2g} above the base model's too: the model leaves both; set "
-            "objective.winner_weight, or lower optimizer.learning_rate"
+            f"the denoising errors of both images rise above the base model's (better image: {winner:.2g}), so the "
+            "model degrades: set objective.winner_weight, or lower optimizer.learning_rate"
         )
 
     def line(self, record: dict) -> str:
@@ -172,11 +171,11 @@ class Dpo(ForwardProcessObjective):
 
 
 RISING = 1.0
-"""The winner's error counts as risen when it would move the loss's argument by half of this."""
+"""Warn when the winner's error exceeds the base model's by more than this / beta."""
 
 
 def best_and_worst(group: list[Member], experience: Experience) -> tuple[Member, Member] | None:
-    """The images of highest and of lowest advantage; None where they are equal."""
+    """The images with the highest and the lowest advantage; None if all are equal."""
     if len(group) < 2:
         return None
     value = experience.advantages.values

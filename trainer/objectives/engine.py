@@ -1,4 +1,4 @@
-"""From an objective's items to optimizer steps: batches, accumulation, sums over processes, the loss scale."""
+"""Takes optimizer steps on an objective's items: gradient accumulation, sums over processes, and the loss scale."""
 
 import math
 from dataclasses import dataclass, replace
@@ -13,18 +13,18 @@ from ..utils.distributed import Processes
 from .base import Experience, Item, Loss, Objective, Totals
 
 TRIES = 10
-"""How often an optimizer step whose gradient overflows is made again, each time with half the loss scale."""
+"""Most attempts at an optimizer step whose gradient overflows, each with half the loss scale."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What the optimizer steps of an iteration were.
+    """Results of the optimizer steps of an iteration.
 
     Attributes:
-        every: totals of all of them.
-        first: totals of the first.
-        grad_norm: the largest gradient norm before clipping; None where no step was made.
-        bad: steps left out because their gradient was not finite.
+        every: totals of all steps.
+        first: totals of the first step.
+        grad_norm: the largest gradient norm before clipping; None if no step was taken.
+        bad: number of steps that were skipped because their gradient was not finite.
     """
 
     every: Totals
@@ -35,17 +35,17 @@ class Update:
 
 class Engine:
     """
-    Gradients are computed with a scaled loss. The loss is a mean over all items of an optimizer step and over all
-    latents of an image, so the gradient that enters the network is near 1 / (items x latents): below what float16 can
-    hold. The scale is a power of two near that product; it is taken out of the LoRA's float32 gradients again, which
-    changes no bit where nothing overflows. It is halved, and the step made again, where the gradient overflows.
+    Takes optimizer steps with a scaled loss. The loss is a mean over all items of an optimizer step and over all
+    elements of the latents, so the gradient at the network's output is about 1 / (items x elements), which underflows
+    in float16. The loss scale starts at a power of two near that product and is divided out of the LoRA's float32
+    gradients, which is exact unless something overflows. After an overflow, the scale is halved and the step repeated.
 
     Args:
-        objective: whose items are trained.
-        model: that predicts.
-        policy: whose LoRA learns.
-        processes: who shares the items.
-        execution: of the forward passes; `match` is asked before the batches of an optimizer step.
+        objective: defines the items and their loss.
+        model: the model.
+        policy: the LoRA and its optimizer.
+        processes: the processes that share the items.
+        execution: how forward passes are run; `match` is called before the batches of an optimizer step.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Engine:
         return Update(every, steps[0] if steps else Totals(), max(made, default=None), len(norms) - len(made))
 
     def _step(self, items: list[Item], experience: Experience) -> tuple[Totals, float | None]:
-        """One optimizer step; its gradient norm is None where it was left out."""
+        """One optimizer step and its gradient norm, which is None if the step was skipped."""
         if self.scaler is None:
             self.scaler = self._new_scaler(self.first_scale(len(items)))
         forwards = 0
@@ -87,7 +87,7 @@ class Engine:
         return replace(totals, forwards=forwards), norm
 
     def first_scale(self, items: int) -> float:
-        """The loss scale that an optimizer step of so many items begins with."""
+        """The initial loss scale for an optimizer step with this number of items."""
         return 2.0 ** round(math.log2(items * math.prod(self.model.latent_shape)))
 
     def _new_scaler(self, scale: float) -> torch.amp.GradScaler:
@@ -96,10 +96,10 @@ class Engine:
     def accumulate(
         self, items: list[Item], experience: Experience, scale: Tensor | float = 1.0, total: int | None = None
     ) -> Totals:
-        """Add the scaled gradient of the mean loss of all processes' items: this process's part of it.
+        """Accumulate this process's part of the scaled gradient of the mean loss over all processes' items.
 
         Args:
-            total: number of items that the mean is over; None for as many as there are.
+            total: number of items to average over; None for `len(items)`.
         """
         mine = [item for item in items if item.member in experience.row_of]
         batches = self.objective.batches(mine, experience)
@@ -115,7 +115,7 @@ class Engine:
         return statistics.totals(self.processes)
 
     def _spare_pass(self, experience: Experience) -> None:
-        """A forward and backward pass that others need this process to make, without any trace in the gradient."""
+        """A dummy forward and backward pass for the collective operations of a sharded model; keeps gradients."""
         parameters = list(self.policy.parameters.values())
         kept = [None if p.grad is None else p.grad.clone() for p in parameters]
         (batch,) = self.objective.batches([self.objective.spare(experience)], experience)
@@ -124,7 +124,7 @@ class Engine:
             parameter.grad = gradient
 
     def gradient(self, items: list[Item], experience: Experience, scale: float, total: int) -> list[Tensor]:
-        """The scaled gradient of this process's items, one tensor per parameter of the LoRA; none is left behind."""
+        """The scaled gradient of this process's items, one tensor per LoRA parameter; clears `.grad` afterwards."""
         self.accumulate(items, experience, scale, total)
         parameters = self.policy.parameters.values()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -134,7 +134,7 @@ class Engine:
     # ---------------------------------------------------------------------------------------------------- resuming
 
     def state(self) -> dict:
-        """Plain data that a checkpoint keeps."""
+        """JSON data for checkpoints."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def restore(self, state: dict) -> None:
@@ -145,7 +145,7 @@ class Engine:
 
 
 class Statistics:
-    """Totals of the losses of one process, kept on the device until they are read."""
+    """Accumulates the losses and statistics of one process on its device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -167,7 +167,7 @@ class Statistics:
             self.peaks[name] = torch.maximum(self.peaks[name], value) if name in self.peaks else value.detach()
 
     def totals(self, processes: Processes) -> Totals:
-        """Plain numbers over all processes; the forward passes are this process's own."""
+        """Totals over all processes; `forwards` counts this process only."""
         here = Totals(
             self.items,
             self.loss.item(),

@@ -1,6 +1,6 @@
-"""What objectives on the forward process share: final images are noised again, and predictions are trained there.
+"""Base of the forward-process objectives, which noise final images again and train the predictions on them.
 
-They need no stochastic sampler, no log-probability and no stored trajectory: only the final latents of a rollout.
+They need no stochastic sampler, no log-probabilities and no stored trajectories, only the final latents of a rollout.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ForwardProcessOptions(ObjectiveOptions):
     noise_levels: Positive = Field(2, description="Noise levels drawn per image and optimizer step.")
     level_distribution: Literal["schedule", "uniform", "logit-normal"] = Field(
         "schedule",
-        description="Where noise levels come from: the levels of the rollout's own steps, without repetition; or "
-        "uniform or logit-normal(0, 1) between the last and the first of them.",
+        description="Distribution of the noise levels: schedule draws from the levels of the rollout's steps without "
+        "repetition; uniform and logit-normal(0, 1) draw from the range of these levels.",
     )
     level_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.9, description="Take noise levels from this first, noisiest share of the rollout's steps."
+        0.9, description="Use only the levels of this first, noisiest fraction of the rollout's steps."
     )
     kl_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
@@ -45,7 +45,7 @@ class NoisedBatch(Batch):
     """Images noised again.
 
     Attributes:
-        rows: `[N]` long, the image of each item among this process's.
+        rows: `[N]` long, index of each item's image among this process's images.
         sigma: `[N]` float32 noise levels.
         noise: `[N, ...]` float32, standard normal.
     """
@@ -56,7 +56,7 @@ class NoisedBatch(Batch):
 
 
 class ForwardProcessObjective(Objective):
-    """Samples deterministically, and trains on final images that it noises again."""
+    """Samples deterministically, and trains on final images that are noised again."""
 
     options: ForwardProcessOptions
 
@@ -67,7 +67,7 @@ class ForwardProcessObjective(Objective):
             rollout.eta,
             model.sigmas(rollout.steps, rollout.shift),
             [False] * rollout.steps,
-            shared_noise=False,  # without noise on the way, a group that shares its start would be one image
+            shared_noise=False,  # with deterministic steps, the images of a group would be identical
             guidance_scale=rollout.guidance_scale,
             solver=rollout.solver,
         )
@@ -94,7 +94,7 @@ class ForwardProcessObjective(Objective):
         )
 
     def _level(self, experience: Experience, item: Item) -> float:
-        """The noise level of an item; the draws of one image are different levels where the schedule allows."""
+        """The noise level of an item. The draws of one image have different levels if the schedule has enough."""
         rng = self._rng(experience, "levels", item.member)
         levels = draw_levels(experience.plan.sigmas, self.options, self.options.noise_levels, rng)
         return levels[item.step]
@@ -122,7 +122,7 @@ def draw_levels(sigmas: list[float], options: ForwardProcessOptions, count: int,
         options: `level_distribution` and `level_fraction`.
 
     Returns:
-        levels in (0, 1]; from the schedule without repetition as long as it has enough.
+        levels in (0, 1]; with `schedule`, without repetition if there are at least `count` levels.
     """
     taken = sigmas[: max(1, int((len(sigmas) - 1) * options.level_fraction))]
     if options.level_distribution == "schedule":
@@ -137,5 +137,5 @@ def draw_levels(sigmas: list[float], options: ForwardProcessOptions, count: int,
 
 
 def mean_square(difference: Tensor) -> Tensor:
-    """Mean over non-batch dimensions of the square, in float64: `[N, ...]` to `[N]`."""
+    """Mean of the squares over all non-batch dimensions, in float64: `[N, ...]` to `[N]`."""
     return difference.double().square().flatten(1).mean(1)

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 class GrpoOptions(ObjectiveOptions):
     """A clipped likelihood ratio over the stochastic steps of the rollout (DanceGRPO)."""
 
-    name: Literal["grpo"] = Field("grpo", description="The objective.")
+    name: Literal["grpo"] = Field("grpo", description="Name of the objective.")
     train_steps: Literal["random", "first", "all"] = Field(
         "random",
-        description="Steps trained: a random or the first share of the stochastic ones, or all; all of a window.",
+        description="Which stochastic steps are trained: a random or the first fraction, or all; with a window, all.",
     )
     step_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.6, description="The share of stochastic steps trained."
+        0.6, description="Fraction of the stochastic steps that is trained."
     )
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="Clip range of the likelihood ratio.")
     ratio: Literal["plain", "guard"] = Field("plain", description="Likelihood ratio: plain or GRPO-Guard's.")
@@ -39,23 +39,23 @@ class GrpoOptions(ObjectiveOptions):
     )
     old_log_prob: Literal["rollout", "update"] = Field(
         "rollout",
-        description="Where the old policy's log-probability comes from after an iteration's first optimizer step, in "
-        "which it is the new one's own: stored by the rollout, or computed again in the update's batches by the old "
-        "weights, for one more forward pass per action.",
+        description="Source of the old policy's log-probability in all but the first optimizer step of an iteration: "
+        "stored by the rollout, or recomputed in the update's batches with the old weights, at the cost of one more "
+        "forward pass per action. In the first step it equals the new log-probability.",
     )
     ratio_limit: Annotated[float, Field(gt=0)] = Field(
-        0.5, description="The watchdog takes ratios further from 1 than this, on average, as a sign of collapse."
+        0.5, description="Mean deviation of the ratios from 1 above which the watchdog sees a sign of collapse."
     )
 
 
 @dataclass(frozen=True)
 class GrpoBatch(Batch):
-    """Actions: a stochastic step of a trajectory each.
+    """A batch of actions, each of which is a stochastic step of a trajectory.
 
     Attributes:
         rows: `[R, 2]` long, (trajectory, step) of each prediction.
         trajectory: `[N]` long, the trajectory of each item.
-        row_of: `[N]` long, the prediction each item uses.
+        row_of: `[N]` long, index of the prediction that each item uses.
     """
 
     rows: Tensor
@@ -64,7 +64,7 @@ class GrpoBatch(Batch):
 
 
 class Grpo(Objective):
-    """The mean over actions of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho the likelihood ratio of a step."""
+    """The mean over actions of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), where rho is the likelihood ratio."""
 
     name = "grpo"
     Options = GrpoOptions
@@ -72,7 +72,7 @@ class Grpo(Objective):
     warned = False
 
     def preflight(self, experience: Experience) -> None:
-        """Rounding keeps a ratio within the clip range, where it reaches one."""
+        """Check that rounding alone does not move ratios out of the clip range, if it can affect them."""
         if self.options.updates == 1 or self.keeps_old_weights:
             return
         step = experience.trajectories.steps[0]
@@ -80,8 +80,9 @@ class Grpo(Objective):
         deviation = max(self.loss(self.model, experience, b).peaks["rollout_deviation"].item() for b in batches)
         if deviation > self.options.clip_range:
             raise RunFailed(
-                f"the same action scored twice has a ratio {deviation:.2g} off 1, which is beyond objective.clip_range "
-                f"{self.options.clip_range:g}: set objective.old_log_prob to update, or objective.updates to 1"
+                f"the ratio of an action that is scored twice deviates from 1 by {deviation:.2g}, more than "
+                f"objective.clip_range ({self.options.clip_range:g}): set objective.old_log_prob to update, or "
+                "objective.updates to 1"
             )
 
     @property
@@ -123,8 +124,8 @@ class Grpo(Objective):
     def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
         """Batches of `batch_size` predictions.
 
-        At the shared step all images of a prompt have the same latents, prediction and mean: one row serves them all,
-        and autograd adds their gradients up.
+        At the shared step all images of a prompt have the same latents, prediction and mean, so they share one row, and
+        autograd sums their gradients.
         """
         prompt_of, shared_step = experience.prompt_of.tolist(), experience.plan.shared_step
         rows: dict[tuple, tuple[int, int]] = {}
@@ -172,14 +173,14 @@ class Grpo(Objective):
         return Loss(value, sums, peaks, (1 + passes) * len(batch.rows))
 
     def _old(self, actions: Actions, new: kernels.Step) -> tuple[Tensor, Tensor | None, int]:
-        """What the weights that the iteration began with say of the actions.
+        """Log-probabilities of the actions under the old policy.
 
-        Batches of another size round differently, in reduced precision by more than the clip range. Before the first
-        optimizer step the weights are the same as in the rollout, so the new log-probability is taken for the old one:
-        the ratio is 1 and the gradient that of the policy itself.
+        Different batch sizes round differently, in reduced precision by more than the clip range. Before the first
+        optimizer step the weights are those of the rollout, so the new log-probability is also used as the old one:
+        the ratio is exactly 1, and the gradient is the plain policy gradient.
 
         Returns:
-            log-probabilities `[N]`; means `[N, ...]`, None where they are not needed; forward passes it took.
+            log-probabilities `[N]`; means `[N, ...]` or None; number of forward passes that were needed.
         """
         if actions.experience.optimizer_steps == 0:
             return new.log_prob.detach(), new.mean.detach(), 0
@@ -190,7 +191,7 @@ class Grpo(Objective):
         return actions.log_probs, actions.means, 0
 
     def _figures(self, ratio: Tensor, rollout: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums and peaks: of the ratios, and of those to the log-probabilities that the rollout stored."""
+        """Statistics (sums and peaks) of the ratios, and of the ratios to the rollout's log-probabilities."""
         deviation, rounding = (ratio.double() - 1).abs(), (rollout.double() - 1).abs()
         sums = {
             "ratio": ratio.double().sum(),
@@ -200,14 +201,14 @@ class Grpo(Objective):
         }
         return sums, {"deviation": deviation.max(), "rollout_deviation": rounding.max()}
 
-    # ----------------------------------------------------------------------------------------------- what is said
+    # -------------------------------------------------------------------------------------------------- reporting
 
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            actions trained; mean, mean deviation and largest deviation from 1 of the ratios; the share of actions
-            beyond the clip range; mean and largest deviation from 1 of ratios to the rollout's log-probabilities before
-            the first optimizer step, where only rounding makes them differ; the mean KL, where it is weighted.
+            number of actions; mean, mean deviation from 1 and largest deviation from 1 of the ratios; fraction of
+            actions outside the clip range; mean and largest deviation from 1 of the ratios to the rollout's
+            log-probabilities in the first optimizer step, where only rounding causes a deviation; mean KL, if weighted.
         """
         return {
             "actions": every.items,
@@ -231,16 +232,16 @@ class Grpo(Objective):
         return f"the mean |ratio - 1| is {deviation:.3g}"
 
     def warning(self, record: dict) -> str | None:
-        """Where rounding reaches the ratios of later optimizer steps; said once."""
+        """Warn once if rounding affects the ratios of later optimizer steps."""
         deviation = record["rollout_deviation"]["max"]
         exact = self.options.updates == 1 or self.keeps_old_weights
         if exact or self.warned or deviation is None or deviation <= self.options.clip_range / 10:
             return None
         self.warned = True
         return (
-            f"rounding alone makes ratios of the update to the rollout differ from 1 by {deviation:.2g}, above a tenth "
-            f"of objective.clip_range {self.options.clip_range:g}, in every optimizer step of an iteration but the "
-            "first: set objective.old_log_prob to update, or rollout.batch_size and objective.batch_size alike"
+            f"rounding alone moves ratios from 1 by up to {deviation:.2g}, more than a tenth of objective.clip_range "
+            f"({self.options.clip_range:g}), in all but the first optimizer step of an iteration: set "
+            "objective.old_log_prob to update, or make rollout.batch_size and objective.batch_size equal"
         )
 
     def line(self, record: dict) -> str:
@@ -249,16 +250,16 @@ class Grpo(Objective):
 
     def closing(self, records: list[dict]) -> list[str]:
         off = max((record["rollout_deviation"]["max"] or 0.0 for record in records), default=0.0)
-        return [f"largest deviation of a ratio from 1 by rounding between rollout and update {off:.1e}"]
+        return [f"largest deviation of a ratio from 1 due to rounding: {off:.1e}"]
 
 
 class Actions:
-    """The stored actions of a batch, to be predicted and scored again.
+    """The actions of a batch with their stored latents, for recomputing predictions and log-probabilities.
 
     Attributes:
-        row_of: `[N]` long, the prediction each action uses.
-        log_probs: `[N]`, of the rollout.
-        means: `[N, ...]` of the rollout; None where they are not kept.
+        row_of: `[N]` long, index of the prediction that each action uses.
+        log_probs: `[N]`, from the rollout.
+        means: `[N, ...]`, from the rollout; None if not stored.
         step_size: `[N]` float32, sigma minus the next sigma.
     """
 
@@ -283,11 +284,11 @@ class Actions:
         return self.model.predict_guided(self.latents, self.sigma.float(), self.conditions, guidance, negative)
 
     def score(self, prediction: Tensor) -> kernels.Step:
-        """The actions under a prediction, N of them."""
+        """Log-probability, mean and std of the N actions for these predictions."""
         return kernels.step(
             self.experience.plan.kernel,
             self.latents[self.row_of],
-            prediction.index_select(0, self.row_of),  # its backward pass adds in a fixed order
+            prediction.index_select(0, self.row_of),  # deterministic backward pass
             self.sigma[self.row_of],
             self.sigma_next[self.row_of],
             self.experience.plan.eta,
@@ -321,7 +322,7 @@ def probability_ratio(log_prob_new: Tensor, log_prob_old: Tensor) -> Tensor:
 def guarded_ratio(
     log_prob_new: Tensor, log_prob_old: Tensor, mean_new: Tensor, mean_old: Tensor, std: Tensor
 ) -> Tensor:
-    """GRPO-Guard's ratio: without the downward drift of the mean log-ratio, and with one spread at every step.
+    """GRPO-Guard's ratio: corrected for the negative mean of the log-ratio, and with equal variance at every step.
 
     rho = exp((log_prob_new - log_prob_old + |mean_new - mean_old|^2 / (2 std^2)) std), the square averaged over
     non-batch dimensions (Flow-GRPO's train_sd3_GRPO_Guard; std is that of the whole step, sqrt(-dt) included).

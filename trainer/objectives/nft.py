@@ -1,4 +1,4 @@
-"""DiffusionNFT (arXiv 2509.16117): contrast an implicit positive and an implicit negative policy around an old one."""
+"""DiffusionNFT (arXiv 2509.16117): contrasts an implicit positive with an implicit negative policy."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from ..models import DiffusionModel
 
 DEAD_CONTRAST = 1e-12
-"""A mean squared distance of new and old predictions below this leaves plain advantage-weighted matching."""
+"""Mean squared distance of new and old predictions below which the loss is plain advantage-weighted matching."""
 
 
 class NftOptions(ForwardProcessOptions):
-    """DiffusionNFT: no stochastic sampler and no log-probability; pulls to good images, pushes away from bad ones."""
+    """DiffusionNFT: trains towards good images and away from bad ones, without a stochastic sampler."""
 
-    name: Literal["nft"] = Field("nft", description="The objective.")
+    name: Literal["nft"] = Field("nft", description="Name of the objective.")
     mix: Annotated[float, Field(gt=0, le=10)] = Field(
         1.0,
-        description="Strength of the implicit policies around the old one (the paper's beta); 0.1 for several rewards.",
+        description="The paper's beta: distance of the implicit policies from the old one; 0.1 for several rewards.",
     )
     old_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="Largest decay of the old LoRA: after an iteration, old = decay old + (1 - decay) new."
@@ -40,7 +40,7 @@ class NftOptions(ForwardProcessOptions):
 
 
 class Nft(ForwardProcessObjective):
-    """Mean over noised images of q |x0+ - x0|^2 / w+ + (1 - q) |x0- - x0|^2 / w-, q the image's optimality."""
+    """The mean over noised images of q |x0+ - x0|^2 / w+ + (1 - q) |x0- - x0|^2 / w-; see `nft_loss`."""
 
     name = "nft"
     Options = NftOptions
@@ -85,7 +85,7 @@ class Nft(ForwardProcessObjective):
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            items; contrast, the mean squared distance of the new and the old policy's predictions; the KL.
+            number of items; contrast, the mean squared distance of new and old predictions; KL, if weighted.
         """
         record = {"items": every.items, "contrast": every.mean("contrast")}
         return record | ({"kl": every.mean("kl")} if self.options.kl_weight else {})
@@ -94,10 +94,10 @@ class Nft(ForwardProcessObjective):
         if not record["items"] or record["contrast"] is None or record["contrast"] > DEAD_CONTRAST:
             return None
         if self.policy.updates <= self.options.updates:
-            return None  # the first iteration begins with old and new weights alike
+            return None  # in the first iteration the old and the new weights are still equal
         return (
-            "the old policy equals the new one, so there is no contrast between the implicit policies: raise "
-            "objective.old_decay_growth, lower objective.old_decay_delay, or make several updates"
+            "the old policy equals the new one, so the implicit policies do not differ: raise "
+            "objective.old_decay_growth or objective.updates, or lower objective.old_decay_delay"
         )
 
     def line(self, record: dict) -> str:

@@ -1,6 +1,6 @@
-"""DPO on pairs that people have voted on (Diffusion-DPO, arXiv 2311.12908): no rollout, and no reward.
+"""Offline DPO on pairs that people voted on (Diffusion-DPO, arXiv 2311.12908), without rollout and rewards.
 
-It is no objective of its own in run descriptions: `dpo` becomes it where `collection` is set.
+In run descriptions it is the objective `dpo` with `collection` set.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class OfflineDpo(Dpo):
-    """The loss of `Dpo` on pairs of image files; an iteration takes some of them, each once before any comes again."""
+    """The loss of `Dpo` on pairs of image files. All pairs are used once before any is repeated."""
 
     needs_rewards = needs_advantages = needs_rollout = False
 
@@ -44,16 +44,14 @@ class OfflineDpo(Dpo):
                 "iteration"
             )
         if config.prompts.has_source:
-            raise ValueError(
-                "prompts names some, and objective.collection has its own: leave texts, file and shapes of prompts out"
-            )
+            raise ValueError("the prompts come from objective.collection: remove texts, file and shapes from prompts")
         if config.rewards:
             raise ValueError(
-                "rewards names some, and objective.collection is trained on without rewards: those that only watch go "
-                "into evaluation.rewards"
+                "objective.collection is trained without rewards: remove rewards; rewards for evaluation belong in "
+                "evaluation.rewards"
             )
         if config.model.frames > 1:
-            raise ValueError(f"model.frames is {config.model.frames}, and a collection holds images: set it to 1")
+            raise ValueError(f"model.frames is {config.model.frames}, but a collection has only images: set it to 1")
 
     @classmethod
     def shares(cls, config: RunConfig) -> tuple[int, str]:
@@ -75,7 +73,7 @@ class OfflineDpo(Dpo):
         return PromptSet(texts, [""] * len(texts), scored=scored)
 
     def check(self, family: type[DiffusionModel], rewards: Mapping[str, Reward]) -> None:
-        """Nothing but the pairs is needed, and those have been read."""
+        """Nothing to check: the pairs have been read already, and no rewards are needed."""
 
     # ----------------------------------------------------------------------------------------------- the images
 
@@ -87,12 +85,12 @@ class OfflineDpo(Dpo):
         self._encoded = self._encode(self.data.files)
 
     def _encode(self, files: list[Path]) -> dict[Path, Tensor]:
-        """Latents of all images, on the CPU; each process encodes a part.
+        """Latents of all images, on the CPU. Each process encodes a part.
 
-        One by one, so that the latents of an image do not depend on the others'.
+        Images are encoded one at a time, so that the latents of an image do not depend on the other images.
 
         Raises:
-            BadInput: an image is damaged behind its header. All processes raise it.
+            BadInput: an image is damaged; raised in all processes.
         """
         mine, fault = [], None
         try:
@@ -102,7 +100,7 @@ class OfflineDpo(Dpo):
         except BadInput as error:
             fault = str(error)
         if faults := [one for one in self.processes.gather([fault]) if one]:
-            raise BadInput(f"objective.collection: {faults[0]}; undo the votes on it, or replace the file")
+            raise BadInput(f"objective.collection: {faults[0]}; undo the votes on this image, or replace the file")
         return {files[number]: latents for number, latents in self.processes.gather(mine)}
 
     # ------------------------------------------------------------------------------------------ in every iteration
@@ -142,7 +140,7 @@ class OfflineDpo(Dpo):
     def restore(self, state: dict) -> None:
         """
         Raises:
-            BadInput: the pairs are not those that the run began with.
+            BadInput: the pairs have changed since the run was started.
         """
         if state["pairs"] != self.data.digest():
             raise BadInput(
@@ -152,7 +150,7 @@ class OfflineDpo(Dpo):
 
 
 def fitted(file: Path, height: int, width: int) -> Tensor:
-    """An image `[3, height, width]` in [0, 1]: covers that size after resizing (bicubic), and its middle is taken.
+    """An image `[3, height, width]` in [0, 1], resized (bicubic) to cover that size and centre-cropped.
 
     Raises:
         BadInput: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse image with their prompt: what offline preference objectives train on."""
+"""Preference pairs, a better and a worse image with their prompt, for offline preference objectives."""
 
 import csv
 import hashlib
@@ -15,7 +15,7 @@ from ..utils.media import check_image
 from ..votes.store import Collection
 
 FEWEST = 2
-"""Pairs below which nothing is trained."""
+"""Smallest number of pairs for training."""
 COLUMNS = {"better", "worse", "prompt"}
 
 
@@ -32,9 +32,9 @@ class Pair:
 class Pairs:
     """
     Attributes:
-        name: of the collection or file.
-        pairs: that can be trained on, in the order of the votes.
-        left_out: how many votes cannot, by the reason in words.
+        name: name of the collection or file.
+        pairs: usable pairs, in the order of the votes.
+        left_out: number of unusable votes, by reason.
     """
 
     name: str
@@ -43,33 +43,33 @@ class Pairs:
 
     @property
     def prompts(self) -> list[str]:
-        """Every prompt once."""
+        """The distinct prompts."""
         return list(dict.fromkeys(pair.prompt for pair in self.pairs))
 
     @property
     def files(self) -> list[Path]:
-        """Every image file once."""
+        """The distinct image files."""
         return list(dict.fromkeys(file for pair in self.pairs for file in (pair.better, pair.worse)))
 
     def digest(self) -> str:
-        """Stands for the pairs and their order, wherever the files lie."""
+        """A digest of the pairs and their order, independent of the location of the files."""
         rows = [(pair.better.name, pair.worse.name, pair.prompt) for pair in self.pairs]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def sentence(self) -> str:
-        """How many pairs there are, and what was left out."""
+        """A clause with the number of pairs, and of votes that are not used, by reason."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
-        return f"{len(self.pairs)} pairs of {self.name}" + (f"; left out: {reasons}" if reasons else "")
+        return f"{len(self.pairs)} pairs of {self.name}" + (f"; not used: {reasons}" if reasons else "")
 
 
 def read_pairs(path: Path) -> Pairs:
     """The pairs of a collection of votes, or of a CSV file with the columns `better`, `worse` and `prompt`.
 
-    Votes without a winner, votes on images of different prompts or without one, and images that are missing or cannot
-    be read are left out and counted. Image names of a CSV file are relative to its folder.
+    Votes without a winner, votes on images of different prompts or without a prompt, and images that are missing or
+    cannot be read are ignored and counted. Image names of a CSV file are relative to its folder.
 
     Raises:
-        BadInput: there is no such collection or file, or too few of its pairs can be used.
+        BadInput: the collection or file does not exist, or has too few usable pairs.
     """
     rows, left_out = _rows_of_file(path) if path.is_file() else _rows_of_collection(path)
     sound: dict[Path, bool] = {}
@@ -93,7 +93,7 @@ def read_pairs(path: Path) -> Pairs:
 
 
 def _is_sound(file: Path, known: dict[Path, bool]) -> bool:
-    """Whether there is an image, by its header; links are none, since they may lead anywhere."""
+    """Whether the file is an image, by its header. Symbolic links are refused, because they may point outside."""
     if file not in known:
         try:
             check_image(file)

@@ -1,4 +1,4 @@
-"""Back-propagate a differentiable reward through the last sampling steps: ReFL, DRaFT-K and DRaFT-LV."""
+"""Backpropagation of differentiable rewards through the last sampling steps: ReFL, DRaFT-K and DRaFT-LV."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class RewardGradientOptions(ObjectiveOptions):
-    """Follow the gradient of differentiable rewards: fewest images, most memory, and the quickest to over-optimise."""
+    """Backpropagation of differentiable rewards: needs the fewest images and the most memory; over-optimises fast."""
 
-    name: Literal["reward-gradient"] = Field("reward-gradient", description="The objective.")
+    name: Literal["reward-gradient"] = Field("reward-gradient", description="Name of the objective.")
     method: Literal["refl", "draft", "draft-lv"] = Field(
         "draft",
         description="refl: one late step, drawn at random, and its image estimate. draft: the last gradient_steps "
         "steps. draft-lv: the last step of several copies of the image, each with new noise.",
     )
-    gradient_steps: Positive = Field(1, description="Last sampling steps that carry the gradient (draft).")
+    gradient_steps: Positive = Field(1, description="Number of last sampling steps to backpropagate through (draft).")
     late_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.25, description="The last share of the steps, one of which is drawn (refl)."
+        0.25, description="Fraction of the last steps from which the step is drawn (refl)."
     )
     copies: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Copies of each image (draft-lv).")
     target: float | None = Field(
         None,
-        description="Stop pushing an image whose weighted reward has reached this (a hinge); null always pushes.",
+        description="Weighted reward at which an image gets no more gradient (hinge loss); null for no limit.",
     )
     kl_weight: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
@@ -50,17 +50,17 @@ class RewardGradientOptions(ObjectiveOptions):
 
 @dataclass(frozen=True)
 class GradientBatch(Batch):
-    """Images that are sampled to their end with gradient.
+    """Images whose last steps are sampled with gradient.
 
     Attributes:
-        rows: `[N]` long, the image of each item among this process's.
+        rows: `[N]` long, index of each item's image among this process's images.
     """
 
     rows: Tensor
 
 
 class RewardGradient(Objective):
-    """Mean over images of minus the weighted reward, or of its distance below a target."""
+    """The mean over images of minus the weighted reward, or of how far it is below a target."""
 
     name = "reward-gradient"
     Options = RewardGradientOptions
@@ -80,8 +80,8 @@ class RewardGradient(Objective):
         for name, reward in rewards.items():
             if not reward.differentiable:
                 raise BadInput(
-                    f"reward {name!r} is not differentiable, which objective 'reward-gradient' needs: choose another "
-                    "reward or another objective"
+                    f"reward {name!r} is not differentiable, but objective 'reward-gradient' needs differentiable "
+                    "rewards: choose another reward or another objective"
                 )
 
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
@@ -98,7 +98,7 @@ class RewardGradient(Objective):
         )
 
     def _stop(self, iteration: int) -> int | None:
-        """Steps without gradient; None for all of them."""
+        """Number of steps to sample without gradient; None for all."""
         steps, options = self.config.rollout.steps, self.options
         if options.method == "draft":
             return steps - options.gradient_steps
@@ -146,7 +146,7 @@ class RewardGradient(Objective):
     def _sample(
         self, model: DiffusionModel, experience: Experience, batch: GradientBatch
     ) -> tuple[Tensor, Tensor, int]:
-        """Image latents with gradient, `[N, ...]`; the mean KL of the steps that carry it, `[N]`; forward passes."""
+        """Final latents with gradient, `[N, ...]`; mean KL of the steps with gradient, `[N]`; forward passes."""
         plan, rows = experience.plan, batch.rows
         latents = experience.trajectories.final[rows]
         if self.options.method == "draft-lv":
@@ -192,7 +192,7 @@ class RewardGradient(Objective):
 
     @staticmethod
     def _note(experience: Experience, batch: GradientBatch, rewards: dict[str, Tensor]) -> None:
-        """Fill in the scores of this process's images."""
+        """Record the scores of this process's images in the experience."""
         for name, values in rewards.items():
             table = experience.scores.setdefault(
                 name, torch.full(experience.active.shape, torch.nan, dtype=torch.float64)
@@ -203,7 +203,7 @@ class RewardGradient(Objective):
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            items; the mean weighted reward of their images; images without a finite reward; the KL where weighted.
+            number of items; mean weighted reward; number of images without a finite reward; KL, if weighted.
         """
         record = {"items": every.items, "reward": every.mean("reward"), "dropped": every.sums.get("dropped", 0.0)}
         return record | ({"kl": every.mean("kl")} if self.options.kl_weight else {})
@@ -217,6 +217,6 @@ def reward_loss(rewards: Tensor, target: float | None) -> Tensor:
 
     Args:
         rewards: `[N]`.
-        target: None, or the reward from which on an image is left alone.
+        target: reward above which the loss is 0; None for no target.
     """
     return -rewards if target is None else torch.relu(target - rewards)

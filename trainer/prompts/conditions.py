@@ -1,4 +1,4 @@
-"""The conditions of a run: encoded when it starts, or taken from a file written beforehand."""
+"""The encoded prompts (conditions) of a run: encoded when it starts, or read from a file written by `encode`."""
 
 import shutil
 import sys
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 WORTH_MENTIONING = GIB
-"""Conditions of this size are announced before they are encoded."""
+"""Size in bytes from which a message is printed before the conditions are encoded."""
 
 
 @dataclass(frozen=True)
 class RunConditions:
     """
     Attributes:
-        training, held_out: a row per prompt of the two sets; they stay in files.
-        unconditional: the negative prompt's row, on the CPU; None where the run uses no guidance.
+        training, held_out: conditions of the training and held-out prompts, one row per prompt; they stay on disk.
+        unconditional: conditions of the negative prompt, on the CPU; None if the run uses no guidance.
     """
 
     training: StoredConditions
@@ -51,7 +51,7 @@ def needs_negative(config: RunConfig, held_out: PromptSet) -> bool:
 def prompts_to_encode(
     config: RunConfig, training: PromptSet, held_out: PromptSet, with_negative: bool
 ) -> dict[Key, Path | None]:
-    """Every distinct prompt of a run, with its picture; the negative prompt, which has none, gets another's."""
+    """All distinct prompts of a run with their images. The negative prompt gets the image of another prompt."""
     wanted = dict(zip([*training.keys, *held_out.keys], [*training.pictures, *held_out.pictures], strict=True))
     if with_negative:
         wanted.setdefault(_negative(config), training.pictures[0])
@@ -70,17 +70,17 @@ def conditions_for(
     processes: "Processes",
     folder: Path | None,
 ) -> RunConditions:
-    """The conditions of a run's prompts.
+    """The encoded prompts of a run.
 
-    Where the description names no file of them, each process encodes a part of the prompts into a file that all read;
-    it is deleted when the process ends. All processes must call this together.
+    Without `prompts.conditions`, each process encodes a part of the prompts into a file that all processes read; it is
+    deleted when the process ends. This is a collective operation.
 
     Args:
-        folder: where such files go, on a disk that all processes share; None for a temporary folder.
+        folder: folder of these files, on a disk that all processes share; None for a temporary folder.
 
     Raises:
-        BadInput: the conditions file cannot be read, does not fit the model, or lacks a prompt; or the text encoders
-            cannot be loaded, or there is no room for what they give.
+        BadInput: the conditions file cannot be read, does not match the model, or lacks a prompt; or the text encoders
+            cannot be loaded, or the disk is full.
     """
     with_negative = needs_negative(config, held_out)
     wanted = prompts_to_encode(config, training, held_out, with_negative)
@@ -89,7 +89,7 @@ def conditions_for(
     else:
         stored = _from_file(config, family, wanted)
     if config.model.sharded and stored.is_ragged:
-        raise BadInput("model.sharded takes prompts that are all encoded into the same number of tokens")
+        raise BadInput("model.sharded needs prompts that are all encoded to the same number of tokens; set it to false")
     row_of = {key: row for row, key in enumerate(stored.keys)}
     unconditional = stored.rows(torch.tensor([row_of[_negative(config)]])) if with_negative else None
     training_rows, held_out_rows = ([row_of[key] for key in prompts.keys] for prompts in (training, held_out))
@@ -97,10 +97,10 @@ def conditions_for(
 
 
 def check_conditions(config: RunConfig, family: type[DiffusionModel], training: PromptSet, held_out: PromptSet) -> None:
-    """Look whether the file `prompts.conditions` fits the model and holds every prompt; nothing large is read.
+    """Check that the file `prompts.conditions` matches the model and has every prompt, without reading all of it.
 
     Raises:
-        BadInput: as `conditions_for`.
+        BadInput: see `conditions_for`.
     """
     _from_file(config, family, prompts_to_encode(config, training, held_out, needs_negative(config, held_out)))
 
@@ -116,10 +116,10 @@ def encode_into(
     """Encode prompts with the model's own text encoders, piece by piece, into a file of conditions.
 
     Args:
-        announce_from: the size in bytes from which on it is said before the rest is encoded.
+        announce_from: size of the file in bytes from which a message is printed before most prompts are encoded.
 
     Raises:
-        BadInput: the text encoders cannot be loaded, or the disk has no room for the conditions.
+        BadInput: the text encoders cannot be loaded, or the disk has too little free space.
     """
     texts, pictures = [text for text, _ in wanted], list(wanted.values())
     pieces = family.encode_pieces(config.model, texts, pictures, config.prompts.negative, device)
@@ -127,18 +127,18 @@ def encode_into(
 
 
 def announcer(path: Path, count: int, announce_from: int = WORTH_MENTIONING) -> Callable[[int], None]:
-    """Says how much the conditions of `count` prompts will take, and raises BadInput if the disk has no room."""
+    """A callback that prints the size of the conditions, and raises BadInput if the disk has too little space."""
 
     def announce(size: int) -> None:
         free = shutil.disk_usage(path.parent).free
         if size > free:
             raise BadInput(
-                f"the conditions of {count} prompts take about {size / GIB:.1f} GiB, and {path.parent} has "
-                f"{free / GIB:.1f} GiB free: make room, or use fewer prompts"
+                f"{count} encoded prompts need about {size / GIB:.1f} GiB of disk space, but {path.parent} has "
+                f"{free / GIB:.1f} GiB free: free some space, or use fewer prompts"
             )
         if size >= announce_from:
             size_text = f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
-            print(f"encoding {count} prompts: their conditions take about {size_text} in {path}", file=sys.stderr)
+            print(f"encoding {count} prompts, which take about {size_text} of disk space in {path}", file=sys.stderr)
 
     return announce
 
@@ -147,14 +147,14 @@ def _from_file(config: RunConfig, family: type[DiffusionModel], wanted: dict[Key
     path = Path(config.prompts.conditions)
     stored = open_conditions(path)
     if stored.has_entries and config.model.graph is None:
-        raise BadInput(f"prompts.conditions {path} was encoded for a model of a ComfyUI graph (family comfy)")
+        raise BadInput(f"prompts.conditions {path} is for a model of a ComfyUI graph (family comfy): encode again")
     family.check_conditions(config.model, stored.rows(torch.tensor([0])))
     known = set(stored.keys)
     for key, picture in wanted.items():
         if key not in known:
             which = f"the negative prompt {shorten(key[0])}" if key == _negative(config) else shorten(key[0])
             with_picture = f" with image {cut(str(picture), 100)}" if key[1] else ""
-            raise BadInput(f"prompts.conditions {path} holds no conditions for {which}{with_picture}: encode again")
+            raise BadInput(f"prompts.conditions {path} does not contain {which}{with_picture}: encode again")
     return stored
 
 
@@ -168,7 +168,7 @@ def _encode_together(
     processes: "Processes",
     folder: Path | None,
 ) -> StoredConditions:
-    """Every process encodes a share of the prompts, in the batches that one process would make."""
+    """Encode the prompts with all processes, in the same batches as a single process would use."""
     folder, temporary = (folder, None) if folder else _temporary_folder(processes)
     path = folder / f"encoded-{processes.rank}.safetensors"
     batches = processes.share(-(-len(wanted) // ENCODED_AT_ONCE))
@@ -198,10 +198,10 @@ def _temporary_folder(processes: "Processes") -> tuple[Path, Path]:
 
 
 def _remove(path: Path, folder: Path | None = None) -> None:
-    """Delete a file of this run, and its folder once that is empty."""
+    """Delete a file of this run, and its folder if it is empty."""
     try:
         path.unlink(missing_ok=True)
         if folder is not None:
             folder.rmdir()
-    except OSError:  # Windows keeps a file that another process has open; the next start replaces it
+    except OSError:  # on Windows another process may have it open; the next start replaces it
         pass

@@ -1,13 +1,13 @@
-"""The prompts of a run: their texts, images and categories, from a description or from files.
+"""The prompts of a run, with images and categories, from the run description or from files.
 
-Files by the ending of their name:
+File formats, by extension:
 
-- `.txt` or none: one prompt per line; blank lines and lines that begin with `#` are left out.
-- `.csv`: a header with `prompt`, and where wanted `category` and `image`.
-- `.jsonl`: a JSON object per line with `prompt`, and where wanted `category` and `image`.
-- `.json`: a list of such objects, or of texts.
+- `.txt` or none: one prompt per line; blank lines and lines that begin with `#` are ignored.
+- `.csv`: a header with `prompt` and, optionally, `category` and `image`.
+- `.jsonl`: a JSON object per line with `prompt` and, optionally, `category` and `image`.
+- `.json`: a list of such objects, or of strings.
 
-`image` names a first frame or source image, relative to the file.
+`image` is the path of a first frame or source image, relative to the file.
 """
 
 import csv
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from ..objectives import Objective
 
 MAX_BYTES = 256 * 2**20
-"""The largest prompt file that is read."""
+"""Largest size of a prompt file in bytes."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """N prompts without duplicates; an edit instruction may come again with another image.
+    """N prompts without duplicates. An edit instruction may occur several times with different images.
 
     Attributes:
-        texts: what the model is conditioned on.
-        categories: what evaluation groups them by; '' for none.
-        pictures: first frame or source image of each; None where it has none.
-        digests: of those images' files, '' where there is none.
-        scored: what reward models are given: the texts, without ComfyUI's prompt weights where those are in use.
+        texts: the prompts for the diffusion model.
+        categories: groups for evaluation; '' for none.
+        pictures: first frame or source image of each prompt, or None.
+        digests: digests of these image files, or ''.
+        scored: the prompts for reward models: `texts`, without ComfyUI's prompt weights if these are enabled.
     """
 
     texts: list[str]
@@ -59,7 +59,7 @@ class PromptSet:
         return list(zip(self.texts, self.digests, strict=True))
 
     def identity(self, number: int) -> tuple[str, ...]:
-        """A prompt's part of the name of its evaluation noise: the same in every set, wherever the files lie."""
+        """The key of a prompt for its evaluation noise, which does not depend on the set or on file locations."""
         digest = self.digests[number]
         return (self.texts[number], digest) if digest else (self.texts[number],)
 
@@ -85,20 +85,18 @@ def read_prompts(config: RunConfig, objective: "Objective | None" = None) -> tup
 
 
 def check_held_out(training: PromptSet, held_out: PromptSet) -> None:
-    """Raise BadInput where a held-out prompt is also trained on, with the same image if it has one."""
+    """Raise BadInput if a held-out prompt (with its image, if any) is also a training prompt."""
     known = {(same_text(text), digest) for text, digest in training.keys}
     for text, digest in held_out.keys:
         if (same_text(text), digest) in known:
-            raise BadInput(
-                f"held-out prompt {shorten(text)} is also a training prompt: evaluation prompts must be others"
-            )
+            raise BadInput(f"held-out prompt {shorten(text)} is also a training prompt: remove it from one of them")
 
 
 def training_prompts(config: PromptsConfig) -> PromptSet:
     """The prompts a run trains on.
 
     Raises:
-        BadInput: a file cannot be read, holds no prompt, repeats one, or names an image that cannot be used.
+        BadInput: a file cannot be read, has no prompts or duplicates, or an image cannot be used.
     """
     return _prompts(config, "prompts", held_out=False, weighted=config.weight_syntax)
 
@@ -107,7 +105,7 @@ def evaluation_prompts(config: EvaluationConfig, weighted: bool = False) -> Prom
     """The held-out prompts; may be none.
 
     Args:
-        weighted: whether they carry ComfyUI's prompt weights.
+        weighted: whether they may contain ComfyUI's prompt weights.
     """
     return _prompts(config, "evaluation", held_out=True, weighted=weighted)
 
@@ -158,7 +156,7 @@ def _read(path: Path, what: str) -> list[_Entry]:
         raise BadInput(f"{what} is larger than {MAX_BYTES >> 20} MiB")
     entries = _READERS[suffix](read_text(path, what), path)
     if not entries:
-        raise BadInput(f"{what} holds no prompt")
+        raise BadInput(f"{what} contains no prompts")
     if pair := first_repeated((same_text(entry.text), entry.digest) for entry in entries):
         numbers = f"entries {pair[0] + 1} and {pair[1] + 1}"
         with_picture = " with the same image" if entries[pair[0]].picture else ""
@@ -169,22 +167,22 @@ def _read(path: Path, what: str) -> list[_Entry]:
 def _read_lines(text: str, path: Path) -> list[_Entry]:
     lines = numbered_lines(text)
     if lines and (form := _other_form(text, lines)):
-        raise BadInput(f"{path} {form}; a .txt file holds one prompt per line")
+        raise BadInput(f"{path} {form}; a .txt file must have one prompt per line")
     return [_Entry(line) for _, line in lines]
 
 
 def _other_form(text: str, lines: list[tuple[int, str]]) -> str | None:
-    """What a text is, where it is not one prompt per line."""
+    """A clause about the format of a text that is not one prompt per line, else None."""
     first = lines[0][1]
     if "\0" in text:
-        return "is not UTF-8 text: it holds NUL characters"
+        return "is not UTF-8 text: it contains NUL characters"
     if first.lower().startswith(("<!doctype", "<html", "<?xml", "{\\rtf")):
-        return f"holds markup ({cut(first, 20)})"
+        return f"contains markup ({cut(first, 20)})"
     if first in ("[", "{") or _is_json(text) or all(_is_json(line) for _, line in lines[:10]):
-        return "holds JSON: name it .json, or .jsonl with an object per line"
+        return "contains JSON: rename it to .json, or to .jsonl if it has one object per line"
     columns = [column.strip(' "').lower() for column in first.split(",")]
     if len(columns) > 1 and "prompt" in columns and set(columns) <= _COLUMNS:
-        return "begins with a CSV header: name it .csv"
+        return "begins with a CSV header: rename it to .csv"
     return None
 
 
@@ -229,7 +227,7 @@ def _read_csv(text: str, path: Path) -> list[_Entry]:
         table.fieldnames = columns
         if "prompt" not in columns or not set(columns) <= _COLUMNS or len(set(columns)) < len(columns):
             names = cut(", ".join(columns), 200) or "(none)"
-            raise BadInput(f"{path} has the columns {names}: it takes prompt, and may have category and image, once")
+            raise BadInput(f"{path} has the columns {names}: it needs prompt and, optionally, category and image")
         rows = [(table.line_num, row) for row in table]
     except csv.Error as error:
         raise BadInput(f"{path} line {max(table.reader.line_num, 1)} is not CSV: {error}") from error
@@ -244,14 +242,14 @@ def _read_csv(text: str, path: Path) -> list[_Entry]:
 
 def _entry(text: Any, category: Any, picture: Any, where: str, images: "_Images") -> _Entry:
     if not isinstance(text, str) or not clean(text) or not isinstance(category, str) or not isinstance(picture, str):
-        raise BadInput(f"{where}: 'prompt' must be a text that is not empty, and 'category' and 'image' texts")
+        raise BadInput(f"{where}: 'prompt' must be a non-empty string, 'category' and 'image' must be strings")
     check_text(text, where)
     name = picture.strip()
     return _Entry(clean(text), clean(category), *(images.find(name, where) if name else ()))
 
 
 class _Images:
-    """Images named in a prompt file: checked, and identified by their content.
+    """Checks the images of a prompt file, and identifies them by their content.
 
     Args:
         path: of the prompt file.
@@ -265,7 +263,7 @@ class _Images:
         """An image's path and digest.
 
         Raises:
-            BadInput: there is no such image, or it is not one that can be read.
+            BadInput: the image does not exist or cannot be read.
         """
         if name not in self.known:
             file = self.folder / name

@@ -1,8 +1,8 @@
-"""Conditions in files: written while prompts are encoded, read row by row when they are needed.
+"""Files of encoded prompts (conditions), written while prompts are encoded, and read row by row.
 
-A file of conditions is a safetensors file with two tensors of bytes: `data` holds all tensors one after the other, and
-`index` is JSON that says where each of them lies and which prompt it belongs to. So a file of any size is written from
-beginning to end with one piece in memory, and a row is read without the rest.
+Such a file is a safetensors file with two uint8 tensors: `data` is the concatenation of all tensors, and `index` is
+JSON with the offset of each tensor and the prompt that it belongs to. A file of any size can therefore be written
+sequentially with one piece in memory, and a row can be read without the rest.
 """
 
 import hashlib
@@ -39,17 +39,17 @@ _DTYPES = {
 def write_conditions(
     path: Path, keys: list[Key], pieces: Iterable[Conditions], *, announce: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Write pieces of conditions as they come.
+    """Write pieces of conditions while they are produced.
 
     Args:
-        path: the file; it appears once all pieces are written.
-        keys: the prompt of every row.
-        pieces: iterable of `Conditions` or of `EntryConditions`, together one row per key.
-        announce: is told the size that the file will have, in bytes, after the first piece; it may raise.
+        path: the file, which is created once all pieces are written.
+        keys: the prompt of each row.
+        pieces: iterable of `Conditions` or `EntryConditions`, with one row per key in total.
+        announce: called after the first piece with the estimated size of the file in bytes; may raise.
 
     Raises:
         OSError: the disk is full or not writable.
-        Exception: what making the pieces raises. In either case nothing is left behind.
+        Exception: raised by `pieces`. In both cases no file is left behind.
     """
     with atomic_file(path) as file:
         writer = _Writer(file)
@@ -65,7 +65,7 @@ def write_conditions(
 
 
 class _Writer:
-    """The data of a file, then its index and its header."""
+    """Writes the data of a file, then its index and its header."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size = file, 0
@@ -89,7 +89,7 @@ class _Writer:
         self.pieces.append({"rows": len(piece), "tensors": tensors})
 
     def _once(self, value: Tensor) -> dict[str, Any]:
-        """Write a tensor where it is not there yet: a reference image, for one, is the same for every prompt."""
+        """Write a tensor unless an equal one was written, such as a reference image shared by all prompts."""
         content = _content(value)
         digest = hashlib.sha256(f"{value.dtype} {tuple(value.shape)} ".encode() + content).digest()
         if digest not in self.known:
@@ -127,11 +127,11 @@ class ConditionsFile:
     """A file of conditions, open for reading.
 
     Attributes:
-        keys: the prompt of every row.
+        keys: the prompt of each row.
         longest: by name, the largest size along dimension 1.
 
     Raises:
-        BadInput: it cannot be read, or is not a file of conditions.
+        BadInput: it cannot be read, or is not a conditions file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,13 +152,13 @@ class ConditionsFile:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise BadInput(f"conditions file {path} cannot be read: {reason}") from error
         if len(self.locations) != len(self.keys):
-            raise BadInput(f"conditions file {path} does not hold one row per prompt")
+            raise BadInput(f"conditions file {path} is damaged: it does not have one row per prompt")
 
     def entry(self, row: int, known: dict[int, Tensor]) -> dict[str, Any]:
         """A row of conditions of a ComfyUI graph.
 
         Args:
-            known: tensors that have been read, by their location; new ones are added.
+            known: cache of the tensors that have been read, by offset.
         """
         data = self.pieces[self.locations[row][0]]["entry"]
         return self._checked(lambda: from_data(data, lambda part: self._read_once(part, known)))
@@ -206,11 +206,11 @@ def _longest(pieces: list[dict[str, Any]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StoredConditions:
-    """Conditions of N prompts that stay in files; what is selected is read.
+    """Conditions of N prompts on disk; rows are read on demand.
 
     Attributes:
-        files: of one kind.
-        locations: of each row, its file and its row there.
+        files: the conditions files, all of the same kind.
+        locations: for each row, the index of its file and the row within the file.
     """
 
     files: tuple[ConditionsFile, ...]
@@ -235,21 +235,21 @@ class StoredConditions:
 
     @property
     def is_masked(self) -> bool:
-        """Whether a mask tells the model which tokens are filling."""
+        """Whether the model gets an attention mask for padding tokens."""
         return any("mask" in file.longest for file in self.files)
 
     @property
     def is_ragged(self) -> bool:
-        """Whether rows differ in the number of tokens that the model is given."""
+        """Whether the model gets different numbers of tokens for different rows."""
         shapes = {tuple(sorted(_longest([piece]).items())) for file in self.files for piece in file.pieces}
         return not self.is_masked and len(shapes) > 1
 
     def select(self, rows: list[int]) -> "StoredConditions":
-        """Some of the rows, without reading them."""
+        """Select rows without reading them."""
         return StoredConditions(self.files, tuple(self.locations[row] for row in rows))
 
     def rows(self, index: Tensor) -> Conditions:
-        """Read the rows of `index` (`[N]` long), each once; on the CPU.
+        """Read the rows of `index` (`[N]` long) to the CPU; each distinct row is read once.
 
         Raises:
             BadInput: the file is damaged.
@@ -263,9 +263,10 @@ class StoredConditions:
         return self._stacked([self.files[file].tensors(row) for file, row in locations]).rows(inverse)
 
     def _stacked(self, rows: list[dict[str, Tensor]]) -> Conditions:
-        """Rows one under the other, filled up with zeros.
+        """Concatenate rows, padded with zeros.
 
-        Under a mask always to the longest of all rows, so that a prompt's prediction does not depend on the others.
+        With a mask, rows are padded to the longest row of all files, so that a prompt's prediction does not depend on
+        the other prompts of a batch.
         """
         tensors = {}
         for name in rows[0]:
@@ -278,15 +279,15 @@ class StoredConditions:
 
 
 def _lengths(rows: list[dict[str, Tensor]]) -> Tensor | None:
-    """Tokens of each row, where they differ."""
+    """Number of tokens of each row; None if all are equal."""
     found = [max((v.shape[1] for name, v in row.items() if is_tokens(name, v)), default=0) for row in rows]
     return torch.tensor(found) if len(set(found)) > 1 else None
 
 
 def open_conditions(*paths: Path) -> StoredConditions:
-    """The rows of files of conditions, one file after the other.
+    """The rows of several conditions files, in order.
 
     Raises:
-        BadInput: one cannot be read, or is not a file of conditions.
+        BadInput: a file cannot be read, or is not a conditions file.
     """
     return StoredConditions.of([ConditionsFile(path) for path in paths])

@@ -1,4 +1,4 @@
-"""The text of a prompt: one per line, what counts as the same prompt, and ComfyUI's prompt weights."""
+"""Prompt texts: splitting into lines, comparing, and removing ComfyUI's prompt weights."""
 
 import re
 from collections.abc import Hashable, Iterable
@@ -6,23 +6,23 @@ from collections.abc import Hashable, Iterable
 from ..utils.errors import BadInput, shorten
 
 Key = tuple[str, str]
-"""What identifies a prompt: its text, and the digest of its image ('' where it has none)."""
+"""Identifies a prompt: its text, and the digest of its image, or ''."""
 COMMENT = "#"
-"""Lines that begin with it are comments."""
+"""Start of a comment line."""
 MAX_NESTING = 100
-"""Parentheses inside each other. ComfyUI's tokenizers recurse and fail at about ten times this depth."""
+"""Largest nesting depth of parentheses. ComfyUI's tokenizers recurse, and fail at about ten times this depth."""
 
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    """A prompt without white space at its ends and without byte order marks, which editors and web pages leave."""
+    """Strip white space, and remove byte order marks, which some editors and web pages insert."""
     return text.replace("\ufeff", "").strip()
 
 
 def same_text(text: str) -> str:
-    """Equal for texts that differ in white space alone, which text encoders do not see."""
+    """Normalise white space, so that prompts that differ only in white space compare equal."""
     return " ".join(clean(text).split())
 
 
@@ -30,7 +30,7 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     """The prompts of a text with one per line, each with the number of its line, counted from 1.
 
     A line ends with a line feed, a carriage return, or both; U+0085 and U+2028 do not end it. Blank lines and comments,
-    which begin with `#`, are left out.
+    which begin with `#`, are ignored.
     """
     lines = [(number, clean(line)) for number, line in enumerate(_LINE_END.split(text), start=1)]
     return [(number, line) for number, line in lines if line and not line.startswith(COMMENT)]
@@ -42,33 +42,33 @@ def prompt_lines(text: str) -> list[str]:
 
 
 def check_text(text: str, field: str) -> None:
-    """Raise BadInput for a text that is not valid Unicode: half of a character outside the basic plane.
+    """Raise BadInput for a text that is not valid Unicode, because it has an unpaired surrogate.
 
     Args:
-        field: what the message calls the text's source, such as `prompts.negative`.
+        field: name of the text's source for messages, such as `prompts.negative`.
     """
     if _SURROGATE.search(text):
         raise BadInput(
-            f"{field} holds {shorten(text)}, in which a surrogate is not part of a pair: write the character itself"
+            f"{field} contains {shorten(text)}, which has an unpaired Unicode surrogate: type the character itself"
         )
 
 
 def check_prompts(texts: list[str], field: str) -> None:
-    """Check prompts that come from one source, after `clean`.
+    """Check the prompts of one source, after `clean`.
 
     Raises:
         BadInput: a prompt is empty, repeated, or not valid Unicode.
     """
     for text in texts:
         if not text:
-            raise BadInput(f"{field} holds an empty prompt")
+            raise BadInput(f"{field} contains an empty prompt")
         check_text(text, field)
     if pair := first_repeated(map(same_text, texts)):
-        raise BadInput(f"{field} holds {shorten(texts[pair[0]])} more than once")
+        raise BadInput(f"{field} contains {shorten(texts[pair[0]])} more than once")
 
 
 def first_repeated(values: Iterable[Hashable]) -> tuple[int, int] | None:
-    """Positions of the first value that comes a second time: where it came first, and where again."""
+    """Positions of the first and second occurrence of the first value that is repeated; None if all differ."""
     seen: dict[Hashable, int] = {}
     for position, value in enumerate(values):
         if seen.setdefault(value, position) != position:
@@ -80,10 +80,10 @@ def first_repeated(values: Iterable[Hashable]) -> tuple[int, int] | None:
 
 
 def without_weights(text: str) -> str:
-    r"""The words of a prompt with ComfyUI's weight syntax: `a (red:1.5) \(old\) fox` becomes `a red (old) fox`.
+    r"""Remove ComfyUI's prompt weights: `a (red:1.5) \(old\) fox` becomes `a red (old) fox`.
 
-    This is the text that ComfyUI's tokenizers encode: `(word:1.5)` weighs a word, `(word)` weighs it by 1.1, and a
-    backslash makes a parenthesis part of the text.
+    The result is the text that ComfyUI's tokenizers encode: `(word:1.5)` sets the weight of a word, `(word)` sets it to
+    1.1, and a parenthesis after a backslash is part of the text.
 
     Raises:
         BadInput: parentheses are nested more than MAX_NESTING deep.
@@ -96,7 +96,7 @@ def without_weights(text: str) -> str:
 
 def _words(part: str, whole: str, depth: int) -> str:
     if depth > MAX_NESTING:
-        raise BadInput(f"prompt {shorten(whole)} nests parentheses more than {MAX_NESTING} deep")
+        raise BadInput(f"prompt {shorten(whole)} has parentheses nested more than {MAX_NESTING} deep: remove some")
     return "".join(
         _words(_unweighted(group), whole, depth + 1) if _is_weighted(group) else group for group in _groups(part)
     )
@@ -120,7 +120,7 @@ def _unweighted(group: str) -> str:
 
 
 def _groups(text: str) -> list[str]:
-    """Parts of a text: outermost parentheses with what is in them, and what is between those."""
+    """Split a text into its outermost parenthesised groups and the text between them."""
     parts, start, level = [], 0, 0
     for position, character in enumerate(text):
         if character == "(":

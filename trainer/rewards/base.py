@@ -164,4 +164,4 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 def dtype_option(default: str = "float32") -> str:
     """The option for the type of a network's weights."""
-    return Field(default, description="Type of the weights and of the network's arithmetic; scores are float32.")
+    return Field(default, description="dtype of the weights and of the computation; scores are float32.")

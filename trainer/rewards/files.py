@@ -1,4 +1,4 @@
-"""The files of rewards: how an option names one, where it is looked for, and how weights are read from it."""
+"""Files of rewards: options for file names, searching for files, and loading weights."""
 
 import hashlib
 import math
@@ -22,11 +22,11 @@ _UNPICKLING = torch.serialization.pickle.UnpicklingError
 
 @dataclass(frozen=True)
 class FileRule:
-    """What an option that names a file accepts.
+    """The files that an option accepts.
 
     Attributes:
-        suffixes: endings of a file's name.
-        folder: whether a folder is accepted too.
+        suffixes: accepted file extensions.
+        folder: whether a folder is accepted, too.
     """
 
     suffixes: tuple[str, ...]
@@ -34,23 +34,23 @@ class FileRule:
 
     @property
     def weights(self) -> bool:
-        """Whether it names a file of weights."""
+        """Whether it is a file of weights."""
         return self.suffixes == WEIGHTS
 
 
 def file_option(default: str, description: str, suffixes: tuple[str, ...] = WEIGHTS, folder: bool = False) -> Any:
-    """The field of an option that names a file, or a folder.
+    """The pydantic field of an option for a file or folder.
 
     Args:
-        default: its usual path under `models/rewards/`; empty if there is none.
-        description: what it is and where it comes from.
+        default: usual path under `models/rewards/`; empty if there is none.
+        description: what the file is and where to get it.
     """
     rule = {"suffixes": list(suffixes), "folder": folder}
     return Field(default, description=description, json_schema_extra={"reward_file": rule})
 
 
 def file_rule(field: FieldInfo) -> FileRule | None:
-    """What a field accepts, if it names a file."""
+    """The file rule of a field, or None if it is not a file option."""
     extra = field.json_schema_extra
     if not isinstance(extra, dict) or "reward_file" not in extra:
         return None
@@ -58,9 +58,9 @@ def file_rule(field: FieldInfo) -> FileRule | None:
 
 
 def locate(name: str, folders: Iterable[Path]) -> Path | None:
-    """The first file or folder of that name inside one of the folders.
+    """The first file or folder with this relative path in the folders.
 
-    A name cannot lead out of them; a symbolic link inside them may, as for ComfyUI's other models.
+    The path cannot leave the folders, except through symbolic links inside them, as for ComfyUI's other models.
 
     Args:
         name: relative path, such as `hpsv2/HPS_v2.1_compressed.pt`.
@@ -75,10 +75,10 @@ def locate(name: str, folders: Iterable[Path]) -> Path | None:
 
 
 def located(options: Section, reward: str, folders: Iterable[Path]) -> dict[str, Any]:
-    """The options as plain data, with every file's name replaced by its full path inside one of the folders.
+    """The options as plain data, with file names replaced by absolute paths in one of the folders.
 
     Raises:
-        BadInput: a file is in none of them.
+        BadInput: a file is in none of the folders.
     """
     data, folders = options.model_dump(), list(folders)
     for name, field in type(options).model_fields.items():
@@ -86,7 +86,7 @@ def located(options: Section, reward: str, folders: Iterable[Path]) -> dict[str,
             continue
         path = locate(data[name], folders)
         if path is None:
-            searched = " or ".join(str(folder) for folder in folders) or "any folder: none was given"
+            searched = " or ".join(str(folder) for folder in folders) or "any folder (give one with --files)"
             raise BadInput(f"reward {reward!r}: {name} {data[name]!r} is not in {searched}; {field.description}")
         data[name] = str(path)
     return data
@@ -105,24 +105,24 @@ def check_files(options: Section, reward: str) -> None:
         if path.is_dir() and not rule.folder:
             raise BadInput(f"{setting} is a folder, but a file is expected: {', '.join(rule.suffixes)}")
         if path.is_file() and path.suffix.lower() not in rule.suffixes:
-            raise BadInput(f"{setting} has the wrong type of file: {', '.join(rule.suffixes)} is expected")
+            raise BadInput(f"{setting} has the wrong file type: {', '.join(rule.suffixes)} is expected")
 
 
 def check_sha256(path: Path, expected: str, what: str) -> None:
     """Raise BadInput unless the file's SHA-256 begins with `expected`."""
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if not found.startswith(expected):
-        raise BadInput(f"{what} {path} is not the original: its sha256 is {found[:16]}..., expected {expected}...")
+        raise BadInput(f"{what} {path} is not the original file: sha256 {found[:16]}..., expected {expected}...")
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a PyTorch file; nothing in the file is executed.
+    """Load the tensors of a safetensors or PyTorch file, without executing code from it.
 
     Raises:
-        BadInput: it cannot be read, holds more than plain data, or holds no tensors.
+        BadInput: it cannot be read, contains more than plain data, or has no tensors.
     """
     from safetensors.torch import load_file
 
@@ -131,15 +131,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except _UNPICKLING as error:
-        raise BadInput(f"{path} is damaged or holds more than plain weights, and is not read for safety") from error
+        raise BadInput(f"{path} is damaged or contains more than weights; it is not loaded for safety") from error
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadInput(f"{path} cannot be read as weights, it may be cut short: {reason}") from error
+        raise BadInput(f"{path} cannot be loaded as weights; it may be incomplete: {reason}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
     if not isinstance(found, dict) or not found or not all(_is_weight(*entry) for entry in found.items()):
-        raise BadInput(f"{path} holds no mapping from names to tensors")
+        raise BadInput(f"{path} does not contain a state dict (names and tensors)")
     prefix = "module." if all(key.startswith("module.") for key in found) else ""  # written by distributed training
     return {key.removeprefix(prefix): value for key, value in found.items()}
 
@@ -149,7 +149,7 @@ def _is_weight(key: object, value: object) -> bool:
 
 
 def stored_elements(path: Path, start: str = "") -> int:
-    """How many numbers the tensors of a file of weights hold.
+    """Number of elements of the tensors in a file of weights.
 
     Args:
         start: count only tensors whose names start with this.
@@ -166,22 +166,22 @@ def stored_elements(path: Path, start: str = "") -> int:
             names = [key for key in file.keys() if key.startswith(start)]  # noqa: SIM118
             return sum(math.prod(file.get_slice(key).get_shape()) for key in names)
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path} cannot be read as weights, it may be cut short: {error}") from error
+        raise BadInput(f"{path} cannot be loaded as weights; it may be incomplete: {error}") from error
 
 
 def rename(weights: dict[str, Tensor], rule: Callable[[str], str | None], path: Path, what: str) -> dict[str, Tensor]:
-    """Weights under other names.
+    """Rename the keys of a state dict.
 
     Args:
-        rule: the new name of a key; an empty one drops it, None says that it does not belong there.
+        rule: returns the new name of a key, '' to drop it, or None for an unexpected key.
 
     Raises:
-        BadInput: a key does not belong there.
+        BadInput: there are unexpected keys.
     """
     names = {key: rule(key) for key in weights}
     strangers = [key for key, name in names.items() if name is None]
     if strangers:
-        raise BadInput(f"{path} is not {what}: it holds {_some(strangers)}, which does not belong there")
+        raise BadInput(f"{path} is not {what}: unexpected keys {_some(strangers)}")
     return {name: weights[key] for key, name in names.items() if name}
 
 
@@ -192,31 +192,31 @@ def fill(
     what: str,
     dtype_of: Callable[[str], torch.dtype] = lambda key: torch.float32,
 ) -> None:
-    """Give a module its weights; every key must be there, and no other.
+    """Load a state dict into a module; the keys must match exactly.
 
     Args:
-        dtype_of: the type that a tensor of that name is converted to.
+        dtype_of: returns the dtype that a tensor is converted to, by its name.
 
     Raises:
-        BadInput: a key is missing or too many, or has another shape.
+        BadInput: a key is missing or unexpected, or has another shape or dtype.
     """
     expected = module.state_dict()
     if missing := [key for key in expected if key not in weights]:
-        raise BadInput(f"{path} is not {what}: it lacks {_some(missing)}")
+        raise BadInput(f"{path} is not {what}: missing keys {_some(missing)}")
     if extra := [key for key in weights if key not in expected]:
-        raise BadInput(f"{path} is not {what}: it holds {_some(extra)}, which does not belong there")
+        raise BadInput(f"{path} is not {what}: unexpected keys {_some(extra)}")
     for key, value in expected.items():
         if weights[key].shape != value.shape:
             found, wanted = list(weights[key].shape), list(value.shape)
             raise BadInput(f"{path} is not {what}: {key} has the shape {found}, expected {wanted}")
         if weights[key].is_complex() or weights[key].is_floating_point() != value.is_floating_point():
-            raise BadInput(f"{path} is not {what}: {key} is of type {weights[key].dtype}, expected {value.dtype}")
+            raise BadInput(f"{path} is not {what}: {key} has the dtype {weights[key].dtype}, expected {value.dtype}")
     full = {key: value.to(dtype_of(key)) if value.is_floating_point() else value for key, value in weights.items()}
     module.load_state_dict(full, strict=True, assign=True)
 
 
 def build(factory: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose parameters take no memory until `fill` gives them; its buffers are real."""
+    """Create a module whose parameters are on the meta device until `fill` loads them; buffers are real."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):

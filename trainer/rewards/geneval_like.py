@@ -40,7 +40,7 @@ class Found:
 
 
 class GenEvalLike(ModelReward):
-    """GenEval's questions (which objects, how many, which colours, where) answered by transformers' Mask2Former.
+    """GenEval's checks (objects, counts, colours, positions) with the Mask2Former detector of transformers.
 
     This is not GenEval's official metric, which needs its own detector and environment (see external-scorers.md). The
     detector is of the same family with other weights, and its confidences have another scale, so adjust `threshold` and
@@ -72,12 +72,12 @@ class GenEvalLike(ModelReward):
             suffixes=(".jsonl",),
         )
         threshold: Annotated[float, Field(gt=0, lt=1)] = Field(
-            0.3, description="Confidence from which an object is detected."
+            0.3, description="Smallest confidence of a detected object."
         )
         counting: Annotated[float, Field(gt=0, lt=1)] = Field(
             0.9, description="The same for prompts that ask for a number of objects."
         )
-        graded: bool = Field(True, description="Give part of the score for part of what was asked; else 0 or 1.")
+        graded: bool = Field(True, description="Give partial credit; else the score is 0 or 1.")
         dtype: Dtype = dtype_option()
 
     def __init__(self, options: Section | None = None) -> None:

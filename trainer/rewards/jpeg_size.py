@@ -13,7 +13,7 @@ LARGEST_SIDE = 65_500
 
 
 class JpegSize(Reward):
-    """Size in kB as a JPEG of quality 95 (ddpo-pytorch): more detail is larger; a negative weight asks for less."""
+    """Size in kB as a JPEG of quality 95 (ddpo-pytorch): grows with detail; use a negative weight for less detail."""
 
     name = "jpeg-size"
     typical_range = (1.0, 300.0)

@@ -13,7 +13,7 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
 
 class TextRendering(Reward):
-    """Words in the image: 1 if the text in quotes in the prompt can be read, less for each wrong letter.
+    """Text in the image: 1 if the quoted text of the prompt can be read, less for each wrong letter.
 
     One minus the edit distance between the text that is read and the text asked for, per letter, ignoring spaces and
     capitals, as in Flow-GRPO. The reader is RapidOCR, which brings its models along and runs on the CPU; Flow-GRPO uses

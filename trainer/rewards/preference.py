@@ -23,7 +23,7 @@ FEWEST = 2
 
 
 class Preference(ModelReward):
-    """What you like, learned from your votes on pairs of images.
+    """A model of your own preference, fitted to your votes on pairs of images.
 
     The votes are a collection: a folder with `images/` and `votes.csv`. Collections are made and voted on in ComfyUI
     (docs/votes.md); a hand-written one needs the columns `better` and `worse`, with names of files in `images/`. When

@@ -6,7 +6,7 @@ from .base import Reward
 
 
 class ShapesReward(Reward):
-    """How nearly an image of the shapes world shows what its prompt says."""
+    """How well an image of the embedded model matches its prompt, from 0 to 1."""
 
     name = "shapes"
     typical_range = (0.3, 1.0)
@@ -24,7 +24,7 @@ class ShapesReward(Reward):
 
 
 class ShapesStrictReward(ShapesReward):
-    """1 where an image of the shapes world shows exactly what its prompt says, else 0."""
+    """1 if an image of the embedded model matches its prompt exactly, else 0."""
 
     name = "shapes-strict"
     typical_range = (0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Checkpoints: everything that resuming needs, in one file with a checksum."""
+"""Checkpoints: the training state for resuming, in one safetensors file with a checksum."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ from ..utils.files import write_atomically
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What changes in a run.
+    """The training state of a run.
 
     Attributes:
         tensors: LoRA, moving average and optimizer state, by name.
-        state: iteration, watchdog, evaluations and the like, as plain data.
+        state: iteration, watchdog, evaluations and similar, as JSON data.
     """
 
     tensors: dict[str, Tensor]
@@ -33,7 +33,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, iteration: int, checkpoint: Checkpoint, keep: int) -> None:
     """Write a checkpoint atomically, then remove all but the newest `keep`.
 
-    Files of later iterations are removed as well: the run resumed from before them because they were corrupt.
+    Files of later iterations are removed as well: they were corrupt, so the run resumed from an earlier one.
 
     Raises:
         OSError: the disk is full or not writable; the older checkpoints are untouched.
@@ -51,13 +51,13 @@ def save_checkpoint(folder: Path, iteration: int, checkpoint: Checkpoint, keep: 
 
 
 def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is sound, and a sentence about each newer one that is not."""
+    """The newest valid checkpoint, and a warning for each newer file that is corrupt."""
     complaints = []
     for path in reversed(checkpoint_files(folder)):
         try:
             return _read(path), complaints
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with a file, an older one may be sound
-            complaints.append(f"checkpoint {path.name} is corrupt ({cut(str(error), 200)}); it is left out")
+        except Exception as error:  # noqa: BLE001 - on any error, try the next older file
+            complaints.append(f"checkpoint {path.name} is corrupt and is ignored ({cut(str(error), 200)})")
     return None, complaints
 
 
@@ -68,7 +68,7 @@ def _read(path: Path) -> Checkpoint:
         record = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     if _digest(tensors, record["state"]) != record["sha256"]:
-        raise ValueError("its checksum does not match")
+        raise ValueError("the checksum does not match")
     return Checkpoint(tensors, json.loads(record["state"]))
 
 

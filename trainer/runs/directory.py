@@ -1,4 +1,4 @@
-"""The run directory: the one contract between a run and those who watch it."""
+"""The run directory: the files through which a run communicates with other processes."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ from .events import Event
 STATES = ("starting", "running", "stopping", "finished", "stopped", "failed")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 RAISABLE = "runtime.iterations"
-"""The one setting of a run that may change: it may be raised, which extends the run."""
+"""The only setting of an existing run that may change: raising it extends the run."""
 
 
 def description_hash(config: RunConfig) -> str:
-    """Twelve hex digits that identify a description."""
+    """A hash of a description, 12 hex digits."""
     return _hash(config.model_dump(mode="json"))
 
 
@@ -50,7 +50,7 @@ def changed_fields(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[An
 
 
 def _changes(old: RunConfig, new: RunConfig) -> list[str]:
-    """A sentence for each setting that keeps a run from going on with another description."""
+    """A sentence for each changed setting with which the run cannot be resumed."""
     changed = changed_fields(old.model_dump(mode="json"), new.model_dump(mode="json"))
     if RAISABLE in changed and changed[RAISABLE][1] > changed[RAISABLE][0]:
         del changed[RAISABLE]
@@ -58,10 +58,9 @@ def _changes(old: RunConfig, new: RunConfig) -> list[str]:
 
 
 class RunDirectory:
-    """A run on disk. Every file in it is complete at any moment, and only the process that holds its lock writes.
+    """A run on disk. Files are written atomically, and only by the process that holds the lock.
 
-    A process that calls `claim` also notices when the directory is deleted or replaced while it works: from then on
-    every write raises RunFailed and changes nothing.
+    After `claim`, every write raises RunFailed if the directory has been deleted or replaced in the meantime.
 
     Attributes:
         extended_from: `runtime.iterations` before `open` raised it; None where it did not.
@@ -77,31 +76,31 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path, config: RunConfig, command: list[str]) -> "RunDirectory":
-        """Make the directory, or attach to the one that holds the same description; takes its lock.
+        """Create the directory, or open an existing one with the same description, and take its lock.
 
         A description that only raises `runtime.iterations` extends the run.
 
         Args:
-            command: the command line, for the record.
+            command: the command line, which is stored in run.yaml.
 
         Raises:
-            BadInput: it belongs to another description or a live process, or holds something else.
+            BadInput: the directory has another description, is used by a running process, or is not a run directory.
         """
         run = cls(path)
         run.take(config, command)
         return run
 
     def take(self, config: RunConfig, command: list[str]) -> None:
-        """`open` for an object that exists already."""
+        """The same as `open`, for an existing object."""
         path = self.path
         if path.exists() and not path.is_dir():
-            raise BadInput(f"run directory {path} is a file")
+            raise BadInput(f"run directory {path} is a file; choose another name")
         if path.is_dir() and any(path.iterdir()) and not (path / "run.yaml").exists() and not (path / ".lock").exists():
-            raise BadInput(f"run directory {path} is not empty and holds no run; choose another")
+            raise BadInput(f"run directory {path} is not empty and is not a run; choose another directory")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"run directory {path} cannot be made: {error.strerror}") from error
+            raise BadInput(f"run directory {path} cannot be created: {error.strerror}") from error
         self.acquire()
         try:
             self._attach(config, command)
@@ -117,21 +116,21 @@ class RunDirectory:
         except BadInput:
             if self._stored_hash() != description_hash(config):
                 raise
-            self._write_description(config, command)  # it was damaged or edited, and this is what it held
+            self._write_description(config, command)  # run.yaml was damaged or edited; restore it
             stored = config
         if changes := _changes(stored, config):
-            raise BadInput(f"run directory {self.path} belongs to another description: {'; '.join(changes[:5])}")
+            raise BadInput(f"run directory {self.path} has a run with other settings: {'; '.join(changes[:5])}")
         if config != stored:
             self.extended_from = stored.runtime.iterations
-            (self.path / "report" / "summary.json").unlink(missing_ok=True)  # it says that the run is finished
+            (self.path / "report" / "summary.json").unlink(missing_ok=True)  # the summary of the finished run
             self._write_description(config, command)
         remove_leftovers(self.path)
         for report in self.path.glob("error-*.txt"):  # of an earlier start
             report.unlink(missing_ok=True)
-        self.stop_file.unlink(missing_ok=True)  # an old request; from here on every request is for this process
+        self.stop_file.unlink(missing_ok=True)  # an old request; later ones are for this process
 
     def _stored_hash(self) -> str | None:
-        """The hash of the run's description, also where the description itself is damaged."""
+        """The hash of the run's description, even if the description is damaged."""
         try:
             return self._record()["hash"]
         except BadInput:
@@ -149,13 +148,13 @@ class RunDirectory:
         return cls(path)
 
     def acquire(self, timeout: float = 0.5) -> None:
-        """Take the lock; the system releases it when this process ends, however it ends.
+        """Take the lock. The operating system releases it when this process ends for any reason.
 
         Raises:
             BadInput: another process holds it, or the directory cannot be written.
         """
         try:
-            # A process that only asks whether the run is live holds the lock for an instant.
+            # Wait a moment, because `is_locked_elsewhere` of another process takes the lock briefly.
             self._lock.acquire(timeout=timeout, poll_interval=0.01)
         except Timeout as error:
             pid = self.status().get("pid", "unknown")
@@ -172,8 +171,8 @@ class RunDirectory:
         return self._lock.is_locked
 
     def is_locked_elsewhere(self) -> bool | None:
-        """Whether another process, or another object of this one, holds the lock; None where the disk is read-only."""
-        if self.holds_lock or not (self.path / ".lock").exists():  # asking must not make the folder
+        """Whether another process or object holds the lock; None if the disk is read-only."""
+        if self.holds_lock or not (self.path / ".lock").exists():  # do not create the folder
             return False
         probe = FileLock(self.path / ".lock")
         try:
@@ -186,7 +185,7 @@ class RunDirectory:
         return False
 
     def claim(self) -> None:
-        """Mark the directory as this process's own; the caller holds its lock."""
+        """Record this process as the owner of the directory; the caller holds the lock."""
         token = uuid.uuid4().hex
         write_json(self._owner_file, {"token": token, "pid": os.getpid()})
         self._token = token
@@ -205,8 +204,8 @@ class RunDirectory:
         owner = _read_mapping(self._owner_file)
         if owner.get("token") == self._token:
             return
-        what = "was replaced by another run" if owner else "was deleted"
-        raise RunFailed(f"run directory {self.path} {what} while this run was going on; it stops and writes no more")
+        what = "was taken over by another process" if owner else "was deleted"
+        raise RunFailed(f"run directory {self.path} {what} during the run; this run stops without writing to it")
 
     # ------------------------------------------------------------------------------------------- description
 
@@ -221,7 +220,7 @@ class RunDirectory:
         write_atomically(self.path / "run.yaml", dump_yaml(record))
 
     def _record(self) -> dict[str, Any]:
-        """run.yaml, with a mapping `description` and a text `hash` at least.
+        """The content of run.yaml, with at least a mapping `description` and a string `hash`.
 
         Raises:
             BadInput: it is damaged.
@@ -230,7 +229,7 @@ class RunDirectory:
         record = read_document(path, f"{path}")
         kinds = {"description": dict, "hash": str}
         if not isinstance(record, dict) or any(not isinstance(record.get(key), kind) for key, kind in kinds.items()):
-            raise BadInput(f"{path} holds no run description")
+            raise BadInput(f"{path} does not contain a run description")
         return record
 
     def config(self) -> RunConfig:
@@ -242,13 +241,13 @@ class RunDirectory:
         record = self._record()
         if _hash(record["description"]) != record["hash"]:
             raise BadInput(
-                f"{self.path / 'run.yaml'} was edited: its settings do not match its hash. Undo that (`train` with the "
-                "original description does), or start another run with these settings"
+                f"{self.path / 'run.yaml'} was edited: its settings do not match its hash. Undo the changes (`train` "
+                "with the original description restores the file), or start a new run with these settings"
             )
         return parse_config(record["description"])
 
     def changes(self, config: RunConfig) -> list[str]:
-        """In what another description differs from this run's, a sentence each; empty where this run can go on with it.
+        """The changed settings of another description, a sentence each; empty if the run can be resumed with it.
 
         Raises:
             BadInput: run.yaml is damaged, or was edited.
@@ -258,7 +257,7 @@ class RunDirectory:
     # ------------------------------------------------------------------------------------------------ status
 
     def status(self) -> dict[str, Any]:
-        """The newest status; empty before the first and where the file is damaged."""
+        """The newest status; empty if the file does not exist or is damaged."""
         status = _read_mapping(self.path / "status.json")
         return {name: value for name, value in status.items() if name not in _STATUS or _STATUS[name](value)}
 
@@ -269,7 +268,7 @@ class RunDirectory:
             state: one of STATES.
 
         Raises:
-            RunFailed: the directory is not this process's own any more.
+            RunFailed: the directory was deleted or taken over by another process.
         """
         assert state in STATES, state
         self.require_ownership()
@@ -277,17 +276,17 @@ class RunDirectory:
         write_json(self.path / "status.json", status)
 
     def summary(self) -> dict[str, Any] | None:
-        """report/summary.json; None before it is written and where it is damaged."""
+        """The content of report/summary.json; None if the file does not exist or is damaged."""
         summary = _read_mapping(self.path / "report" / "summary.json")
         return summary if _is_summary(summary) else None
 
     def is_finished(self) -> bool:
-        """Whether the run did all its iterations and its LoRA is there."""
+        """Whether the run has finished all iterations and its LoRA exists."""
         return (self.summary() or {}).get("state") == "finished" and self.lora_file.is_file()
 
     @property
     def log_file(self) -> Path:
-        """Where the output of a run in the background goes."""
+        """The log file of a run in the background."""
         return self.path / "log.txt"
 
     @property
@@ -297,7 +296,7 @@ class RunDirectory:
 
     @property
     def stop_file(self) -> Path:
-        """The run stops when this file appears."""
+        """The run stops when this file exists."""
         return self.path / "stop"
 
     def request_stop(self) -> None:
@@ -314,7 +313,7 @@ class RunDirectory:
         """Whether somebody asked the run to stop.
 
         Raises:
-            RunFailed: the directory is not this process's own any more, so nobody could ask.
+            RunFailed: the directory was deleted or taken over by another process.
         """
         self.require_ownership()
         return self.stop_file.exists()
@@ -323,7 +322,7 @@ class RunDirectory:
 
     @property
     def events_file(self) -> Path:
-        """Read it with `EventReader` while the run goes on."""
+        """The event log; use `EventReader` to follow it during the run."""
         return self.path / "events.jsonl"
 
     def append_event(self, event: Event) -> None:
@@ -331,11 +330,11 @@ class RunDirectory:
         events.append_event(self.events_file, event)
 
     def events(self) -> list[Event]:
-        """All events; damaged lines are left out."""
+        """All events, without damaged lines."""
         return events.EventReader(self.events_file).new()
 
     def keep_events(self, iterations: int) -> int:
-        """Drop events after a checkpoint, and damaged lines; returns the number of the latter."""
+        """Drop events after a checkpoint and damaged lines; returns the number of damaged lines."""
         self.require_ownership()
         return events.keep_events(self.events_file, iterations)
 
@@ -349,7 +348,7 @@ class RunDirectory:
         return checkpoints.checkpoint_files(self.path / "checkpoints")
 
     def load_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is sound, and a sentence about each newer one that is not."""
+        """The newest valid checkpoint, and a warning for each newer file that is corrupt."""
         return checkpoints.load_checkpoint(self.path / "checkpoints")
 
 
@@ -357,7 +356,7 @@ class RunDirectory:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON file of this program's own; empty where it is missing or damaged."""
+    """A JSON object that this program wrote; empty if the file is missing or damaged."""
     try:
         data = try_json(path.read_bytes())
     except OSError:
@@ -380,7 +379,7 @@ _STATUS: dict[str, Callable[[Any], bool]] = {
     "progress": lambda value: value is None or isinstance(value, dict),
     "launcher": lambda value: isinstance(value, dict) and _is_count(value.get("pid")),
 }
-"""What readers of the status rely on; other fields are free."""
+"""Validators for the fields of the status that are used; other fields are not checked."""
 
 
 def _is_summary(summary: dict[str, Any]) -> bool:

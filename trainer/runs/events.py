@@ -1,4 +1,4 @@
-"""The event log of a run, events.jsonl: a line of JSON per iteration, appended while the run goes on."""
+"""The event log of a run, events.jsonl (one JSON line per iteration), and evaluations.jsonl."""
 
 import json
 from pathlib import Path
@@ -10,20 +10,20 @@ from ..utils.files import write_atomically
 Event = dict[str, Any]
 
 LONGEST_EVENT = 4096
-"""Bytes within which an event usually lies."""
+"""Bytes that an event usually does not exceed."""
 
 
 class EventReader:
-    """Follows an event log: every call reads what was appended since the last one.
+    """Follows an event log: each call of `new` returns the events appended since the last call.
 
     Args:
-        path: the log; it need not exist yet.
-        offset: where an earlier reader stopped, in bytes.
+        path: the log, which may not exist yet.
+        offset: byte offset at which an earlier reader stopped.
 
     Attributes:
-        offset: bytes read so far, which end with a whole line.
-        restarted: whether the last call began again at the start of the file, because a resumed run had rewritten it.
-        damaged: lines left out so far because they are not events.
+        offset: bytes read so far, up to the end of a line.
+        restarted: whether the last call read the file from the start, because a resumed run had rewritten it.
+        damaged: number of lines ignored so far because they are not events.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
@@ -31,7 +31,7 @@ class EventReader:
         self.restarted, self.damaged = False, 0
 
     def new(self) -> list[Event]:
-        """Events appended since the last call, oldest first; a line that is still being written waits for the next."""
+        """Events appended since the last call, oldest first; an incomplete last line is left for the next call."""
         self.restarted = False
         try:
             with self.path.open("rb") as file:
@@ -50,7 +50,7 @@ class EventReader:
 
 
 def _is_line_start(file: BinaryIO, offset: int) -> bool:
-    """Whether a line begins at the offset; false where the file was cut or rewritten."""
+    """Whether a line begins at the offset; False if the file was truncated or rewritten."""
     if offset == 0:
         return True
     if not 0 < offset <= file.seek(0, 2):
@@ -60,7 +60,7 @@ def _is_line_start(file: BinaryIO, offset: int) -> bool:
 
 
 def is_event(value: object) -> bool:
-    """Whether a line of the log has what every reader of events needs."""
+    """Whether a value is an event with the required fields."""
     if not isinstance(value, dict):
         return False
     iteration, rewards, seconds = value.get("iteration"), value.get("rewards"), value.get("seconds")
@@ -115,10 +115,10 @@ def append_event(path: Path, event: Event) -> None:
 
 
 def keep_events(path: Path, iterations: int) -> int:
-    """Drop events after a checkpoint; the resumed run writes them again. Damaged lines go too.
+    """Drop damaged lines, and events after a checkpoint, which the resumed run writes again.
 
     Args:
-        iterations: up to which events are kept.
+        iterations: the last iteration whose event is kept.
 
     Returns:
         how many damaged lines were dropped.
@@ -140,16 +140,16 @@ def keep_events(path: Path, iterations: int) -> int:
 
 
 def add_evaluation(path: Path, record: dict[str, Any]) -> None:
-    """Add the record of a held-out evaluation to evaluations.jsonl, so that it can be shown while the run goes on.
+    """Add the record of a held-out evaluation to evaluations.jsonl, so that it can be shown during the run.
 
-    Records of this iteration and later ones, which a resumed run makes again, are dropped.
+    Existing records of this and later iterations are dropped, because a resumed run repeats them.
     """
     earlier = [one for one in read_evaluations(path) if one["iteration"] < record["iteration"]]
     write_atomically(path, "".join(json.dumps(one) + "\n" for one in [*earlier, record]))
 
 
 def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """Records of held-out evaluations, oldest first; damaged lines are left out."""
+    """Records of held-out evaluations, oldest first, without damaged lines."""
     try:
         lines = path.read_bytes().split(b"\n")
     except (FileNotFoundError, IsADirectoryError):

@@ -1,4 +1,4 @@
-"""Why the ranks of a distributed run ended, told through the store that they meet at."""
+"""Failures of the ranks of a distributed run, exchanged through the rendezvous store (TCPStore)."""
 
 import json
 import os
@@ -21,11 +21,11 @@ class Failure:
     """Why a rank ended.
 
     Attributes:
-        sentence: for the user.
-        bad_input: whether something the user gave cannot be accepted.
-        lost_peer: whether it only noticed that another rank was gone.
+        sentence: the message for the user.
+        bad_input: whether an input of the user is invalid.
+        lost_peer: whether the rank only lost the connection to another rank.
         shared: whether every rank ends for this reason.
-        details: file that holds the traceback; may be empty.
+        details: file with the traceback; may be empty.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException, sentence: str, details: str = "") -> "Failure":
-        """What an error means.
+        """The failure that an error means.
 
         Args:
             sentence: the error in one line.
@@ -48,12 +48,12 @@ class Failure:
 
 
 class Failures:
-    """What the ranks of a run report when they fail, kept in the store that they meet at.
+    """Failure reports of the ranks of a run, kept in the rendezvous store.
 
-    It works while other ranks wait in a collective operation, and on several hosts.
+    Reports can be sent while other ranks wait in a collective operation, and across hosts.
 
     Args:
-        store: this process's own connection to it.
+        store: this process's connection to the store.
     """
 
     def __init__(self, store: "TCPStore") -> None:
@@ -62,14 +62,14 @@ class Failures:
 
     @classmethod
     def join(cls) -> "Failures":
-        """Those of the run that this process is a rank of."""
+        """Connect to the store of the run that this process is a rank of."""
         from torch.distributed import TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return cls(TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)))
 
     def report(self, failure: Failure) -> None:
-        """Tell all processes of the run."""
+        """Report a failure to all processes of the run."""
         index = self.store.add(f"{self._prefix}/reported", 1)
         self.store.set(f"{self._prefix}/{index}", json.dumps(asdict(failure)))
 
@@ -84,7 +84,7 @@ class Failures:
 
 
 def cause(failures: list[Failure]) -> Failure | None:
-    """The failure that the others follow from; its sentence names the rank unless all say the same.
+    """The original failure; its sentence names the rank, unless several ranks report the same.
 
     Args:
         failures: oldest first.

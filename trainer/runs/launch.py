@@ -1,4 +1,4 @@
-"""Starting, waiting for and stopping the processes of a run. The only file that starts any; never through a shell."""
+"""Starts, waits for and stops the processes of a run. All subprocesses are started here, without a shell."""
 
 import os
 import signal
@@ -18,12 +18,12 @@ from .lifeline import PARENT
 START_FILE = Path(__file__).resolve().parents[1] / "__main__.py"
 ENDED = ("finished", "stopped", "failed")
 PATIENCE = 5.0
-"""Seconds the ranks of a run have to stop when asked; they are ended then."""
+"""Seconds that the ranks of a run have to stop after a request; then they are killed."""
 GRACE = 3.0
-"""Seconds the other ranks have to end by themselves after one has failed."""
+"""Seconds that the other ranks have to exit by themselves after one has failed; then they are killed."""
 POLL = 0.1
 _started: dict[int, subprocess.Popen] = {}
-"""Children of this process, which stay in the process table until they are asked after."""
+"""Child processes by id. They stay in the process table as zombies until they are polled."""
 _NOT_INHERITED = (
     "RANK",
     "LOCAL_RANK",
@@ -50,7 +50,7 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def environment(gpus: list[int] | None = None) -> dict[str, str]:
-    """The child's environment: nothing of another launcher's, unbuffered UTF-8 output, only the named GPUs."""
+    """The child's environment: without another launcher's variables, unbuffered UTF-8 output, only these GPUs."""
     variables = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     variables |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     if gpus is not None:
@@ -62,17 +62,17 @@ def environment(gpus: list[int] | None = None) -> dict[str, str]:
 
 
 class Ranks:
-    """The processes of a distributed run on this host, and the store that they meet at, which this process holds.
+    """The processes of a distributed run on this host. Their rendezvous store is in this process.
 
-    They end when this process ends, however it ends (`lifeline`).
+    They exit when this process ends for any reason (`lifeline`).
 
     Args:
-        arguments: the command line of each.
-        count: how many.
+        arguments: the command line of each process.
+        count: number of processes.
 
     Attributes:
-        failures: what they report.
-        killed_by: ranks that a signal ended which did not come from here, with its number.
+        failures: their failure reports.
+        killed_by: signal numbers, by rank, of ranks that were killed by another process or the system.
     """
 
     def __init__(self, arguments: list[str], count: int) -> None:
@@ -101,9 +101,9 @@ class Ranks:
         ]
 
     def wait(self, stop_requested: Callable[[], bool]) -> list[int]:
-        """Until all have ended; returns their exit codes.
+        """Wait until all have ended; returns their exit codes.
 
-        When one fails, or when they do not stop in time after a stop was requested, the others are killed.
+        After one has failed, or after a stop request, those that do not exit in time are killed.
         """
         deadline = None
         while None in (codes := [child.poll() for child in self._children]):
@@ -120,16 +120,16 @@ class Ranks:
         return codes
 
     def kill(self) -> None:
-        """End all of them now."""
+        """Kill all of them."""
         for child in self._children:
             child.kill()
 
 
 def run_ranks(arguments: list[str], count: int, run: RunDirectory) -> tuple[Ranks, list[int]]:
-    """Run in the foreground. SIGINT and SIGTERM request a stop, and a second one ends the ranks at once.
+    """Run ranks in the foreground. SIGINT and SIGTERM request a stop; a second signal kills the ranks.
 
     Returns:
-        the ranks, which have all ended, and their exit codes.
+        the ranks, all of which have ended, and their exit codes.
     """
     signals: list[int] = []
     ranks = Ranks(arguments, count)
@@ -143,7 +143,7 @@ def run_ranks(arguments: list[str], count: int, run: RunDirectory) -> tuple[Rank
 
     def stop_requested() -> bool:
         if signals and run.path.is_dir():
-            run.request_stop()  # again, should a rank that has just started have taken it for an old one
+            run.request_stop()  # again, in case a starting rank removed it as an old request
         return bool(signals) or run.stop_requested()
 
     try:
@@ -158,9 +158,9 @@ def run_ranks(arguments: list[str], count: int, run: RunDirectory) -> tuple[Rank
 
 
 def start(arguments: list[str], log: Path, gpus: list[int] | None = None) -> int:
-    """Start detached, output going to a log file; returns the process id.
+    """Start this program detached, with output to a log file; returns the process id.
 
-    The child outlives this process: it has its own session (or process group on Windows) and no pipe to us.
+    The child outlives this process: it has its own session (process group on Windows) and no pipe to this process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -177,14 +177,14 @@ def start(arguments: list[str], log: Path, gpus: list[int] | None = None) -> int
 
 
 def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = None) -> None:
-    """Start or resume a run in the background. The caller holds its lock, and releases it right after.
+    """Start or resume a run in the background. The caller holds its lock, and releases it afterwards.
 
     Args:
-        processes: how many share the run.
-        gpus: the GPUs they see; None leaves it to the environment.
+        processes: number of processes of the run.
+        gpus: the GPUs that they see; None for those of the environment.
     """
     pid = start(["resume", str(run.path), "--processes", str(processes)], run.log_file, gpus)
-    # Until the new process has imported what it needs and holds the lock, this is what tells that the run is on.
+    # `is_running` uses this status until the new process has finished its imports and holds the lock.
     run.write_status(
         "starting",
         error=None,
@@ -197,18 +197,18 @@ def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = No
 
 
 def is_running(run: RunDirectory) -> bool:
-    """Whether another process works on the run, from the moment it was started; the one question about liveness.
+    """Whether the run has a process, from the moment it was started.
 
-    A caller that holds the run's lock itself asks about the others.
+    If the caller holds the run's lock itself, only other processes count.
     """
     status = run.status()
-    # A process may live on after its run has ended, and do other work.
+    # The process that started a run may continue with other work after the run has ended.
     started = status.get("state") not in ENDED and _is_alive(status.get("launcher"))
     return started or bool(run.is_locked_elsewhere())
 
 
 def _is_alive(process: dict[str, object] | None) -> bool:
-    """Whether a process of this host exists and is still the same one."""
+    """Whether a process exists on this host, and its id has not been reused."""
     import psutil
 
     if not process or process.get("host") != socket.gethostname():
@@ -225,14 +225,14 @@ def _is_alive(process: dict[str, object] | None) -> bool:
 
 
 def identity(pid: int) -> dict[str, object]:
-    """What tells a process from every other, also from a later one of the same number and one on another host."""
+    """Identifies a process uniquely, even if its id is reused or exists on another host too."""
     import psutil
 
     return {"pid": pid, "host": socket.gethostname(), "created": psutil.Process(pid).create_time()}
 
 
 def wait_for_exit(run: RunDirectory, patience: float) -> bool:
-    """Whether the processes of a run that has ended are gone, and with them the memory they held, within seconds."""
+    """Wait up to `patience` seconds for the processes of an ended run to exit; returns whether they did."""
     launcher = run.status().get("launcher")
     deadline = time.monotonic() + patience
     while _is_alive(launcher) and time.monotonic() < deadline:
@@ -244,10 +244,10 @@ def wait_for_exit(run: RunDirectory, patience: float) -> bool:
 
 
 def stop(run: RunDirectory, grace: float = 8.0) -> bool:
-    """Ask a run to stop, and end its processes when it has not within `grace` seconds.
+    """Request a run to stop, and kill its processes if it has not stopped within `grace` seconds.
 
     Returns:
-        whether it was running. Its newest checkpoint and LoRA stay; it can be resumed.
+        whether it was running. Its newest checkpoint and LoRA are kept; it can be resumed.
 
     Raises:
         BadInput: the run directory cannot be written, or the run is on another host and has not stopped.
@@ -255,7 +255,7 @@ def stop(run: RunDirectory, grace: float = 8.0) -> bool:
     if not is_running(run):
         return False
     launcher = run.status().get("launcher")
-    if run.is_locked_elsewhere() is not False:  # one that is only starting has nothing to lose, and does not listen yet
+    if run.is_locked_elsewhere() is not False:  # else it is still starting: it does not check yet
         run.request_stop()
         deadline = time.monotonic() + grace
         while (run.is_locked_elsewhere() or _is_alive(launcher)) and time.monotonic() < deadline:
@@ -267,10 +267,10 @@ def stop(run: RunDirectory, grace: float = 8.0) -> bool:
 
 
 def _end(run: RunDirectory) -> None:
-    """End a run that did not stop when asked."""
+    """Kill a run that did not stop."""
     launcher = run.status().get("launcher") or {}
     if launcher.get("host") not in (None, socket.gethostname()):
-        raise BadInput(f"the run is on host {launcher['host']} and has not stopped yet; end it there")
+        raise BadInput(f"the run is on host {launcher['host']} and has not stopped: stop it on that host")
     if _is_alive(launcher):
         kill_tree(launcher["pid"])
     run.acquire(timeout=10)
@@ -280,7 +280,7 @@ def _end(run: RunDirectory) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """End a process and all its descendants, which are collected first because orphans get another parent."""
+    """Kill a process and its descendants, which are collected first because orphans get another parent."""
     import psutil
 
     try:

@@ -1,6 +1,6 @@
-"""Ties a rank of a distributed run to its launcher and to the other ranks: it ends when they do.
+"""Ends a rank of a distributed run when its launcher ends or another rank fails.
 
-Imported before anything heavy, so that a rank whose launcher ends while it imports ends as well.
+Imported before large libraries, so that it also works while they are being imported.
 """
 
 import os
@@ -11,31 +11,31 @@ import time
 from collections.abc import Callable
 
 PARENT = "DANCEGRPO_PARENT"
-"""Environment variable: the process that a rank belongs to, where this program started it."""
+"""Environment variable with the id of the process that started a rank."""
 POLL = 0.5
-"""Seconds between two looks at the launcher and at the other ranks."""
+"""Seconds between two checks of the launcher and the other ranks."""
 GRACE = 2.0
-"""Seconds a rank has to end by itself after another has failed."""
+"""Seconds that a rank has to exit by itself after another rank has failed."""
 _PR_SET_PDEATHSIG = 1
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several that share a run, however they were started."""
+    """Whether this process is a rank of a distributed run, started by this program or by torchrun."""
     return "RANK" in os.environ and "LOCAL_RANK" in os.environ
 
 
 def tie_to_parent(use_signal: bool = True) -> None:
-    """End this process when its parent ends: by a signal from the kernel on Linux, by a watching thread everywhere.
+    """End this process when its parent ends: on Linux by a kernel signal, on all systems by a polling thread.
 
     Args:
-        use_signal: whether to ask the kernel; the thread alone is slower by half a second.
+        use_signal: whether to use the kernel signal; the thread takes up to half a second longer.
     """
     parent = os.getppid()
     if sys.platform == "linux" and use_signal:
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if str(parent) != os.environ.get(PARENT, str(parent)) or parent != os.getppid():  # it had ended before
+    if str(parent) != os.environ.get(PARENT, str(parent)) or parent != os.getppid():  # the parent has already ended
         end()
     threading.Thread(target=_follow_parent, args=(parent,), daemon=True, name="parent watch").start()
 
@@ -60,11 +60,11 @@ def _parent_check(parent: int) -> Callable[[], bool]:
 
 
 class FailureWatch:
-    """Ends this process soon after another rank has failed, also while it waits in a collective operation.
+    """Ends this process soon after another rank has failed, even while it waits in a collective operation.
 
     Args:
-        reported: whether a rank has failed; asked again and again, in a thread.
-        last_words: called before the end.
+        reported: returns whether a rank has failed; polled in a thread.
+        last_words: called before this process exits.
     """
 
     def __init__(self, reported: Callable[[], bool], last_words: Callable[[], None]) -> None:
@@ -80,7 +80,7 @@ class FailureWatch:
                     return
         except RuntimeError:  # the store has closed, because the run is over
             return
-        if self._stopped.wait(GRACE):  # it may be ending by itself, for the same reason
+        if self._stopped.wait(GRACE):  # this rank may be exiting for the same reason
             return
         try:
             self.last_words()
@@ -88,11 +88,11 @@ class FailureWatch:
             end()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stopped.set()
         self._thread.join()
 
 
 def end() -> None:
-    """End this process now, without waiting for anybody; a file that it was writing stays a temporary one."""
+    """Exit at once, without cleaning up; a file that is being written remains a temporary file."""
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What an iteration holds in memory, computed before anything is loaded."""
+"""Estimate of the memory that an iteration's latents and images need, before anything is loaded."""
 
 import math
 
@@ -7,17 +7,17 @@ from ..utils.errors import BadInput
 
 FLOAT32 = 4
 LATENT_CHANNELS, LATENT_STRIDE = 16, 8
-"""Of the usual autoencoders; older ones have 4 channels."""
+"""Of most current VAEs; older ones have 4 channels."""
 
 
 def iteration_bytes(config: RunConfig, processes: int, latent_numbers: int | None = None) -> int:
-    """Bytes that one process holds between rollout and update: latents of the trained steps, and decoded images.
+    """Bytes that one process needs between rollout and update: latents of the stochastic steps, and decoded images.
 
-    The model, its activations and the rewards come on top.
+    The model, its activations and the rewards are not included.
 
     Args:
-        processes: how many share an iteration's images.
-        latent_numbers: numbers in one image's latents; None estimates them from the size of an image.
+        processes: number of processes that share the images of an iteration.
+        latent_numbers: number of elements of one image's latents; None estimates it from the image size.
     """
     rollout, model = config.rollout, config.model
     images = math.ceil(rollout.prompts_per_iteration * rollout.group_size / processes)
@@ -32,20 +32,20 @@ def iteration_bytes(config: RunConfig, processes: int, latent_numbers: int | Non
 def check_iteration(config: RunConfig, processes: int, latent_numbers: int | None = None) -> None:
     """
     Raises:
-        BadInput: an iteration's images and latents cannot fit the memory of this machine.
+        BadInput: an iteration's images and latents do not fit into this machine's memory.
     """
     need, total = iteration_bytes(config, processes, latent_numbers), _memory_bytes(config.runtime.device, processes)
     if need > total:
         rollout = config.rollout
         raise BadInput(
             f"rollout.prompts_per_iteration {rollout.prompts_per_iteration} x rollout.group_size {rollout.group_size} "
-            f"images of {config.model.width} x {config.model.height} hold {need / 2**30:,.1f} GiB per process in every "
-            f"iteration, and it has {total / 2**30:,.1f} GiB: lower one of them, or use more processes"
+            f"images of {config.model.width} x {config.model.height} need {need / 2**30:,.1f} GiB per process, but it "
+            f"has {total / 2**30:,.1f} GiB: lower one of these settings, or use more processes"
         )
 
 
 def _memory_bytes(device: str, processes: int) -> int:
-    """All memory of the device that one process may use."""
+    """Total memory in bytes that one process can use: of its GPU, or its share of the RAM."""
     import psutil
     import torch
 

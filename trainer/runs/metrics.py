@@ -1,4 +1,4 @@
-"""Figures of an iteration: seconds per phase, rewards, memory."""
+"""Metrics of an iteration: time per phase, rewards, memory."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from ..objectives.advantage import Advantages
 
 
 class Clock:
-    """Seconds per phase, and since it was made."""
+    """Measures the seconds per phase, and the total since it was created."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -32,7 +32,7 @@ class Clock:
 
 
 def reward_record(table: dict[str, Tensor], advantages: Advantages) -> dict[str, dict[str, float | None]]:
-    """Per reward: mean and standard deviation over all images, and the mean standard deviation inside a group."""
+    """Per reward: mean and std over all images, and the mean std within a group."""
     return {name: _moments(values, advantages.spread[name]) for name, values in table.items()}
 
 
@@ -45,14 +45,14 @@ def _moments(values: Tensor, group_std: float) -> dict[str, float | None]:
 
 
 def without_nan(value: object) -> object:
-    """Plain data in which numbers that are not finite are None, because JSON has no word for them."""
+    """The same data with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in MiB: allocated on the GPU where there is one, else resident of this process."""
+    """Peak memory so far in MiB: allocated GPU memory, or this process's resident memory without a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if sys.platform == "win32":
@@ -60,7 +60,7 @@ def peak_memory(device: torch.device) -> float:
 
         return psutil.Process().memory_info().peak_wset / 2**20
     if sys.platform == "linux":
-        # Not ru_maxrss, which a program inherits from the process that started it.
+        # Not ru_maxrss, which is inherited from the parent process on Linux.
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10

@@ -1,7 +1,7 @@
-"""Pictures of samples for people: the prompt and the scores under every cell, before and after above each other.
+"""Annotated sample grids: prompt and scores below each image, and images before and after training above each other.
 
-A grid of samples is a plain picture with a JSON file beside it, which lists the prompt, seed, scores and box of each
-cell. What is shown to people is drawn from these two.
+A sample grid is a plain image with a JSON file beside it, which lists the prompt, seed, scores and box of each cell.
+The annotated images are drawn from these two files.
 """
 
 import math
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 CELL = 192
-"""Smallest width of a cell in pixels, so that its caption can be read."""
+"""Smallest width of a cell in pixels, so that its caption is readable."""
 TEXT, SMALL, TITLE = 14, 12, 20
 GAP, LINES = 10, 4
 GREEN, RED, GREY, INK = "#1a7f37", "#cf222e", "#57606a", "#1f2328"
@@ -34,8 +34,8 @@ class Sample:
 
     Attributes:
         prompt: what the image should show.
-        seed: names its noise, such as `1234` or `3/7/0/2` (seed, iteration, prompt, member).
-        scores: by reward; None where there is none.
+        seed: identifies its noise, such as `1234` or `3/7/0/2` (seed, iteration, prompt, member).
+        scores: by reward; None for no score.
         box: left, top, right and bottom of the cell in its picture, in pixels.
     """
 
@@ -46,7 +46,7 @@ class Sample:
 
 
 def boxes(count: int, columns: int, width: int, height: int, gap: int = 4) -> list[tuple[int, int, int, int]]:
-    """Where the cells of `report.grid` lie, row by row.
+    """Boxes of the cells of `report.grid`, row by row.
 
     Args:
         width, height: of a cell as it is drawn.
@@ -59,12 +59,12 @@ def boxes(count: int, columns: int, width: int, height: int, gap: int = 4) -> li
 
 
 def write_samples(picture: Path, samples: Iterable[Sample]) -> None:
-    """Write the JSON file of a grid, beside it."""
+    """Write the JSON file of a grid."""
     write_json(picture.with_suffix(".json"), {"cells": [asdict(sample) for sample in samples]})
 
 
 def read_samples(picture: Path) -> list[Sample]:
-    """The cells of a grid; none where its JSON file is missing or damaged."""
+    """The cells of a grid; none if its JSON file is missing or damaged."""
     try:
         data = try_json(picture.with_suffix(".json").read_bytes())
         return [_sample(cell) for cell in data["cells"]]
@@ -84,10 +84,10 @@ def _sample(cell: dict[str, Any]) -> Sample:
 
 
 def captioned(picture: Path) -> "Image":
-    """A grid with the prompt and the scores under each cell; the grid as it is where nothing is known of its cells.
+    """A grid with the prompt and the scores below each cell; the plain grid if it has no valid JSON file.
 
     Raises:
-        BadInput: the picture cannot be read.
+        BadInput: the image cannot be read.
     """
     grid, samples = open_image(picture), read_samples(picture)
     cells = [(sample, grid.crop(sample.box)) for sample in samples if _inside(sample, grid)]
@@ -100,9 +100,9 @@ def captioned(picture: Path) -> "Image":
 
 
 def before_after(before: Path, after: Path, target: Path) -> bool:
-    """Draw each prompt's image before training above its image after training; whether there was anything to draw.
+    """Draw each prompt's image before training above the one after training; returns False if there are none.
 
-    Where a reward gives 0 or 1 only, its images are marked right or wrong, and a change is framed.
+    If a reward is 0 or 1 for every image, images are marked as right or wrong, and changes get a frame.
     """
     try:
         grids = [open_image(path) for path in (before, after)]
@@ -131,7 +131,7 @@ def _pair(before: tuple[Sample, "Image"], after: tuple[Sample, "Image"], checker
 
 
 def checker_of(scores: list[dict[str, float | None]]) -> str | None:
-    """The first reward that calls every image right or wrong: 1 or 0, and not the same throughout."""
+    """The first reward that is 0 or 1 for every image, and not the same for all."""
     for name in scores[0]:
         values = {each.get(name) for each in scores}
         if values == {0.0, 1.0}:
@@ -140,8 +140,8 @@ def checker_of(scores: list[dict[str, float | None]]) -> str | None:
 
 
 def _legend(checker: str | None) -> str:
-    rule = "Above: before training; below: after, from the same noise"
-    return rule if checker is None else f"{rule}. Marks: right or wrong by {checker}; a frame where that changed."
+    rule = "Above: before training; below: after training, from the same noise"
+    return rule if checker is None else f"{rule}. Marks: right or wrong according to {checker}; frame: it changed."
 
 
 def _inside(sample: Sample, grid: "Image") -> bool:
@@ -173,8 +173,8 @@ def block(
     """Cells above each other, then the prompt, then a line per score.
 
     Args:
-        cells: whether each is right (None: not said), and its image.
-        frame: colour of a frame around the cells.
+        cells: whether each image is right (None for no mark), and the image.
+        frame: colour of a frame around the cells; None for no frame.
     """
     from PIL import Image, ImageDraw
 
@@ -200,7 +200,7 @@ def block(
 
 
 def _mark(draw: "ImageDraw", right: bool, left: int, top: int) -> None:
-    """A check mark or a cross in a disc; drawn, because no font is sure to have them."""
+    """Draw a check mark or a cross in a disc, because fonts may lack these characters."""
     color = GREEN if right else RED
     draw.ellipse((left, top, left + 20, top + 20), fill=color, outline="white", width=2)
     if right:
@@ -211,7 +211,7 @@ def _mark(draw: "ImageDraw", right: bool, left: int, top: int) -> None:
 
 
 def arranged(blocks: list["Image"], columns: int, title: str = "") -> "Image":
-    """Blocks in rows, each row as high as its highest block, under a title."""
+    """Arrange blocks in rows below a title; a row is as high as its highest block."""
     from PIL import Image, ImageDraw
 
     rows = [blocks[start : start + columns] for start in range(0, len(blocks), columns)]
@@ -232,11 +232,11 @@ def arranged(blocks: list["Image"], columns: int, title: str = "") -> "Image":
 
 
 def wrapped(text: str, width: int, measure: Callable[[str], float], most: int) -> list[str]:
-    """A text in lines that fit a width; words that are wider are broken, and what does not fit ends in an ellipsis.
+    """Wrap a text to a width. Words that are too long are broken, and a text that is too long ends in an ellipsis.
 
     Args:
-        measure: width of a line.
-        most: lines.
+        measure: returns the width of a line.
+        most: the largest number of lines.
     """
     lines: list[str] = []
     rest = _printable(text)
@@ -256,7 +256,7 @@ def wrapped(text: str, width: int, measure: Callable[[str], float], most: int) -
 
 
 def _fitting(text: str, width: int, measure: Callable[[str], float]) -> int:
-    """How many characters of a text fit, at least one."""
+    """Number of characters of a text that fit, at least one."""
     low, high = 1, min(len(text), 4 * width)
     while low < high:
         middle = (low + high + 1) // 2
@@ -265,7 +265,7 @@ def _fitting(text: str, width: int, measure: Callable[[str], float]) -> int:
 
 
 def _printable(text: str) -> str:
-    """One line without control characters and halves of characters, which fonts cannot draw."""
+    """A text in one line, with unprintable characters such as lone surrogates replaced."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text[:2000].split()))
 
 
@@ -279,7 +279,7 @@ def _line_height(font: "FreeTypeFont") -> int:
 
 @lru_cache
 def _font(size: int) -> "FreeTypeFont":
-    """DejaVu Sans, which matplotlib brings and which knows more scripts than Pillow's own font."""
+    """DejaVu Sans, which comes with matplotlib and covers more scripts than Pillow's own font."""
     from PIL import ImageFont
 
     try:

@@ -1,4 +1,4 @@
-"""What a run prints: a progress bar on a terminal, plain lines otherwise, and a table at the end."""
+"""Console output of a run: a progress bar on a terminal, plain lines otherwise, and a table at the end."""
 
 import sys
 import time
@@ -9,15 +9,15 @@ from pathlib import Path
 from .directory import RunDirectory
 
 PROGRESS_INTERVAL = 30.0
-"""Seconds between two lines about a phase of an iteration, where there is no terminal."""
+"""Seconds between two progress lines within an iteration, without a terminal."""
 
 
 class Progress:
     """Listens to a run's events and prints them.
 
     Args:
-        iterations: of the whole run; a resumed run begins with some of them done.
-        line: a few words of the objective about an event.
+        iterations: total iterations of the run, including those before it was resumed.
+        line: returns the objective's text about an event.
     """
 
     def __init__(self, iterations: int, line: Callable[[dict], str] = lambda event: "") -> None:
@@ -30,7 +30,7 @@ class Progress:
             self.bar = tqdm(total=iterations, unit="it", dynamic_ncols=True)
 
     def __call__(self, event: dict) -> None:
-        """Take in an iteration's event, `{"evaluation": record}`, or `{"progress": {"phase", "done", "total"}}`."""
+        """Handle an iteration's event, `{"evaluation": record}`, or `{"progress": {"phase", "done", "total"}}`."""
         if "progress" in event:
             self._take_progress(**event["progress"])
         elif "evaluation" in event:
@@ -57,7 +57,7 @@ class Progress:
 
     def _advance_bar(self, iteration: int) -> None:
         if self.bar.n == 0 and iteration > 1:
-            self.bar.initial = self.bar.n = iteration - 1  # what a resumed run had already
+            self.bar.initial = self.bar.n = iteration - 1  # iterations before a resumed run
         self.bar.set_postfix_str(self.rewards)
         self.bar.update(iteration - self.bar.n)
 
@@ -75,7 +75,7 @@ class Progress:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Close the progress bar."""
         if self.bar is not None:
             self.bar.close()
 
@@ -88,7 +88,7 @@ def duration(seconds: float) -> str:
 
 
 def table(summary: dict) -> str:
-    """Held-out scores before and after, whole and per category."""
+    """Table of the held-out scores before and after training, in total and per category."""
     before, after = summary["eval"]["before"], summary["eval"]["after"]
     if not before or not after:
         return ""
@@ -98,7 +98,7 @@ def table(summary: dict) -> str:
         lines.append(_row(name, value, last))
         spread = before.get("spread", {}).get(name)
         if spread and None not in (value, last):
-            lines.append(f"{'  in within-prompt std':28s} {'':8s} {'':8s} {(last - value) / spread:+8.2f}")
+            lines.append(f"{'  in stds within a prompt':28s} {'':8s} {'':8s} {(last - value) / spread:+8.2f}")
         later = after.get("categories", {}).get(name, {})
         for category, share in before.get("categories", {}).get(name, {}).items():
             lines.append(_row(f"  {category}", share, later.get(category)))
@@ -111,15 +111,15 @@ def _row(name: str, before: float | None, after: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four decimals, or a dash where there is no value."""
+    """A number with four decimals; a dash for None."""
     return "-" if value is None else f"{value:.4f}"
 
 
 def closing(summary: dict, run: RunDirectory, sentences: Callable[[list[dict]], list[str]] = lambda events: []) -> str:
-    """What is printed at the end of a run.
+    """Text that is printed at the end of a run.
 
     Args:
-        sentences: of the objective, from all events.
+        sentences: returns the objective's lines, from all events.
     """
     events = run.events()
     pace = sum(e["seconds"]["total"] for e in events) / len(events) if events else 0.0
@@ -129,7 +129,7 @@ def closing(summary: dict, run: RunDirectory, sentences: Callable[[list[dict]], 
         f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
     ]
     if events and events[-1].get("forwards_per_image") is not None:
-        lines.append(f"network forward passes per image {events[-1]['forwards_per_image']:.2f}")
+        lines.append(f"forward passes of the network per image {events[-1]['forwards_per_image']:.2f}")
     with suppress(KeyError, TypeError, ValueError):  # figures that were damaged on disk
         lines += sentences(events)
     lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]

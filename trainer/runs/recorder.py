@@ -1,4 +1,4 @@
-"""What a run keeps on disk: events, pictures, checkpoints, the LoRA, status and summary."""
+"""Writes the files of a run: events, sample images, checkpoints, the LoRA, status and summary."""
 
 import json
 import os
@@ -28,14 +28,14 @@ LISTENER_INTERVAL = 0.2
 
 
 class Recorder:
-    """Writes what the training loop hands over. Only one process of a run writes; in the others every call is free.
+    """Writes the results of the training loop to disk. Only the main process writes.
 
     Args:
-        run: where to write; None keeps nothing.
-        config: the run's description.
-        policy: whose LoRA is saved; may be set later, before anything but the status and the progress is recorded.
-        writes: whether this process is the one that writes.
-        listener: is handed the progress, as `{"progress": {"phase", "done", "total"}}`, in the process that writes.
+        run: the run directory; None writes nothing.
+        config: the run description.
+        policy: the policy whose LoRA is saved; may be set later if only status and progress are recorded before.
+        writes: whether this process writes.
+        listener: called in the writing process with the progress, `{"progress": {"phase", "done", "total"}}`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Recorder:
 
         Args:
             state: one of `directory.STATES`.
-            iteration: iterations done and saved.
+            iteration: number of iterations that are done and saved.
         """
         self.state = state
         if self.writes:
@@ -66,7 +66,7 @@ class Recorder:
             self.run.write_status(state, iteration=iteration, iterations=total, error=error, progress=None)
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """Say how far a phase of the iteration is, such as `rollout`, 2 of 10; may be called at any rate.
+        """Report the progress of a phase, such as `rollout`, 2 of 10. Frequent calls are throttled.
 
         Raises:
             RunFailed: the run directory was deleted or replaced.
@@ -104,7 +104,7 @@ class Recorder:
             self.trackers.pictures("rollout", images[:group].cpu(), captions, iteration)
 
     def evaluation(self, record: dict, images: Tensor, samples: list[Sample]) -> None:
-        """Scores and pictures of the held-out prompts.
+        """Record scores and images of the held-out prompts.
 
         Args:
             record: as in the summary, with `iteration` and `rewards`.
@@ -119,7 +119,7 @@ class Recorder:
             self.trackers.pictures("evaluation", images, [sample.prompt for sample in samples], record["iteration"])
 
     def _show(self, path: Path, images: Tensor, columns: int, largest: int, samples: list[Sample]) -> None:
-        """A grid of images; of videos a grid that moves, and as the picture its middle frame. Beside it, its cells."""
+        """Write a grid of images and its JSON file; for videos a grid video, and its middle frame as the image."""
         self.run.require_ownership()
         height, width = (side * report.magnification(images, largest) for side in images.shape[-2:])
         cells = boxes(len(samples), columns, width, height)
@@ -137,22 +137,22 @@ class Recorder:
     # --------------------------------------------------------------------------------------------- weights
 
     def best(self, iteration: int, weights: dict[str, Tensor]) -> None:
-        """Keep weights as the best so far."""
+        """Save weights as the best so far."""
         if self.writes and _are_finite(weights):
             self.run.require_ownership()
             self.policy.save_lora(self.run.path / "best.safetensors", weights, self._metadata(iteration))
 
     def newest(self, iteration: int, state: dict) -> None:
-        """Write checkpoint, then LoRA.
+        """Write a checkpoint, then the LoRA.
 
         Raises:
-            RunFailed: a weight is not finite; nothing has been written. Every process raises it.
+            RunFailed: a weight is not finite; nothing is written. All processes raise it.
         """
         tensors, result = self.policy.tensors(), self.policy.result()
         if not _are_finite(tensors) or not _are_finite(result):
             raise RunFailed(
                 f"a weight of the LoRA is not finite after iteration {iteration}: lower optimizer.learning_rate, "
-                "optimizer.weight_decay or lora.alpha; the last checkpoint and LoRA, which are finite, are kept"
+                "optimizer.weight_decay or lora.alpha. The previous checkpoint and LoRA are kept"
             )
         if not self.writes:
             return
@@ -160,7 +160,7 @@ class Recorder:
         self.policy.save_lora(self.run.lora_file, result, self._metadata(iteration))
 
     def fall_back_to_best(self) -> str:
-        """Make the best LoRA the run's result; says what lora.safetensors holds now."""
+        """Replace the run's LoRA by the best one, if there is one; returns a clause about it for messages."""
         best = self.run.path / "best.safetensors" if self.run else None
         if best is None or not best.exists():
             return "lora.safetensors holds the newest LoRA"
@@ -170,7 +170,7 @@ class Recorder:
         return "lora.safetensors holds the best LoRA"
 
     def _metadata(self, iteration: int) -> dict[str, str]:
-        # One key alone: the file format keeps several in no fixed order, and equal LoRAs should be equal files.
+        # A single key, because safetensors does not fix the order of keys, and equal LoRAs should give equal files.
         config = self.config
         base = config.model.path if config.model.graph is None else Path(config.model.graph.file).name
         record = {
@@ -184,7 +184,7 @@ class Recorder:
     # ---------------------------------------------------------------------------------------- start and end
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """The newest sound checkpoint; every process reads it."""
+        """The newest valid checkpoint, which every process reads."""
         if self.run is None:
             return None
         checkpoint, complaints = self.run.load_checkpoint()
@@ -196,22 +196,22 @@ class Recorder:
         return checkpoint
 
     def _set_aside(self) -> None:
-        """Set the existing LoRA aside before restarting; retraining it would be expensive."""
+        """Rename the existing LoRA before the run restarts from iteration 0, so that it is not lost."""
         self.run.require_ownership()
         if self.run.lora_file.exists():
             os.replace(self.run.lora_file, self.run.path / "lora-before-restart.safetensors")
-            print("warning: the run starts over; its LoRA is kept in lora-before-restart.safetensors", file=sys.stderr)
+            print("warning: the run starts over; its old LoRA is now lora-before-restart.safetensors", file=sys.stderr)
 
     def begin(self, iteration: int) -> None:
         """Drop events after the checkpoint; the resumed run writes them again."""
         if not self.writes:
             return
         if damaged := self.run.keep_events(iteration):
-            print(f"warning: events.jsonl held {damaged} damaged lines, which are left out", file=sys.stderr)
+            print(f"warning: events.jsonl had {damaged} damaged lines, which were removed", file=sys.stderr)
         self.trackers.begin(iteration)
 
     def finish(self, state: str, iteration: int, seconds: float, evaluations: list[dict], error: str | None) -> dict:
-        """Write report and status; returns the summary."""
+        """Write the report, the summary and the final status; returns the summary."""
         summary = {
             "state": state,
             "error": error,

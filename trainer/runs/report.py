@@ -1,4 +1,4 @@
-"""The pictures of a run: grids of samples, the reward curve, before and after."""
+"""Images of a run: sample grids and the reward curve."""
 
 import io
 from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 POINTS = 500
-"""Points of a curve; more are averaged, because a figure is not wider."""
+"""Largest number of points of a curve; longer curves are averaged to this resolution."""
 
 
 GAP = 4
@@ -23,7 +23,7 @@ GAP = 4
 
 
 def magnification(images: Tensor, largest: int) -> int:
-    """How many times small images are enlarged, so that their longer edge comes near `largest` pixels."""
+    """Integer factor that enlarges small images to a longer edge of at most `largest` pixels."""
     return max(1, largest // max(images.shape[-2:]))
 
 
@@ -39,7 +39,7 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
 
     factor = magnification(images, largest)
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    if len(images) == 1:  # which make_grid leaves without its border
+    if len(images) == 1:  # make_grid adds no border to a single image
         return to_picture(torch.nn.functional.pad(images[0], [GAP] * 4, value=1.0))
     return to_picture(make_grid(images, nrow=columns, padding=GAP, pad_value=1.0))
 
@@ -52,16 +52,16 @@ def save_picture(path: Path, picture: "Image") -> None:
 
 
 def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
-    """Write the picture of `draw_reward_curve`, where there is anything to draw."""
+    """Write the image of `draw_reward_curve`, unless it is None."""
     if picture := draw_reward_curve(events, evaluations):
         write_atomically(path, picture)
 
 
 def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | None:
-    """A panel per reward: mean over the images of each iteration with its within-group std, and the evaluations.
+    """Plot one panel per reward: the mean of each iteration with the within-group std, and the evaluations.
 
     Returns:
-        a PNG file's content; None without any figures.
+        the content of a PNG file; None without any data.
     """
     from matplotlib.figure import Figure
 
@@ -95,7 +95,7 @@ def _draw_panel(axis: "Axes", name: str, training: list[tuple[float, ...]], held
 
 
 def reward_points(events: list[dict], name: str) -> list[tuple[float, float, float]]:
-    """Iteration, mean and within-group std of a reward, where it has a mean."""
+    """Iteration, mean and within-group std of a reward, for all events in which it has a mean."""
     found = ((event["iteration"], event["rewards"].get(name, {})) for event in events)
     return [
         (iteration, value["mean"], value.get("group_std") or 0.0)
@@ -105,7 +105,7 @@ def reward_points(events: list[dict], name: str) -> list[tuple[float, float, flo
 
 
 def thinned(points: list[tuple[float, ...]], limit: int = POINTS) -> list[tuple[float, ...]]:
-    """At most `limit` points: the averages of equally many neighbours each; few points stay as they are."""
+    """Reduce points to `limit` by averaging neighbours; fewer points are returned unchanged."""
     if len(points) <= limit:
         return points
     edges = [len(points) * i // limit for i in range(limit + 1)]

@@ -1,4 +1,4 @@
-"""Experiment trackers: scalars, pictures with captions, the description. A new one is one class, named in TRACKERS."""
+"""Experiment trackers (TensorBoard, wandb). To add one, write a subclass of Tracker and add it to TRACKERS."""
 
 import hashlib
 import importlib.util
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Tracker(ABC):
-    """Writes a run for one tracking program.
+    """Logs a run to one tracking program.
 
     Args:
-        run: its directory, under which local files go.
-        config: its description.
-        iteration: iterations already done; what was written after them is replaced.
+        run: the run directory, in which local files are written.
+        config: the run description.
+        iteration: number of iterations already done; later data of an interrupted run is replaced.
 
     Attributes:
-        name: as in `runtime.trackers`.
-        package: what must be installed.
+        name: its name in `runtime.trackers`.
+        package: the Python package that it needs.
     """
 
     name: ClassVar[str]
@@ -56,14 +56,14 @@ class Tracker(ABC):
 
 
 class TensorBoard(Tracker):
-    """Event files in `tensorboard/` of the run directory."""
+    """TensorBoard logs in `tensorboard/` of the run directory."""
 
     name, package = "tensorboard", "tensorboard"
 
     def __init__(self, run: RunDirectory, config: RunConfig, iteration: int) -> None:
         from accelerate.tracking import TensorBoardTracker
 
-        # TensorBoard hides what an earlier process wrote from purge_step on.
+        # TensorBoard hides data that an earlier process has written for purge_step and later steps.
         self._tracker = _opened(TensorBoardTracker("tensorboard", run.path, purge_step=iteration + 1))
         self._tracker.log({"description": f"```\n{config.to_yaml()}```"}, step=iteration)
 
@@ -79,7 +79,7 @@ class TensorBoard(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """A wandb run of project `dancegrpo`, in `wandb/` of the run directory; offline unless asked otherwise."""
+    """A wandb run of the project `dancegrpo`, in `wandb/` of the run directory; offline by default."""
 
     name, package = "wandb", "wandb"
 
@@ -130,18 +130,18 @@ def check_trackers(config: RunConfig) -> None:
             raise BadInput(f"runtime.trackers: {shorten(name)} is unknown; choose from {', '.join(TRACKERS)}")
         package = TRACKERS[name].package
         if importlib.util.find_spec(package) is None:
-            raise BadInput(f"runtime.trackers: {name} needs the package {package}; install it with pip")
+            raise BadInput(f"runtime.trackers: {name} needs the package {package}: run `pip install {package}`")
 
 
 class Trackers:
-    """All trackers of a run. One that fails is dropped with a warning; the run goes on."""
+    """All trackers of a run. A tracker that fails is disabled with a warning, and the run continues."""
 
     def __init__(self, run: RunDirectory, config: RunConfig) -> None:
         self.run, self.config = run, config
         self._open: list[Tracker] = []
 
     def begin(self, iteration: int) -> None:
-        """Open the trackers of a run that has done so many iterations."""
+        """Open the trackers of a run after this number of iterations."""
         for name in dict.fromkeys(self.config.runtime.trackers):
             self._try(name, lambda name=name: self._open.append(TRACKERS[name](self.run, self.config, iteration)))
 
@@ -156,7 +156,7 @@ class Trackers:
         self._each(lambda tracker: tracker.scalars(flat({"evaluation": values}), record["iteration"]))
 
     def pictures(self, tag: str, images: Tensor, captions: list[str], iteration: int) -> None:
-        """Record images; of videos the middle frame.
+        """Record images, and the middle frames of videos.
 
         Args:
             images: `[N, 3, H, W]` or `[N, F, 3, H, W]` in [0, 1].
@@ -179,15 +179,15 @@ class Trackers:
     def _try(self, name: str, do: Callable[[], None]) -> bool:
         try:
             do()
-        except Exception as error:  # noqa: BLE001 - tracking is not worth a run
+        except Exception as error:  # noqa: BLE001 - a tracker must not stop the run
             reason = cut(str(error), 200) or type(error).__name__
-            print(f"warning: tracker {name} failed ({reason}); the run goes on without it", file=sys.stderr)
+            print(f"warning: tracker {name} failed ({reason}); the run continues without it", file=sys.stderr)
             return False
         return True
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, float]:
-    """The numbers in nested mappings, by names such as `rewards/brightness/mean`."""
+    """Flatten nested mappings of numbers, to names such as `rewards/brightness/mean`."""
     numbers: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):

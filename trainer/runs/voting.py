@@ -1,4 +1,4 @@
-"""A run's samples put into a collection, to be voted on: the next round trains on what the run makes now."""
+"""Imports the samples of a run into a collection of votes, for a further round of voting and training."""
 
 from pathlib import Path
 
@@ -10,27 +10,27 @@ from .directory import RunDirectory
 from .pictures import read_samples
 
 KINDS = ("rollout", "evaluation")
-"""Of pictures of samples."""
+"""Kinds of sample grids."""
 
 
 def import_run(
     collection: Collection, run: RunDirectory, kind: str = "rollout", iteration: int | None = None
 ) -> Imported:
-    """Add the samples of a training run at one iteration, with their prompts, at the size in which they were made.
+    """Add the samples of a run at one iteration, with their prompts, in their original size.
 
     Args:
-        kind: rollout, whose pictures hold several images per prompt; or evaluation, which has held-out prompts.
-        iteration: None takes the newest picture of this kind.
+        kind: rollout, with several images per prompt; or evaluation, with held-out prompts.
+        iteration: iteration of the sample grid; None for the newest one of this kind.
 
     Raises:
-        BadInput: there is no such picture, it cannot be read, or the run makes videos.
+        BadInput: the sample grid does not exist or cannot be read, or the run generates videos.
         OSError: the disk is full or not writable.
     """
     from PIL import Image
 
     model = run.config().model
     if model.frames > 1:
-        raise BadInput(f"run {run.path.name!r} makes videos, and a collection holds images")
+        raise BadInput(f"run {run.path.name!r} generates videos, but a collection can only have images")
     picture, at = _sample_picture(run, kind, iteration)
     grid = open_image(picture, picture.name)
     source = f"run {run.path.name}, {kind} at iteration {at}"
@@ -41,7 +41,7 @@ def import_run(
     ]
     if not cells:
         raise BadInput(
-            f"{picture.name} of run {run.path.name!r} does not say where its images are, or of which prompts"
+            f"the JSON file of {picture.name} of run {run.path.name!r} is missing or damaged: choose another iteration"
         )
     added = collection.add(cells)
     return Imported(new=added.new, known=len(cells) - added.new)
@@ -57,11 +57,11 @@ def _sample_picture(run: RunDirectory, kind: str, iteration: int | None) -> tupl
             found[int(number)] = path
     if not found:
         raise BadInput(
-            f"run {run.path.name!r} has no picture of kind {kind} yet (runtime.samples_every says how often)"
+            f"run {run.path.name!r} has no {kind} samples yet (runtime.samples_every sets how often they are saved)"
         )
     if iteration is None:
         iteration = max(found)
     if iteration not in found:
         known = ", ".join(map(str, sorted(found)))
-        raise BadInput(f"run {run.path.name!r} has no picture of kind {kind} at iteration {iteration}: it has {known}")
+        raise BadInput(f"run {run.path.name!r} has no {kind} samples at iteration {iteration}: choose one of {known}")
     return found[iteration], iteration

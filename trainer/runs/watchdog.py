@@ -1,4 +1,4 @@
-"""Notices a run that goes wrong: reward falling, gradient or objective exploding, or nothing to train on."""
+"""Watchdog: detects a falling reward, exploding gradients or objectives, and iterations without training."""
 
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -11,16 +11,15 @@ SMOOTHING = 0.2  # weight of the newest iteration in the smoothed reward
 
 @dataclass
 class Watchdog:
-    """Watches the events of a run; its state is part of every checkpoint.
+    """Decides from the events of a run whether to stop it. Its state is part of every checkpoint.
 
     Attributes:
-        weights: of the rewards trained on.
-        baseline, spread: per reward, the first mean and standard deviation over all images: the units in which rewards
-            are compared with each other and over time.
-        smoothed, best: the weighted reward, in these units, and its maximum.
+        weights: weight of each trained reward.
+        baseline, spread: mean and std of each reward in the first iteration with a std above 0, used to normalise it.
+        smoothed, best: the smoothed weighted reward in these units, and its maximum.
         gradients: the last 50 gradient norms.
-        signs: iterations in a row with a sign of collapse.
-        idle: iterations in a row without an optimizer step.
+        signs: number of consecutive iterations with a sign of collapse.
+        idle: number of consecutive iterations without an optimizer step.
         dropped, bad_updates: totals of the run.
     """
 
@@ -37,28 +36,28 @@ class Watchdog:
     bad_updates: int = 0
 
     def state(self) -> dict:
-        """Plain data for a checkpoint."""
+        """JSON data for checkpoints."""
         return {k: v for k, v in asdict(self).items() if k not in ("config", "weights")}
 
     def restore(self, state: dict) -> None:
-        """Go back to what `state` returned."""
+        """Restore what `state` returned."""
         for name, value in state.items():
             setattr(self, name, value)
 
     def progress(self, rewards: dict[str, float]) -> float:
-        """Weighted mean of the rewards' gains since the first iteration, in its standard deviations."""
+        """Weighted mean of the rewards' gains over the baseline, in units of their std in the baseline."""
         total = sum(abs(w) for w in self.weights.values()) or 1.0
         mixture = Mixture(self.weights, self.spread)
         return (mixture.of(rewards) - mixture.of(self.baseline)) / total
 
     def watch(self, event: dict, alarm: str | None = None) -> tuple[bool, str | None]:
-        """Take in an iteration's event.
+        """Process the event of an iteration.
 
         Args:
-            alarm: a sign of collapse that the objective sees, as a clause.
+            alarm: a sign of collapse reported by the objective, as a clause.
 
         Returns:
-            whether this is the best smoothed reward so far, and the reason to stop, if any.
+            whether the smoothed reward is the best so far, and the reason to stop the run, if any.
         """
         rewards = {name: value["mean"] for name, value in event["rewards"].items()}
         self._take_baseline(event["rewards"])
@@ -86,7 +85,7 @@ class Watchdog:
         )
 
     def _take_baseline(self, rewards: dict[str, dict]) -> None:
-        # Iterations have different prompts, so the unit must cover their differences, not the group's std alone.
+        # Prompts differ between iterations, so the unit is not just the within-group std.
         units = {name: max(value["group_std"], value["std"] or 0.0) for name, value in rewards.items()}
         if not self.baseline and all(units.values()):
             self.baseline = {name: value["mean"] for name, value in rewards.items()}
@@ -130,11 +129,11 @@ class Watchdog:
 
 
 def _why_idle(event: dict) -> str:
-    """The usual causes of an iteration without an optimizer step, as its event shows them."""
+    """Why an iteration had no optimizer step, according to its event."""
     constant = [f"{name} {value['mean']:.4g}" for name, value in event["rewards"].items() if value["mean"] is not None]
     if not event["skipped_groups"] or not constant:
-        return "no image had a finite reward; see the log of the reward"
+        return "no image had a finite reward; check the log for warnings of the reward"
     return (
-        f"the images of every group had equal rewards ({', '.join(constant)}), so there is nothing to prefer. This is "
-        "what a constant reward does, a threshold that no image meets or every image meets, or a very low rollout.eta"
+        f"the images of every group had equal rewards ({', '.join(constant)}). Possible causes: a constant reward, a "
+        "threshold that every image or no image meets, or a rollout.eta that is too low"
     )

@@ -1,4 +1,4 @@
-"""Memory of a computation, counted tensor by tensor; on PyTorch's meta device nothing is computed."""
+"""Measures the memory of a computation by counting tensors, also on the meta device, where nothing is computed."""
 
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,16 +12,16 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Largest memory of a call: all tensors created in it, its result included, and what existed before it not."""
+    """Peak memory in bytes of the tensors that a call creates, including its result."""
     with fused_attention(), AllocatedBytes() as counter:
         call()
     return counter.peak
 
 
 class AllocatedBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are created inside and still referenced.
+    """Counts the bytes of all tensors that are created in this context and still referenced.
 
-    Workspaces of kernels, fragmentation and the device's context are not counted.
+    Kernel workspaces, fragmentation and the CUDA context are not counted.
 
     Attributes:
         now: the current sum.
@@ -56,9 +56,9 @@ class AllocatedBytes(TorchDispatchMode):
 
 @contextmanager
 def fused_attention() -> Iterator[None]:
-    """Inside, attention on the meta device takes the memory of a fused kernel, which stores no matrix of scores.
+    """In this context, attention on the meta device needs the memory of a fused kernel, without the score matrix.
 
-    The function is replaced and no mode entered, because modes do not reach what a backward pass computes again.
+    The function is replaced, because dispatch modes are not active when checkpointing recomputes activations.
     """
     functional = torch.nn.functional
     original = functional.scaled_dot_product_attention
@@ -69,7 +69,7 @@ def fused_attention() -> Iterator[None]:
         if query.device.type != "meta":
             return original(query, key, value, attn_mask, *args, **kw)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = query.new_empty(attn_mask.shape)  # PyTorch makes numbers of it
+            attn_mask = query.new_empty(attn_mask.shape)  # PyTorch converts it to floats
         return attention_memory(query, key, value, (*query.shape[:-1], value.shape[-1]), attn_mask)
 
     functional.scaled_dot_product_attention = attend
@@ -92,7 +92,7 @@ class _Attention(torch.autograd.Function):
         context: Any, query: Tensor, key: Tensor, value: Tensor, shape: tuple[int, ...], mask: Tensor | None
     ) -> Tensor:
         output = query.new_empty(shape)
-        rows = query.numel() // query.shape[-1]  # one number per query and head: the logarithm of its sum of weights
+        rows = query.numel() // query.shape[-1]  # the logsumexp of each query and head
         context.save_for_backward(query, key, value, output, query.new_empty(rows, dtype=torch.float32), mask)
         return output
 

@@ -1,8 +1,8 @@
-"""What the libraries print."""
+"""Console output of libraries."""
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' loading bars out of the run's own output."""
+    """Turn the progress bars of the libraries off."""
     import diffusers
     import transformers
 

@@ -1,4 +1,4 @@
-"""One process or many: rank, and sums and lists over all ranks. Thin over accelerate."""
+"""Collective operations over the processes of a run; a thin layer over accelerate."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Processes:
-    """The processes that share a run; with one, every call is the identity.
+    """The processes of a run. With one process, all operations are trivial.
 
-    With several, every method but `share` is collective: all of them must call it, in the same order.
+    With several, every method except `share` is collective: all processes must call it, in the same order.
     """
 
     def __init__(self, device: str = "auto") -> None:
@@ -37,7 +37,7 @@ class Processes:
         return value if self.count == 1 else broadcast_object_list([value])[0]
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Add tensors up over all ranks, in place, in one message."""
+        """Sum tensors over all ranks in place, with one all-reduce."""
         if self.count == 1 or not tensors:
             return
         flat = torch.cat([t.flatten() for t in tensors])
@@ -54,13 +54,13 @@ class Processes:
         return int(value.item())
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any rank."""
+        """Whether the flag is True in any rank."""
         return bool(self.most(int(flag)))
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait for all ranks."""
         self.state.wait_for_everyone()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Destroy the process group."""
         self.state.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Reading YAML and JSON that somebody else wrote: one sentence for whatever is wrong with it.
+"""Reads YAML and JSON from users; any fault is reported in one sentence.
 
 YAML is read with the scalar types of YAML 1.2 (core schema), so `no`, `12:30` and `2020-01-01` are text and `1e-4` is a
 number. Aliases, tags and repeated keys are refused.
@@ -18,9 +18,9 @@ from yaml.resolver import BaseResolver
 from .errors import BadInput, cut, shorten
 
 MAX_DEPTH = 50
-"""Levels of lists and mappings inside each other."""
+"""Largest nesting depth of lists and mappings."""
 MAX_DIGITS = 100
-"""Characters of a number."""
+"""Largest number of characters of an integer."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_BREAK = re.compile("[\x85\u2028\u2029]")
@@ -40,7 +40,7 @@ except ImportError:
 
 
 class _Refused(yaml.YAMLError):
-    """Valid YAML or JSON that is not accepted; its text ends the sentence."""
+    """Valid YAML or JSON that is not accepted; its text is the end of an error message."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -74,10 +74,10 @@ def read_document(path: Path, what: str) -> Any:
 
 
 def parse_document(text: str, what: str) -> Any:
-    """Plain data of YAML, or of JSON, whose escapes differ from YAML's.
+    """Parse JSON if possible, else YAML, because their escape sequences differ.
 
     Raises:
-        BadInput: it is neither, or holds what `parse_yaml` and `parse_json` refuse.
+        BadInput: it is neither, or contains something that `parse_yaml` or `parse_json` refuses.
     """
     if text.lstrip()[:1] in ("{", "[", '"'):
         try:
@@ -197,24 +197,24 @@ def _check(data: Any) -> None:
 
 
 def _unpaired(text: str) -> str:
-    return f"holds {shorten(text)}, in which a surrogate is not part of a pair: write the character itself"
+    return f"contains {shorten(text)}, which has an unpaired Unicode surrogate: type the character itself"
 
 
 def _integer(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise _Refused(f"holds a number of {len(text)} digits")
+        raise _Refused(f"contains a number of {len(text)} digits; at most {MAX_DIGITS} are accepted")
     return int(text)
 
 
 def _number(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise _Refused(f"holds {shorten(text)[1:-1]}, which is too large for a number")
+        raise _Refused(f"contains {shorten(text)[1:-1]}, which is too large for a number")
     return value
 
 
 def _constant(text: str) -> None:
-    raise _Refused(f"holds {text}, which is not a number in JSON")
+    raise _Refused(f"contains {text}, which is not a number in JSON")
 
 
 def _json_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _json_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise _Refused(f"names {shorten(repeated)} twice")
+        raise _Refused(f"has the key {shorten(repeated)} twice")
     return mapping
 
 
@@ -246,7 +246,7 @@ def _add_core_schema(resolver: type[BaseResolver]) -> None:
 
 
 class _CoreResolver(BaseResolver):
-    """Which plain scalars are not text."""
+    """Resolves plain scalars that are not strings, by the YAML 1.2 core schema."""
 
 
 _add_core_schema(_CoreResolver)
@@ -266,7 +266,7 @@ class _Loader(Composer, SafeConstructor, _CoreResolver, _Events):
         if isinstance(event, yaml.AliasEvent):
             raise _Refused(f"uses a YAML alias in line {line}, {cut('*' + event.anchor, 40)}: write the value out")
         if event.tag is not None:
-            raise _Refused(f"uses a YAML tag in line {line}, {shorten(event.tag)}: write the value without it")
+            raise _Refused(f"uses a YAML tag in line {line}, {shorten(event.tag)}: remove the tag")
         if self.depth > MAX_DEPTH:
             raise _Refused(_TOO_DEEP)
         self.depth += 1
@@ -283,7 +283,7 @@ class _Loader(Composer, SafeConstructor, _CoreResolver, _Events):
             if not isinstance(key, str):
                 raise _Refused(f"has the key {shorten(key)} in line {line}, which is not text: put it in quotes")
             if key in mapping:
-                raise _Refused(f"names {shorten(key)} twice, again in line {line}")
+                raise _Refused(f"has the key {shorten(key)} twice, again in line {line}")
             mapping[key] = self.construct_object(value_node, deep=deep)
         return mapping
 
@@ -301,7 +301,7 @@ _Loader.add_constructor(f"{_PREFIX}float", _Loader.construct_number)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever YAML 1.1 or YAML 1.2 would take for something else than text."""
+    """Quotes strings that YAML 1.1 or YAML 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -318,7 +318,7 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    """What the parser says, in one line, without quoting the document."""
+    """The parser's error in one line, without quoting the document."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return cut(str(error), 200)

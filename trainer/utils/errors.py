@@ -1,30 +1,30 @@
-"""The errors a user sees, one clear sentence each, and how a value is shown in one."""
+"""Errors for users, whose messages are single sentences, and functions that shorten values for messages."""
 
 import reprlib
 
 
 class BadInput(ValueError):
-    """Something the user gave cannot be accepted; nothing has been changed. Exit code 2."""
+    """An input of the user is invalid; nothing has been changed. Exit code 2."""
 
 
 class RunFailed(RuntimeError):
-    """A run could not go on; what it had is kept. Exit code 1."""
+    """A run failed; its newest checkpoint and LoRA are kept. Exit code 1."""
 
 
 class StoppedByWatchdog(RunFailed):
-    """The watchdog ended the run; every process of the run raises it."""
+    """The watchdog stopped the run; raised in every process of the run."""
 
 
 class StopRequested(Exception):
-    """The user asked the run to stop."""
+    """The user requested the run to stop."""
 
 
 SHOWN = 100
-"""Characters of a value that a message shows."""
+"""Largest number of characters of a value in a message."""
 
 
 class _Short(reprlib.Repr):
-    """Python's own bounded repr: at no time is the full text of a large value built."""
+    """A bounded repr that never builds the full text of a large value."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,10 +11,10 @@ from pydantic_core import PydanticCustomError, core_schema
 
 @dataclass(frozen=True)
 class OneOf:
-    """In `Annotated[str, OneOf(names)]`: a text that must be one of the names of a registry, as it is at that moment.
+    """For `Annotated[str, OneOf(names)]`: the string must be a name of a registry, which is looked up on validation.
 
     Attributes:
-        names: gives the names.
+        names: returns the names.
     """
 
     names: Callable[[], list[str]]
@@ -29,14 +29,14 @@ class OneOf:
 
 
 def choices(field: FieldInfo) -> list[str] | None:
-    """What a field chooses from: the values of its `Literal` or the names of its `OneOf`; None where it is free."""
+    """The allowed values of a field with `Literal` or `OneOf`, else None."""
     if typing.get_origin(field.annotation) is typing.Literal:
         return list(typing.get_args(field.annotation))
     return next((rule.names() for rule in rules(field) if isinstance(rule, OneOf)), None)
 
 
 def rules(field: FieldInfo) -> list:
-    """Constraint objects (annotated_types) of a field's value, those inside a union included."""
+    """Constraints (annotated_types) of a field's value, including those inside a union."""
     return [*field.metadata, *_inner_rules(field.annotation)]
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes and moves files atomically."""
 
 import errno
 import json
@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file under a temporary name, flush it to disk, and move it to its place.
+    """Write a temporary file, flush it to disk, and rename it to `path`.
 
     Raises:
-        OSError: the disk is full or not writable; what stood at `path` is untouched.
+        OSError: the disk is full or not writable; an existing file at `path` is not changed.
     """
     with atomic_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -24,10 +24,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that appears at `path` when the block ends, and leaves nothing if the block raises.
+    """A writable file that is renamed to `path` at the end of the block, and deleted if the block raises.
 
     Raises:
-        OSError: the disk is full or not writable; what stood at `path` is untouched.
+        OSError: the disk is full or not writable; an existing file at `path` is not changed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -44,7 +44,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _replace(temporary: str, path: Path) -> None:
-    """Move into place; on Windows that fails for as long as somebody has the old file open for reading."""
+    """Rename, with retries on Windows, where it fails while another process has the old file open."""
     for _ in range(20 if os.name == "nt" else 0):
         try:
             os.replace(temporary, path)
@@ -55,10 +55,10 @@ def _replace(temporary: str, path: Path) -> None:
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Move a file, also to another disk; `target` appears whole or not at all.
+    """Move a file atomically, even to another disk.
 
     Raises:
-        OSError: the disk is full or not writable; both files are untouched then.
+        OSError: the disk is full or not writable; both files are not changed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -76,7 +76,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process left behind."""
+    """Delete temporary files of a process that was killed."""
     for leftover in folder.rglob(".*.tmp"):
         if leftover.is_file():
             leftover.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Image and video files: the one reader, the one writer, and the conversions between images and tensors."""
+"""Reads and writes image and video files, and converts between images and tensors."""
 
 import io
 import warnings
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = {"PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP"}
-"""Formats that are read, by Pillow's name. Pillow has decoders for many more, some of them rarely tested."""
+"""Accepted image formats, by Pillow's name. Pillow's decoders of other formats are less well tested."""
 MAX_PIXELS = 8192 * 8192
-"""The largest image that is decoded. A small file can hold a very large image."""
+"""Largest number of pixels of an image. A small file can contain a very large image."""
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> "Image.Image":
-    """Decode an image as it is meant to be seen: 8-bit RGB, upright, on white.
+    """Decode an image to 8-bit RGB.
 
-    The EXIF orientation is applied, transparency is composited on white, 16 bits per channel are reduced to 8, and of
-    an animation the first frame is taken. Colour profiles are ignored, as ComfyUI ignores them.
+    The EXIF orientation is applied, transparency is composited on white, 16 bits per channel are reduced to 8, and the
+    first frame of an animation is used. Colour profiles are ignored, as in ComfyUI.
 
     Args:
         source: a path, or the content of a file.
-        name: what messages call the image; by default its path.
+        name: name of the image in messages; by default its path.
 
     Raises:
         BadInput: there is no such file, it is not a PNG, JPEG or WebP image, it is damaged, or it has more than
@@ -58,10 +58,10 @@ def read_image(source: Path | bytes, name: str | None = None) -> Tensor:
 
 
 def check_image(source: Path | bytes, name: str | None = None) -> tuple[int, int]:
-    """Width and height as stored in the file's header; no pixel is decoded.
+    """Width and height from the file's header, without decoding pixels.
 
     Raises:
-        BadInput: as `open_image`, except for damage behind the header.
+        BadInput: see `open_image`; damage after the header is not detected.
     """
     what = _name(source, name)
     try:
@@ -110,7 +110,7 @@ def _unreadable(what: str, error: Exception) -> BadInput:
 
 
 def _eight_bits(picture: "Image.Image") -> "Image.Image":
-    """16-bit grey as 8-bit grey, which Pillow's own conversion would clip to white; other images unchanged."""
+    """Convert 16-bit grey to 8-bit grey, which Pillow would clip to white; other images are unchanged."""
     if picture.mode.partition(";")[0] != "I":
         return picture
     import numpy as np
@@ -151,7 +151,7 @@ def to_picture(image: Tensor) -> "Image.Image":
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Pixels in [0, 1] rounded to the 256 values of an image file: uint8, same shape."""
+    """Convert pixels in [0, 1] to uint8, with rounding; same shape."""
     return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -162,7 +162,7 @@ def save_picture(path: Path, picture: "Image.Image") -> None:
     """Write an image as PNG.
 
     Raises:
-        OSError: the disk is full or not writable; an existing file at `path` is left as it was.
+        OSError: the disk is full or not writable; an existing file at `path` is not changed.
     """
     write_atomically(path, png(picture))
 
@@ -175,7 +175,7 @@ def png(picture: "Image.Image") -> bytes:
 
 
 def save_video(path: Path, pictures: Iterable["Image.Image"], fps: float) -> None:
-    """Write images of one size as an MP4 that browsers play: H.264, 4:2:0, without the last line of an odd edge.
+    """Write images of one size as an MP4 for browsers: H.264 with 4:2:0, cropped to even width and height.
 
     Raises:
         OSError: the disk is full or not writable; an existing file at `path` is left as it was.

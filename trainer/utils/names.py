@@ -1,4 +1,4 @@
-"""Names that people give to things on disk: runs, collections of votes."""
+"""Checks the names of runs and collections of votes, which are used as folder names."""
 
 import re
 
@@ -6,7 +6,7 @@ from .errors import BadInput
 
 LONGEST_NAME = 64
 MOST_BYTES = 200
-"""File systems allow 255 bytes per name; a LoRA's file name adds a number and an ending."""
+"""File systems allow 255 bytes per name; the name of a LoRA file adds a number and an extension."""
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³")}
 
 
@@ -14,16 +14,15 @@ def check_name(name: object, field: str = "name") -> str:
     """Return `name` unchanged if it can be the name of one folder on Linux, macOS and Windows.
 
     Args:
-        name: what the user gave.
-        field: what the messages call it.
+        name: input of the user.
+        field: its name in messages.
 
     Raises:
-        BadInput: it is not text, too long, or holds a separator, `..`, a control or format character, or is the name
-            of a Windows device.
+        BadInput: it is not a string, is too long, contains a separator, `..`, a control or format character, or is the
+            name of a Windows device.
     """
     accepted = (
-        f"a name has 1 to {LONGEST_NAME} letters, digits, spaces, '-', '_' and '.', and starts and ends with a letter "
-        "or digit"
+        f"use 1 to {LONGEST_NAME} letters, digits, spaces, '-', '_' and '.', and start and end with a letter or digit"
     )
     if not isinstance(name, str):
         raise BadInput(f"{field} is {name!r}, which is not text: {accepted}")
@@ -32,5 +31,5 @@ def check_name(name: object, field: str = "name") -> str:
     if not re.fullmatch(r"\w[\w .-]*", name) or ".." in name or not name[-1].isalnum() or not name[0].isalnum():
         raise BadInput(f"{field} {name!r} cannot be used: {accepted}")
     if name.split(".")[0].strip().upper() in _DEVICES:
-        raise BadInput(f"{field} {name!r} cannot be used: it is the name of a device on Windows")
+        raise BadInput(f"{field} {name!r} cannot be used: it is a device name on Windows; choose another")
     return name

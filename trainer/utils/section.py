@@ -1,4 +1,4 @@
-"""The base of every part of a run description."""
+"""The base class of the sections of a run description."""
 
 from typing import Annotated
 
@@ -8,6 +8,6 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Section(BaseModel):
-    """A part of a run description: unknown keys, NaN and infinity are errors, and values do not change."""
+    """A section of a run description: immutable; unknown keys, NaN and infinity are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)

@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, never on what ran before.
+"""Random numbers that depend only on the run's seed and a key, not on earlier draws.
 
-Every draw is named by the run's seed and its key (iteration, prompt, member). So a resumed run, another split over
-processes or another batch size gives the same numbers, and no random state needs to be saved.
+The key says what the numbers are for (purpose, iteration, prompt, group member). A resumed run, another number of
+processes and another batch size therefore give the same numbers, and no generator state needs to be saved.
 """
 
 import functools
@@ -23,12 +23,12 @@ def generator(seed: int, *key: object) -> random.Random:
 
 
 def noise(shape: tuple[int, ...], seed: int, *key: object) -> Tensor:
-    """Standard normal float32 on the CPU, the same on every machine."""
+    """Standard normal noise, float32 on the CPU, equal on every machine."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(derive(seed, *key)))
 
 
 def prompt_indices(count: int, per_iteration: int, iteration: int, seed: int) -> list[int]:
-    """Which prompts an iteration uses: all come once, in random order, before any comes again."""
+    """Indices of an iteration's prompts: all prompts are used once, in random order, before any is repeated."""
     chosen = []
     for position in range(iteration * per_iteration, (iteration + 1) * per_iteration):
         epoch, index = divmod(position, count)

@@ -1,4 +1,4 @@
-"""A collection as those who vote see it: counts, agreement, and the next pair. Results are kept until votes change."""
+"""State of a collection of votes: counts, agreement, and the next pair. Results are cached until the votes change."""
 
 import threading
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from .selection import next_pairs, pair
 from .store import Collection, Ledger
 
 PATIENCE = 2.0
-"""Seconds that a request waits for the features of new images; it goes on with those that are there."""
+"""Seconds that a request waits for the features of new images; then it uses those that are ready."""
 MOST_KEPT = 16
-"""Results that are kept, of as many collections and backbones."""
+"""Number of cached results."""
 
 Describe = Callable[[Path], np.ndarray]
 """Features `[D]` of an image file."""
 
 
 def comparisons(ledger: Ledger, names: list[str] | None = None) -> tuple[list[str], Comparisons]:
-    """Names of images, and the votes as rows of their features; skipped pairs are left out.
+    """Names of images, and the votes as indices into these names, without skipped pairs.
 
     Args:
-        names: the images, in the order of their features, without others' votes; None takes those that were voted on.
+        names: use only votes on these images, and return the names in this order; None uses all images with votes.
     """
     votes = [vote for vote in ledger.votes if vote.kind != "skip"]
     if names is None:
@@ -43,15 +43,15 @@ def comparisons(ledger: Ledger, names: list[str] | None = None) -> tuple[list[st
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A collection at one moment, and the fit to what is known of it then.
+    """The state of a collection at one moment.
 
     Attributes:
         items: the images, in order.
         ledger: the votes.
-        complaints: a sentence about each line that cannot be read.
-        described: rows of `items` whose features are known.
+        complaints: a warning for each line that cannot be read.
+        described: indices of the `items` whose features are ready.
         features: `[len(described), D]`.
-        votes: on described images, as rows of `features`.
+        votes: votes on images with features, as indices into `features`.
     """
 
     items: list[Item]
@@ -63,10 +63,10 @@ class Snapshot:
 
 
 class Analyst:
-    """Answers questions about collections; any number of threads may ask.
+    """Computes the state and the next pairs of collections; thread-safe.
 
     Args:
-        describe: gives the features of an image file for a backbone.
+        describe: returns, for a backbone, a function that computes the features of an image file.
     """
 
     def __init__(self, describe: Callable[[str], Describe]) -> None:
@@ -78,7 +78,7 @@ class Analyst:
         self._lock = threading.Lock()
 
     def state(self, collection: Collection, backbone: str) -> dict[str, Any]:
-        """Counts, agreement with votes left out and what it means, as plain data."""
+        """Counts, cross-validated agreement and its interpretation, as JSON data."""
         now = self._snapshot(collection, backbone)
         counts = now.ledger.counts()
         found = self._keep(collection, backbone, "agreement", now, lambda: agreement(now.features, now.votes))
@@ -106,8 +106,8 @@ class Analyst:
         """The next pairs to vote on, each in random order; an empty list if there are none left.
 
         Args:
-            repeat: show pairs again that were voted on or skipped.
-            exclude: pairs not to show, because they are on a screen already.
+            repeat: also return pairs that were already voted on or skipped.
+            exclude: pairs not to return, because they are being shown already.
         """
         now = self._snapshot(collection, backbone)
         rows = range(len(now.items)) if mode == "random" else now.described
@@ -129,7 +129,7 @@ class Analyst:
         return self._keep(collection, backbone, "fit", now, lambda: fit(now.features, now.votes))
 
     def _keep(self, collection: Collection, backbone: str, what: str, now: Snapshot, make: Callable[[], Any]) -> Any:
-        """A result for these votes and features, made once."""
+        """A cached result for these votes and features."""
         key = (what, collection.folder, backbone)
         stamp = (tuple(now.ledger.votes), tuple(now.described))
         with self._lock:
@@ -152,13 +152,13 @@ class Analyst:
         described = [row for row, features in enumerate(found) if isinstance(features, np.ndarray)]
         features = np.stack([found[row] for row in described]) if described else np.zeros((0, 1))
         broken = [
-            f"{item.image} is left out: {f}" for item, f in zip(items, found, strict=True) if isinstance(f, BadInput)
+            f"{item.image} is ignored: {f}" for item, f in zip(items, found, strict=True) if isinstance(f, BadInput)
         ]
         votes = comparisons(ledger, [items[row].image for row in described])[1]
         return Snapshot(items, ledger, [*complaints, *ledger.complaints, *broken], described, features, votes)
 
     def _describe_all(self, collection: Collection, backbone: str, names: list[str]) -> list[Any]:
-        """Features of each image, what went wrong, or None if they are not there yet."""
+        """For each image its features, the error, or None if they are not ready yet."""
         keys = [(backbone, collection.images / name) for name in names]
         describe = self._describe(backbone)
         with self._lock:
@@ -175,7 +175,7 @@ class Analyst:
             found: np.ndarray | Exception = describe(key[1])
         except BadInput as error:
             found = error
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with one image, the others can be used
+        except Exception as error:  # noqa: BLE001 - an error with one image must not affect the others
             found = BadInput(f"its features cannot be computed: {error}")
         with self._lock:
             self._features[key] = found

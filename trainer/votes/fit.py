@@ -1,9 +1,9 @@
-"""What the votes say: a Bradley-Terry model on image features, and how well it predicts votes it has not seen.
+"""Fits a Bradley-Terry model on image features to votes, and measures how well it predicts held-out votes.
 
 The utility of an image is linear in its features, u = w f, and the first image of a pair is preferred with probability
 1 / (1 + exp(-(u1 - u2))) (Bradley and Terry 1952). w has a Gaussian prior; a tie counts as half a vote each way. The
-posterior is approximated by a Gaussian at its mode (Laplace), and the precision of the prior is the one of a fixed list
-that has the highest evidence (MacKay 1992), so that nothing has to be set by hand for few votes or for many.
+posterior is approximated by a Gaussian at its mode (Laplace). The precision of the prior is chosen from a fixed list by
+the highest evidence (MacKay 1992), so that it needs no tuning for the number of votes.
 """
 
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 
 PRECISIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Of the prior of w, for features whose mean squared distance from their mean is 1."""
+"""Candidate precisions of the prior of w, for features scaled to a mean squared distance of 1 from their mean."""
 FOLDS = 10
 FEWEST = 10
-"""Votes with a winner below which agreement is not measured."""
+"""Smallest number of votes with a winner for which agreement is measured."""
 SOME, ENOUGH = 0.5, 0.65
-"""Agreement that the lower end of the interval must exceed to be better than guessing, and to be enough."""
+"""Lower ends of the interval above which the model is better than guessing, and good enough to train on."""
 MANY = 100
-"""Votes after which features that predict nothing are more likely the reason than too few votes."""
+"""Number of votes above which poor agreement is blamed on the features, not on too few votes."""
 Z = 1.959963984540054
-"""Standard deviations of a 95% interval."""
+"""Half-width of a 95% interval in standard deviations."""
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Votes as rows of a feature matrix; skipped pairs are not among them.
+    """Votes as row indices of a feature matrix, without skipped pairs.
 
     Attributes:
         first: `[N]` int; the preferred image, unless the vote is a tie.
@@ -49,11 +49,11 @@ class Fit:
     """The Gaussian approximation of the posterior of w.
 
     Attributes:
-        center: `[D]`, subtracted from features.
-        scale: what features are divided by after that.
+        center: `[D]`, which is subtracted from features.
+        scale: by which centred features are divided.
         weights: `[D]`, the mode.
         precision: of the prior.
-        differences: `[N, D]`, scaled features of the first less those of the second image of each vote.
+        differences: `[N, D]`, scaled features of each vote's first image minus those of its second image.
         curvature: `[N]`, p (1 - p) of each vote at the mode.
         evidence: log probability of the votes under the model, up to a constant.
     """
@@ -67,11 +67,11 @@ class Fit:
     evidence: float
 
     def scaled(self, features: np.ndarray) -> np.ndarray:
-        """Features `[M, D]` as the model sees them."""
+        """Centred and scaled features, `[M, D]`."""
         return (features - self.center) / self.scale
 
     def utilities(self, features: np.ndarray) -> np.ndarray:
-        """`[M]`; 0 is the utility of the mean features."""
+        """Utilities of images, `[M]`; the utility of the mean features is 0."""
         return self.scaled(features) @ self.weights
 
 
@@ -130,12 +130,12 @@ def _laplace(
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many votes are predicted by fits that have not seen them.
+    """Number of votes that are predicted correctly in cross-validation.
 
     Attributes:
-        hits: votes predicted; a prediction of exactly 0.5 counts half.
-        tested: votes with a winner.
-        ties: votes without one, which are fitted but not tested.
+        hits: correctly predicted votes; a prediction of exactly 0.5 counts half.
+        tested: number of votes with a winner.
+        ties: number of ties, which are used for fitting but not tested.
     """
 
     hits: float
@@ -161,10 +161,10 @@ def wilson(hits: float, count: int) -> tuple[float, float]:
 
 
 def agreement(features: np.ndarray, votes: Comparisons, precision: float | None = None) -> Agreement | None:
-    """Agreement with votes left out, by cross-validation; None if there are fewer than `FEWEST` with a winner.
+    """Cross-validated agreement; None if there are fewer than `FEWEST` votes with a winner.
 
-    All votes on the same pair are left out together. Images occur in several pairs, so this measures how well new
-    pairs of the collection's images are predicted.
+    All votes on a pair are in the same fold. An image can occur in several pairs, so this measures how well new pairs
+    of known images are predicted.
 
     Args:
         precision: of the prior; None chooses it once, from all votes.
@@ -186,14 +186,14 @@ def agreement(features: np.ndarray, votes: Comparisons, precision: float | None 
 
 
 def _folds(votes: Comparisons) -> np.ndarray:
-    """`[N]`, the fold of each vote: equal for equal pairs, and in turn for new ones."""
+    """The fold of each vote, `[N]`; all votes on a pair are in the same fold."""
     pairs: dict[tuple[int, int], int] = {}
     keys = zip(np.minimum(votes.first, votes.second), np.maximum(votes.first, votes.second), strict=True)
     return np.array([pairs.setdefault(key, len(pairs)) % FOLDS for key in keys])
 
 
 def enough(found: Agreement | None, votes: int) -> str:
-    """Whether there are enough votes to train on, in words.
+    """A sentence on whether there are enough votes to train on.
 
     Args:
         votes: with a winner.
@@ -201,14 +201,14 @@ def enough(found: Agreement | None, votes: int) -> str:
     if found is None:
         return f"too few votes to tell: {votes} with a winner, and at least {FEWEST} are needed"
     low, high = found.interval
-    measured = f"agrees with {found.share:.0%} of the votes left out ({low:.0%} to {high:.0%})"
+    measured = f"predicts {found.share:.0%} of held-out votes (95% interval {low:.0%} to {high:.0%})"
     if low > ENOUGH:
         return f"enough to train on: {measured}"
     if low > SOME:
         return f"better than guessing, and more votes will help: {measured}"
     if votes < MANY:
-        return f"not yet better than guessing: {measured}; go on voting"
+        return f"not yet better than guessing: {measured}; vote on more pairs"
     return (
-        f"not better than guessing after {votes} votes: {measured}; these features may not show what you look at, so "
-        "choose another backbone"
+        f"not better than guessing after {votes} votes: {measured}; these features may not capture your preference, "
+        "so try another backbone"
     )

@@ -1,4 +1,4 @@
-"""Images and votes from elsewhere: folders, favourites; and export as one file."""
+"""Imports images and votes from folders into a collection, and exports a collection as a ZIP file."""
 
 import csv
 import hashlib
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 PAIRS_PER_FAVOURITE = 4
 MOST_FILES = 10_000
 _BATCH = 32
-"""Images added at a time; an interrupted import keeps what it had added."""
+"""Images added per batch; an interrupted import keeps the batches that were added."""
 
 
 @dataclass
 class Imported:
-    """What an import did.
+    """Result of an import.
 
     Attributes:
-        new, known: images that were added, and that were there already.
-        votes: that were added.
-        complaints: a sentence about each file that was left out.
+        new, known: number of images that were added, and that were in the collection already.
+        votes: number of votes that were added.
+        complaints: a warning for each file that was skipped.
     """
 
     new: int = 0
@@ -44,14 +44,14 @@ class Imported:
 
 
 def import_folder(collection: Collection, folder: Path, prompt: str = "", source: str = "") -> Imported:
-    """Add the images of a folder, not of its subfolders.
+    """Add the images of a folder, without subfolders.
 
     Args:
-        prompt: of every image that has no text file of its own name beside it, such as `fox.txt` for `fox.png`.
-        source: where they come from, in words; by default the folder's name.
+        prompt: prompt of the images that have no text file of the same name, such as `fox.txt` for `fox.png`.
+        source: where the images come from, in words; by default the name of the folder.
 
     Raises:
-        BadInput: the folder does not exist or holds no images.
+        BadInput: the folder does not exist or has no images.
         OSError: the disk is full or not writable.
     """
     result = Imported()
@@ -60,13 +60,13 @@ def import_folder(collection: Collection, folder: Path, prompt: str = "", source
 
 
 def import_favourites(collection: Collection, better: Path, worse: Path, prompt: str = "") -> Imported:
-    """Add the images of two folders, and votes which say that those of the first are better.
+    """Add the images of two folders, and votes for those of the first over those of the second.
 
-    Each image of `better` is compared with up to `PAIRS_PER_FAVOURITE` images of `worse`, and all of those are used
-    equally often. Importing the same folders again adds nothing.
+    Each image of `better` gets votes over up to `PAIRS_PER_FAVOURITE` images of `worse`, which are used about equally
+    often. Importing the same folders again adds nothing.
 
     Raises:
-        BadInput: a folder does not exist or holds no images, or they hold the same images.
+        BadInput: a folder does not exist or has no images, or an image is in both folders.
         OSError: the disk is full or not writable.
     """
     result = Imported()
@@ -74,16 +74,16 @@ def import_favourites(collection: Collection, better: Path, worse: Path, prompt:
     liked = _add(collection, files[0], prompt, f"favourites {better.name}", result)
     others = _add(collection, files[1], prompt, f"others {worse.name}", result)
     if shared := set(liked) & set(others):
-        raise BadInput(f"{better.name} and {worse.name} have {len(shared)} images in common, which cannot be better")
+        raise BadInput(f"{len(shared)} images are in both {better.name} and {worse.name}: remove them from one folder")
     pairs = balanced_pairs(sorted(set(liked)), sorted(set(others)))
     result.votes = collection.record([Vote(*pair, id=f"favourite-{_digest(pair)}") for pair in pairs])
     return result
 
 
 def balanced_pairs(better: list[str], worse: list[str]) -> list[tuple[str, str]]:
-    """Each element of `better` with up to `PAIRS_PER_FAVOURITE` different ones of `worse`, which share them evenly."""
+    """Pair each element of `better` with up to `PAIRS_PER_FAVOURITE` of `worse`, using those about equally often."""
     count = len(worse)
-    # A step that has no divisor in common with the length visits all of `worse` before any of them again.
+    # A step that is coprime to the length visits each element of `worse` once before repeating.
     step = next((n for n in range(len(better), len(better) + count + 1) if math.gcd(n, count) == 1), 0)
     turns = range(min(PAIRS_PER_FAVOURITE, count))
     return [(one, worse[(index + turn * step) % count]) for turn in turns for index, one in enumerate(better)]
@@ -94,10 +94,10 @@ def _digest(pair: tuple[str, str]) -> str:
 
 
 def export(collection: Collection, file: Path) -> None:
-    """Write a ZIP file with `images/`, `items.jsonl` and a `votes.csv` of the votes that count, with their prompts.
+    """Write a ZIP file with `images/`, `items.jsonl`, and `votes.csv` with the valid votes and their prompts.
 
     Raises:
-        OSError: the disk is full or not writable; an existing file is left as it was.
+        OSError: the disk is full or not writable; an existing file is not changed.
     """
     items, votes = collection.items()[0], collection.ledger().votes
     prompts = {item.image: item.prompt for item in items}
@@ -125,10 +125,10 @@ def export(collection: Collection, file: Path) -> None:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """Image files of a folder by name; symbolic links are left out, since they may lead anywhere.
+    """Image files of a folder, sorted by name. Symbolic links are ignored, because they may point outside.
 
     Raises:
-        BadInput: the folder does not exist, or holds no image, or too many.
+        BadInput: the folder does not exist, or has no images or too many.
     """
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder.name!r} to import images from")
@@ -137,9 +137,9 @@ def _image_files(folder: Path) -> list[Path]:
             e.name for e in entries if e.name.lower().endswith(SUFFIXES) and e.is_file(follow_symlinks=False)
         )
     if not found:
-        raise BadInput(f"folder {folder.name!r} holds no images: {', '.join(SUFFIXES)} files are imported")
+        raise BadInput(f"folder {folder.name!r} has no images: {', '.join(SUFFIXES)} files can be imported")
     if len(found) > MOST_FILES:
-        raise BadInput(f"folder {folder.name!r} holds {len(found)} images: at most {MOST_FILES} are imported at a time")
+        raise BadInput(f"folder {folder.name!r} has {len(found)} images: import at most {MOST_FILES} at a time")
     return [folder / name for name in found]
 
 
@@ -163,13 +163,13 @@ def _read(
         try:
             picture = open_image(file, file.name)
         except BadInput as error:
-            complaints.append(f"{file.name} is left out: {error}")
+            complaints.append(f"{file.name} was skipped: {error}")
             continue
         yield picture, _caption(file) or prompt, f"{source}: {file.name}"
 
 
 def _caption(file: Path) -> str:
-    """The text of the file beside an image that has its name and ends in `.txt`; empty if there is none."""
+    """The content of the `.txt` file of the same name as an image; empty if there is none."""
     text = file.with_suffix(".txt")
     if text.is_symlink() or not text.is_file():
         return ""

@@ -1,7 +1,7 @@
-"""A fixed description of an image's colours and layout: 260 numbers, no weights, differentiable.
+"""Hand-crafted features of an image's colours and layout: 260 numbers, without weights, differentiable.
 
 The image is averaged down to 64 x 64 and converted to OKLab, a colour space in which equal distances look about equally
-different (Ottosson 2020, https://bottosson.github.io/posts/oklab/). Its numbers are, in this order:
+different (Ottosson 2020, https://bottosson.github.io/posts/oklab/). The features are, in this order:
 
 - 100: histogram over 4 x 5 x 5 bins of (L, a, b). Each pixel is divided linearly between neighbouring bins, and the
   square root of each bin's share is taken, so that Euclidean distances are Hellinger distances.
@@ -17,11 +17,11 @@ SIDE = 64
 GRID = 4
 BINS = (4, 5, 5)
 _LOWEST, _HIGHEST = (0.0, -0.25, -0.25), (1.0, 0.25, 0.25)
-"""Centres of the first and the last bin of L, a, b; what lies beyond counts to the last."""
+"""Centres of the first and the last bin of L, a, b; values outside are clamped."""
 LAYOUT_WEIGHT, EDGE_WEIGHT = 0.5, 6.0
-"""Bring the second and the third group to about the same spread over images as the first."""
+"""Scale the second and the third group of features to about the same variance over images as the first."""
 _SMALLEST = 1e-4
-"""Added under roots, whose slope at 0 is infinite."""
+"""Added before taking roots, whose gradient at 0 is infinite."""
 
 _TO_CONES = (
     (0.4122214708, 0.5363325363, 0.0514459929),
@@ -36,7 +36,7 @@ _TO_LAB = (
 
 
 class PixelFeatures(nn.Module):
-    """The description as a network without weights: `[B, 3, H, W]` in [0, 1] to `[B, 260]` float32."""
+    """Computes the features: `[B, 3, H, W]` in [0, 1] to `[B, 260]` float32."""
 
     size = BINS[0] * BINS[1] * BINS[2] + 6 * GRID**2 + 4 * GRID**2
 
@@ -65,7 +65,7 @@ def _histogram(lab: Tensor) -> Tensor:
 
 
 def _memberships(values: Tensor, low: float, high: float, bins: int) -> Tensor:
-    """`[B, P, bins]`: how much of each value `[B, P]` belongs to each bin; linear between centres, the sum is 1."""
+    """Soft assignment of values `[B, P]` to bins, `[B, P, bins]`: linear between bin centres, with sum 1."""
     position = ((values - low) / (high - low) * (bins - 1)).clamp(0, bins - 1)
     return (1 - (position[..., None] - torch.arange(bins, device=values.device)).abs()).clamp(min=0)
 

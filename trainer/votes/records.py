@@ -1,4 +1,4 @@
-"""The lines of a collection's files: what they hold, how they are read, and how they are appended."""
+"""Reads and appends the lines of a collection's files, items.jsonl and votes.csv."""
 
 import csv
 import errno
@@ -37,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Vote:
-    """One answer about a pair; `better` and `worse` mean what they say only if there is a winner.
+    """A vote on a pair. For ties and skipped pairs the order of `better` and `worse` has no meaning.
 
     Attributes:
         id: empty in a hand-written file.
@@ -51,11 +51,11 @@ class Vote:
 
 @dataclass(frozen=True)
 class Undo:
-    """Takes back a vote.
+    """Cancels a vote.
 
     Attributes:
-        vote: the id of the vote.
-        id: of the undo itself.
+        vote: id of the vote.
+        id: id of the undo itself.
     """
 
     vote: str
@@ -63,18 +63,18 @@ class Undo:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether it is the name of an image file, without any way out of its folder."""
+    """Whether it is a valid image file name, without path separators."""
     return _IMAGE.fullmatch(name) is not None and name.lower().endswith(SUFFIXES) and ".." not in name
 
 
 def check_id(id: object) -> None:
-    """Raise BadInput unless it can be the id of a vote."""
+    """Raise BadInput unless it is a valid id for a vote."""
     if not isinstance(id, str) or not _ID.fullmatch(id):
-        raise BadInput(f"id {str(id)[:80]!r} cannot be used: it has 1 to 64 letters, digits, '-', '_' and '.'")
+        raise BadInput(f"id {str(id)[:80]!r} is invalid: use 1 to 64 letters, digits, '-', '_' and '.'")
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1; of a file that does not exist there are none."""
+    """Non-blank lines with their numbers, counted from 1; none if the file does not exist."""
     if not path.is_file() or path.is_symlink():
         return
     for number, line in enumerate(path.read_bytes().decode("utf-8-sig", "replace").split("\n"), 1):
@@ -83,16 +83,16 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def header(line: str) -> tuple[str, ...] | None:
-    """The columns, if the line names them."""
+    """The column names, if the line is a header."""
     columns = tuple(name.strip() for name in line.split(","))
     return columns if {"better", "worse"} <= set(columns) else None
 
 
 def read_row(line: str, columns: tuple[str, ...], files: set[str]) -> tuple[Vote | Undo | None, str]:
-    """What a row of `votes.csv` says, or None and the reason why it cannot be taken.
+    """Parse a row of `votes.csv`; returns None and the reason if it is invalid.
 
     Args:
-        columns: of the file.
+        columns: column names of the file.
         files: names of the images in the collection.
     """
     try:
@@ -100,16 +100,16 @@ def read_row(line: str, columns: tuple[str, ...], files: set[str]) -> tuple[Vote
     except csv.Error as error:
         return None, f"it is not CSV ({error})"
     if len(values) != len(columns):
-        return None, f"it has {len(values)} columns, and the header {len(columns)}"
+        return None, f"it has {len(values)} columns, but the header has {len(columns)}"
     row = {column: value.strip() for column, value in zip(columns, values, strict=True)}
     if row.get("id") and not _ID.fullmatch(row["id"]):
-        return None, f"{row['id'][:80]!r} is not an id"
+        return None, f"{row['id'][:80]!r} is not a valid id"
     if row.get("undo"):
         sound = row.get("id") and not row["better"] and not row["worse"]
-        return (Undo(row["undo"], row["id"]), "") if sound else (None, "an undo row has an id and no images")
+        return (Undo(row["undo"], row["id"]), "") if sound else (None, "an undo row must have an id and no images")
     marks = {kind: row.get(kind, "") for kind in ("tie", "skip")}
     if any(mark not in ("", "0", "1") for mark in marks.values()) or marks["tie"] == marks["skip"] == "1":
-        return None, "tie and skip are 1 or empty, and not both 1"
+        return None, "tie and skip must be 1, 0 or empty, and not both 1"
     if row["better"] == row["worse"]:
         return None, "both images are the same"
     for name in (row["better"], row["worse"]):
@@ -120,13 +120,13 @@ def read_row(line: str, columns: tuple[str, ...], files: set[str]) -> tuple[Vote
 
 
 def read_item(line: str, files: set[str]) -> tuple[Item | None, str]:
-    """What a line of `items.jsonl` says, or None and the reason why it cannot be taken."""
+    """Parse a line of `items.jsonl`; returns None and the reason if it is invalid."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None, "it is not JSON"
     if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-        return None, "it does not name an image"
+        return None, "it has no image name"
     if record["image"] not in files:
         return None, f"there is no image {record['image'][:80]!r}"
     prompt, source = record.get("prompt", ""), record.get("source", "")
@@ -145,13 +145,13 @@ def csv_line(values: Iterable[str]) -> str:
 
 
 def append(path: Path, lines: list[str]) -> None:
-    """Append lines and flush them to disk; all or none of them are there after an error. The caller holds the lock.
+    """Append lines and flush them to disk, either all or none of them. The caller holds the lock.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     created = not path.exists()
-    with path.open("ab+", buffering=0) as file:  # a buffer would be written once more on closing, after an error too
+    with path.open("ab+", buffering=0) as file:  # a buffer would be flushed on closing, even after an error
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         whole = file.read(1) in (b"", b"\n")
@@ -168,7 +168,7 @@ def append(path: Path, lines: list[str]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the names of new files to disk; Windows does so by itself."""
+    """Flush the directory entries of new files to disk; not needed on Windows."""
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)

@@ -1,9 +1,9 @@
-"""Which pair to show next: the one whose vote is expected to say most about the weights of the fit.
+"""Active selection of the next pair: the one whose vote is expected to give most information about the weights.
 
 The measure is the mutual information between the vote and the weights, also known as BALD (Houlsby et al. 2011,
-arXiv 1112.5745), under the Laplace approximation: the entropy of the predicted vote less its expected entropy once the
-weights are known. It is high where the prediction is near one half because the weights are uncertain, and low where it
-is near one half because the images are equally good.
+arXiv 1112.5745), under the Laplace approximation: the entropy of the predicted vote minus its expected entropy given
+the weights. It is high if the prediction is near 0.5 because the weights are uncertain, and low if it is near 0.5
+because the images are equally good.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,12 +15,12 @@ from ..utils.seeds import derive
 from .fit import Fit
 
 CANDIDATES = 2000
-"""Pairs that are compared; a random sample of all pairs if there are more."""
+"""Largest number of candidate pairs; if there are more pairs, a random sample is used."""
 NODES = 15
-"""Of the Gauss-Hermite quadrature over a pair's predicted difference in utility."""
+"""Nodes of the Gauss-Hermite quadrature over a pair's predicted difference in utility."""
 
 Pair = tuple[int, int]
-"""Rows of the features, the smaller one first."""
+"""Row indices of two images, the smaller one first."""
 
 
 def pair(first: int, second: int) -> Pair:
@@ -38,16 +38,16 @@ def next_pairs(
 ) -> list[Pair]:
     """The next pairs to vote on, the most informative first; fewer than `count` if there are no more.
 
-    Pairs of images of one prompt come first, as long as there are any that have not been shown: only they say which of
-    two answers to a prompt is better.
+    Pairs of images of the same prompt come first, as long as there are any that have not been shown, because training
+    also compares images of the same prompt.
 
     Args:
         features: `[M, D]` float64, a row per image.
-        fitted: to the votes so far; `random` needs none.
-        prompts: M texts.
-        shown: pairs that must not come again.
-        mode: `random` draws from the same candidates, for comparison.
-        seed: of the draw of candidates.
+        fitted: fit to the votes so far; not needed for `random`.
+        prompts: M prompts.
+        shown: pairs that must not be returned.
+        mode: `random` draws from the same candidates at random.
+        seed: seed of the random sample of candidates.
     """
     candidates = _candidates(prompts, shown, seed)
     if mode == "random" or len(candidates) == 0:
@@ -63,7 +63,7 @@ def next_pairs(
         gain[chosen] = -np.inf
         best = int(gain.argmax())
         chosen.append(best)
-        # The next one is chosen as if this one had been voted on; the variance does not depend on how.
+        # Choose the next pair as if this one had been voted on; the variance does not depend on the vote.
         probability = 1 / (1 + np.exp(-mean[best]))
         seen = np.vstack([seen, differences[best]])
         curvature = np.append(curvature, probability * (1 - probability))
@@ -71,7 +71,7 @@ def next_pairs(
 
 
 def information(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """Mutual information, in nats, between a vote and the weights, for a difference in utility of that distribution."""
+    """Mutual information in nats between a vote and the weights, for Gaussian differences in utility."""
     from scipy.special import entr, expit
 
     nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
@@ -97,7 +97,7 @@ def _variance(differences: np.ndarray, seen: np.ndarray, curvature: np.ndarray, 
 
 
 def _candidates(prompts: Sequence[str], shown: Collection[Pair], seed: int) -> np.ndarray:
-    """Up to `CANDIDATES` pairs `[C, 2]` in random order: of one prompt if there are any, else of all images."""
+    """Up to `CANDIDATES` pairs `[C, 2]` in random order: of the same prompt if there are any, else of all images."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(index)
@@ -111,7 +111,7 @@ def _candidates(prompts: Sequence[str], shown: Collection[Pair], seed: int) -> n
 
 
 def _pairs(groups: list[list[int]], shown: int, random: np.random.Generator) -> np.ndarray:
-    """Different pairs `[C, 2]` within groups, in random order: all, or as many as are enough without the shown ones."""
+    """Distinct pairs `[C, 2]` within groups in random order: all pairs, or a sample that is large enough."""
     members = [np.array(group) for group in groups if len(group) > 1]
     sizes = np.array([len(group) * (len(group) - 1) // 2 for group in members])
     if sizes.sum() <= 10 * CANDIDATES + shown:

@@ -1,4 +1,4 @@
-"""Collections of images and votes on disk: append-only, and safe with several processes at once.
+"""Collections of images and votes on disk: append-only, and safe for concurrent processes.
 
 A collection is a folder:
 
@@ -35,21 +35,21 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LONGEST_SIDE = 2048
-"""Pixels to which larger images are reduced."""
+"""Longest side of stored images in pixels; larger images are scaled down."""
 LONGEST_PROMPT = 10_000
 PATIENCE = 30.0
-"""Seconds to wait for another process that writes to the collection."""
+"""Seconds to wait for the lock of a collection."""
 BIN = ".bin"
-"""Where deleted collections lie."""
+"""Folder of deleted collections."""
 
 
 @dataclass(frozen=True)
 class Added:
-    """Images that were given to a collection.
+    """Result of adding images to a collection.
 
     Attributes:
-        names: of each in the collection, in the order given.
-        new: how many were not there before.
+        names: file names of the images in the collection, in the order given.
+        new: number of images that were not in the collection before.
     """
 
     names: list[str]
@@ -58,12 +58,12 @@ class Added:
 
 @dataclass
 class Ledger:
-    """What `votes.csv` says.
+    """The content of `votes.csv`.
 
     Attributes:
-        votes: those that count, oldest first.
-        ids: every id that is taken, also by votes that were undone and by undos.
-        complaints: a sentence about each row that was left out.
+        votes: votes that were not undone, oldest first.
+        ids: all votes and undos by id, including votes that were undone.
+        complaints: a warning for each row that was ignored.
     """
 
     votes: list[Vote] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Ledger:
     complaints: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
-        """How many votes have a winner, are ties, and are skipped pairs."""
+        """Number of votes with a winner, of ties, and of skipped pairs."""
         kinds = [vote.kind for vote in self.votes]
         return {"winners": kinds.count("winner"), "ties": kinds.count("tie"), "skips": kinds.count("skip")}
 
@@ -80,7 +80,7 @@ class Collection:
     """A folder of images and votes.
 
     Raises:
-        BadInput: the folder is not one.
+        BadInput: the folder is not a collection.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,7 +94,7 @@ class Collection:
     # ------------------------------------------------------------------------------------------------------- reading
 
     def files(self) -> set[str]:
-        """Names of the image files; symbolic links are left out, since they may lead anywhere."""
+        """Names of the image files. Symbolic links are ignored, because they may point outside."""
         try:
             entries = os.scandir(self.images)
         except FileNotFoundError as error:
@@ -106,7 +106,7 @@ class Collection:
         """The file of an image.
 
         Raises:
-            BadInput: the name cannot be one, or there is no such file, or it is a symbolic link.
+            BadInput: the name is invalid, or the file does not exist or is a symbolic link.
         """
         if not isinstance(name, str) or not records.is_image_name(name):
             raise BadInput(f"image {str(name)[:80]!r} is not the name of an image file")
@@ -116,9 +116,9 @@ class Collection:
         return path
 
     def items(self) -> tuple[list[Item], list[str]]:
-        """The images in the order in which they came, and a sentence about each line that was left out.
+        """The images in the order in which they were added, and a warning for each line that was ignored.
 
-        Image files that no line names come last, without a prompt.
+        Image files without a line in items.jsonl come last, with an empty prompt.
         """
         found, complaints = self._listed()
         rest = sorted(self.files() - {item.image for item in found})
@@ -130,19 +130,19 @@ class Collection:
         for number, line in records.lines(self.items_file):
             item, reason = records.read_item(line, files)
             if item is None:
-                complaints.append(f"items.jsonl, line {number} is left out: {reason}")
+                complaints.append(f"items.jsonl, line {number} is ignored: {reason}")
             else:
                 found.setdefault(item.image, item)
         return list(found.values()), complaints
 
     def ledger(self) -> Ledger:
-        """The votes that count."""
+        """Read `votes.csv`."""
         found, files, rows = Ledger(), self.files(), list(records.lines(self.votes_file))
         columns = records.header(rows[0][1]) if rows else None
         for number, line in rows if columns is None else rows[1:]:
             row, reason = records.read_row(line, columns or COLUMNS, files)
             if row is None:
-                found.complaints.append(f"votes.csv, line {number} is left out: {reason}")
+                found.complaints.append(f"votes.csv, line {number} is ignored: {reason}")
             elif row.id == "":
                 found.votes.append(row)
             elif row.id not in found.ids:
@@ -156,10 +156,10 @@ class Collection:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other threads and processes from writing.
+        """Hold the lock of the collection for writing.
 
         Raises:
-            BadInput: another one has been writing for too long, or the collection has been deleted.
+            BadInput: the lock was not free in time, or the collection has been deleted.
         """
         with locked(self.folder):
             if not self.images.is_dir():
@@ -167,7 +167,7 @@ class Collection:
             yield
 
     def add(self, pictures: Iterable[tuple["Image.Image", str, str]]) -> Added:
-        """Add images. An image that is there already keeps its prompt.
+        """Add images. An image that is already in the collection keeps its prompt.
 
         Args:
             pictures: image, prompt and source of each.
@@ -187,7 +187,7 @@ class Collection:
         return Added([item.image for item in given], len(new))
 
     def _write(self, picture: "Image.Image") -> str:
-        """Write an image unless it is there; returns its name."""
+        """Write an image file unless it exists; returns its name."""
         picture = picture.convert("RGB")
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
@@ -197,11 +197,11 @@ class Collection:
         return path.name
 
     def record(self, votes: Sequence[Vote]) -> int:
-        """Append votes; returns how many were not there before, under the same id.
+        """Append votes; returns the number of votes whose id is new.
 
         Raises:
-            BadInput: an image is not in the collection, or an id cannot be used or belongs to another vote. No vote is
-                appended then.
+            BadInput: an image is not in the collection, or an id is invalid or belongs to another vote. In this case no
+                vote is appended.
             OSError: the disk is full or not writable.
         """
         files = self.files()
@@ -224,14 +224,14 @@ class Collection:
         return len(new)
 
     def undo(self, id: str, vote: str | None = None) -> str | None:
-        """Take back a vote; returns its id, or None if there is none to take back.
+        """Cancel a vote; returns its id, or None if there is no vote to cancel.
 
         Args:
-            id: of this undo; repeating it changes nothing more.
-            vote: id of the vote; None takes back the newest that counts.
+            id: id of this undo; repeating a call with it has no further effect.
+            vote: id of the vote; None for the newest vote that was not undone.
 
         Raises:
-            BadInput: there is no vote of that id, or `id` cannot be used or belongs to something else.
+            BadInput: there is no vote with that id, or `id` is invalid or already in use.
             OSError: the disk is full or not writable.
         """
         records.check_id(id)
@@ -245,20 +245,20 @@ class Collection:
             if vote is None:
                 vote = next((one.id for one in reversed(ledger.votes) if one.id), None)
             elif not isinstance(ledger.ids.get(vote), Vote):
-                raise BadInput(f"there is no vote of the id {str(vote)[:80]!r}")
+                raise BadInput(f"there is no vote with the id {str(vote)[:80]!r}")
             if vote is not None:
                 self._append_rows([{"undo": vote, "id": id}])
         return vote
 
     def _append_rows(self, rows: list[dict[str, str]]) -> None:
-        """Append rows, by column; their time is now."""
+        """Append rows, given as values by column, with the current time."""
         if not rows:
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         found = list(records.lines(self.votes_file))
         columns = (records.header(found[0][1]) if found else None) or COLUMNS
         if missing := tuple(column for column in COLUMNS if column not in columns):
-            # Written by hand: the only case in which the file is replaced, by one with empty columns added.
+            # A hand-written file: rewrite it once, with the missing columns added.
             columns += missing
             wider = [records.csv_line(columns), *(line + "," * len(missing) for _, line in found[1:])]
             write_atomically(self.votes_file, "".join(f"{line}\n" for line in wider))
@@ -290,7 +290,7 @@ def _exists(root: Path, name: str) -> bool:
 def find(root: Path, name: str) -> Collection:
     """
     Raises:
-        BadInput: the name cannot be one, or there is no such collection.
+        BadInput: the name is invalid, or there is no such collection.
     """
     if not _exists(root, check_name(name, "collection")):
         known = ", ".join(names(root)) or "none"
@@ -299,45 +299,45 @@ def find(root: Path, name: str) -> Collection:
 
 
 def create(root: Path, name: str) -> Collection:
-    """Make a collection, or open the one that is there.
+    """Create a collection, or open an existing one.
 
     Raises:
-        BadInput: the name cannot be one, or belongs to something else.
+        BadInput: the name is invalid, or the folder exists and is not a collection.
         OSError: the disk is not writable.
     """
     folder = root / check_name(name, "collection")
     if (folder.is_symlink() or folder.exists()) and not _exists(root, name):
-        raise BadInput(f"collection {name!r} cannot be made: {folder} is there and is something else")
+        raise BadInput(f"collection {name!r} cannot be created: {folder} exists and is not a collection")
     with locked(folder):
         (folder / "images").mkdir(parents=True, exist_ok=True)
     return find(root, name)
 
 
 def delete(root: Path, name: str) -> None:
-    """Move a collection to the bin, from where `restore` brings it back.
+    """Move a collection to the folder of deleted collections; `restore` is the inverse.
 
     Raises:
-        BadInput: there is none of that name.
+        BadInput: there is no collection of that name.
     """
     folder = find(root, name).folder
     with locked(folder):
         if not folder.is_dir():
             return
         (root / BIN).mkdir(exist_ok=True)
-        # The number of nanoseconds has as many digits each time, so the names sort by time.
+        # The time makes the name unique, and tells `restore` which collection was deleted last.
         folder.rename(root / BIN / f"{name}.{time.time_ns()}")
 
 
 def restore(root: Path, name: str) -> Collection:
-    """Bring back the collection of that name that was deleted last.
+    """Restore the most recently deleted collection of that name.
 
     Raises:
-        BadInput: there is none in the bin, or there is another one of that name.
+        BadInput: there is no deleted collection of that name, or a collection of that name exists.
     """
     folder = root / check_name(name, "collection")
     with locked(folder):
         if folder.exists():
-            raise BadInput(f"there is a collection named {name!r} already: delete or rename it first")
+            raise BadInput(f"there is already a collection named {name!r}: delete or rename it first")
         deleted = [path for path in (root / BIN).glob("*") if path.stem == name and path.suffix[1:].isdigit()]
         if not deleted:
             raise BadInput(f"there is no deleted collection named {name!r}")
@@ -347,10 +347,10 @@ def restore(root: Path, name: str) -> Collection:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a collection. The lock file lies beside the folder, so that the folder can be moved.
+    """Hold the lock of a collection. The lock file is outside the folder, so that the folder can be moved.
 
     Raises:
-        BadInput: somebody else has held it for `PATIENCE` seconds.
+        BadInput: the lock was not free within `PATIENCE` seconds.
     """
     locks = folder.parent / ".locks"
     locks.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What makes networks written for sampling trainable: no change in place, and blocks that are computed twice."""
+"""Makes ComfyUI's networks trainable: in-place operations run out of place, and blocks are checkpointed."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -18,11 +18,11 @@ _NORMS = (torch.rms_norm, torch.nn.functional.rms_norm)
 
 
 class OutOfPlace(TorchFunctionMode):
-    """Inside, `x += y` makes a new tensor, so that what the backward pass needs stays.
+    """In this context `x += y` creates a new tensor, so that tensors saved for the backward pass do not change.
 
-    `x += y` binds x to the result, so the meaning is kept. A call of `x.add_(y)` for its effect alone would be lost:
-    compare the training forward pass with plain inference once (`trainer.preflight`). Norms get a copy of their input,
-    because LTX-Video adds to it in place afterwards, in a way (`addcmul_`) that cannot be replaced.
+    `x += y` assigns the result to x, so its meaning does not change. A bare call `x.add_(y)` would have no effect, so
+    `trainer.preflight` compares a training forward pass with plain inference. Norms get a copy of their input, because
+    LTX-Video changes it afterwards with `addcmul_`, which cannot be replaced.
     """
 
     def __torch_function__(
@@ -36,7 +36,7 @@ class OutOfPlace(TorchFunctionMode):
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost repeated parts of a network: elements of its module lists, and a UNet's residual blocks."""
+    """The outermost blocks of a network: elements of its module lists, and a UNet's residual blocks."""
     found: list[nn.Module] = []
 
     def look(module: nn.Module, inside_list: bool) -> None:
@@ -56,7 +56,7 @@ def _is_residual(module: nn.Module) -> bool:
 
 
 def checkpoint_blocks(network: nn.Module) -> int:
-    """Let the backward pass compute each block again in place of keeping what is inside it; returns how many."""
+    """Enable gradient checkpointing for each block; returns the number of blocks."""
     wrapped = blocks(network)
     for block in wrapped:
         block.forward = _checkpointed(block.forward)
@@ -68,7 +68,7 @@ def _checkpointed(forward: Callable) -> Callable:
 
     @wraps(forward)
     def run(*arguments: Any, **keywords: Any) -> Any:
-        with OutOfPlace():  # here, because the second time nobody else is around
+        with OutOfPlace():  # also needed when the block is recomputed
             return forward(*arguments, **keywords)
 
     @wraps(forward)

@@ -1,4 +1,4 @@
-"""Conditions as ComfyUI's CONDITIONING: an entry per prompt, with whatever text encoders and nodes put into it."""
+"""Conditions in the form of ComfyUI's CONDITIONING: one entry per prompt, with everything encoders and nodes added."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from ...utils.errors import BadInput
 from ..base import Conditions
 
 Entry = dict[str, Any]
-"""By name: tensors (with a batch of one where they belong to the prompt), numbers, texts, None, lists and dicts."""
+"""By name: tensors (with batch size 1), numbers, strings, None, and lists and dicts of these."""
 
 
 @dataclass(frozen=True)
 class EntryConditions(Conditions):
-    """Conditions of N rows whose shapes may differ, so that texts of any length need no padding.
+    """Conditions of N rows whose shapes may differ, so that prompts of different lengths need no padding.
 
     Attributes:
         tensors: unused.
         entries: the distinct entries; several rows may share one.
-        index: `[N]` long on the CPU, the entry of each row.
+        index: `[N]` long on the CPU, index of each row's entry.
     """
 
     tensors: dict[str, Tensor]
@@ -58,9 +58,9 @@ class EntryConditions(Conditions):
         return self
 
     def groups(self) -> Iterator[tuple[Tensor, Entry]]:
-        """Each entry with the indices of its rows. Entries are copied, because some models scale them in place.
+        """Each entry with the indices of its rows. Entries are copied, because some models change them in place.
 
-        Entries are not batched: some models sum over the whole batch, for example to count its tokens.
+        Different entries are not batched, because some models reduce over the whole batch, for example to count tokens.
         """
         for number, entry in enumerate(self.entries):
             rows = (self.index == number).nonzero().flatten()
@@ -85,7 +85,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def check_entry(entry: Entry) -> None:
     """
     Raises:
-        BadInput: it carries an object that cannot be stored, such as a ControlNet.
+        BadInput: it contains an object that cannot be stored, such as a ControlNet.
     """
 
     def walk(value: Any, name: str) -> None:
@@ -97,8 +97,7 @@ def check_entry(entry: Entry) -> None:
                 walk(part, name)
         elif not (value is None or isinstance(value, Tensor | bool | int | float | str)):
             raise BadInput(
-                f"conditioning carries {name!r} ({type(value).__name__}), which cannot be stored for training: "
-                "disconnect the node that adds it"
+                f"conditioning contains {name!r}, which cannot be stored for training: disconnect the node that adds it"
             )
 
     for name, value in entry.items():
@@ -106,10 +105,10 @@ def check_entry(entry: Entry) -> None:
 
 
 def as_data(value: Any, tensor: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """An entry as JSON data that `from_data` turns back; every value is labelled with its kind.
+    """Convert an entry to JSON data, with a type label for each value; `from_data` is the inverse.
 
     Args:
-        tensor: gives the JSON data that stands for a tensor.
+        tensor: returns the JSON data for a tensor.
     """
     if isinstance(value, Tensor):
         return {"tensor": tensor(value)}
@@ -124,7 +123,7 @@ def from_data(data: Any, tensor: Callable[[Any], Tensor]) -> Any:
     """The inverse of `as_data`.
 
     Raises:
-        AttributeError, KeyError, TypeError, ValueError: it is not of that form.
+        AttributeError, KeyError, TypeError, ValueError: the data is malformed.
     """
     ((kind, value),) = data.items()
     if kind == "tensor":

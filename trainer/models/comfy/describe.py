@@ -1,4 +1,4 @@
-"""MODEL and VAE of core's loaders, described so that the trainer's process can load them again."""
+"""Describes a MODEL and a VAE of core's loaders, so that the training process can load them again."""
 
 import typing
 from collections import Counter
@@ -33,23 +33,23 @@ def describe(
     vae_node: dict | None,
     nodes_above: Iterator[dict],
 ) -> dict:
-    """The `graph` section of a model's description.
+    """The section `model.graph` for a connected model.
 
     Args:
         model: a MODEL.
         vae: a VAE.
-        scheduler: ComfyUI's name of one.
-        sigmas: SIGMAS, in place of it.
-        vae_node: the node that `vae` comes from, for a ComfyUI whose VAE does not say where it is from.
-        nodes_above: all nodes above `model`.
+        scheduler: name of a ComfyUI scheduler.
+        sigmas: SIGMAS, used instead of the scheduler.
+        vae_node: the node that `vae` comes from, for ComfyUI versions whose VAE does not record its loader.
+        nodes_above: all upstream nodes of `model`.
 
     Raises:
-        BadInput: something that cannot be repeated, carried over or trained.
+        BadInput: the training process cannot reproduce the model, or it cannot be trained.
     """
     folder = Path(folder_paths.__file__).resolve().parent
     require_version(folder)
     if vae is None:
-        raise BadInput("vae is not connected: a connected model needs its VAE")
+        raise BadInput("vae is not connected: connect the VAE of the connected model")
     loader, file, options = _network(model)
     vae_loader, vae_file = _vae(vae, vae_node)
     _refuse_other_patches(model)
@@ -74,7 +74,7 @@ def describe(
 
 
 def check_size(model: object, config: ModelConfig) -> None:
-    """Raise BadInput for a height, width or number of frames that the model cannot take."""
+    """Raise BadInput for a height, width or number of frames that the model does not support."""
     latent_shape(model.model.latent_format, config)
 
 
@@ -86,12 +86,12 @@ def _network(model: object) -> tuple[str, str, dict]:
     function, arguments, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
     loader = _known(function, _MODEL_LOADERS)
     if loader is None:
-        raise BadInput(f"the connected model comes from a loader that training cannot repeat: {REPEATABLE}")
+        raise BadInput(f"the connected model comes from a loader that training does not support: {REPEATABLE}")
     options = arguments[1] if loader == "diffusion_model" else arguments[6]
     if unknown := set(options) - {"dtype"}:
         raise BadInput(
-            f"the model is loaded with {', '.join(sorted(unknown))}, which training cannot repeat: set the loader's "
-            "weight_dtype to default, fp8_e4m3fn or fp8_e5m2"
+            f"the model is loaded with {', '.join(sorted(unknown))}, which training does not support: set weight_dtype "
+            "of the loader to default, fp8_e4m3fn or fp8_e5m2"
         )
     return loader, _inside(arguments[0], loader), options
 
@@ -107,12 +107,12 @@ def _vae(vae: object, node: dict | None) -> tuple[str, str]:
     name = node["inputs"].get(field) if loader else None
     file = folder_paths.get_full_path(_FOLDERS[loader], name) if isinstance(name, str) else None
     if file is None:
-        raise BadInput(f"the connected VAE comes from a loader that training cannot repeat: {REPEATABLE}")
+        raise BadInput(f"the connected VAE comes from a loader that training does not support: {REPEATABLE}")
     return loader, _inside(file, loader)
 
 
 def _known(function: Callable | None, loaders: dict[str, str]) -> str | None:
-    """The name of one of core's own loaders; a graph cannot make the trainer call anything else."""
+    """The name of a loader of core; None for any other function, which the trainer must not call."""
     name = getattr(function, "__name__", None)
     return loaders[name] if name in loaders and function is getattr(comfy.sd, name, None) else None
 
@@ -121,17 +121,17 @@ def _inside(file: str, loader: str) -> str:
     """The file's full path.
 
     Raises:
-        BadInput: it is in none of ComfyUI's folders for it.
+        BadInput: it is outside of ComfyUI's folders for this type.
     """
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(_FOLDERS[loader])] + [WEIGHTS]
     path = Path(file).absolute()
     if ".." in path.parts or not any(folder.absolute() in path.parents for folder in folders):
-        raise BadInput(f"{file} lies outside ComfyUI's folders for {_FOLDERS[loader]}: move it there")
+        raise BadInput(f"{file} is outside of ComfyUI's folders for {_FOLDERS[loader]}: move it there")
     return str(path)
 
 
 def _weights(model: object, options: dict) -> str | None:
-    """The type of the weights as they are loaded here."""
+    """The dtype of the loaded weights; None if they are quantized."""
     chosen = options.get("dtype")
     if chosen is None and getattr(model.model.model_config, "quant_config", None) is not None:
         return None
@@ -144,7 +144,7 @@ def _weights(model: object, options: dict) -> str | None:
 
 
 def _refuse_other_patches(model: object) -> None:
-    """Everything but weights and noise levels: it would silently be missing in training."""
+    """Refuse all other patches, because they would silently be missing in training."""
     found = [name for name in model.object_patches if name != "model_sampling"]
     found += [name for name, value in model.model_options.items() if value]
     for name in ("weight_wrapper_patches", "hook_patches", "injections", "attachments", "additional_models"):
@@ -155,16 +155,16 @@ def _refuse_other_patches(model: object) -> None:
             found.append(name)
     if found:
         raise BadInput(
-            f"a node changed the model in a way that training cannot carry over ({', '.join(found)}): connect it "
-            "behind the training instead"
+            f"a node before GRPO Base Model patches the model in a way that training does not support "
+            f"({', '.join(found)}): remove it, or use it only after training"
         )
 
 
 def _loras(model: object, nodes_above: Iterator[dict]) -> list[dict]:
-    """The LoRAs in the model's weights, the first applied first.
+    """The LoRAs in the model's weights, in the order in which they were applied.
 
     Raises:
-        BadInput: patches of weights that core's LoRA loaders above do not explain.
+        BadInput: the weights have patches that are not from core's LoRA loaders.
     """
     if not model.patches:
         return []
@@ -174,8 +174,8 @@ def _loras(model: object, nodes_above: Iterator[dict]) -> list[dict]:
     actual = Counter((key, float(patch[0])) for key, patches in model.patches.items() for patch in patches)
     if actual != expected:
         raise BadInput(
-            "a node changed the model's weights in a way that training cannot carry over: only LoRAs of core's Load "
-            "LoRA with typed-in names and strengths can be"
+            "a node before GRPO Base Model patches the model's weights: only core's Load LoRA is supported, with name "
+            "and strength set in its widgets"
         )
     return loras
 
@@ -184,12 +184,12 @@ def _lora(inputs: dict) -> dict:
     name, strength = inputs.get("lora_name"), inputs.get("strength_model")
     file = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
     if file is None or not isinstance(strength, int | float):
-        raise BadInput("a LoRA's name or strength comes from another node: type it in, so that training can repeat it")
+        raise BadInput("the name or strength of a Load LoRA is connected to another node: set it in the widget")
     return {"file": str(Path(file).absolute()), "strength": float(strength)}
 
 
 def _lora_keys(model: object, lora: dict) -> list[tuple[str, float]]:
-    """Which weights a LoRA changes, and how strongly."""
+    """The keys of the weights that a LoRA changes, with its strength."""
     weights = comfy.utils.load_torch_file(lora["file"], safe_load=True)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     loaded = comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), names)
@@ -200,7 +200,7 @@ def _lora_keys(model: object, lora: dict) -> list[tuple[str, float]]:
 
 
 def nodes_above(get_node: Callable[[str], dict], link: object) -> Iterator[dict]:
-    """All nodes from a MODEL's own up to its loader, by their `model` inputs."""
+    """All upstream nodes of a MODEL up to its loader, along their `model` inputs."""
     while isinstance(link, list) and len(link) == 2 and isinstance(link[0], str):
         node = get_node(link[0])
         yield node

@@ -1,6 +1,6 @@
-"""What a model of a ComfyUI graph is made of: loaded again as it was, or refused in words.
+"""Loads and checks the parts of a model of a ComfyUI graph.
 
-ComfyUI's modules are handed in: `comfy` stands for all of them, `kinds` for `comfy.model_sampling`.
+ComfyUI's modules are passed as arguments: `comfy` has all of them, `kinds` is `comfy.model_sampling`.
 """
 
 import re
@@ -17,7 +17,7 @@ from ...utils.errors import BadInput
 
 
 def load_network(graph: GraphModel, comfy: SimpleNamespace) -> Any:
-    """What core's loader gives for these files, with the graph's LoRAs in its weights and the graph's noise levels."""
+    """Load the model with core's loader, merge the graph's LoRAs, and set the graph's model sampling."""
     options = {} if graph.weights is None else {"dtype": getattr(torch, graph.weights)}
     try:
         if graph.loader == "diffusion_model":
@@ -31,7 +31,7 @@ def load_network(graph: GraphModel, comfy: SimpleNamespace) -> Any:
     for lora in graph.loras:
         patcher = _with_lora(patcher, lora.file, lora.strength, comfy)
     if graph.loras:
-        patcher.patch_model()  # into the weights for good: names change when the trained LoRA is added
+        patcher.patch_model()  # merge: weight names change when the trained LoRA is added
         patcher = comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, patcher.offload_device)
     if graph.sampling is not None:
         patcher.model.model_sampling = build_sampling(graph.sampling, patcher.model.model_config, comfy.model_sampling)
@@ -45,7 +45,7 @@ def _with_lora(patcher: Any, file: str, strength: float, comfy: SimpleNamespace)
 
 
 def load_vae(graph: GraphModel, comfy: SimpleNamespace) -> Any:
-    """What core's loader gives for the VAE's file."""
+    """Load the VAE with core's loader."""
     try:
         if graph.vae_loader == "checkpoint":
             vae = comfy.sd.load_checkpoint_guess_config(graph.vae_file, output_clip=False, output_model=False)[2]
@@ -63,7 +63,7 @@ _PREDICTS = {"flow": "CONST", "noise": "EPS", "v": "V_PREDICTION"}
 
 
 def build_sampling(description: GraphSampling, model_config: Any, kinds: ModuleType) -> Any:
-    """A `model_sampling` as core's own nodes make it."""
+    """Create a `model_sampling` as core's ModelSampling nodes do."""
     kind, predicts = getattr(kinds, _KINDS[description.kind]), getattr(kinds, _PREDICTS[description.predicts])
     sampling = type("GraphSampling", (kind, predicts), {})(model_config)
     given = {"shift": description.shift, "multiplier": description.multiplier}
@@ -74,16 +74,16 @@ def build_sampling(description: GraphSampling, model_config: Any, kinds: ModuleT
 
 
 def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
-    """The description from which `build_sampling` makes an equal one.
+    """A description from which `build_sampling` creates an equal object.
 
     Raises:
-        BadInput: it is of another kind, or has noise levels of its own.
+        BadInput: it is of an unsupported kind, or has custom noise levels.
     """
     known = [name for name in _KINDS if any(c.__name__ == _KINDS[name] for c in type(sampling).__mro__[1:])]
     meant = [name for name in _PREDICTS if getattr(kinds, _PREDICTS[name]) in type(sampling).__mro__]
     if not known or not meant:
         names = ", ".join(kind.__name__ for kind in type(sampling).__mro__[1:3])
-        raise BadInput(f"a node changed the model's sampling ({names}), which training cannot carry over")
+        raise BadInput(f"a node sets a model sampling that training does not support ({names}): remove the node")
     found = {"kind": known[0], "predicts": meant[-1]}  # v is also a kind of noise prediction
     for name in ("shift", "multiplier"):
         if hasattr(sampling, name):
@@ -95,45 +95,45 @@ def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
 
 
 def process_of(sampling: Any, kinds: ModuleType) -> Process:
-    """The process of a `model_sampling`: FLOW for a flow model, VP for one of noise levels x0 + s noise.
+    """The process of a `model_sampling`: FLOW for flow models, VP for models with latents x0 + s noise.
 
     Raises:
-        BadInput: it is neither.
+        BadInput: it is neither of them.
     """
     names = [kind.__name__ for kind in type(sampling).__mro__]
     if getattr(sampling, "noise_scale", 1.0) != 1.0 or getattr(sampling, "zsnr", False):
-        raise BadInput(f"the model's noise ({names[1]}) is scaled or has zero signal at its end: it cannot be trained")
+        raise BadInput(f"models with scaled noise or zero terminal SNR cannot be trained ({names[1]})")
     if isinstance(sampling, kinds.CONST) and "IMG_TO_IMG_FLOW" not in names and "ModelSamplingAV" not in names:
         return FLOW
     if isinstance(sampling, kinds.EPS) and "IMG_TO_IMG" not in names:
         return VP
-    raise BadInput(f"the model's sampling ({', '.join(names[1:3])}) is neither that of flow nor of noise prediction")
+    raise BadInput(f"the model ({', '.join(names[1:3])}) is neither a flow nor an epsilon or v-prediction model")
 
 
 def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of one image's or video's latents, by the model's own latent format.
+    """Shape of the latents of one image or video, from the model's latent format.
 
     Raises:
-        BadInput: a height, width or number of frames that it cannot take.
+        BadInput: the model does not support the height, width or number of frames.
     """
     step, frame_step = latent_format.spacial_downscale_ratio, latent_format.temporal_downscale_ratio
     for name, size in (("height", config.height), ("width", config.width)):
         if size % step:
-            raise BadInput(f"model.{name} is {size}: this model takes multiples of {step}")
+            raise BadInput(f"model.{name} is {size}: it must be a multiple of {step} for this model")
     size = (config.height // step, config.width // step)
     if latent_format.latent_dimensions == 2:
         if config.frames != 1:
-            raise BadInput(f"model.frames is {config.frames}: this model makes images; give 1")
+            raise BadInput(f"model.frames is {config.frames}: it must be 1, because this model generates images")
         return (latent_format.latent_channels, *size)
     if latent_format.latent_dimensions != 3:
-        raise BadInput("this model makes neither images nor videos")
+        raise BadInput("this model generates neither images nor videos and cannot be trained")
     if (config.frames - 1) % frame_step:
-        raise BadInput(f"model.frames is {config.frames}: this model takes 1 more than a multiple of {frame_step}")
+        raise BadInput(f"model.frames is {config.frames}: it must be a multiple of {frame_step}, plus 1")
     return (latent_format.latent_channels, (config.frames - 1) // frame_step + 1, *size)
 
 
 ZEROS_ARE_INPUT = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled")
-"""Core's classes whose extra input channels are zeros where there is no first frame, in training as well."""
+"""Core's classes whose extra input channels are zeros without a first frame, as in their original training."""
 
 
 def check_extra_channels(base: Any, conds: list[dict], given: set[str]) -> None:
@@ -144,8 +144,8 @@ def check_extra_channels(base: Any, conds: list[dict], given: set[str]) -> None:
         given: names of these conditions.
 
     Raises:
-        BadInput: the network takes more channels than latents have (inpainting, editing, first frames), and core would
-            fill them with blanks.
+        BadInput: the network has extra input channels (for inpainting, editing, first frames) for which the
+            conditioning has no data, so that core would fill them with blank images.
     """
     extra = [cond["model_conds"]["c_concat"].cond.shape[1] for cond in conds if "c_concat" in cond["model_conds"]]
     needed = {"concat_latent_image"} | ({"concat_mask"} if "mask" in base.concat_keys else set())
@@ -153,62 +153,62 @@ def check_extra_channels(base: Any, conds: list[dict], given: set[str]) -> None:
         return
     channels = base.latent_format.latent_channels
     raise BadInput(
-        f"the network takes {channels + extra[0]} input channels and latents have {channels}: it is made for "
-        f"inpainting, editing or a first frame, and conditioning carries no {' and '.join(sorted(needed - given))}. "
-        "Connect the output of core's node for it (such as InpaintModelConditioning), or another model"
+        f"the network has {channels + extra[0]} input channels, but latents have {channels}: it is for inpainting, "
+        f"editing or a first frame, and conditioning has no {' and '.join(sorted(needed - given))}. Connect the output "
+        "of core's node for it (such as InpaintModelConditioning) to conditioning, or use another model"
     )
 
 
 def check_vae(vae: Any, latent_format: Any) -> None:
     """
     Raises:
-        BadInput: the VAE belongs to another model.
+        BadInput: the VAE does not belong to the model.
     """
     if vae.latent_channels != latent_format.latent_channels:
         raise BadInput(
-            f"the VAE has {vae.latent_channels} latent channels and the model {latent_format.latent_channels}: connect "
-            "the VAE that belongs to it"
+            f"the VAE has {vae.latent_channels} latent channels, but the model has {latent_format.latent_channels}: "
+            "connect the VAE that belongs to the model"
         )
     if vae.latent_dim != latent_format.latent_dimensions:
         kinds = {2: "images", 3: "videos"}
         raise BadInput(
-            f"the VAE has latents of {kinds.get(vae.latent_dim, 'sound')} and the model those of "
-            f"{kinds.get(latent_format.latent_dimensions, 'sound')}: connect the VAE that belongs to it"
+            f"the VAE is for {kinds.get(vae.latent_dim, 'audio')}, but the model is for "
+            f"{kinds.get(latent_format.latent_dimensions, 'audio')}: connect the VAE that belongs to the model"
         )
     if vae.spacial_compression_decode() != latent_format.spacial_downscale_ratio:
         raise BadInput(
-            f"the VAE makes {vae.spacial_compression_decode()} pixels of a latent and the model is made for "
-            f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to it"
+            f"the VAE has {vae.spacial_compression_decode()} pixels per latent along an edge, but the model has "
+            f"{latent_format.spacial_downscale_ratio}: connect the VAE that belongs to the model"
         )
     if type(getattr(vae.first_stage_model, "decoder", None)).__name__ == "VideoDecoder":
         raise BadInput(
-            "the VAE is that of Stable Video Diffusion, which mixes the images of a batch: connect the VAE that "
-            "belongs to the model"
+            "the VAE of Stable Video Diffusion cannot be used, because it mixes the images of a batch: connect the VAE "
+            "that belongs to the model"
         )
 
 
 def decodes_with_noise(vae: Any) -> bool:
-    """Whether the VAE draws random noise while it decodes, as those of LTX-Video do from version 0.9.1 on."""
+    """Whether decoding draws random noise, as in LTX-Video's VAE since version 0.9.1."""
     return type(vae.first_stage_model).__module__.startswith("comfy.ldm.lightricks.vae")
 
 
 OLDEST = (0, 20, 0)
-"""ComfyUI's version from which on models of a graph can be trained, as in pyproject.toml."""
+"""The oldest ComfyUI version that is supported for connected models, as in pyproject.toml."""
 
 
 def require_version(folder: Path) -> None:
     """
     Raises:
-        BadInput: ComfyUI is older, or is not there.
+        BadInput: ComfyUI is too old, or is not in this folder.
     """
     if not (folder / "comfy" / "sd.py").is_file():
-        raise BadInput(f"model.graph.folder is {str(folder)!r}: ComfyUI is not there")
+        raise BadInput(f"model.graph.folder is {str(folder)!r}, which is not a ComfyUI folder")
     file = folder / "comfyui_version.py"
     found = re.search(r"__version__ = \"(\d+)\.(\d+)\.(\d+)", file.read_text() if file.is_file() else "")
     if found is None or tuple(map(int, found.groups())) < OLDEST:
         version = "of an unknown version" if found is None else ".".join(found.groups())
         oldest = ".".join(map(str, OLDEST))
-        raise BadInput(f"ComfyUI in {folder} is {version}, and a connected model needs {oldest} or later: update it")
+        raise BadInput(f"ComfyUI in {folder} is {version}, but a connected model needs {oldest} or later: update it")
 
 
 def check_offload(offloaded: int, config: ModelConfig) -> None:
@@ -221,32 +221,32 @@ def check_offload(offloaded: int, config: ModelConfig) -> None:
     """
     if offloaded > 0 and not config.gradient_checkpointing:
         raise BadInput(
-            f"model.gradient_checkpointing is off, and {offloaded / 2**30:.1f} GB of the weights stay in RAM, because "
-            "they do not fit on the GPU: turn it on"
+            f"{offloaded / 2**30:.1f} GB of the weights do not fit on the GPU and stay in RAM, which requires gradient "
+            "checkpointing: turn model.gradient_checkpointing on"
         )
 
 
 def attention_layers(network: nn.Module) -> tuple[str, ...]:
-    """Names of the linear layers of its attention, and of those that FLUX-like single blocks fuse it with.
+    """Names of the linear layers of the attention, including the fused layers of FLUX-like single blocks.
 
     Raises:
-        BadInput: there are none that a LoRA could be put on.
+        BadInput: there are none.
     """
     linear = [name for name, child in network.named_modules() if isinstance(child, nn.Linear) or _is_mixed(child)]
     found = tuple(name for name in linear if _is_attention(name.split(".")))
     if not found:
-        raise BadInput("the model has no attention with linear layers that ComfyUI knows, so no LoRA can be put on it")
+        raise BadInput("no linear attention layers were found in the model, so no LoRA can be added to it")
     return found
 
 
 def open_mixed_layers(network: nn.Module, packed: type) -> None:
-    """Let the layers of a file in mixed precision (scaled fp8 and its like) count as linear ones, as peft asks for.
+    """Make the quantized layers of mixed-precision files (such as scaled fp8) subclasses of nn.Linear, for peft.
 
-    They also unpack their weights in each call, on every device, as ComfyUI does on one that cannot multiply in their
-    format: rounding of what comes in has no gradient, and some of it depends on the rest of the batch.
+    They also dequantize their weights in each call, on every device, as ComfyUI does on devices that cannot multiply in
+    their format: quantizing activations has no gradient, and for some formats depends on the rest of the batch.
 
     Args:
-        packed: ComfyUI's class of weights in such a format.
+        packed: ComfyUI's class of quantized tensors.
     """
 
     def multiply(layer: nn.Module, value: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -260,13 +260,13 @@ def open_mixed_layers(network: nn.Module, packed: type) -> None:
 
 
 def _is_mixed(layer: nn.Module) -> bool:
-    """Whether it is ComfyUI's linear layer for weights of any format, which is no `nn.Linear`."""
+    """Whether this is ComfyUI's linear layer for quantized weights, which is not an `nn.Linear`."""
     is_linear = type(layer).__name__ == "Linear" and hasattr(layer, "comfy_cast_weights")
     return is_linear and not isinstance(layer, nn.Linear)
 
 
 def _is_attention(path: list[str]) -> bool:
-    if any("mod" in part.lower() for part in path[-2:]):  # modulation beside the attention
+    if any("mod" in part.lower() for part in path[-2:]):  # modulation, not attention
         return False
     fused = path[-1] in ("linear1", "linear2") and any(part.startswith("single") for part in path)
     return fused or any("attn" in part or "attention" in part for part in path)

@@ -1,4 +1,4 @@
-"""Whatever a ComfyUI graph loads, by ComfyUI's own code. The one file of the trainer that imports ComfyUI."""
+"""Trains a model of a ComfyUI graph with ComfyUI's own code, which is imported here and in `describe.py` only."""
 
 import sys
 from collections.abc import Callable
@@ -35,10 +35,10 @@ WEIGHT_FILES = (".safetensors", ".sft")
 
 
 class ComfyModel(DiffusionModel):
-    """A model behind ComfyUI's `BaseModel`, image or video.
+    """An image or video model of ComfyUI (`BaseModel`).
 
-    Flow models are of the process FLOW, models that predict noise, v or the image of VP. ComfyUI holds the latents of
-    the latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
+    Flow models use the process FLOW; models that predict noise, v or the image use VP. ComfyUI's latents of the latter
+    are x0 + s noise; this pack divides them by `VP.k_scale`.
 
     Args:
         patcher: ComfyUI's `ModelPatcher`, loaded, without patches.
@@ -51,13 +51,13 @@ class ComfyModel(DiffusionModel):
     family = "comfy"
     needs_opening_check = True
     default_targets = ()
-    process = None  # an instance has that of its checkpoint
+    process = None  # depends on the checkpoint
 
     def __init__(self, patcher: Any, vae: Any, config: ModelConfig) -> None:
         self.patcher, self.vae, self.config = patcher, vae, config
         self.base, self.module = patcher.model, patcher.model.diffusion_model
         self.comfy = _modules()
-        self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
+        self.comfy.management.in_training = True  # disables fused kernels that have no backward pass
         self.process = process_of(self.base.model_sampling, self.comfy.model_sampling)
         self.module.requires_grad_(False)
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
@@ -82,7 +82,7 @@ class ComfyModel(DiffusionModel):
         named = [("file", graph.file), ("vae_file", graph.vae_file), *(("loras", lora.file) for lora in graph.loras)]
         for field, file in named:
             if Path(file).suffix not in WEIGHT_FILES or not Path(file).is_file():
-                raise BadInput(f"model.graph.{field} is {file!r}: there is no such .safetensors file (any more)")
+                raise BadInput(f"model.graph.{field} is {file!r}: this .safetensors file does not exist")
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
@@ -95,12 +95,12 @@ class ComfyModel(DiffusionModel):
 
     @classmethod
     def encode_pieces(cls, config: ModelConfig, *_: Any) -> Conditions:
-        raise BadInput("family comfy loads no text encoder: connect the graph's clip, which encodes the prompts")
+        raise BadInput("a connected model needs clip, which encodes the prompts: connect the graph's CLIP")
 
     @classmethod
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
         if not isinstance(conditions, EntryConditions):
-            raise BadInput("prompts.conditions: family comfy takes those that a ComfyUI graph has encoded")
+            raise BadInput("prompts.conditions: family comfy needs a file that was encoded by a ComfyUI graph")
 
     # --------------------------------------------------------------------------------------------- prediction
 
@@ -141,12 +141,12 @@ class ComfyModel(DiffusionModel):
         return ((noisy - torch.cat(parts)[order]) / _column(sigmas, noisy)).float()
 
     def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
-        """ComfyUI's estimate of the clean latents."""
+        """ComfyUI's estimate of the clean latents (x0)."""
         conditions = self._conditions_of(noisy, entry, branch)
         return self.comfy.samplers.calc_cond_batch(self.base, [conditions], noisy, sigmas, self._options)[0]
 
     def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
-        """What ComfyUI makes of CONDITIONING for latents of this shape and device."""
+        """Process an entry of CONDITIONING with ComfyUI, for latents of this shape and device."""
         entry = self._restored(entry)
         given = set(entry)
         tokens = entry.pop("cross_attn")
@@ -172,12 +172,12 @@ class ComfyModel(DiffusionModel):
     def _check_guidance(self, conds: list[dict]) -> None:
         if self.config.embedded_guidance is not None and not any("guidance" in c["model_conds"] for c in conds):
             raise BadInput(
-                f"model.embedded_guidance is {self.config.embedded_guidance}: this model takes none; leave it null"
+                f"model.embedded_guidance is {self.config.embedded_guidance}, but the model has no such input: use null"
             )
 
     def _make_resident(self) -> None:
-        """Have ComfyUI move the weights to the GPU, as many as fit, and the VAE away from it."""
-        if self._is_resident:  # never between a forward pass and its backward pass, which needs them where they were
+        """Move the VAE off the GPU, and as many weights as fit onto it, with ComfyUI's memory management."""
+        if self._is_resident:  # never between a forward and its backward pass, which needs the same weights
             return
         management = self.comfy.management
         if self.vae is not None:
@@ -187,7 +187,7 @@ class ComfyModel(DiffusionModel):
         needed = self.patcher.memory_required([1, *self._shape]) + reserve
         management.load_models_gpu([self.patcher], memory_required=needed)
         for parameter in self.module.parameters():
-            if parameter.requires_grad:  # ComfyUI leaves it in RAM with what does not fit, and does not cast it
+            if parameter.requires_grad:  # ComfyUI may leave the LoRA in RAM, without casting it
                 parameter.data = parameter.data.to(self.device)
         self._is_resident = True
 
@@ -209,19 +209,19 @@ class ComfyModel(DiffusionModel):
             return sigma_schedule(steps, shift)
         known = self.comfy.samplers.SCHEDULER_NAMES
         if scheduler is not None and scheduler not in known:
-            raise BadInput(f"model.graph.scheduler is {scheduler!r}: this ComfyUI has {', '.join(known)}")
+            raise BadInput(f"model.graph.scheduler is {scheduler!r}: choose one of {', '.join(known)}")
         own = self.comfy.samplers.calculate_sigmas(self.base.model_sampling, scheduler or "simple", steps)
         return self._given(own.tolist(), steps)
 
     def _given(self, values: list[float], steps: int) -> list[float]:
-        """ComfyUI's noise levels in this pack's scale."""
+        """Check ComfyUI's noise levels and convert them to this pack's scale."""
         if len(values) != steps + 1:
-            raise BadInput(f"there are {len(values)} sigmas, and {steps} steps take {steps + 1}: make them equal")
+            raise BadInput(f"there are {len(values)} sigmas, but {steps} steps need {steps + 1}: change one of them")
         if values[-1] != 0 or any(a <= b for a, b in zip(values[:-1], values[1:], strict=True)):
-            raise BadInput(f"sigmas must fall from step to step and end at 0: they are {[round(v, 4) for v in values]}")
+            raise BadInput(f"sigmas must decrease in every step and end at 0: they are {[round(v, 4) for v in values]}")
         levels = [self.process.from_k_sigma(value) for value in values]
         if levels[0] > 1:
-            raise BadInput(f"sigmas begin with {values[0]}, and those of a flow model are at most 1")
+            raise BadInput(f"sigmas begin with {values[0]}, but the sigmas of a flow model must be at most 1")
         return levels
 
     def decode_batch(self, latents: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class ComfyModel(DiffusionModel):
         return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
 
     def _decode_with_fixed_noise(self, latents: Tensor) -> Tensor:
-        """The VAE's noise is the same for every image, whatever was drawn before or is decoded beside it."""
+        """Decode with a fixed seed, so that the result does not depend on other images or earlier random numbers."""
         devices = [self.vae.device] if self.vae.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
@@ -246,7 +246,7 @@ class ComfyModel(DiffusionModel):
         pixels = rearrange(images, "... c h w -> ... h w c")
         if self.vae.latent_dim == 2:
             latents = self.vae.encode(pixels)
-        else:  # it takes one video at a time, as frames
+        else:  # it encodes one video at a time
             latents = torch.cat([self.vae.encode(video if video.ndim == 4 else video[None]) for video in pixels])
         return self.base.process_latent_in(latents.to(images.device, torch.float32))
 
@@ -261,7 +261,7 @@ class ComfyModel(DiffusionModel):
 
 
 def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
-    """ComfyUI's way to wrap a call of the network."""
+    """A `model_function_wrapper` that calls the network without in-place operations if gradients are enabled."""
     if not torch.is_grad_enabled():
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
     with OutOfPlace():
@@ -276,13 +276,13 @@ def _column(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _import(folder: str, device: torch.device) -> SimpleNamespace:
-    """ComfyUI's modules, from its folder where they are not loaded yet."""
+    """Import ComfyUI's modules from its folder, if they are not loaded yet."""
     if "comfy" not in sys.modules:
         sys.path.insert(0, folder)
         import comfy.cli_args
 
         comfy.cli_args.args.cpu = device.type == "cpu"
-        # Its buffers for weights on their way to the GPU are used again before the backward pass.
+        # With async offload, buffers with weights are reused before the backward pass has read them.
         comfy.cli_args.args.disable_async_offload = True
     return _modules()
 

@@ -1,4 +1,4 @@
-"""What families from a diffusers folder share: checks, loading, text encoding, schedules."""
+"""Base class of the families that load a diffusers folder: checks, loading, text encoding, schedules."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +20,10 @@ from .single_file import input_channels_of, load_network
 from .vae import IMAGE_VAES, check_vae, decode, encode, latent_channels, load_vae, vae_dtype, vae_on_meta, vae_scale
 
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
-"""LoRA targets: the image's attention, by the names of diffusers."""
+"""LoRA targets: the attention projections of the image tokens, by diffusers' names."""
 
 JOINT_ATTENTION = (*ATTENTION, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
-"""LoRA targets: as `ATTENTION`, and the text's side of joint attention."""
+"""LoRA targets: `ATTENTION`, and the projections of the text tokens in joint attention."""
 
 
 class DiffusersModel(DiffusionModel):
@@ -31,17 +31,17 @@ class DiffusersModel(DiffusionModel):
 
     Attributes:
         family: its name in run descriptions.
-        pipelines: the pipeline classes a folder of it may name; the first encodes prompts.
-        component: the folder of the network.
-        network_class: the network's class.
-        encoders: what must be in the folder to encode prompts.
-        guidance: embedded guidance where the description gives none; None where the family has no such input.
-        condition_widths: fields of the network's configuration that hold the width of each condition.
-        condition_masks: conditions without a width of their own.
-        text_tokens: tokens of a prompt; of a long one where prompts differ.
-        vae_classes: the VAE classes a folder of it may name.
-        input_layers: names of the network's first layer, in diffusers' and in released files; its second dimension is
-            the number of input channels.
+        pipelines: accepted pipeline classes in model_index.json; the first encodes prompts.
+        component: subfolder of the network.
+        network_class: diffusers class of the network.
+        encoders: components that are needed to encode prompts.
+        guidance: default embedded guidance; None if the family has no such input.
+        condition_widths: for each condition, the field of the network's configuration with its width.
+        condition_masks: names of the masks among the conditions.
+        text_tokens: number of tokens of a prompt; of a long prompt, if the number varies.
+        vae_classes: accepted VAE classes.
+        input_layers: keys of the weight of the network's first layer, in diffusers' and in released files; its second
+            dimension is the number of input channels.
         video: whether latents have a time axis.
         pipeline_options: further arguments for loading the pipeline of the text encoders.
     """
@@ -86,18 +86,18 @@ class DiffusersModel(DiffusionModel):
         pipeline = read_json(folder / "model_index.json").get("_class_name")
         if pipeline not in cls.pipelines:
             wanted = " or ".join(cls.pipelines)
-            raise BadInput(f"model.path {str(folder)!r} holds a {pipeline}, and family {cls.family} takes {wanted}")
+            raise BadInput(f"model.path {str(folder)!r} is a {pipeline}, but family {cls.family} needs {wanted}")
         network = cls.network_config(config)
         if network.get("_class_name") != cls.network_class:
-            found = f"{folder / cls.component} holds a {network.get('_class_name')}"
-            raise BadInput(f"model.path: {found}, and family {cls.family} takes {cls.network_class}")
+            found = f"{folder / cls.component} is a {network.get('_class_name')}"
+            raise BadInput(f"model.path: {found}, but family {cls.family} needs {cls.network_class}")
         check_vae(folder, cls.vae_classes, cls.family)
         check_weights(config, folder, cls.component)
         check_quantization(config)
         cls.check_channels(config, network, cls.vae_config(config))
         if config.embedded_guidance is not None and not cls.takes_guidance(network):
             raise BadInput(
-                f"model.embedded_guidance is {config.embedded_guidance}: this model takes none; leave it null"
+                f"model.embedded_guidance is {config.embedded_guidance}, but this model has no guidance input: use null"
             )
         cls.check_size(config, network, cls.vae_config(config))
 
@@ -108,12 +108,12 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
-        """Channels that the network is given."""
+        """Number of input channels that this family passes to the network."""
         return latent_channels(vae)
 
     @classmethod
     def check_channels(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
-        """Raise BadInput where the network takes other input channels than this family gives it."""
+        """Raise BadInput if the network has another number of input channels than this family passes."""
         given = cls.input_channels(config, vae)
         where, found = cls.folder(config) / cls.component, network["in_channels"]
         if config.network_file is not None:
@@ -121,24 +121,24 @@ class DiffusersModel(DiffusionModel):
             found = input_channels_of(Path(config.network_file), cls.input_layers) or found
         if found != given:
             raise BadInput(
-                f"model.path: {where} takes {found} input channels, and family {cls.family} gives it {given}: models "
-                "for inpainting, editing, depth or other control images cannot be trained by it"
+                f"model.path: {where} has {found} input channels, but family {cls.family} uses {given}: models for "
+                "inpainting, editing, depth or other control images cannot be trained with this family"
             )
 
     @classmethod
     def check_size(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
-        """Raise BadInput for a height, width or number of frames that the model cannot take."""
+        """Raise BadInput for a height, width or number of frames that the model does not support."""
         step, frames = cls.size_step(network, vae)
         for name, size in (("height", config.height), ("width", config.width)):
             if size % step:
-                raise BadInput(f"model.{name} is {size}: this model takes multiples of {step}")
+                raise BadInput(f"model.{name} is {size}: it must be a multiple of {step} for this model")
         if config.frames != 1 and (frames is None or (config.frames - 1) % frames):
-            accepted = "1, an image" if frames is None else f"1 more than a multiple of {frames}"
-            raise BadInput(f"model.frames is {config.frames}: this model takes {accepted}")
+            accepted = "1, because it generates images" if frames is None else f"a multiple of {frames}, plus 1"
+            raise BadInput(f"model.frames is {config.frames}: for this model it must be {accepted}")
 
     @classmethod
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
-        """Pixels that height and width are multiples of, and frames per latent frame (None for image families)."""
+        """The divisor of height and width in pixels, and the frames per latent frame (None for image families)."""
         return vae_scale(vae), None
 
     @classmethod
@@ -147,14 +147,15 @@ class DiffusersModel(DiffusionModel):
         found, wanted = set(conditions.tensors), {*widths, *cls.condition_masks, *pictures}
         if found != wanted:
             raise BadInput(
-                f"the conditions hold {', '.join(sorted(found))}, and family {cls.family} in {cls.folder(config)} "
-                f"takes {', '.join(sorted(wanted))}; encode them again"
+                f"prompts.conditions has {', '.join(sorted(found))}, but family {cls.family} in {cls.folder(config)} "
+                f"needs {', '.join(sorted(wanted))}: encode the prompts again"
             )
         for name, width in widths.items():
             given = conditions.tensors[name].shape[-1]
             if given != width:
                 raise BadInput(
-                    f"the conditions {name!r} are {given} wide, and {cls.folder(config) / cls.component} takes {width}"
+                    f"text embeddings {name!r} have width {given}, but {cls.folder(config) / cls.component} needs "
+                    f"{width}: use the text encoders that belong to the model"
                 )
         for name, shape in pictures.items():
             given = tuple(conditions.tensors[name].shape[1:])
@@ -162,28 +163,28 @@ class DiffusersModel(DiffusionModel):
                 found = " x ".join(map(str, given))
                 wanted = " x ".join("tokens" if size is None else str(size) for size in shape)
                 raise BadInput(
-                    f"the conditions {name!r} are {found}, and {cls.family} in {cls.folder(config)} takes {wanted} at "
-                    "model.height, width and frames; encode them again"
+                    f"the image conditions {name!r} have shape {found}, but {cls.family} in {cls.folder(config)} needs "
+                    f"{wanted} for this model.height, width and frames: encode the prompts again"
                 )
 
     @classmethod
     def widths(cls, network: dict[str, Any]) -> dict[str, int]:
-        """Width of each condition that comes from a text."""
+        """Width of each text embedding."""
         return {name: network[field] for name, field in cls.condition_widths.items()}
 
     @classmethod
     def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
-        """Shapes of the conditions that come from a picture, for one prompt; None is any number of tokens."""
+        """Shapes of the image conditions of one prompt; None means any number of tokens."""
         if not cls.takes_pictures(config):
             return {}
         vae = cls.vae_config(config)
         step, _ = cls.size_step(cls.network_config(config), vae)
-        scale = step // 2  # a token is 2 x 2 latents in every family that takes pictures
+        scale = step // 2  # a token is 2 x 2 latents in every family with image conditions
         return {f"{PICTURE}latents": (latent_channels(vae), config.height // scale, config.width // scale)}
 
     @classmethod
     def empty_conditions(cls, config: ModelConfig, count: int, device: torch.device) -> Conditions:
-        """Conditions of zeros in the shapes of real ones, with as many tokens as its texts have at most."""
+        """Conditions of zeros with the shapes of real ones, for `text_tokens` tokens."""
         network = cls.network_config(config)
         shapes = {name: (None, width) for name, width in cls.widths(network).items()}
         shapes |= dict.fromkeys(cls.condition_masks, (None,)) | cls.picture_shapes(config)
@@ -195,7 +196,7 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def skeleton(cls, config: ModelConfig) -> nn.Module:
-        """The network without weights."""
+        """The network on the meta device, without weights."""
         import diffusers
 
         with torch.device("meta"):
@@ -203,7 +204,7 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def check_targets(cls, config: ModelConfig, targets: list[str]) -> None:
-        if not targets:  # the family's own fit
+        if not targets:  # the default targets are known to match
             return
         bare = object.__new__(cls)
         bare.module = cls.skeleton(config)
@@ -224,7 +225,7 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def on_meta(cls, config: ModelConfig) -> "DiffusersModel":
-        """The model without weights, on PyTorch's meta device: it computes shapes alone."""
+        """The model on the meta device, without weights: it computes shapes only."""
         network = cls.skeleton(config)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
@@ -251,7 +252,7 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def takes_pictures(cls, config: ModelConfig) -> bool:
-        """Whether every prompt needs a picture: a first frame or a source image."""
+        """Whether every prompt needs an image: a first frame or a source image."""
         return False
 
     @classmethod
@@ -285,13 +286,13 @@ class DiffusersModel(DiffusionModel):
         takes = cls.takes_pictures(config)
         for prompt, picture in zip(prompts, pictures, strict=True):
             if takes and picture is None:
-                raise BadInput(f"prompt {prompt!r} has no image, and {cls.family} in {config.path} needs one for each")
+                raise BadInput(f"prompt {prompt!r} has no image, but {cls.family} in {config.path} needs one")
             if picture is not None and not takes:
-                raise BadInput(f"prompt {prompt!r} has an image, and {cls.family} in {config.path} takes none")
+                raise BadInput(f"prompt {prompt!r} has an image, but {cls.family} in {config.path} does not use images")
 
     @classmethod
     def _encoders(cls, config: ModelConfig, device: torch.device) -> Any:
-        """A pipeline of the text encoders alone."""
+        """A pipeline with the text encoders (and image encoders) only."""
         import diffusers
 
         folder = cls.folder(config)
@@ -311,22 +312,22 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def encode_prompts(cls, pipeline: Any, config: ModelConfig, prompts: list[str]) -> Conditions:
-        """Conditions of some prompts, by the pipeline's own encoders."""
+        """Conditions of prompts, from the pipeline's text encoders."""
         raise NotImplementedError
 
     @classmethod
     def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
-        """Conditions of a picture, one row each, under names that start with PICTURE."""
+        """Conditions of an image, with one row and names that start with PICTURE."""
         raise NotImplementedError
 
     @classmethod
     def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
-        """Components that encode pictures."""
+        """Components that encode images."""
         return ("vae",)
 
     @classmethod
     def encoder_components(cls, config: ModelConfig) -> tuple[str, ...]:
-        """Components that encode prompts, and their pictures."""
+        """Components that encode prompts and their images."""
         return cls.encoders + (cls.picture_encoders(config) if cls.takes_pictures(config) else ())
 
     # ------------------------------------------------------------------------------------------------- images
@@ -350,11 +351,11 @@ class DiffusersModel(DiffusionModel):
         return self.own_sigmas(steps) if shift is None else sigma_schedule(steps, shift)
 
     def own_sigmas(self, steps: int) -> list[float]:
-        """Noise levels of the folder's scheduler, as its pipeline would ask for them."""
+        """Noise levels of the folder's scheduler, as in its pipeline."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         config = read_json(self.folder(self.config) / "scheduler" / "scheduler_config.json")
-        if "flow_shift" in config:  # UniPC and its like
+        if "flow_shift" in config:  # UniPC and similar schedulers
             return sigma_schedule(steps, config["flow_shift"])
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         even = [1 - i / steps for i in range(steps)]
@@ -370,11 +371,11 @@ class DiffusersModel(DiffusionModel):
 
     @property
     def tokens(self) -> int:
-        """Length of the image's token sequence, in families that take 2 x 2 latents as a token."""
+        """Number of image tokens, in families with 2 x 2 latents per token."""
         return (self.latent_shape[-1] // 2) * (self.latent_shape[-2] // 2)
 
     def guidance_input(self, batch: int, device: torch.device) -> Tensor | None:
-        """Embedded guidance, `[B]`, or None where the network takes none."""
+        """Embedded guidance, `[B]`, or None if the network has no such input."""
         if not self.takes_guidance(self.module.config):
             return None
         value = self.guidance if self.config.embedded_guidance is None else self.config.embedded_guidance

@@ -46,7 +46,7 @@ class ClipLargeReward(ModelReward):
 
 
 class Aesthetic(ClipLargeReward):
-    """Look of an image on a scale of about 1 to 10. It ignores the prompt, so add a reward that reads it.
+    """Aesthetic score from about 1 to 10. It ignores the prompt, so combine it with a reward that uses it.
 
     LAION's predictor v2 (sac+logos+ava1-l14-linearMSE): five linear layers on OpenAI's CLIP ViT-L/14.
     """

@@ -21,9 +21,9 @@ _UNUSED = ("input_resolution", "context_length", "vocab_size")
 
 
 class ClipScore(ContrastiveReward):
-    """How well an image fits its prompt: the cosine of a CLIP model, without scale.
+    """CLIP score: the cosine similarity of image and prompt embeddings, without logit scale.
 
-    The paper uses DFN5B ViT-H-14-378. A folder with open_clip_config.json says itself how images are prepared. Scores
+    The paper uses DFN5B ViT-H-14-378. The preprocessing is read from open_clip_config.json in the folder. Scores
     of different models cannot be compared. ComfyUI's clip_vision files hold no text encoder and cannot be used.
     """
 

@@ -13,7 +13,7 @@ from .contrastive import ContrastiveReward, architecture, open_clip_network
 
 
 class HPSv21(ContrastiveReward):
-    """Human preference, HPS-v2.1: the cosine of an image and its prompt, without scale.
+    """Human preference, HPS-v2.1: the cosine similarity of image and prompt embeddings, without logit scale.
 
     The image is resized to 224 at its longest side and padded with black before it is normalized, as in HPSv2's own
     code, whose scores it reproduces within rounding. Compare scores of one prompt only. Alone it drives a model towards

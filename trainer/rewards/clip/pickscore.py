@@ -15,7 +15,7 @@ from .layout import from_transformers
 
 
 class PickScore(ContrastiveReward):
-    """Human preference, PickScore v1: the cosine of an image and its prompt.
+    """Human preference, PickScore v1: the cosine similarity of image and prompt embeddings.
 
     It keeps images more natural than HPS-v2.1 does. The image is resized at its shortest side and cropped square; the
     prompt is cleaned as transformers' CLIP tokenizer does it.

@@ -1,4 +1,4 @@
-"""A reward of any kind in its own program, asked over HTTP: GenEval, VisionReward, or one of your own."""
+"""The reward `external`: scores from an HTTP server, such as GenEval, VisionReward or your own."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -13,15 +13,15 @@ from ..base import Reward
 from .http import Patience, ask, check_url, number, to_png
 
 PIXELS = 2**26
-"""Pixels of one message."""
+"""Largest number of pixels of one request."""
 
 
 class External(Reward):
-    """Scores of a server of your own. It gets images (or a video's frames) as PNG and the prompts, and returns numbers.
+    """Scores from your own server, which gets images (or frames of a video) as PNG, and the prompts.
 
-    For rewards whose packages cannot be installed beside ComfyUI's, such as GenEval and VisionReward; `python -m
-    trainer reward-server` serves any reward of this pack from another GPU or host. docs/external-scorers.md describes
-    the messages. Images and prompts go to the address given here and nowhere else. If the server answers null for an
+    For rewards whose packages conflict with ComfyUI's, such as GenEval and VisionReward. `python -m trainer
+    reward-server` serves any reward of this pack from another GPU or host. docs/external-scorers.md describes the
+    protocol. Images and prompts are sent to the address given here and nowhere else. If the server answers null for an
     image, its sample is dropped and counted.
     """
 
@@ -29,18 +29,18 @@ class External(Reward):
     typical_range = (0.0, 1.0)
 
     class Options(Section):
-        url: str = Field("http://127.0.0.1:8100/score", description="Address that the images are sent to.")
+        url: str = Field("http://127.0.0.1:8100/score", description="Address of the server.")
         media: Literal["image", "video"] = Field("image", description="What the server scores.")
         fps: Annotated[float, Field(gt=0, le=240)] = Field(
-            8.0, description="Frames per second of videos, told to the server."
+            8.0, description="Frames per second of videos, which are sent to the server."
         )
         batch: Annotated[int, Field(ge=1, le=1024)] = Field(
-            8, description="Images or videos in one message, fewer if they are large."
+            8, description="Largest number of images or videos per request; fewer if they are large."
         )
         timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
-            120.0, description="Seconds for one attempt, from connecting to the end of the answer."
+            120.0, description="Timeout of one attempt in seconds, from connecting to the end of the answer."
         )
-        retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="Further attempts if there is no answer.")
+        retries: Annotated[int, Field(ge=0, le=10)] = Field(2, description="Further attempts without a valid answer.")
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)
@@ -48,10 +48,10 @@ class External(Reward):
         self.media = self.options.media
 
     def load(self) -> None:
-        """Ask for the scores of an empty list.
+        """Check the server with a request for no images.
 
         Raises:
-            BadInput: the server is unreachable, or does not answer as it should.
+            BadInput: the server is unreachable, or its answer is invalid.
         """
         try:
             self._ask([], [])
@@ -76,7 +76,7 @@ class External(Reward):
 
 
 def batches(pixels: list[int], most: int) -> Iterator[slice]:
-    """Consecutive parts of at most `most` items and `PIXELS` pixels; an item that is larger is a part of its own."""
+    """Consecutive slices of at most `most` items and `PIXELS` pixels; a larger item gets its own slice."""
     start = 0
     for end in range(1, len(pixels) + 1):
         if end == len(pixels) or end - start == most or sum(pixels[start : end + 1]) > PIXELS:
@@ -87,5 +87,5 @@ def batches(pixels: list[int], most: int) -> Iterator[slice]:
 def _scores(answer: Any, count: int) -> list[float]:
     scores = answer["scores"]
     if not isinstance(scores, list) or len(scores) != count:
-        raise ValueError(f"{count} scores are expected, not {str(scores)[:60]}")
+        raise ValueError(f"expected a list of {count} scores, got {str(scores)[:60]}")
     return [float("nan") if value is None else number(value) for value in scores]

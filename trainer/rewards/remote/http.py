@@ -1,7 +1,7 @@
-"""Asking a server over HTTP: JSON both ways, with a deadline, retries, and a clear failure instead of a made-up answer.
+"""HTTP requests with JSON in both directions, a timeout, and retries; failures raise instead of returning a default.
 
-A key is taken from the environment variable `DANCEGRPO_KEYS` only, as `host=key` or `host:port=key`, several separated
-by commas. Each key goes to its own host, so a workflow cannot send it anywhere else.
+API keys are read only from the environment variable `DANCEGRPO_KEYS`, as `host=key` or `host:port=key`, separated by
+commas. Each key is sent only to its host, so a workflow cannot send it elsewhere.
 """
 
 import asyncio
@@ -31,22 +31,22 @@ KEYS = "DANCEGRPO_KEYS"
 LONGEST_ANSWER = 16 * 2**20
 LARGEST = torch.finfo(torch.float32).max
 PAUSE = 1.0
-"""Seconds before the second attempt; each further one waits twice as long."""
+"""Seconds before the second attempt; doubled for each further attempt."""
 LOOK = 0.1
-"""Seconds between looks at the interrupt."""
+"""Seconds between calls of the interrupt callback."""
 
 Body = dict[str, Any] | Callable[[int], dict[str, Any]] | None
-"""What is sent as JSON, or a function that makes it after 0, 1, ... unusable answers; None asks with GET."""
+"""JSON data to send, or a function of the number of invalid answers so far that returns it; None for GET."""
 
 _interrupt: ContextVar[Callable[[], object] | None] = ContextVar("interrupt", default=None)
 
 
 class Unusable(RunFailed):
-    """The server is there and answered in full, but its answer is not usable."""
+    """The server answered, but its answer is invalid."""
 
 
 class Refused(RunFailed):
-    """The server answered that it will not process this request (4xx)."""
+    """The server refused the request (status 4xx)."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -55,11 +55,11 @@ class Refused(RunFailed):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long an answer is waited for.
+    """Timeout and retries of a request.
 
     Attributes:
         timeout: seconds for one attempt, from connecting to the end of the answer.
-        retries: further attempts if there is no usable answer.
+        retries: further attempts if there is no valid answer.
     """
 
     timeout: float
@@ -68,7 +68,7 @@ class Patience:
 
 @contextlib.contextmanager
 def interruptible(callback: Callable[[], object]) -> Iterator[None]:
-    """Call `callback` every tenth of a second while an answer is waited for; what it raises ends the waiting."""
+    """Call `callback` every 0.1 seconds while waiting for an answer; if it raises, the waiting ends."""
     token = _interrupt.set(callback)
     try:
         yield
@@ -77,7 +77,7 @@ def interruptible(callback: Callable[[], object]) -> Iterator[None]:
 
 
 def check_url(url: str, reward: str) -> None:
-    """Raise BadInput unless `url` is an address of a web server."""
+    """Raise BadInput unless `url` is a valid http or https address."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and len(url) <= 2048
@@ -88,20 +88,20 @@ def check_url(url: str, reward: str) -> None:
             f"reward {reward!r}: url is {url[:100]!r}: give the address of its server, such as http://localhost:8100"
         )
     if parts.username or parts.password:
-        raise BadInput(f"reward {reward!r}: url holds a name or password: give keys in the variable {KEYS} instead")
+        raise BadInput(f"reward {reward!r}: url contains a user name or password: use the variable {KEYS} instead")
 
 
 def ask(url: str, body: Body, patience: Patience, check: Callable[[Any], Any]) -> Any:
-    """What the server answers, checked.
+    """Send a request and return the checked answer.
 
     Args:
-        check: takes the decoded answer and returns what the caller wants of it; raises ValueError, KeyError, TypeError,
-            IndexError or AttributeError if it is not usable.
+        check: validates the decoded answer and returns the result; raises ValueError, KeyError, TypeError, IndexError
+            or AttributeError if the answer is invalid.
 
     Raises:
-        Unusable: every attempt got an answer that is not usable, or the last one did.
-        Refused: the server answered 4xx (other than 408 and 429), which is not tried again.
-        RunFailed: the server is unreachable, busy or slow, or does not speak HTTP.
+        Unusable: the last attempt got an invalid answer.
+        Refused: the server answered 4xx (other than 408 and 429), which is not retried.
+        RunFailed: the server is unreachable, busy or too slow, or is not an HTTP server.
     """
     (answer,) = ask_all(url, [body], patience, check, parallel=1)
     if isinstance(answer, RunFailed):
@@ -112,21 +112,21 @@ def ask(url: str, body: Body, patience: Patience, check: Callable[[Any], Any]) -
 def ask_all(
     url: str, bodies: Sequence[Body], patience: Patience, check: Callable[[Any], Any], parallel: int
 ) -> list[Any]:
-    """What the server answers to each body, in order; `Unusable` or `Refused` in place of what it did not answer.
+    """Send several requests and return the checked answers in order; `Unusable` or `Refused` for failed requests.
 
     Args:
-        parallel: requests at the same time.
+        parallel: number of concurrent requests.
 
     Raises:
-        RunFailed: the server is unreachable, busy or slow, or does not speak HTTP.
+        RunFailed: the server is unreachable, busy or too slow, or is not an HTTP server.
     """
     return _wait_for(_ask_all(url, bodies, patience, check, parallel))
 
 
 def _wait_for(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """Run a coroutine, and look at the interrupt meanwhile.
+    """Run a coroutine while polling the interrupt callback.
 
-    It gets a thread and an event loop of its own, because ComfyUI runs nodes inside a loop.
+    It runs in its own thread and event loop, because ComfyUI already runs nodes inside an event loop.
     """
     loop, done, interrupt = asyncio.new_event_loop(), threading.Event(), _interrupt.get()
     task = loop.create_task(work)
@@ -144,7 +144,7 @@ def _wait_for(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
             if interrupt is not None:
                 interrupt()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # the loop ended in this moment
+        with contextlib.suppress(RuntimeError):  # the loop has just been closed
             loop.call_soon_threadsafe(task.cancel)
         done.wait(1.0)
         raise
@@ -177,7 +177,7 @@ async def _ask_all(
 async def _ask(
     session: "aiohttp.ClientSession", url: str, body: Body, patience: Patience, check: Callable[[Any], Any]
 ) -> Any:
-    """The answer; `Refused`, or `Unusable` if no attempt gave a better one."""
+    """The checked answer, `Refused`, or `Unusable` if the last attempt got an invalid answer."""
     unusable, reason = 0, None
     for attempt in range(patience.retries + 1):
         if attempt and not isinstance(reason, Unusable):
@@ -197,7 +197,7 @@ async def _ask(
 
 
 async def _once(session: "aiohttp.ClientSession", url: str, body: dict[str, Any] | None, timeout: float) -> bytes:
-    """One attempt: the whole answer.
+    """One attempt; returns the body of the answer.
 
     Raises:
         Refused, RunFailed
@@ -222,7 +222,7 @@ async def _once(session: "aiohttp.ClientSession", url: str, body: dict[str, Any]
     except aiohttp.ClientPayloadError as error:
         raise _failed(url, f"cut its answer short: {error}") from error
     except aiohttp.ClientResponseError as error:
-        raise _failed(url, f"does not speak HTTP: {error.message}") from error
+        raise _failed(url, f"did not answer with valid HTTP: {error.message}") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
         raise _failed(url, f"cannot be reached: {error}") from error
     if answer.status < 300:
@@ -259,11 +259,11 @@ def _checked(url: str, text: bytes, check: Callable[[Any], Any]) -> Any:
     try:
         return check(json.loads(text))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = f"gave an answer of another form: {error!r}"
+        reason = f"gave an answer in an unexpected format ({type(error).__name__}: {error})"
     except ValueError as error:
-        reason = f"gave no usable answer: {error}"
+        reason = f"gave an invalid answer: {error}"
     except RecursionError:
-        reason = "gave no usable answer: it is nested too deeply"
+        reason = "gave an invalid answer: it is nested too deeply"
     raise Unusable(str(_failed(url, reason)))
 
 
@@ -272,7 +272,7 @@ def _failed(url: str, reason: str) -> RunFailed:
 
 
 def _printable(text: str) -> str:
-    """In one line, at most 500 characters, without control characters that could take over a terminal."""
+    """A text in one line of at most 500 characters, without control characters that could affect a terminal."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:500]
 
 
@@ -300,7 +300,7 @@ def to_png(images: Tensor, largest: int | None = None) -> list[str]:
     """`[B, 3, H, W]` in [0, 1] as PNG files in base64.
 
     Args:
-        largest: larger images are made so small that their longest side has this many pixels.
+        largest: larger images are scaled down to this longest side in pixels.
     """
     files = []
     for picture in to_pil(images):

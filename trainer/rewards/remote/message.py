@@ -1,4 +1,4 @@
-"""The messages of the reward server: what a client may send, and within which bounds."""
+"""Parses and validates the requests of the reward server."""
 
 import base64
 import json
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...utils.media import check_image, read_image
 
-NAME = "an image of the message"
+NAME = "an image of the request"
 MOST_IMAGES = 2048
-"""Images, or frames of all videos, in a message."""
+"""Largest number of images, or of frames of all videos, in a request."""
 MOST_PIXELS = 4096 * 4096
-"""Pixels of one image."""
+"""Largest number of pixels of one image."""
 MOST_PIXELS_TOGETHER = 2**27
-"""Pixels of all images of a message: 1.6 GB as float32."""
+"""Largest number of pixels of all images of a request: 1.6 GB in float32."""
 LONGEST_PROMPT = 10_000
 """Characters."""
 
@@ -26,7 +26,7 @@ class Message:
     """Images or videos as files, and their prompts.
 
     Attributes:
-        items: per image one file, per video one per frame.
+        items: for each image one file, for each video one file per frame.
         video: whether the items are videos.
         prompts: one per item.
     """
@@ -39,7 +39,7 @@ class Message:
         """Images `[3, H, W]` or videos `[F, 3, H, W]`, float32 in [0, 1] on the device.
 
         Raises:
-                BadInput: a file is damaged.
+            BadInput: a file is damaged.
             ValueError: the frames of a video differ in size.
         """
         return [self._decoded(item).to(device) for item in self.items]
@@ -54,22 +54,22 @@ class Message:
 
 
 def read_message(body: bytes, media: str) -> Message:
-    """A message, its images not yet decoded but of an accepted format and size.
+    """Parse a request, and check the format and size of its images without decoding them.
 
     Raises:
         BadInput: an image is not a PNG, JPEG or WebP file.
-        ValueError: the message is malformed, or too large.
+        ValueError: the request is malformed or too large.
     """
     try:
         message = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the message is not JSON: {str(error)[:100]}") from error
+        raise ValueError(f"the request is not JSON: {str(error)[:100]}") from error
     name = "videos" if media == "video" else "images"
     if not isinstance(message, dict) or not isinstance(message.get(name), list):
-        raise ValueError(f"the message holds no list {name!r}")
+        raise ValueError(f"the request has no list {name!r}")
     prompts = message.get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("the message holds no list 'prompts' of texts")
+        raise ValueError("the request has no list 'prompts' of strings")
     if any(len(prompt) > LONGEST_PROMPT for prompt in prompts):
         raise ValueError(f"a prompt has more than {LONGEST_PROMPT} characters")
     items = [_files(item, media) for item in message[name]]
@@ -94,12 +94,12 @@ def _file(text: Any) -> bytes:
 
 def _check_sizes(files: list[bytes]) -> None:
     if len(files) > MOST_IMAGES:
-        raise ValueError(f"the message holds {len(files)} images; {MOST_IMAGES} is the most")
+        raise ValueError(f"the request has {len(files)} images; at most {MOST_IMAGES} are accepted")
     together = 0
     for file in files:
         width, height = check_image(file, NAME)
         together += width * height
         if width * height > MOST_PIXELS:
-            raise ValueError(f"an image has {width} x {height} pixels; {MOST_PIXELS} in all is the most")
+            raise ValueError(f"an image has {width} x {height} pixels; at most {MOST_PIXELS} pixels are accepted")
         if together > MOST_PIXELS_TOGETHER:
-            raise ValueError(f"the images have more than {MOST_PIXELS_TOGETHER} pixels together: send fewer at once")
+            raise ValueError(f"the images have more than {MOST_PIXELS_TOGETHER} pixels in total: send fewer at once")

@@ -1,6 +1,6 @@
-"""What rewards by a multimodal language model share: the request, retries, and answers that cannot be used.
+"""Base class of the rewards that ask a multimodal language model: requests, retries, and invalid answers.
 
-The model runs behind any server with OpenAI's chat protocol (vLLM, sglang, ...).
+The model runs on any server with OpenAI's chat completions API (vLLM, sglang, ...).
 """
 
 import re
@@ -18,28 +18,28 @@ from ..base import Reward
 from .http import Patience, Refused, Unusable, ask, ask_all, check_url, to_png
 
 RETRY_TEMPERATURE = 0.7
-"""Sampling temperature after an unusable answer; the first question is greedy, and would be answered the same again."""
+"""Sampling temperature of retries. The first attempt is greedy, so repeating it would give the same answer."""
 PER_REQUEST = (400, 413, 422)
-"""Status codes that may concern one request alone: a prompt that is too long, an image that is not accepted."""
+"""Status codes that may be caused by a single request, such as a prompt that is too long."""
 
 
 class ChatOptions(Section):
-    """The server, and the question."""
+    """Options of the server and the question."""
 
     fills: ClassVar[tuple[str, ...]] = ("prompt",)
-    """Names in braces that the instruction can hold."""
+    """Names of the placeholders that the instruction may contain."""
 
-    url: str = Field("http://127.0.0.1:8000/v1", description="Address of the server's interface; it ends in /v1.")
-    model: str = Field("", max_length=300, description="Name of the model, as the server lists it.")
+    url: str = Field("http://127.0.0.1:8000/v1", description="Base URL of the server's API, which ends in /v1.")
+    model: str = Field("", max_length=300, description="Name of the model on the server.")
     image_size: Annotated[int, Field(ge=32, le=4096)] = Field(
-        512, description="Longest side of the images that are sent."
+        512, description="Longest side in pixels to which images are scaled down before they are sent."
     )
-    parallel: Annotated[int, Field(ge=1, le=256)] = Field(8, description="Questions asked at the same time.")
+    parallel: Annotated[int, Field(ge=1, le=256)] = Field(8, description="Number of concurrent requests.")
     timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
-        120.0, description="Seconds for one attempt, from connecting to the end of the answer."
+        120.0, description="Timeout of one attempt in seconds, from connecting to the end of the answer."
     )
     retries: Annotated[int, Field(ge=0, le=10)] = Field(
-        2, description="Further attempts if there is no usable answer, each with another seed."
+        2, description="Further attempts if there is no valid answer, each with another seed."
     )
     instruction: str = Field("", description="The question.")
 
@@ -52,10 +52,10 @@ class ChatOptions(Section):
             raise ValueError(f"instruction cannot be filled in: {error}") from error
         names = {name for _, name, _, _ in fields}
         if any(shape not in ("", "g") or turn for _, _, shape, turn in fields):
-            raise ValueError("instruction can hold :g and no other format")
+            raise ValueError("instruction may use no other format than :g")
         if names - set(cls.fills) or "prompt" not in names:
             known = ", ".join(f"{{{name}}}" for name in cls.fills)
-            raise ValueError(f"instruction must hold {{prompt}} and can hold {known}, not {sorted(names)}")
+            raise ValueError(f"instruction must contain {{prompt}} and no placeholders other than {known}")
         return text
 
 
@@ -64,23 +64,23 @@ class ChatReward(Reward):
 
     typical_range = (0.0, 1.0)
     settings: ClassVar[dict[str, Any]]
-    """What a request holds besides the model and the message."""
+    """Further fields of a request, besides model and messages."""
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)
         check_url(self.options.url, self.name)
         if not self.options.model:
-            raise BadInput(f"reward {self.name!r}: model is empty: give the name under which the server serves it")
+            raise BadInput(f"reward {self.name!r}: model is empty: enter the name of the model on the server")
 
     @property
     def patience(self) -> Patience:
         return Patience(self.options.timeout, self.options.retries)
 
     def load(self) -> None:
-        """Ask which models there are.
+        """Check that the server has the model.
 
         Raises:
-            BadInput: the server is unreachable, or has no such model.
+            BadInput: the server is unreachable, or does not have the model.
         """
         url = f"{self.options.url.rstrip('/')}/models"
         try:
@@ -89,15 +89,15 @@ class ChatReward(Reward):
             raise BadInput(f"reward {self.name!r}: {error}") from error
         if self.options.model not in names:
             found = ", ".join(name[:60] for name in names[:10]) or "none"
-            raise BadInput(f"reward {self.name!r}: model {self.options.model!r} is not served by {url}; it has {found}")
+            raise BadInput(f"reward {self.name!r}: {url} does not list model {self.options.model!r}; it has {found}")
 
     def ask_all(self, questions: list[tuple[list[str], str]], read: Callable[[dict], float]) -> list[float]:
-        """A number per question; NaN if the model gives no usable answer, which is reported on stderr.
+        """A number per question; NaN with a warning if the model gives no valid answer.
 
         Args:
-            questions: PNG images in base64, and the text.
-            read: takes the answer's first choice; raises ValueError, KeyError, TypeError or IndexError if it does not
-                hold what was asked for.
+            questions: PNG images in base64, and the text, of each question.
+            read: parses the answer's first choice; raises ValueError, KeyError, TypeError or IndexError if it is
+                invalid.
 
         Raises:
             RunFailed: the server is unreachable, or refuses every question.
@@ -116,7 +116,7 @@ class ChatReward(Reward):
             raise (fatal or refused)[0]
         if failed:
             count = f"{len(failed)} of {len(answers)} questions"
-            print(f"warning: reward {self.name!r} got no usable answer to {count}: {failed[0]}", file=sys.stderr)
+            print(f"warning: reward {self.name!r} got no valid answer to {count}: {failed[0]}", file=sys.stderr)
         return [float("nan") if isinstance(answer, Unusable | Refused) else answer for answer in answers]
 
     def _body(self, images: list[str], text: str) -> Callable[[int], dict[str, Any]]:
@@ -135,19 +135,19 @@ class ChatReward(Reward):
 
 
 def answer_text(choice: dict) -> str:
-    """The text of an answer without its reasoning and without Markdown's marks.
+    """The text of an answer without its reasoning and without Markdown formatting.
 
     Args:
-        choice: its `message` holds `content`, a text or a list of parts.
+        choice: its `message` has `content`, a string or a list of parts.
 
     Raises:
-        ValueError: there is no text, or the answer was cut short within its reasoning.
+        ValueError: there is no text, or the answer was truncated within its reasoning.
     """
     content = choice["message"]["content"]
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part.get("type", "text") == "text")
     if not isinstance(content, str):
-        raise ValueError("the answer holds no text")
+        raise ValueError("the answer has no text")
     text = content.rpartition("</think>")[2]  # some servers leave out the opening tag
     if "<think>" in text:
         raise ValueError("the answer ends within its reasoning")

@@ -1,4 +1,4 @@
-"""Win rates of the images of a prompt, compared in pairs by a multimodal language model."""
+"""The reward `mllm-pairwise`: win rates of the images of a prompt in pairwise comparisons."""
 
 import itertools
 import re
@@ -11,12 +11,12 @@ from .mllm import ChatOptions, ChatReward, answer_text
 
 
 class MllmPairwise(ChatReward):
-    """Share of comparisons an image wins against the others of its prompt, by a multimodal language model (Pref-GRPO).
+    """Share of pairwise comparisons with the other images of its prompt that an image wins (Pref-GRPO).
 
-    Every pair is compared once, n (n - 1) / 2 questions for n images; which image comes first alternates. A tie counts
-    half, and an image without others gets 0.5. Comparisons without a usable answer are left out; an image that is left
-    with none has no score: its sample is dropped and counted. The score ranks images inside a group, and says nothing
-    about differences between groups or progress over time.
+    A multimodal language model compares every pair once, with n (n - 1) / 2 questions for n images; which image comes
+    first alternates. A tie counts half, and a single image gets 0.5. Comparisons without a valid answer are ignored; an
+    image without any valid comparison has no score: its sample is dropped and counted. The score ranks images within a
+    group; it is not comparable between groups or over time.
     """
 
     name = "mllm-pairwise"
@@ -45,11 +45,11 @@ class MllmPairwise(ChatReward):
 
 
 def win_rates(pairs: list[tuple[int, int]], results: list[float], alone: list[bool]) -> Tensor:
-    """Share of comparisons won, `[B]` float32; NaN for an image that has none.
+    """Share of comparisons won, `[B]` float32; NaN for an image without valid comparisons.
 
     Args:
-        results: per pair 1 if the first is better, 0 if the second is, 0.5 for a tie, NaN for no answer.
-        alone: per image whether it has no others to be compared with; it gets 0.5.
+        results: for each pair 1 if the first is better, 0 if the second is, 0.5 for a tie, NaN for no answer.
+        alone: for each image whether it is the only one of its prompt, which gets 0.5.
     """
     wins, games = torch.zeros(len(alone)), torch.zeros(len(alone))
     for (i, j), value in zip(pairs, results, strict=True):

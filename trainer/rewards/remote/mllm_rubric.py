@@ -1,4 +1,4 @@
-"""Ratings by a multimodal language model."""
+"""The reward `mllm-rubric`: ratings by a multimodal language model."""
 
 import re
 from typing import Annotated, Any, ClassVar
@@ -14,10 +14,10 @@ from .mllm import ChatOptions, ChatReward, answer_text
 class MllmRubric(ChatReward):
     """Ratings by a multimodal language model: it reasons, rates each aspect, and the mean rating is scaled to 0 to 1.
 
-    Whole ratings give many equal scores, and a group of equal scores teaches nothing: name several aspects, or use
+    Integer ratings often give equal scores, and a group of equal scores gives no gradient: use several aspects, or
     `mllm-yes`. Each aspect must be rated exactly once in the answer (after the model's reasoning), within the scale, so
-    that text inside an image is not taken for a rating. UnifiedReward-2.0 answers in this form too. An image without a
-    usable answer has no score: its sample is dropped and counted.
+    that text inside an image is not mistaken for a rating. UnifiedReward-2.0 also answers in this format. An image
+    without a valid answer has no score: its sample is dropped and counted.
     """
 
     name = "mllm-rubric"
@@ -26,7 +26,7 @@ class MllmRubric(ChatReward):
     class Options(ChatOptions):
         fills: ClassVar[tuple[str, ...]] = ("prompt", "low", "high", "lines")
         aspects: Annotated[list[str], Field(min_length=1, max_length=20)] = Field(
-            ["Alignment", "Quality"], description="What is rated, a word each."
+            ["Alignment", "Quality"], description="The aspects to rate, one word each."
         )
         low: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Lowest rating.")
         high: Annotated[float, Field(ge=-1000, le=1000)] = Field(5.0, description="Highest rating.")

@@ -1,4 +1,4 @@
-"""The probability that a multimodal language model says yes."""
+"""The reward `mllm-yes`: the probability that a multimodal language model answers yes."""
 
 import math
 
@@ -13,8 +13,8 @@ from .mllm import ChatOptions, ChatReward
 class MllmYes(ChatReward):
     """P(yes) / (P(yes) + P(no)) of the first token of a multimodal language model's answer.
 
-    It is continuous, so equal scores are rare. The server must return log-probabilities. An image whose answer begins
-    with neither yes nor no has no score: its sample is dropped and counted.
+    The score is continuous, so equal scores are rare. The server must return log-probabilities. If neither yes nor no
+    is among the most likely first tokens, the image has no score: its sample is dropped and counted.
     """
 
     name = "mllm-yes"
@@ -46,5 +46,5 @@ def probability(choice: dict) -> float:
             found[word] += math.exp(min(number(entry["logprob"]), 0.0))
     total = sum(found.values())
     if total <= 0:
-        raise ValueError("neither yes nor no is among the likeliest first tokens")
+        raise ValueError("neither yes nor no is among the most likely first tokens")
     return found["yes"] / total

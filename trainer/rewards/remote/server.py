@@ -1,4 +1,4 @@
-"""Serves a reward to other programs over HTTP: `python -m trainer reward-server`, the other end of `external`."""
+"""`python -m trainer reward-server`: serves a reward over HTTP, for the reward `external` of another process."""
 
 import contextlib
 import hmac
@@ -19,22 +19,22 @@ from .message import read_message
 
 KEY = "DANCEGRPO_SERVER_KEY"
 LARGEST_BODY = 512 * 2**20
-"""Bytes of one message."""
+"""Largest size of a request in bytes."""
 MOST_BYTES = 2**30
-"""Bytes of all messages that are in memory at once."""
+"""Largest total size in bytes of the requests in memory."""
 MOST_CONNECTIONS = 64
 READING = 120.0
-"""Seconds in which a request must have arrived."""
+"""Seconds within which a request must have arrived."""
 SILENCE = 30.0
-"""Seconds that a connection may say nothing, or not take the answer."""
+"""Seconds that a connection may be idle."""
 
 
 class Busy(Exception):
-    """Too much is being worked on; the client may try again."""
+    """The server has too many requests; the client may try again."""
 
 
 def serve(reward: Reward, host: str, port: int, device: torch.device) -> int:
-    """Answer until interrupted; returns the exit code.
+    """Serve requests until interrupted; returns the exit code.
 
     Raises:
         BadInput: the server cannot listen on the address.
@@ -44,7 +44,7 @@ def serve(reward: Reward, host: str, port: int, device: torch.device) -> int:
         server = RewardServer(reward, host, port, device)
     except OSError as error:
         raise BadInput(f"the server cannot listen on {host[:100]}:{port}: {error.strerror or error}") from error
-    key = f"with the key in {KEY}" if os.environ.get(KEY) else "to anyone who can reach it"
+    key = f"key required ({KEY})" if os.environ.get(KEY) else f"no key required (set {KEY} to require one)"
     print(f"reward {reward.name} at http://{host}:{server.server_port}/score, {key}; stop with Ctrl+C", flush=True)
     try:
         server.serve_forever()
@@ -56,13 +56,13 @@ def serve(reward: Reward, host: str, port: int, device: torch.device) -> int:
 
 
 def check_port(port: int) -> None:
-    """Raise BadInput unless `port` is a number that a server can listen on."""
+    """Raise BadInput unless `port` is a valid port number."""
     if not 0 <= port <= 65_535:
         raise BadInput(f"--port is {port}: give a number from 1 to 65535")
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Answers `POST /score`: requests are read in parallel, within bounds, and scored one after the other."""
+    """Answers `POST /score`. Requests are read in parallel, within limits, and scored one at a time."""
 
     daemon_threads = True
 
@@ -73,10 +73,10 @@ class RewardServer(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
 
     def answer(self, body: bytes) -> list[float | None]:
-        """The scores of a message.
+        """The scores for a request.
 
         Raises:
-            BadInput, ValueError: the message is malformed, or the reward cannot score it.
+            BadInput, ValueError: the request is malformed, or the reward cannot score it.
         """
         message = read_message(body, self.reward.media)
         with self.scoring:
@@ -88,7 +88,7 @@ class RewardServer(ThreadingHTTPServer):
         """Count a connection.
 
         Raises:
-            Busy: there are too many already.
+            Busy: there are too many connections.
         """
         with self.counting:
             if self.connections >= MOST_CONNECTIONS:
@@ -102,10 +102,10 @@ class RewardServer(ThreadingHTTPServer):
 
     @contextlib.contextmanager
     def holding(self, size: int) -> Iterator[None]:
-        """Count a message's bytes.
+        """Reserve memory for a request.
 
         Raises:
-            Busy: messages of other requests take the memory.
+            Busy: other requests use the memory.
         """
         with self.counting:
             if self.bytes + size > MOST_BYTES:
@@ -119,7 +119,7 @@ class RewardServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection: a request in `READING` seconds, an answer, and the end."""
+    """Handles a connection with one request, which must arrive within `READING` seconds."""
 
     server: RewardServer
     timeout = SILENCE
@@ -132,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with self.server.connected():
                 super().handle()
-        except (Busy, OSError, ValueError):  # too many clients, or this one has gone
+        except (Busy, OSError, ValueError):  # too many clients, or the client disconnected
             self.close_connection = True
         finally:
             deadline.cancel()
@@ -157,14 +157,14 @@ class Handler(BaseHTTPRequestHandler):
         if key and not hmac.compare_digest(given.encode(), key.encode()):
             return 401, {"error": "the key is missing or wrong"}
         if self.path.rstrip("/") != "/score":
-            return 404, {"error": "only POST /score is answered"}
+            return 404, {"error": "not found: use POST /score"}
         try:
             with self.server.holding(self.unread):
                 body, size = self.rfile.read(self.unread), self.unread
                 self.unread = 0
                 self.arrived()
                 if len(body) < size:
-                    return 400, {"error": "the message was cut short"}
+                    return 400, {"error": "the request is incomplete"}
                 return 200, {"scores": self.server.answer(body)}
         except Busy:
             return 503, {"error": "too many requests at once; try again later"}
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
     def _length(self) -> int:
         text = self.headers.get("Content-Length", "")
         if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) <= LARGEST_BODY):
-            raise ValueError(f"Content-Length must be given, from 0 to {LARGEST_BODY}")
+            raise ValueError(f"Content-Length is required and must be at most {LARGEST_BODY}")
         return int(text)
 
     def _answer(self, code: int, content: dict[str, Any]) -> None:
@@ -186,16 +186,16 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Connection", "close")
-        with contextlib.suppress(OSError):  # who asked may have given up
+        with contextlib.suppress(OSError):  # the client may have disconnected
             self.end_headers()
             self.wfile.write(data)
 
     def _discard(self) -> None:
-        """Read what is left of a message that was answered early; else the client loses the answer with its line."""
+        """Read the rest of a request that was answered early; else the client may not receive the answer."""
         with contextlib.suppress(OSError):
             self.wfile.flush()
             while self.unread > 0 and (part := self.rfile.read(min(self.unread, 2**16))):
                 self.unread -= len(part)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep the terminal for what matters."""
+        """Do not log requests."""
