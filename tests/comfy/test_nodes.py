@@ -65,8 +65,8 @@ def test_nodes_are_found_by_the_words_people_search_for(info: dict) -> None:
 def test_a_dtype_that_is_not_used_says_so(comfy: Server, info: dict) -> None:
     node = info["DanceGRPO_BaseModel"]
     for name, loaded in (("dtype", "model"), ("vae_dtype", "VAE")):
-        assert f"Not used where a {loaded} is connected" in node["input"]["required"][name][1]["tooltip"]
-    assert "folder, family, dtype and vae_dtype are not used with it" in node["description"]
+        assert f"Ignored if a model{loaded} is connected" in node["input"]["required"][name][1]["tooltip"]
+    assert "folder, family, dtype and vae_dtype are ignored" in node["description"]
     page = comfy.fetch(f"/extensions/{PACK}/docs/DanceGRPO_BaseModel.md").decode()
     assert "**folder, family, dtype and vae_dtype are not used** then" in page
 

@@ -135,7 +135,7 @@ def test_links_out_of_the_folder_are_no_pictures(comfy: Server, runs: Path) -> N
     secret = runs.parent / "secret.png"
     secret.write_bytes(b"secret")
     (runs / "panel a" / "samples" / "rollout_000001.png").symlink_to(secret)
-    assert "no picture" in refusal(comfy, "/dancegrpo/runs/panel%20a/samples/rollout_000001.png")[1]
+    assert "no sample image" in refusal(comfy, "/dancegrpo/runs/panel%20a/samples/rollout_000001.png")[1]
 
 
 def test_changes_need_a_request_of_this_server(comfy: Server, runs: Path) -> None:

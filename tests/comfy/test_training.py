@@ -300,7 +300,7 @@ def test_each_action_is_carried_out_every_time_it_is_queued(comfy: Server) -> No
 def test_a_run_that_does_not_exist_is_one_sentence(comfy: Server) -> None:
     assert "there is no run named 'nobody'" in error_of(comfy, look("nobody"))
     assert not folder(comfy, "nobody").exists()
-    assert "give its name" in error_of(comfy, look(""))
+    assert "enter a name" in error_of(comfy, look(""))
 
 
 # --------------------------------------------------------------------------------------------------------- cancel
@@ -501,7 +501,7 @@ def test_many_prompts_do_not_stop_the_server_from_answering(comfy: Server) -> No
         accepted = graph("many", wait=False, prompts="\n".join(lines), held_out_prompts="\n".join(lines[::-1]))
         said = error_of(comfy, accepted)
         assert said.startswith("held_out_prompts holds 'a red circle number ")
-        assert "which is also in prompts" in said
+        assert "is also in prompts" in said
         accepted["train"]["inputs"] |= {"held_out_prompts": "a blue square", "prompts": "\n".join(lines)}
         del accepted["train"]["inputs"]["clip"]
         assert comfy.run(accepted)["train"]["dancegrpo"][0]["run"] == "many"
@@ -527,9 +527,9 @@ def test_bad_names_are_refused_before_anything_runs(comfy: Server, name: str) ->
     ("inputs", "says"),
     [
         ({"prompts": " \n "}, "prompts is empty"),
-        ({"held_out_prompts": "a red circle"}, "which is also in prompts"),
+        ({"held_out_prompts": "a red circle"}, "is also in prompts"),
         ({"processes": 64}, "64 processes are more than the"),
-        ({"gpus": "0;rm"}, "give numbers separated by commas"),
+        ({"gpus": "0;rm"}, "enter numbers separated by commas"),
         # A workflow may hold anything in place of a link: none of it becomes a part of the run.
         ({"grpo_model": {"family": "sd3", "path": str(ROOT)}}, "grpo_model must be connected to a node of this pack"),
         ({"settings": {"evaluation": {"file": str(ROOT / "README.md")}}}, "settings must be connected"),
@@ -545,7 +545,7 @@ def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, input
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({"prompts": ""}, "prompts is empty: write one prompt per line"),
+        ({"prompts": ""}, "prompts is empty: enter one prompt per line"),
         ({"prompts": "a\nb\na"}, "prompts holds 'a' more than once"),
         ({"held_out_prompts": "a blue square"}, "held_out_prompts holds 'a blue square', which is also in prompts"),
         ({"gpus": "0,0", "processes": 2}, "gpus is '0,0': 2 processes take 2 different GPUs"),

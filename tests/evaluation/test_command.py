@@ -109,14 +109,14 @@ def test_bad_input_is_told_in_one_sentence_before_anything_is_loaded(
     monkeypatch.setattr("trainer.models.diffusers.family.DiffusersModel.load", None)
     monkeypatch.setattr("trainer.evaluation.command.conditions_for", None)
     (tmp_path / "empty run").mkdir()
-    (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("reading weights")
     foreign = {"diffusion_model.blocks.0.q.lora_A.weight": torch.zeros(2, 4)}
     save_file(foreign | {"diffusion_model.blocks.0.q.lora_B.weight": torch.zeros(4, 2)}, tmp_path / "other.safetensors")
     out = ("--output", tmp_path / "out")
     assert "there is no file" in refused(capsys, trained, tmp_path / "none.safetensors", *out)
     assert "without lora.safetensors" in refused(capsys, trained, tmp_path / "empty run", *out)
     assert "not a safetensors file" in refused(capsys, trained, tmp_path / "text.safetensors", *out)
-    assert "belongs to another model" in refused(capsys, trained, tmp_path / "other.safetensors", *out)
+    assert "does not belong to the model" in refused(capsys, trained, tmp_path / "other.safetensors", *out)
     assert "held-out prompts" in refused(capsys, trained, *out, "--set", "evaluation.texts=[]")
     assert not (tmp_path / "out").exists()
 

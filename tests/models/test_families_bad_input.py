@@ -254,10 +254,10 @@ def test_every_family_names_conditions_that_do_not_fit_it(family: str, whole: Pa
             kind.check_conditions(fitting, Conditions(wider))
     for name in conditions.tensors:
         fewer = {key: value for key, value in conditions.tensors.items() if key != name}
-        with pytest.raises(BadInput, match=f"the conditions hold .*, and family {family} in .* takes"):
+        with pytest.raises(BadInput, match=f"prompts.conditions has.*but family{family} in .* takes"):
             kind.check_conditions(fitting, Conditions(fewer))
     if family not in ("qwen-image-edit",) and count == 2:
-        with pytest.raises(BadInput, match="at model.height, width and frames; encode them again"):
+        with pytest.raises(BadInput, match="for this model.height, width and frames: encode the prompts again"):
             kind.check_conditions(fitting.model_copy(update={"height": 32}), conditions)
 
 
@@ -284,11 +284,11 @@ def test_every_family_refuses_networks_with_other_inputs(
         for prefix in ("", "model.diffusion_model."):
             save_file({f"{prefix}{n}": w.contiguous() for n, w in weights.items()}, copy / "one.safetensors")
             wrong = fitting.model_copy(update={"network_file": str(copy / "one.safetensors")})
-            refused(wrong, "one.safetensors", f"takes {other} input channels, and family {family} gives it {given}")
+            refused(wrong, "one.safetensors", f"takes {other}input channels, but family{family} gives it {given}")
         return
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": other}))
     wrong = fitting.model_copy(update={"path": str(copy)})
-    refused(wrong, str(copy / kind.component), f"takes {other} input channels, and family {family} gives it {given}")
+    refused(wrong, str(copy / kind.component), f"takes {other}input channels, but family{family} gives it {given}")
     assert "inpainting" in str(pytest.raises(BadInput, model_class, wrong).value)
 
 
@@ -318,7 +318,7 @@ def test_a_vae_of_another_kind_is_refused(folders: dict[str, Path], family: str,
     copy = shutil.copytree(folders[family], tmp_path / "copy")
     config = copy / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
-    refused(config_of(family, copy), f"names {name!r}, and family {family} takes Autoencoder")
+    refused(config_of(family, copy), f"names {name!r}but family{family} takes Autoencoder")
 
 
 def test_odd_token_numbers_of_qwen_are_warned_of(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_single_files_of_something_else_are_refused(
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "one.safetensors").write_bytes(b"no weights")
+    (tmp_path / "one.safetensors").write_bytes(b"reading weights")
     with pytest.raises(BadInput, match="is not a safetensors file"):
         network_weights(tmp_path / "one.safetensors")
 
@@ -386,9 +386,9 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
     [
         ("p.csv", "text\na\n", "has the columns text: it takes prompt"),
         ("p.csv", "prompt,image\na\n", "line 2 does not have 2 columns"),
-        ("p.csv", 'prompt\n""\n', "'prompt' must be a text that is not empty"),
+        ("p.csv", 'prompt\n""\n', "'prompt' must be a non-empty"),
         ("p.csv", "prompt,image\na,b.png\n", "there is no image"),
-        ("p.jsonl", '{"prompt": "a", "image": 3}', "'category' and 'image' texts"),
+        ("p.jsonl", '{"prompt": "a", "image": 3}', "'category' and 'image' must be strings"),
         ("p.csv", "prompt\na\na\n", "repeats the prompt 'a'"),
     ],
 )

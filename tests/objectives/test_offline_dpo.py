@@ -207,8 +207,8 @@ def test_the_collection_decides_which_objective_it_is(offline: dict, tiny_descri
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompts": {"texts": ["a"]}}, "objective.collection has its own"),
-        ({"rewards": [{"name": "brightness"}]}, "go into evaluation.rewards"),
+        ({"prompts": {"texts": ["a"]}}, "objective.collection"),
+        ({"rewards": [{"name": "brightness"}]}, "belong in evaluation.rewards"),
         ({"rollout": {"prompts_per_iteration": 4}, "objective.updates": 3}, "updates 3 does not divide"),
         ({"model.frames": 5}, "set it to 1"),
     ],

@@ -74,17 +74,17 @@ def test_prompts_in_a_description_are_cleaned() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.txt", "", "holds no prompt"),
-        ("p.txt", "# only\n# comments\n", "holds no prompt"),
+        ("p.txt", "", "has no prompts"),
+        ("p.txt", "# only\n# comments\n", "has no prompts"),
         ("p.txt", "a fox\na dog\na  fox \n", "repeats the prompt 'a fox' (entries 1 and 3)"),
-        ("p.txt", '[\n  "a",\n  "b"\n]', "holds JSON: name it .json"),
-        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}', "holds JSON"),
-        ("p.txt", '["a", "b"]', "holds JSON"),
-        ("p.txt", "prompt,category\na,b\n", "begins with a CSV header: name it .csv"),
-        ("p.txt", "<!DOCTYPE html>\n<p>a</p>", "holds markup"),
-        ("p.txt", "<?xml version='1.0'?><a/>", "holds markup"),
-        ("p.txt", "{\\rtf1 a}", "holds markup"),
-        ("p.txt", "a\0 \0f\0o\0x\0", "holds NUL characters"),
+        ("p.txt", '[\n  "a",\n  "b"\n]', "contains JSON: rename it to .json"),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}', "contains JSON"),
+        ("p.txt", '["a", "b"]', "contains JSON"),
+        ("p.txt", "prompt,category\na,b\n", "begins with a CSV header: rename it to .csv"),
+        ("p.txt", "<!DOCTYPE html>\n<p>a</p>", "contains markup"),
+        ("p.txt", "<?xml version='1.0'?><a/>", "contains markup"),
+        ("p.txt", "{\\rtf1 a}", "contains markup"),
+        ("p.txt", "a\0 \0f\0o\0x\0", "contains NUL characters"),
         ("p.txt", "a fox".encode("utf-16"), "is not UTF-8 text"),
         ("p.txt", "ein Füchslein".encode("cp1252"), "is not UTF-8 text: byte 6"),
         ("p.yaml", "- a\n- b\n", "prompts are read from .txt (one per line), .csv, .jsonl and .json"),
@@ -93,23 +93,23 @@ def test_prompts_in_a_description_are_cleaned() -> None:
         ("p.json", '{"prompts": ["a"]}', "is not a JSON list of prompts"),
         ("p.json", '["a", 3]', "entry 2 is not a JSON object with 'prompt'"),
         ("p.json", '["a",]', "is not JSON"),
-        ("p.json", '["a \\ud83e"]', "a surrogate is not part of a pair"),
+        ("p.json", '["a \\ud83e"]', "has an unpaired Unicode surrogate"),
         ("p.json", '[{"prompt": "a", "prompt": "b"}]', "names 'prompt' twice"),
-        ("p.json", "[]", "holds no prompt"),
+        ("p.json", "[]", "has no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n[]\n', "line 2 is not a JSON object with 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 is not a JSON object with 'prompt'"),
         ("p.jsonl", '{"prompt": "a \\ud83e"}', "line 1 holds 'a \\ud83e', in which a surrogate"),
         ("p.jsonl", '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 nests lists and mappings"),
         ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1 holds a number of 5000 digits"),
         ("p.jsonl", '{"prompt": "a", "weight": ' + "9" * 5000 + "}", "line 1 holds a number of 5000 digits"),
-        ("p.jsonl", '{"prompt": " "}', "'prompt' must be a text that is not empty"),
+        ("p.jsonl", '{"prompt": " "}', "'prompt' must be a non-empty"),
         ("p.csv", '"prompt"x,category\na,b\n', "line 1 is not CSV"),
         ("p.csv", 'prompt,category\n"a"x,b\n', "line 2 is not CSV"),
         ("p.csv", "prompt\n" + "a" * 200_000, "line 2 is not CSV: field larger than"),
         ("p.csv", "prompt,prompt\na,b\n", "has the columns prompt, prompt"),
         ("p.csv", "prompt;category\na;b\n", "has the columns prompt;category"),
         ("p.csv", "", "has the columns (none): it takes prompt"),
-        ("p.csv", "prompt\n", "holds no prompt"),
+        ("p.csv", "prompt\n", "has no prompts"),
         ("p.csv", "prompt,image\na,none.png\n", "line 2: there is no image"),
         ("p.csv", "prompt,image\na,p.csv\n", "line 2: image"),
         ("p.jsonl", '{"prompt": "a", "image": "a\\u0000b"}', "line 1: there is no image"),
@@ -125,7 +125,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "folder.txt").mkdir()
     for name in ("pipe.txt", "folder.txt"):
-        with pytest.raises(BadInput, match=f"{name} is not a file"):
+        with pytest.raises(BadInput, match=f"{name}or is not a conditions"):
             read(tmp_path / name)
 
 

@@ -41,7 +41,7 @@ def test_half_a_character_is_refused_and_named(text: str) -> None:
     for check in (lambda: check_text(text, "prompts"), lambda: check_prompts(["a", text], "prompts")):
         with pytest.raises(BadInput) as raised:
             check()
-        assert str(raised.value).startswith(f"prompts holds {text!r}, in which a surrogate is not part of a pair")
+        assert str(raised.value).startswith(f"prompts{text!r}which has an unpaired Unicode surrogate")
         str(raised.value).encode()  # it can be printed
     check_text("a \U0001f98a fox", "prompts")
 

@@ -92,7 +92,7 @@ def test_another_model_is_refused_with_what_to_choose(tiny: Path) -> None:
     with pytest.raises(BadInput, match="choose CLIP"):
         load(tiny, flat)
     (tiny / "cut.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:200])
-    with pytest.raises(BadInput, match="cannot be read as weights"):
+    with pytest.raises(BadInput, match="cannot be loaded as weights"):
         load_vision_encoder(tiny / "cut.safetensors")
 
 

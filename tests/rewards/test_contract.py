@@ -316,7 +316,7 @@ def test_a_wrong_file_is_one_sentence_that_names_it(
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "trapped").exists()
     (tmp_path / "readme.md").write_text("x")
-    for file, words in {"readme.md": "wrong type of file", "none.pt": "does not exist"}.items():
+    for file, words in {"readme.md": "wrong file type", "none.pt": "does not exist"}.items():
         with pytest.raises(BadInput, match=f"'{name}': {option} .*{file}' .*{words}"):
             reward(name, {**options[name], option: str(tmp_path / file)})
 

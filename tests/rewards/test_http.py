@@ -71,10 +71,10 @@ def test_an_image_the_server_declines_has_no_score(stub: StubServer) -> None:
 
 
 BAD = {
-    "malformed": (200, b"{", "no usable answer"),
-    "html": (200, b"<html>", "no usable answer"),
-    "a list": (200, [1, 2], "another form"),
-    "no scores": (200, {"score": 1}, "another form"),
+    "malformed": (200, b"{", "an invalid answer"),
+    "html": (200, b"<html>", "an invalid answer"),
+    "a list": (200, [1, 2], "an unexpected format"),
+    "no scores": (200, {"score": 1}, "an unexpected format"),
     "too few": (200, {"scores": [1]}, r"2 scores are expected, not \[1\]"),
     "too many": (200, {"scores": [1, 2, 3]}, "2 scores are expected"),
     "a text": (200, {"scores": "12"}, "2 scores are expected"),
@@ -84,9 +84,9 @@ BAD = {
     "infinity": (200, b'{"scores": [1e999, 1]}', "'inf' is not a finite number"),
     "too large": (200, {"scores": [10**400, 1]}, "is not a finite number"),
     "too large for float32": (200, {"scores": [1e39, 1]}, "is not a finite number"),
-    "nested": (200, b"[" * 10**5, "nested too deeply|no usable answer"),
-    "no text": (200, b"\xff\xfe", "no usable answer"),
-    "compressed": (200, b"\x1f\x8b\x08\x00", "no usable answer"),
+    "nested": (200, b"[" * 10**5, "nested too deeply|an invalid answer"),
+    "no text": (200, b"\xff\xfe", "an invalid answer"),
+    "compressed": (200, b"\x1f\x8b\x08\x00", "an invalid answer"),
     "terminal codes": (500, b"\x1b[2J\x07 broken", r"answered 500 .*: \[2J broken"),
     "server error": (500, {"error": "out of memory"}, "answered 500 .*out of memory"),
     "redirect": (302, b"http://127.0.0.1:9/", "answered 302"),
@@ -127,12 +127,12 @@ def test_a_long_answer_is_not_read_to_its_end(stub: StubServer, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        (b"SSH-2.0-OpenSSH\r\n", "does not speak HTTP"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "does not speak HTTP|cut its answer short"),
+        (b"SSH-2.0-OpenSSH\r\n", "did not answer with valid HTTP"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "did not answer with valid HTTP|cut its answer short"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", "cut its answer short"),
         (b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"scores": [1]}', "cut its answer short"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9", "closed the connection without an answer"),
-        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10**5, "does not speak HTTP"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10**5, "did not answer with valid HTTP"),
         (b"", "closed the connection without an answer"),
     ],
     ids=["another protocol", "broken chunks", "cut chunks", "cut short", "cut head", "endless header", "silence"],
@@ -178,7 +178,7 @@ QUICK = 10.0
 @pytest.mark.parametrize("case", ENDLESS)
 def test_one_deadline_holds_for_the_whole_attempt(case: str) -> None:
     begun = time.monotonic()
-    with speaking(ENDLESS[case]()) as url, pytest.raises(RunFailed, match="gave no complete answer|does not speak"):
+    with speaking(ENDLESS[case]()) as url, pytest.raises(RunFailed, match="gave no complete answer|did not answer with valid"):
         score(external(url=url, retries=0, timeout=0.4), IMAGES[:1], ["a"])
     assert time.monotonic() - begun < QUICK
 

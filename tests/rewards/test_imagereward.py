@@ -123,7 +123,7 @@ def test_the_state_dict_that_the_original_class_writes_gives_the_same_scores(tmp
              for kind, size in (("weight", (256, width)), ("bias", (256,)))}  # fmt: skip
     assert torch.equal(score(reward(tmp_path, {**WEIGHTS, **heads}), image, [prompt]), wanted)
     for stranger in ("blip.itm_head.weight", "blip.vision_proj.scale", "vision_proj.weight"):
-        with pytest.raises(BadInput, match=f"it holds {stranger}, which does not belong there"):
+        with pytest.raises(BadInput, match=f"literal values{stranger}, which does not belong there"):
             reward(tmp_path, {**WEIGHTS, stranger: torch.ones(1)}).load()
 
 

@@ -140,7 +140,7 @@ def test_the_server_says_what_is_wrong(serving: Callable, monkeypatch: pytest.Mo
         b"{": "not JSON",
         b"[" * 10**5: "not JSON",
         b"[]": "no list 'images'",
-        b'{"images": [], "prompts": [1]}': "no list 'prompts' of texts",
+        b'{"images": [], "prompts": [1]}': "no list 'prompts' of strings",
         b'{"images": ["?"], "prompts": ["a"]}': "not a file in base64",
         b'{"images": [7], "prompts": ["a"]}': "not a file in base64",
         b'{"images": ["aGVsbG8="], "prompts": ["a"]}': "an image of the message is not a PNG, JPEG or WebP image",
@@ -240,7 +240,7 @@ def test_a_message_that_is_cut_short_is_not_scored(serving: Callable) -> None:
         answer = b""
         while part := line.recv(2**16):
             answer += part
-    assert b"the message was cut short" in answer
+    assert b"the request is incomplete" in answer
 
 
 def test_messages_and_connections_beyond_the_limit_are_told_to_come_again(

@@ -177,7 +177,7 @@ def test_an_extended_run_says_what_its_learning_rate_does(
     before = lora_of(run)
     code, output = program.run("train", file, "--output", run, "--set", "runtime.iterations=3")
     assert code == 0, output
-    assert "optimizer.schedule: the learning rate goes on as in the longer run, and falls to 0 at its end" in output
+    assert "optimizer.schedule: the learning rate now follows the longer run and reaches 0 at its new end" in output
     assert any(not torch.equal(value, before[name]) for name, value in lora_of(run).items()), "it is not 0"
 
 

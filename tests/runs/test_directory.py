@@ -139,7 +139,7 @@ def test_another_description_is_refused_with_what_changed(run: RunDirectory, tin
     assert not launch.is_running(run), "the lock was given back"
 
 
-@pytest.mark.parametrize("content", ["", "a: [1", "- 1", "description: 5", b"\xff\xfe\x00", "description: {}"])
+@pytest.mark.parametrize("content", ["", "a: [1", "- 1", "description: 5", b"\xff\xfe\x00", "settings{}"])
 def test_damaged_description_is_named(run: RunDirectory, config: RunConfig, content: str | bytes) -> None:
     run.release()
     (run.path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -279,12 +279,12 @@ def test_foreign_folder_and_file_are_refused(tmp_path: Path, config: RunConfig) 
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "holiday.jpg").touch()
-    with pytest.raises(BadInput, match="not empty and holds no run"):
+    with pytest.raises(BadInput, match="not empty and is not a run"):
         RunDirectory.open(folder, config, [])
     assert [p.name for p in folder.iterdir()] == ["holiday.jpg"], "nothing was written"
     with pytest.raises(BadInput, match="is a file"):
         RunDirectory.open(folder / "holiday.jpg", config, [])
-    with pytest.raises(BadInput, match="cannot be made"):
+    with pytest.raises(BadInput, match="cannot be created"):
         RunDirectory.open(folder / "holiday.jpg" / "run", config, [])
     with pytest.raises(BadInput, match=r"run\.yaml is missing"):
         RunDirectory.attach(folder)

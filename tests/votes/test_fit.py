@@ -142,7 +142,7 @@ def test_whether_it_is_enough_is_said_in_words() -> None:
         "better than guessing, and more votes will help: agrees with 70%"
     )
     assert enough(Agreement(22, 40, 2), 40).startswith("not yet better than guessing")
-    assert "choose another backbone" in enough(Agreement(60, 110, 0), 110)
+    assert "try another backbone" in enough(Agreement(60, 110, 0), 110)
 
 
 # ----------------------------------------------------------------------------------------------------------- selection

@@ -93,7 +93,7 @@ def test_links_are_not_images(fox: Collection, tmp_path: Path) -> None:
     for name in ("other", "whole"):
         with pytest.raises(BadInput, match=f"no collection named '{name}'"):
             store.find(tmp_path, name)
-        with pytest.raises(BadInput, match="cannot be made"):
+        with pytest.raises(BadInput, match="cannot be created"):
             store.create(tmp_path, name)
 
 
@@ -137,9 +137,9 @@ def test_undo_appends_a_row_and_a_late_repeat_of_the_vote_does_not_bring_it_back
 @pytest.mark.parametrize("id", ["", "a b", "a,b", "x" * 65, "é", "a\n", None, 7])
 def test_ids_that_could_break_a_row_are_refused(fox: Collection, id: object) -> None:
     a, b, *_ = names(fox)
-    with pytest.raises(BadInput, match="cannot be used: it has 1 to 64 letters"):
+    with pytest.raises(BadInput, match="is invalid: use 1 to 64 letters"):
         fox.record([Vote(a, b, id=id)])
-    with pytest.raises(BadInput, match="cannot be used: it has 1 to 64 letters"):
+    with pytest.raises(BadInput, match="is invalid: use 1 to 64 letters"):
         fox.undo(id)
     assert not fox.votes_file.exists()
 
@@ -187,10 +187,10 @@ def test_a_row_that_cannot_be_read_costs_that_row_with_a_sentence(fox: Collectio
     ledger = fox.ledger()
     assert ledger.votes == [Vote(a, b, id="1"), Vote(c, d, id="10")]
     reasons = ["not CSV", "6 columns, and the header 7", "tie and skip", "tie and skip", "the same",
-               r"no image '../../x.png'", "'a b' is not an id", "an undo row has an id", "1 columns"]  # fmt: skip
+               r"no image '../../x.png'", "'a b' is not an id", "an undo row must have an id", "1 columns"]  # fmt: skip
     assert len(ledger.complaints) == len(reasons)
     for number, (complaint, reason) in enumerate(zip(ledger.complaints, reasons, strict=True), 3):
-        assert complaint.startswith(f"votes.csv, line {number} is left out: ")
+        assert complaint.startswith(f"votes.csv, line {number}is ignored")
         assert reason in complaint
     assert fox.record([Vote(b, c, id="11")]) == 1
     assert fox.ledger().votes[-1] == Vote(b, c, id="11")
@@ -281,11 +281,11 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: object) -> 
 def test_collections_are_listed_deleted_and_brought_back(tmp_path: Path) -> None:
     for name in ("fox", "Über mich 2"):
         fill(store.create(tmp_path, name))
-    (tmp_path / "something else").mkdir()
+    (tmp_path / "not a collection").mkdir()
     assert store.names(tmp_path) == ["fox", "Über mich 2"]
     assert len(names(store.create(tmp_path, "fox"))) == 4, "making it again opens it"
     with pytest.raises(BadInput, match="'something else' cannot be made"):
-        store.create(tmp_path, "something else")
+        store.create(tmp_path, "not a collection")
     with pytest.raises(BadInput, match="no collection named 'cat'; there are: fox, Über mich 2"):
         store.delete(tmp_path, "cat")
     old = store.find(tmp_path, "fox")

@@ -256,14 +256,14 @@ def test_what_cannot_be_repeated_is_refused(pack, demo, files, loaded, base_mode
     model, vae = loaded
     other = model.clone()
     other.cached_patcher_init = None
-    with refused(pack, "a loader that training cannot repeat"):
+    with refused(pack, "a loader that training does not support"):
         base_model(model=other, vae=vae)
     other.cached_patcher_init = (shutil.rmtree, (files.network, {}))
-    with refused(pack, "a loader that training cannot repeat"):
+    with refused(pack, "a loader that training does not support"):
         base_model(model=other, vae=vae)
     outside = files.folder / "outside.safetensors"
     other.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(outside), {}))
-    with refused(pack, "lies outside ComfyUI's folders"):
+    with refused(pack, "is outside of ComfyUI's folders"):
         base_model(model=other, vae=vae)
     other.cached_patcher_init = (comfy.sd.load_diffusion_model, (files.network, {"custom_operations": 1}))
     with refused(pack, "loaded with custom_operations"):
@@ -277,11 +277,11 @@ def test_patches_that_cannot_be_carried_are_refused(pack, files, loaded, base_mo
     changed = with_lora(pack, model, files)
     key = next(iter(changed.patches))
     changed.add_patches({key: ("diff", (torch.zeros(1),))}, 0.3)
-    with refused(pack, "changed the model's weights"):
+    with refused(pack, "before GRPO Base Model patches the model's weights"):
         base_model(model=changed, vae=vae)
     changed = model.clone()
     changed.set_model_sampler_cfg_function(lambda args: args["cond"])
-    with refused(pack, r"cannot carry over \(sampler_cfg_function\)"):
+    with refused(pack, r"does not support\(sampler_cfg_function\)"):
         base_model(model=changed, vae=vae)
     changed = model.clone()
     changed.add_object_patch("diffusion_model.final_layer", torch.nn.Identity())
@@ -319,7 +319,7 @@ def test_an_old_comfyui_is_refused(pack, loaded, base_model, monkeypatch, tmp_pa
         base_model(model=loaded[0], vae=loaded[1])
     for version, is_old in (("0.19.7", True), ("0.20.0", False), ("1.0.0", False)):
         (tmp_path / "comfyui_version.py").write_text(f'__version__ = "{version}"\n')
-        with refused(pack, f"is {version}, and a connected model") if is_old else nullcontext():
+        with refused(pack, f"is {version}but a connected model") if is_old else nullcontext():
             base_model(model=loaded[0], vae=loaded[1])
     floor = re.search(r'requires-comfyui = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
     assert floor == ".".join(map(str, pack("trainer.models.comfy.load").OLDEST))
@@ -348,11 +348,11 @@ def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model
     def begin() -> None:
         runs.begin("x", data, Clip(100), "source", 1, None, blueprint=blueprint)
 
-    with refused(pack, "does not take what clip and conditioning give .* numbers for a token and is given 100"):
+    with refused(pack, "clip or conditioning does not match the model.* numbers for a token and is given 100"):
         begin()
     file = Path(files.network)
     file.rename(file.with_suffix(".sft"))
-    with refused(pack, "model.graph.file is .* there is no such .safetensors file"):
+    with refused(pack, "model.graph.file is .*this .safetensors file"):
         begin()
     assert not reached
     assert not (files.folder / "runs").exists()

@@ -155,5 +155,5 @@ def test_a_vae_that_mixes_the_images_of_a_batch_is_refused(pack, demo) -> None:
     wrong = type("Wrong", (), {"decoder": VideoDecoder()})
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(vae, "first_stage_model", wrong)
-        with pytest.raises(bad, match="which mixes the images of a batch"):
+        with pytest.raises(bad, match="because it mixes the images of a batch"):
             check(vae, demo.model.model.latent_format)
