@@ -14,7 +14,7 @@ from ..trainer.config import describe as describe_errors
 from ..trainer.utils.errors import BadInput
 from .host import inputs, progress, results
 from .host.reward_files import option_values, option_widgets, votes_fingerprint, with_files
-from .host.scoring import bar_plot, best_of, score_all, score_table, split_prompts
+from .host.scoring import bar_plot, best_of, require_prompt, score_all, score_table, split_prompts
 from .types import CATEGORY, Rewards, RewardType, connected
 
 SOCKETS = 4
@@ -195,7 +195,7 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
-        return True if prompt is None or prompt.strip() else "prompt is empty: write what the images should show"
+        return inputs.accepted(prompt, "prompt", require_prompt)
 
     @classmethod
     def check_lazy_status(cls, reward: Rewards, images: Tensor | None = None, **_: object) -> list[str]:

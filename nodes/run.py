@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..trainer.runs import launch
 from ..trainer.utils.errors import BadInput
-from .host import progress, results, runs
+from .host import inputs, progress, results, runs
 from .host.folders import check_name
 from .types import CATEGORY, RunType
 
@@ -40,12 +40,7 @@ class Run(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        try:
-            if name:
-                check_name(name)
-        except BadInput as error:
-            return str(error)
-        return True
+        return inputs.accepted(name, "name", lambda text: text and check_name(text))
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> float:

@@ -16,6 +16,8 @@ from ..trainer.diffusion.kernels import KERNELS, LARGEST_ETA, Kernel
 from ..trainer.diffusion.process import FLOW, VP, Process
 from ..trainer.diffusion.solvers import Euler
 from ..trainer.utils import seeds
+from ..trainer.utils.errors import BadInput
+from .host import inputs, progress
 from .types import CATEGORY
 
 LAST_STEP = 10_000
@@ -143,16 +145,6 @@ def check_kernel(kernel: str, eta: float, process: Process) -> None:
     chosen.check_eta(eta)
 
 
-def check_eta(kernel: str | None, eta: float | None) -> None:
-    """Raise ValueError for a kernel that does not exist or an eta that it does not take; None is not known yet."""
-    if eta is not None and not 0 <= eta <= LARGEST_ETA:
-        raise ValueError(f"eta is {eta}: it must lie in 0 to {LARGEST_ETA:g}")
-    if kernel is not None and eta is not None:
-        kernels.named(kernel).check_eta(eta)
-    elif kernel is not None:
-        kernels.named(kernel)
-
-
 # ------------------------------------------------------------------------------------------------------- the nodes
 
 
@@ -208,30 +200,18 @@ class SDESampler(io.ComfyNode):
                     tooltip="Number of the batch's first image. Image 3 of a batch is made alone with a 3 here.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        kernel: str | None = None,
-        eta: float | None = None,
-        start_step: int | None = None,
-        end_step: int | None = None,
-    ) -> bool | str:
-        # A value that arrives by wire is not known yet; a named one is no longer looked at by ComfyUI itself.
-        try:
-            check_eta(kernel, eta)
-        except ValueError as error:
-            return str(error)
-        start = 0 if start_step is None else start_step
-        end = LAST_STEP if end_step is None else end_step
-        if 0 <= start <= end:
-            return True
-        return f"start_step is {start} and end_step {end}: they must not be negative, nor the start above the end"
-
-    @classmethod
-    def execute(cls, **options: object) -> io.NodeOutput:
+    def execute(cls, kernel: str, eta: float, start_step: int, end_step: int, **options: object) -> io.NodeOutput:
+        # Not in validate_inputs: ComfyUI would repeat the refusal at every input that it names.
+        with progress.errors_on_node(cls.hidden.unique_id):
+            kernels.named(kernel).check_eta(inputs.finite(eta, "eta"))
+            if start_step > end_step:
+                raise BadInput(f"start_step is {start_step} and end_step {end_step}: start must not be above end")
+        options |= {"kernel": kernel, "eta": eta, "start_step": start_step, "end_step": end_step}
         return io.NodeOutput(KSAMPLER(sample_sde, extra_options=options))
 
 

@@ -20,13 +20,23 @@ def split_prompts(text: str, count: int, what: str) -> list[str]:
     Raises:
         BadInput: there are neither one line nor one per image.
     """
+    lines = require_prompt(text)
+    if len(lines) not in (1, count):
+        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
+    return lines if len(lines) == count else lines * count
+
+
+def require_prompt(text: str) -> list[str]:
+    """The lines of a prompt.
+
+    Raises:
+        BadInput: it has none.
+    """
     check_text(text, "prompt")
     lines = prompt_lines(text)
     if not lines:
         raise BadInput("prompt is empty: write what the images should show")
-    if len(lines) not in (1, count):
-        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
-    return lines if len(lines) == count else lines * count
+    return lines
 
 
 def score_all(
