@@ -7,7 +7,7 @@ import comfy.model_management as memory
 import torch
 
 from ...trainer.config import ModelConfig
-from ...trainer.models import model_bytes
+from ...trainer.models import model_bytes, weight_bytes
 from ...trainer.utils.errors import BadInput
 
 GIB = 2**30
@@ -22,12 +22,17 @@ def free_memory() -> None:
     memory.soft_empty_cache()
 
 
-def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool) -> None:
+def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool, rewards: int = 0) -> None:
     """
+    Args:
+        rewards: bytes of the reward models, which score when images have been decoded.
+
     Raises:
         BadInput: with the figures, where a device cannot even hold the model's weights and decode its images.
     """
-    need, ram = model_bytes(model, processes) + HEADROOM, memory.get_free_memory(torch.device("cpu"))
+    decoding = model_bytes(model, processes)
+    need = max(decoding, weight_bytes(model, processes) + rewards) + HEADROOM
+    ram = memory.get_free_memory(torch.device("cpu"))
     if on_cpu or memory.get_torch_device().type == "cpu":
         _require("this computer", ram, need * processes)
         return
@@ -43,8 +48,8 @@ def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
             f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
-            f"base model's weights and decoding take {need / GIB:.1f} GiB: close other programs, choose bfloat16, or "
-            "lower model.decode_batch_size"
+            f"base model's weights with decoding or rewards take {need / GIB:.1f} GiB: close other programs, choose bfloat16 or "
+            "smaller rewards, or lower model.decode_batch_size"
         )
 
 
