@@ -17,7 +17,7 @@ from ..trainer.diffusion.process import FLOW, VP, Process
 from ..trainer.diffusion.solvers import Euler
 from ..trainer.utils import seeds
 from ..trainer.utils.errors import BadInput
-from .host import inputs, progress
+from .host import inputs
 from .types import CATEGORY
 
 LAST_STEP = 10_000
@@ -200,17 +200,18 @@ class SDESampler(io.ComfyNode):
                     tooltip="Number of the batch's first image. Image 3 of a batch is made alone with a 3 here.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             outputs=[io.Sampler.Output(tooltip="For SamplerCustomAdvanced or SamplerCustom.")],
         )
 
     @classmethod
     def execute(cls, kernel: str, eta: float, start_step: int, end_step: int, **options: object) -> io.NodeOutput:
         # Not in validate_inputs: ComfyUI would repeat the refusal at every input that it names.
-        with progress.errors_on_node(cls.hidden.unique_id):
+        try:
             kernels.named(kernel).check_eta(inputs.finite(eta, "eta"))
-            if start_step > end_step:
-                raise BadInput(f"start_step is {start_step} and end_step {end_step}: start must not be above end")
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        if start_step > end_step:
+            raise BadInput(f"start_step is {start_step} and end_step {end_step}: start must not be above end")
         options |= {"kernel": kernel, "eta": eta, "start_step": start_step, "end_step": end_step}
         return io.NodeOutput(KSAMPLER(sample_sde, extra_options=options))
 

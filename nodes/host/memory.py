@@ -48,8 +48,8 @@ def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
             f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
-            f"base model's weights with decoding or rewards take {need / GIB:.1f} GiB: close other programs, choose bfloat16 or "
-            "smaller rewards, or lower model.decode_batch_size"
+            f"base model's weights with decoding or rewards take {need / GIB:.1f} GiB: close other programs, choose "
+            "bfloat16 or smaller rewards, or lower model.decode_batch_size"
         )
 
 

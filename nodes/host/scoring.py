@@ -8,6 +8,7 @@ from torch import Tensor
 from ...trainer import rewards as reward_models
 from ...trainer.prompts.text import check_text, prompt_lines
 from ...trainer.rewards.base import ModelReward
+from ...trainer.rewards.remote.http import interruptible
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import to_tensor
 from ..types import Rewards
@@ -42,12 +43,12 @@ def require_prompt(text: str) -> list[str]:
 def score_all(
     reward: Rewards, items: Tensor, prompts: list[str], device: torch.device, make_room: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    """Raw scores `[B]` by the reward's name.
+    """Raw scores `[B]` by the reward's name. A cancel by the user also ends the waiting for a server.
 
     Args:
         items: images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1].
         device: for rewards that are networks.
-        make_room: called with the bytes that such a reward needs there.
+        make_room: called with the bytes that such a reward is about to take there.
 
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
@@ -58,22 +59,16 @@ def score_all(
         model = reward_models.load_reward(config)
         if model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
             raise BadInput(f"reward {config.name!r} scores videos: give it frames, with batch set to 'one video'")
-        network = _network(model)
-        if network is not None:
-            make_room(sum(p.numel() * p.element_size() for p in network.parameters()))
+        model.register_memory_hook(lambda size, _: make_room(size))
+        placed = items.to(device) if isinstance(model.holder, ModelReward) else items
         try:
             model.check_prompts(prompts)
-            scores[config.name] = reward_models.score(model, items if network is None else items.to(device), prompts)
+            with interruptible(check_interrupt):
+                model.load()
+                scores[config.name] = reward_models.score(model, placed, prompts)
         except ValueError as error:
             raise BadInput(f"reward {config.name!r}: {error}") from error
     return scores
-
-
-def _network(reward: reward_models.Reward) -> torch.nn.Module | None:
-    """A reward's network, read from its file; None for a rule."""
-    inner = reward.reward if isinstance(reward, reward_models.Threshold) else reward
-    inner.load()
-    return inner.module if isinstance(inner, ModelReward) else None
 
 
 def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> str:
