@@ -1,6 +1,7 @@
 """Scoring images for the score node, and the scores as text and as a picture."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def require_prompt(text: str) -> list[str]:
 def score_all(
     reward: Rewards, items: Tensor, prompts: list[str], device: torch.device, make_room: Callable[[int], object]
 ) -> dict[str, Tensor]:
-    """Raw scores `[B]` by the reward's name. A cancel by the user also ends the waiting for a server.
+    """Raw scores `[B]` by the reward's name.
 
     Args:
         items: images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1].
@@ -53,22 +54,58 @@ def score_all(
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
     """
-    scores = {}
+    judges = load_judges(reward, prompts, make_room)
+    return {judge.name: judge.score(items, prompts, device) for judge in judges}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward that is ready to score, with its weights in memory."""
+
+    name: str
+    model: reward_models.Reward
+
+    def score(self, items: Tensor, prompts: list[str], device: torch.device) -> Tensor:
+        """Raw scores `[B]`. A cancel by the user also ends the waiting for a server.
+
+        Raises:
+            BadInput: it scores videos and is given images, or it cannot score an image.
+        """
+        check_interrupt()
+        if self.model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
+            raise BadInput(f"reward {self.name!r} scores videos: give it frames, with batch set to 'one video'")
+        placed = items.to(device) if isinstance(self.model.holder, ModelReward) else items
+        try:
+            with interruptible(check_interrupt):
+                return reward_models.score(self.model, placed, prompts)
+        except ValueError as error:
+            raise BadInput(f"reward {self.name!r}: {error}") from error
+        finally:
+            self.model.idle()
+
+
+def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], object]) -> list[Judge]:
+    """The rewards with their weights in memory.
+
+    Args:
+        make_room: called with the bytes that weights are about to take on the device.
+
+    Raises:
+        BadInput: a file is missing or damaged, or a reward cannot score a prompt.
+    """
+    judges = []
     for config in reward.rewards:
         check_interrupt()
         model = reward_models.load_reward(config)
-        if model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
-            raise BadInput(f"reward {config.name!r} scores videos: give it frames, with batch set to 'one video'")
-        model.register_memory_hook(lambda size, _: make_room(size))
-        placed = items.to(device) if isinstance(model.holder, ModelReward) else items
         try:
             model.check_prompts(prompts)
-            with interruptible(check_interrupt):
-                model.load()
-                scores[config.name] = reward_models.score(model, placed, prompts)
         except ValueError as error:
             raise BadInput(f"reward {config.name!r}: {error}") from error
-    return scores
+        model.register_memory_hook(lambda size, _: make_room(size))
+        with interruptible(check_interrupt):
+            model.load()
+        judges.append(Judge(config.name, model))
+    return judges
 
 
 def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> str:

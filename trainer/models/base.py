@@ -279,7 +279,7 @@ class DiffusionModel(ABC):
         """Free so many bytes on a device for a reward's weights, where the model's host can."""
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
-        """What `call` gives where the model runs as it does outside training."""
+        """Run `call` with the model in inference mode, as outside training."""
         return call()
 
     def predict_guided(
