@@ -25,7 +25,8 @@ VIDEO = "one video"
 class LoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        choices = [io.DynamicCombo.Option(name, option_widgets(kind)) for name, kind in reward_models.REWARDS.items()]
+        known = reward_models.REWARDS.with_others()
+        choices = [io.DynamicCombo.Option(name, option_widgets(kind)) for name, kind in known.items()]
         return io.Schema(
             node_id="DanceGRPO_LoadReward",
             display_name="Load Reward (DanceGRPO)",
