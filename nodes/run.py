@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..trainer.runs import launch
-from ..trainer.utils.errors import BadInput
+from ..trainer.utils.errors import BadInput, shorten
 from .host import inputs, progress, results, runs
 from .host.folders import check_name
 from .types import CATEGORY, RunType
@@ -52,7 +52,9 @@ class Run(io.ComfyNode):
             if run is None and not name:
                 raise BadInput("no run: connect one, or give its name")
             if run is not None and name and name != run:
-                raise BadInput(f"run {run!r} is connected and the name is {name!r}: clear the name, or disconnect")
+                raise BadInput(
+                    f"run {shorten(run)} is connected and the name is {name!r}: clear the name, or disconnect"
+                )
             directory = runs.existing(run or name)
             if action == "stop":
                 launch.stop(directory, grace=progress.GRACE)

@@ -8,7 +8,7 @@ import torch
 
 from ...trainer.config import ModelConfig
 from ...trainer.models import model_bytes, weight_bytes
-from ...trainer.utils.errors import BadInput
+from ...trainer.utils.errors import BadInput, shorten
 
 GIB = 2**30
 HEADROOM = 0.5 * GIB
@@ -72,7 +72,7 @@ def parse_gpus(text: str, processes: int) -> list[int] | None:
     """
     gpus = gpu_numbers(text)
     if gpus and (len(set(gpus)) != len(gpus) or len(gpus) != processes):
-        raise BadInput(f"gpus is {text!r}: {processes} processes take {processes} different GPUs")
+        raise BadInput(f"gpus is {shorten(text)}: {processes} processes take {processes} different GPUs")
     return gpus or None
 
 
