@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..trainer.prompts.text import check_text, prompt_lines
 from ..trainer.utils.errors import BadInput
+from .host import inputs
 from .types import CATEGORY
 
 EMPTY = "prompts is empty: write one prompt per line (lines that begin with # are comments)"
@@ -37,12 +38,7 @@ class PromptLines(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompts: str | None = None) -> bool | str:
-        if prompts is None:  # it comes through a link and is not known yet
-            return True
-        try:
-            return bool(_lines(prompts))
-        except BadInput as error:
-            return str(error)
+        return inputs.accepted(prompts, "prompts", _lines)
 
     @classmethod
     def execute(cls, prompts: str) -> io.NodeOutput:

@@ -14,7 +14,7 @@ from ..trainer.config import describe as describe_errors
 from ..trainer.utils.errors import BadInput
 from .host import inputs, progress, results
 from .host.reward_files import option_values, option_widgets, votes_fingerprint, with_files
-from .host.scoring import bar_plot, best_of, score_all, score_table, split_prompts
+from .host.scoring import bar_plot, best_of, require_prompt, score_all, score_table, split_prompts
 from .types import CATEGORY, Rewards, RewardType, connected
 
 SOCKETS = 4
@@ -25,7 +25,8 @@ VIDEO = "one video"
 class LoadReward(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        choices = [io.DynamicCombo.Option(name, option_widgets(kind)) for name, kind in reward_models.REWARDS.items()]
+        known = reward_models.REWARDS.with_others()
+        choices = [io.DynamicCombo.Option(name, option_widgets(kind)) for name, kind in known.items()]
         return io.Schema(
             node_id="DanceGRPO_LoadReward",
             display_name="Load Reward (DanceGRPO)",
@@ -195,7 +196,7 @@ class ScoreImages(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, prompt: str | None = None) -> bool | str:
-        return True if prompt is None or prompt.strip() else "prompt is empty: enter the prompt of the images"
+        return inputs.accepted(prompt, "prompt", require_prompt)
 
     @classmethod
     def check_lazy_status(cls, reward: Rewards, images: Tensor | None = None, **_: object) -> list[str]:

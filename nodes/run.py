@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..trainer.runs import launch
-from ..trainer.utils.errors import BadInput
-from .host import progress, results, runs
+from ..trainer.utils.errors import BadInput, shorten
+from .host import inputs, progress, results, runs
 from .host.folders import check_name
 from .types import CATEGORY, RunType
 
@@ -40,12 +40,7 @@ class Run(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        try:
-            if name:
-                check_name(name)
-        except BadInput as error:
-            return str(error)
-        return True
+        return inputs.accepted(name, "name", lambda text: text and check_name(text))
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> float:
@@ -57,7 +52,9 @@ class Run(io.ComfyNode):
             if run is None and not name:
                 raise BadInput("no run is given: connect a run, or enter its name")
             if run is not None and name and name != run:
-                raise BadInput(f"run {run!r} is connected, but name is {name!r}: clear the name or disconnect the run")
+                raise BadInput(
+                    f"run {shorten(run)} is connected and the name is {name!r}: clear the name, or disconnect"
+                )
             directory = runs.existing(run or name)
             if action == "stop":
                 launch.stop(directory, grace=progress.GRACE)

@@ -16,6 +16,8 @@ from ..trainer.diffusion.kernels import KERNELS, LARGEST_ETA, Kernel
 from ..trainer.diffusion.process import FLOW, VP, Process
 from ..trainer.diffusion.solvers import Euler
 from ..trainer.utils import seeds
+from ..trainer.utils.errors import BadInput
+from .host import inputs
 from .types import CATEGORY
 
 LAST_STEP = 10_000
@@ -144,16 +146,6 @@ def check_kernel(kernel: str, eta: float, process: Process) -> None:
     chosen.check_eta(eta)
 
 
-def check_eta(kernel: str | None, eta: float | None) -> None:
-    """Raise ValueError if the kernel does not exist or does not accept eta; None is a value that is not known yet."""
-    if eta is not None and not 0 <= eta <= LARGEST_ETA:
-        raise ValueError(f"eta is {eta}: it must be between 0 and {LARGEST_ETA:g}")
-    if kernel is not None and eta is not None:
-        kernels.named(kernel).check_eta(eta)
-    elif kernel is not None:
-        kernels.named(kernel)
-
-
 # ------------------------------------------------------------------------------------------------------- the nodes
 
 
@@ -213,26 +205,15 @@ class SDESampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        kernel: str | None = None,
-        eta: float | None = None,
-        start_step: int | None = None,
-        end_step: int | None = None,
-    ) -> bool | str:
-        # A value that comes through a link is None here. ComfyUI does not check the inputs that are named here.
+    def execute(cls, kernel: str, eta: float, start_step: int, end_step: int, **options: object) -> io.NodeOutput:
+        # Not in validate_inputs: ComfyUI would repeat the refusal at every input that it names.
         try:
-            check_eta(kernel, eta)
+            kernels.named(kernel).check_eta(inputs.finite(eta, "eta"))
         except ValueError as error:
-            return str(error)
-        start = 0 if start_step is None else start_step
-        end = LAST_STEP if end_step is None else end_step
-        if 0 <= start <= end:
-            return True
-        return f"start_step is {start} and end_step is {end}: use 0 or more, and start_step at most end_step"
-
-    @classmethod
-    def execute(cls, **options: object) -> io.NodeOutput:
+            raise BadInput(str(error)) from error
+        if start_step > end_step:
+            raise BadInput(f"start_step is {start_step} and end_step {end_step}: start must not be above end")
+        options |= {"kernel": kernel, "eta": eta, "start_step": start_step, "end_step": end_step}
         return io.NodeOutput(KSAMPLER(sample_sde, extra_options=options))
 
 

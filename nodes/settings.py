@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from ..trainer.config import RunConfig, parse_sections, preset, preset_names
 from ..trainer.objectives import DEFAULT, OBJECTIVES
 from ..trainer.prompts.text import prompt_lines
-from ..trainer.utils.errors import BadInput
+from ..trainer.utils.errors import BadInput, shorten
 from ..trainer.utils.fields import choices, rules
 from . import types
 from .host.vote_collections import with_collection
@@ -125,8 +125,8 @@ def _lines(overrides: str) -> Iterator[str]:
         section = line.split("=")[0].split(".")[0].strip()
         if section not in SECTIONS:
             raise BadInput(
-                f"setting {line.strip()!r} cannot be set here: model, prompts and rewards are set by other nodes. "
-                f"The sections that can be set here are {', '.join(SECTIONS)}"
+                f"setting {shorten(line.strip())} cannot be given here: model, prompts and rewards have their own nodes, and "
+                f"the other sections are {', '.join(SECTIONS)}"
             )
         yield line.strip()
 

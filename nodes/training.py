@@ -47,12 +47,7 @@ class TrainLoRA(io.ComfyNode):
     # inputs, also before anything is loaded.
     @classmethod
     def validate_inputs(cls, name: list[str | None] = (None,)) -> bool | str:
-        try:
-            if name[0] is not None:  # None if it comes through a link
-                check_name(name[0])
-        except BadInput as error:
-            return str(error)
-        return True
+        return inputs.accepted(name[0], "name", check_name)
 
     @classmethod
     def fingerprint_inputs(cls, name: list[str | None] = (None,), **_: object) -> float | str:

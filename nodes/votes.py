@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..trainer.utils.errors import BadInput
 from ..trainer.utils.media import to_picture
 from ..trainer.utils.names import check_name
 from ..trainer.votes import store
@@ -61,12 +60,7 @@ class CollectForVoting(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        try:
-            if name is not None:  # None if it comes through a link and is not known yet
-                check_name(name, "collection")
-        except BadInput as error:
-            return str(error)
-        return True
+        return inputs.accepted(name, "collection", lambda text: check_name(text, "collection"))
 
     @classmethod
     def execute(cls, images: torch.Tensor, prompt: str, name: str) -> io.NodeOutput:

@@ -31,7 +31,19 @@ TEXTS = [
 ]
 NUMBERS = [0, -1, 1, 2**31, 2**63, -(2**63) - 1, 10**40, 10**400, 0.0, -0.0, 1e-320, 1e308, -1e308, 0.1, 3.5]
 NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
-OTHERS = [None, True, False, [], {}, [[]], [None], {"": None}, ["0", 0], {"__value__": [1]}, {"name": ["x"]}]
+OTHERS = [
+    None,
+    True,
+    False,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    ["0", 0, 1],
+    {"__value__": [1]},
+    {"name": ["x"]},
+]
 
 
 def value(rng: random.Random, finite: bool = False) -> Any:

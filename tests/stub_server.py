@@ -6,6 +6,7 @@ import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -76,6 +77,17 @@ def speaking(answer: Callable[[socket.socket], None]) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=serve, daemon=True).start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def drip(parts: Iterator[bytes], pause: float) -> Callable[[socket.socket], None]:
+    """Send the parts one after the other."""
+
+    def answer(line: socket.socket) -> None:
+        for part in parts:
+            line.sendall(part)
+            time.sleep(pause)
+
+    return answer
 
 
 def free_port() -> int:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .config import RunConfig
-from .models import DiffusionModel, check_kernel, model_class
+from .models import DiffusionModel, check_kernel, model_class, weight_bytes
 from .objectives import Objective, make_objective, objective_class
 from .prompts.conditions import check_conditions
 from .prompts.sets import PromptSet, read_prompts
-from .rewards import Reward, load_reward
+from .rewards import Reward, load_reward, memory_together
+from .runs.memory import check_memory
 from .utils.errors import BadInput
 
 
@@ -52,9 +53,18 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     rewards, all_rewards = check_rewards(config, processes, prompts, held_out)
     check_media(all_rewards, config.model.frames)
     objective.check(family, rewards)
+    _check_memory(config, processes, family, all_rewards)
     if config.prompts.conditions is not None and conditions_exist:
         check_conditions(config, family, prompts, held_out)
     return Checked(family, objective, prompts, held_out, rewards, all_rewards)
+
+
+def _check_memory(
+    config: RunConfig, processes: int, family: type[DiffusionModel], judges: Mapping[str, Reward]
+) -> None:
+    """Raise BadInput where weights, decoding and rewards cannot fit the memory; a host of its own finds room itself."""
+    weights = 0 if config.model.graph is not None else weight_bytes(config.model, processes)
+    check_memory(config, processes, weights, family.decode_bytes(config.model), memory_together(judges.values()))
 
 
 def check_rewards(

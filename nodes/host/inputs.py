@@ -1,11 +1,12 @@
 """Checks of input types: in API format any literal can replace a link, and a link of type * can carry any value."""
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor
 
-from ...trainer.utils.errors import BadInput
+from ...trainer.utils.errors import BadInput, shorten
 
 T = TypeVar("T")
 LITERALS = (str, bytes, bool, int, float, dict, list, tuple)
@@ -78,8 +79,8 @@ def finite(value: float, field: str) -> float:
     Raises:
         BadInput: it is not finite.
     """
-    if not math.isfinite(value):
-        raise BadInput(f"{field} is {value}: give a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise BadInput(f"{field} is {shorten(value)}: give a finite number")
     return value
 
 
@@ -90,8 +91,24 @@ def text(value: object, field: str) -> str:
         BadInput: it is something else.
     """
     if not isinstance(value, str):
-        raise BadInput(f"{field} is {str(value)[:60]!r}, which is not text")
+        raise BadInput(f"{field} is {shorten(value)}, which is not text")
     return value
+
+
+def accepted(value: object, field: str, check: Callable[[str], object]) -> bool | str:
+    """An answer of `validate_inputs` about a text widget, which may hold any literal.
+
+    Args:
+        value: None where it arrives by wire, and is not known yet.
+        check: raises BadInput for a text that is refused.
+    """
+    if value is None:
+        return True
+    try:
+        check(text(value, field))
+    except BadInput as error:
+        return str(error)
+    return True
 
 
 def whole_number(value: object, field: str, low: int, high: int) -> int:
@@ -101,7 +118,7 @@ def whole_number(value: object, field: str, low: int, high: int) -> int:
         BadInput: it is something else.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise BadInput(f"{field} is {str(value)[:60]}: give a whole number from {low} to {high}")
+        raise BadInput(f"{field} is {shorten(value)}: give a whole number from {low} to {high}")
     return value
 
 

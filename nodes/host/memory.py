@@ -7,8 +7,8 @@ import comfy.model_management as memory
 import torch
 
 from ...trainer.config import ModelConfig
-from ...trainer.models import model_bytes
-from ...trainer.utils.errors import BadInput
+from ...trainer.models import model_bytes, weight_bytes
+from ...trainer.utils.errors import BadInput, shorten
 
 GIB = 2**30
 HEADROOM = 0.5 * GIB
@@ -22,12 +22,17 @@ def free_memory() -> None:
     memory.soft_empty_cache()
 
 
-def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool) -> None:
+def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool, rewards: int = 0) -> None:
     """
+    Args:
+        rewards: bytes of the reward models, which score when images have been decoded.
+
     Raises:
         BadInput: a device has too little memory for the model's weights and for decoding.
     """
-    need, ram = model_bytes(model, processes) + HEADROOM, memory.get_free_memory(torch.device("cpu"))
+    decoding = model_bytes(model, processes)
+    need = max(decoding, weight_bytes(model, processes) + rewards) + HEADROOM
+    ram = memory.get_free_memory(torch.device("cpu"))
     if on_cpu or memory.get_torch_device().type == "cpu":
         _require("this computer", ram, need * processes)
         return
@@ -42,9 +47,9 @@ def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, o
 def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
-            f"{label} has {free / GIB:.1f} GiB of free memory after ComfyUI's models were unloaded, but the base "
-            f"model's weights and decoding need {need / GIB:.1f} GiB: close other programs, choose bfloat16, or "
-            "lower model.decode_batch_size"
+            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
+            f"base model's weights with decoding or rewards take {need / GIB:.1f} GiB: close other programs, choose "
+            "bfloat16 or smaller rewards, or lower model.decode_batch_size"
         )
 
 
@@ -67,7 +72,7 @@ def parse_gpus(text: str, processes: int) -> list[int] | None:
     """
     gpus = gpu_numbers(text)
     if gpus and (len(set(gpus)) != len(gpus) or len(gpus) != processes):
-        raise BadInput(f"gpus is {text!r}: list {processes} different GPUs, one per process, or leave it empty")
+        raise BadInput(f"gpus is {shorten(text)}: {processes} processes take {processes} different GPUs")
     return gpus or None
 
 

@@ -11,6 +11,7 @@ from ...trainer.config import RunConfig, parse_config, parse_sections
 from ...trainer.objectives import objective_class
 from ...trainer.prompts.sets import read_prompts
 from ...trainer.prompts.text import check_prompts, prompt_lines, same_text
+from ...trainer.rewards import load_reward, memory_together
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.utils.errors import BadInput, shorten
@@ -273,4 +274,6 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
 
 def _make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     memory.free_memory()
-    memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu")
+    judges = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
+    rewards = memory_together(map(load_reward, judges.values()))
+    memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu", rewards)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...trainer import rewards as reward_models
 from ...trainer.prompts.text import check_text, prompt_lines
 from ...trainer.rewards.base import ModelReward
+from ...trainer.rewards.remote.http import interruptible
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import to_tensor
 from ..types import Rewards
@@ -21,13 +22,23 @@ def split_prompts(text: str, count: int, what: str) -> list[str]:
     Raises:
         BadInput: there is not one line, and not one line per image.
     """
+    lines = require_prompt(text)
+    if len(lines) not in (1, count):
+        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
+    return lines if len(lines) == count else lines * count
+
+
+def require_prompt(text: str) -> list[str]:
+    """The lines of a prompt.
+
+    Raises:
+        BadInput: it has none.
+    """
     check_text(text, "prompt")
     lines = prompt_lines(text)
     if not lines:
-        raise BadInput("prompt is empty: enter the prompt of the images")
-    if len(lines) not in (1, count):
-        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: use one line for all, or one line each")
-    return lines if len(lines) == count else lines * count
+        raise BadInput("prompt is empty: write what the images should show")
+    return lines
 
 
 def score_all(
@@ -37,8 +48,8 @@ def score_all(
 
     Args:
         items: images `[B, 3, H, W]` or videos `[B, F, 3, H, W]` in [0, 1].
-        device: for rewards with a network.
-        make_room: called with the size in bytes of such a network before it is moved to the device.
+        device: for rewards that are networks.
+        make_room: called with the bytes that such a reward is about to take there.
 
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
@@ -49,38 +60,35 @@ def score_all(
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward that is ready to score.
-
-    Attributes:
-        model: with its weights in memory.
-        network: those weights; None for a rule.
-        make_room: called with the bytes that they need on the device.
-    """
+    """A reward that is ready to score, with its weights in memory."""
 
     name: str
     model: reward_models.Reward
-    network: torch.nn.Module | None
-    make_room: Callable[[int], object]
 
     def score(self, items: Tensor, prompts: list[str], device: torch.device) -> Tensor:
-        """Raw scores `[B]`.
+        """Raw scores `[B]`. A cancel by the user also ends the waiting for a server.
 
         Raises:
             BadInput: it scores videos and is given images, or it cannot score an image.
         """
         check_interrupt()
         if self.model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
-            raise BadInput(f"reward {self.name!r} scores videos: connect frames, and set batch to 'one video'")
-        if self.network is not None:
-            self.make_room(sum(p.numel() * p.element_size() for p in self.network.parameters()))
+            raise BadInput(f"reward {self.name!r} scores videos: give it frames, with batch set to 'one video'")
+        placed = items.to(device) if isinstance(self.model.holder, ModelReward) else items
         try:
-            return reward_models.score(self.model, items if self.network is None else items.to(device), prompts)
+            with interruptible(check_interrupt):
+                return reward_models.score(self.model, placed, prompts)
         except ValueError as error:
             raise BadInput(f"reward {self.name!r}: {error}") from error
+        finally:
+            self.model.idle()
 
 
 def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], object]) -> list[Judge]:
     """The rewards with their weights in memory.
+
+    Args:
+        make_room: called with the bytes that weights are about to take on the device.
 
     Raises:
         BadInput: a file is missing or damaged, or a reward cannot score a prompt.
@@ -93,15 +101,11 @@ def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], 
             model.check_prompts(prompts)
         except ValueError as error:
             raise BadInput(f"reward {config.name!r}: {error}") from error
-        judges.append(Judge(config.name, model, _network(model), make_room))
+        model.register_memory_hook(lambda size, _: make_room(size))
+        with interruptible(check_interrupt):
+            model.load()
+        judges.append(Judge(config.name, model))
     return judges
-
-
-def _network(reward: reward_models.Reward) -> torch.nn.Module | None:
-    """A reward's network, loaded from its file; None for a rule-based reward."""
-    inner = reward.reward if isinstance(reward, reward_models.Threshold) else reward
-    inner.load()
-    return inner.module if isinstance(inner, ModelReward) else None
 
 
 def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> str:

@@ -292,21 +292,20 @@ def test_two_numbers_that_do_not_fit_are_one_report_before_the_model_is_made(com
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step 2"),
+        ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step 2: start must not be above end"),
         ({"kernel": "cps", "eta": 2.5}, "eta 2.5 is outside the range of kernel cps: 0 to 1"),
         ({"kernel": "ddim", "eta": 1.5}, "eta 1.5 is outside the range of kernel ddim: 0 to 1"),
-        ({"eta": -0.1}, "eta is -0.1: it must lie in 0 to 10"),
+        ({"eta": -0.1}, "eta"),
         ({"eta": float("nan")}, "eta is nan"),
-        ({"kernel": "heun"}, "kernel 'heun' is unknown; choose one of dance"),
+        ({"kernel": "heun"}, "kernel: 'heun' not in"),
     ],
 )
-def test_what_the_sampler_cannot_do_is_refused_before_anything_runs(comfy: Server, changes: dict, says: str) -> None:
+def test_what_the_sampler_cannot_do_is_said_once_and_before_it_samples(comfy: Server, changes: dict, says: str) -> None:
     inputs = {"kernel": "dance", "eta": 0.3, "seed": 0, "start_step": 0, "end_step": 2, "noise_device": "cpu"}
     sampler = {"class_type": "DanceGRPO_SDESampler", "inputs": inputs | {"first_image": 0} | changes}
-    prompt = {"a": sampler, "b": {"class_type": "PreviewAny", "inputs": {"source": ["a", 0]}}}
-    with pytest.raises(PromptFailed, match=says) as failed:
-        comfy.run(prompt)
-    assert list(failed.value.details["node_errors"]) == ["a"]
+    fault = only_fault(comfy, {"a": sampler, "b": {"class_type": "PreviewAny", "inputs": {"source": ["a", 0]}}})
+    assert fault.node == "a"
+    assert fault.text.startswith(says)
 
 
 # --------------------------------------------------------------------------------------------- sampling in the server

@@ -2,14 +2,13 @@
 
 import contextlib
 import itertools
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from stub_server import StubServer, brightness_of, free_port, speaking
+from stub_server import StubServer, brightness_of, drip, free_port, speaking
 
 from trainer.config import RewardConfig
 from trainer.rewards import Reward, load_reward, score
@@ -144,17 +143,6 @@ def test_an_answer_that_is_not_whole_is_no_answer(raw: bytes, words: str) -> Non
 
 
 # --------------------------------------------------------------------------------------------- servers that never end
-
-
-def drip(parts: Iterator[bytes], pause: float) -> Callable[[socket.socket], None]:
-    """Send the parts one after the other."""
-
-    def answer(line: socket.socket) -> None:
-        for part in parts:
-            line.sendall(part)
-            time.sleep(pause)
-
-    return answer
 
 
 ENDLESS = {

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from trainer.config import RewardConfig
-from trainer.rewards import REWARDS, load_reward, score
+from trainer.rewards import REWARDS, load_reward, registry, score
 from trainer.rewards.registry import GROUP, installed_rewards
 from trainer.utils.errors import BadInput
 
@@ -111,6 +111,26 @@ def test_one_that_cannot_be_used_is_reported_and_left_out(
     assert set(lines) == set(expected)
     for name, words in expected.items():
         assert words in lines[name], lines[name]
+
+
+def test_other_packages_are_asked_once_and_only_for_a_name_that_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, POINTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "more_rewards", raising=False)
+    asked = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or entry_points(group=group))
+    rewards = registry.Registry(REWARDS)
+    assert "brightness" in rewards
+    assert rewards["brightness"] is REWARDS["brightness"]
+    assert asked == []
+    assert "redness" in rewards
+    assert rewards["redness"].name == "redness"
+    assert "rednes" not in rewards
+    with pytest.raises(KeyError):
+        rewards["rednes"]
+    assert asked == [GROUP]
 
 
 def test_the_command_line_knows_it(tmp_path: Path) -> None:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from trainer.check import check_run
 from trainer.cli import main
 from trainer.config import RunConfig, parse_config
+from trainer.models import FAMILIES, weight_bytes
+from trainer.rewards import REWARDS, Threshold, memory_together
 from trainer.runs import memory
 from trainer.runs.memory import check_iteration, iteration_bytes
 from trainer.utils.errors import BadInput
@@ -86,6 +89,42 @@ def test_an_iteration_that_cannot_fit_is_refused_with_its_size(monkeypatch: pyte
     check_iteration(config(), 2)
     with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 hold"):
         check_iteration(config(), 1)
+
+
+class Heavy(REWARDS["brightness"]):
+    """Has weights."""
+
+    def memory(self) -> int:
+        return 3 * 2**30
+
+
+def test_rewards_and_decoding_count_before_anything_is_loaded(
+    tiny_description: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(REWARDS, "brightness", Heavy)
+    parsed = parse_config(tiny_description)
+    family = FAMILIES[parsed.model.family]
+    beside = iteration_bytes(parsed, 1) + weight_bytes(parsed.model)
+    decode = family.decode_bytes(parsed.model)
+    assert 0 < decode < Heavy().memory()
+    available = [beside + Heavy().memory()]
+    monkeypatch.setattr(memory, "_memory_bytes", lambda device, processes: available[0])
+    check_run(parsed, 1)
+    available[0] -= 1
+    with pytest.raises(BadInput, match="while it scores 3.0 GiB more, and it has 3.0 GiB: lower rollout.group_size"):
+        check_run(parsed, 1)
+    monkeypatch.setattr(Heavy, "memory", lambda self: 0)
+    available[0] = beside + decode
+    check_run(parsed, 1)
+    available[0] -= 1
+    with pytest.raises(BadInput, match="model.decode_batch_size"):
+        check_run(parsed, 1)
+
+
+def test_weights_that_rewards_share_count_once() -> None:
+    heavy = Heavy()
+    assert memory_together([heavy, Heavy(), Threshold(heavy, 0.5)]) == 6 * 2**30
+    assert memory_together([]) == 0
 
 
 def test_a_run_that_cannot_fit_claims_no_directory(tiny_description: dict, tmp_path: Path, capsys: object) -> None:

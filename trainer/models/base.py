@@ -275,6 +275,9 @@ class DiffusionModel(ABC):
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
+    def make_room(self, size: int, device: torch.device) -> None:  # noqa: B027 - most models stay where they are
+        """Free so many bytes on a device for a reward's weights, where the model's host can."""
+
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         """Run `call` with the model in inference mode, as outside training."""
         return call()

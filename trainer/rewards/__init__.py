@@ -1,6 +1,6 @@
 """Rewards. A new one is one file, registered in `registry`."""
 
-from .base import Reward
+from .base import Reward, memory_together
 from .registry import REWARDS, load_reward, reward_options, with_files_from
 from .scoring import differentiable_score, score, score_or_nan
 from .threshold import Threshold
@@ -11,6 +11,7 @@ __all__ = [
     "Threshold",
     "differentiable_score",
     "load_reward",
+    "memory_together",
     "reward_options",
     "score",
     "score_or_nan",

@@ -2,7 +2,7 @@
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -86,12 +86,23 @@ class Reward(ABC):
     def idle(self) -> None:  # noqa: B027 - most rewards hold no memory
         """Move the weights to the CPU until the next `score`."""
 
+    @property
+    def holder(self) -> "Reward":
+        """What holds the weights; rewards that share them have the same one."""
+        return self
+
     def memory(self) -> int:
         """Bytes that the weights take on the device; activations come on top."""
         return 0
 
     def register_memory_hook(self, hook: MemoryHook) -> None:  # noqa: B027 - most rewards hold no memory
         """Have `hook(bytes, device)` called before weights move to an accelerator, so that it can free memory."""
+
+
+def memory_together(rewards: Iterable[Reward]) -> int:
+    """Bytes that the weights of several rewards take on the device; those that some share count once."""
+    holders = {id(reward.holder): reward.holder for reward in rewards}
+    return sum(holder.memory() for holder in holders.values())
 
 
 class ModelReward(Reward):

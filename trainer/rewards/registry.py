@@ -93,23 +93,28 @@ def _installed(point: EntryPoint, taken: list[str]) -> type[Reward]:
     return reward
 
 
-def declared() -> Iterable[EntryPoint]:
-    """Entry points of the group. ComfyUI waits for this, so the metadata of packages without any is not parsed."""
-    files = (file for folder in sys.path for file in Path(folder or ".").glob("*-info/entry_points.txt"))
-    return entry_points(group=GROUP) if any(_names_the_group(file) for file in files) else ()
+class Registry(dict[str, type[Reward]]):
+    """Rewards by name; those of other packages are looked for when one is asked for that this pack does not have."""
+
+    searched = False
+
+    def with_others(self) -> "Registry":
+        """These, once other packages have been asked for theirs."""
+        if not self.searched:
+            self.searched = True
+            self.update(installed_rewards(entry_points(group=GROUP)))
+        return self
+
+    def __missing__(self, name: str) -> type[Reward]:
+        if self.searched:
+            raise KeyError(name)
+        return self.with_others()[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (not self.searched and name in self.with_others())
 
 
-def _names_the_group(file: Path) -> bool:
-    try:
-        return GROUP.encode() in file.read_bytes()
-    except OSError:
-        return False
-
-
-REWARDS: dict[str, type[Reward]] = {
-    **{reward.name: reward for reward in OWN},
-    **installed_rewards(declared()),
-}
+REWARDS = Registry({reward.name: reward for reward in OWN})
 
 
 def reward_options(config: RewardConfig) -> Section:
@@ -119,7 +124,7 @@ def reward_options(config: RewardConfig) -> Section:
         BadInput: unknown name or option, or a value that is not accepted.
     """
     if config.name not in REWARDS:
-        raise BadInput(f"reward {config.name!r} is unknown: choose one of {', '.join(REWARDS)}")
+        raise BadInput(f"reward {config.name!r} is unknown: choose one of {', '.join(REWARDS.with_others())}")
     kind = REWARDS[config.name].Options
     for option in config.options:
         if option not in kind.model_fields:

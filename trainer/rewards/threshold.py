@@ -29,6 +29,10 @@ class Threshold(Reward):
     def idle(self) -> None:
         self.reward.idle()
 
+    @property
+    def holder(self) -> Reward:
+        return self.reward.holder
+
     def memory(self) -> int:
         return self.reward.memory()
 

@@ -44,6 +44,26 @@ def check_iteration(config: RunConfig, processes: int, latent_numbers: int | Non
         )
 
 
+def check_memory(config: RunConfig, processes: int, weights: int, decode: int, rewards: int) -> None:
+    """
+    Args:
+        weights: bytes of the network and the VAE on the device of a process; 0 where others find room for them.
+        decode, rewards: bytes of decoding at its peak and of the reward models, which take turns.
+
+    Raises:
+        BadInput: they cannot fit the memory of this machine together with an iteration's images and latents.
+    """
+    held, total = iteration_bytes(config, processes), _memory_bytes(config.runtime.device, processes)
+    if held + weights + max(decode, rewards) <= total:
+        return
+    gib = [f"{size / 2**30:,.1f} GiB" for size in (held, weights, decode, rewards, total)]
+    raise BadInput(
+        f"a process holds {gib[0]} of images and latents, {gib[1]} of weights, and while it decodes {gib[2]} or while "
+        f"it scores {gib[3]} more, and it has {gib[4]}: lower rollout.group_size or model.decode_batch_size, or choose "
+        "bfloat16 or smaller rewards"
+    )
+
+
 def _memory_bytes(device: str, processes: int) -> int:
     """Total memory in bytes that one process can use: of its GPU, or its share of the RAM."""
     import psutil

@@ -2,7 +2,7 @@
 
 import re
 
-from .errors import BadInput
+from .errors import BadInput, shorten
 
 LONGEST_NAME = 64
 MOST_BYTES = 200
@@ -25,7 +25,7 @@ def check_name(name: object, field: str = "name") -> str:
         f"use 1 to {LONGEST_NAME} letters, digits, spaces, '-', '_' and '.', and start and end with a letter or digit"
     )
     if not isinstance(name, str):
-        raise BadInput(f"{field} is {name!r}, which is not text: {accepted}")
+        raise BadInput(f"{field} is {shorten(name)}, which is not text: {accepted}")
     if len(name) > LONGEST_NAME or len(name.encode("utf-8", "replace")) > MOST_BYTES:
         raise BadInput(f"{field} {name[:LONGEST_NAME]!r}... is too long: {accepted}")
     if not re.fullmatch(r"\w[\w .-]*", name) or ".." in name or not name[-1].isalnum() or not name[0].isalnum():

@@ -233,6 +233,23 @@ def test_room_is_asked_for_and_the_vae_leaves_when_sampling_goes_on(pack, demo, 
     assert calls[2] == calls[0]
 
 
+def test_rewards_are_given_room_while_they_score_and_never_before_a_backward_pass(
+    pack, weights, probe, monkeypatch
+) -> None:
+    asked, free = [], comfy.model_management.free_memory
+    model = with_lora(pack, comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=dict(LOADED)))
+    before = probe(model)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *given: (asked.append(given), free(*given))[1])
+    model.make_room(2**60, CPU)
+    assert asked == [], "a gradient is being computed"
+    with torch.no_grad():
+        model.make_room(2**60, CPU)
+    assert asked == [(2**60, CPU)]
+    equal(probe(model), before, 1e-6)
+    held = [loaded.model for loaded in comfy.model_management.current_loaded_models]
+    assert model.patcher in held, "it came back"
+
+
 def test_the_lora_is_on_the_device_also_where_the_base_is_not(pack, weights, monkeypatch) -> None:
     model = with_lora(pack, comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options=dict(LOADED)))
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, memory_required: None)

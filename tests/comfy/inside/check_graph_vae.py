@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.ldm.wan.vae
@@ -11,6 +12,7 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+from safetensors.torch import save_file
 from tiny_graphs import CPU, LTXV, WAN
 from torch import Tensor, nn
 
@@ -157,3 +159,24 @@ def test_a_vae_that_mixes_the_images_of_a_batch_is_refused(pack, demo) -> None:
         changed.setattr(vae, "first_stage_model", wrong)
         with pytest.raises(bad, match="because it mixes the images of a batch"):
             check(vae, demo.model.model.latent_format)
+
+
+def test_a_file_that_lacks_weights_of_the_decoder_is_refused_with_their_names(pack, tmp_path: Path) -> None:
+    network = comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True])
+    weights, load = stirred(network), nn.Module.load_state_dict
+    graph = pack("trainer.config").GraphModel(folder="x", file="x", vae_file=str(tmp_path / "vae.safetensors"))
+
+    def loaded(lacking: tuple[str, ...]) -> Any:
+        save_file({k: v for k, v in weights.items() if k not in lacking}, tmp_path / "vae.safetensors")
+        modules = pack("trainer.models.comfy.model")._modules()
+        return pack("trainer.models.comfy.load").load_vae(graph, modules)
+
+    decoder = [name for name in weights if name.startswith("decoder.")]
+    encoder = [name for name in weights if name.startswith("encoder.") and name.endswith(".bias")]
+    assert loaded(()) is not None
+    assert loaded((encoder[0],)) is not None, "decoding does not use it"
+    lacking = next(name for name in decoder if name.endswith("conv1.bias"))
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match="lacks 1 weights of the VAE's decoder") as raised:
+        loaded((lacking,))
+    assert lacking in str(raised.value)
+    assert nn.Module.load_state_dict is load

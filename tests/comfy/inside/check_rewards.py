@@ -209,7 +209,8 @@ def files(pack, tmp_path_factory):
         for key in ("rewards", "clip_vision"):
             patch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], set()))
             folder_paths.filename_list_cache.pop(key, None)
-        patch.setattr(pack("nodes.host.reward_files"), "votes_folder", lambda: folder)
+        for module in ("reward_files", "vote_collections"):
+            patch.setattr(pack(f"nodes.host.{module}"), "votes_folder", lambda: folder)
         yield {
             name: {key: str(value).removeprefix(f"{folder}/") for key, value in options.items()}
             for name, options in written.items()
@@ -219,17 +220,25 @@ def files(pack, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", tiny_rewards.LOCAL)
-def test_each_is_loaded_combined_scored_and_the_best_picked(pack, nodes, files, name) -> None:
+def test_each_is_loaded_combined_scored_and_the_best_picked(pack, nodes, files, name, monkeypatch) -> None:
     video, prompt = name in tiny_rewards.VIDEO, tiny_rewards.prompt(name)
     judge = nodes.LoadReward.execute({"reward": name, **files[name]}).result[0]
     other = "sharpness" if name == "brightness" else "brightness"
     both = weighed(nodes, (judge, 0.7), (nodes.LoadReward.execute({"reward": other}).result[0], 1.4))
     images = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
     items = images.movedim(-1, 1)[None] if video else images.movedim(-1, 1)
-    room = []
+    room, base = [], pack("trainer.rewards.base").ModelReward
+    move_to = base.move_to
+
+    def moving(reward: object, device: torch.device) -> None:
+        reward.memory_hook(reward.memory(), device)  # as before a move to a GPU
+        move_to(reward, device)
+
+    monkeypatch.setattr(base, "move_to", moving)
     parts = pack("nodes.host.scoring").score_all(both, items, [prompt] * len(items), torch.device("cpu"), room.append)
     assert list(parts) == [name, other]
     assert parts[name].isfinite().all()
+    assert all(room)
     assert bool(room) == (name in tiny_rewards.NETWORKS), "room is made for networks, and for them alone"
     total = 0.7 * parts[name] + 1.4 * parts[other]
     if not video:

@@ -4,6 +4,8 @@ ComfyUI's modules are passed as arguments: `comfy` has all of them, `kinds` is `
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,17 +47,50 @@ def _with_lora(patcher: Any, file: str, strength: float, comfy: SimpleNamespace)
 
 
 def load_vae(graph: GraphModel, comfy: SimpleNamespace) -> Any:
-    """Load the VAE with core's loader."""
+    """What core's loader gives for the VAE's file.
+
+    Raises:
+        BadInput: it is none, or lacks weights of the decoder.
+    """
     try:
-        if graph.vae_loader == "checkpoint":
-            vae = comfy.sd.load_checkpoint_guess_config(graph.vae_file, output_clip=False, output_model=False)[2]
-        else:
-            weights, metadata = comfy.utils.load_torch_file(graph.vae_file, return_metadata=True)
-            vae = comfy.sd.VAE(sd=weights, metadata=metadata)
+        with _missing_weights() as missing:
+            if graph.vae_loader == "checkpoint":
+                vae = comfy.sd.load_checkpoint_guess_config(graph.vae_file, output_clip=False, output_model=False)[2]
+            else:
+                weights, metadata = comfy.utils.load_torch_file(graph.vae_file, return_metadata=True)
+                vae = comfy.sd.VAE(sd=weights, metadata=metadata)
         vae.throw_exception_if_invalid()
     except RuntimeError as error:
         raise BadInput(f"model.graph.vae_file: ComfyUI cannot load a VAE from {graph.vae_file}: {error}") from error
+    lacking = [name for name in missing if name.endswith(_WEIGHTS) and not name.startswith(_ENCODER)]
+    if lacking:
+        names = ", ".join(lacking[:3]) + (" and others" if len(lacking) > 3 else "")
+        raise BadInput(
+            f"model.graph.vae_file: {graph.vae_file} lacks {len(lacking)} weights of the VAE's decoder ({names}): "
+            "download it again"
+        )
     return vae
+
+
+_WEIGHTS, _ENCODER = (".weight", ".bias", ".gamma"), ("encoder.", "taesd_encoder.", "quant_conv.")
+"""Names of what core leaves uninitialised where a file lacks it; and of what decoding does not use, which some lack."""
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """The names of weights that modules ask for in this block and are not given; core only warns of them."""
+    load, missing = nn.Module.load_state_dict, []
+
+    def recording(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        result = load(module, *arguments, **options)
+        missing.extend(result.missing_keys)
+        return result
+
+    nn.Module.load_state_dict = recording
+    try:
+        yield missing
+    finally:
+        nn.Module.load_state_dict = load
 
 
 _KINDS = {"flow": "ModelSamplingDiscreteFlow", "flux": "ModelSamplingFlux", "noise": "ModelSamplingDiscrete"}

@@ -191,6 +191,12 @@ class ComfyModel(DiffusionModel):
                 parameter.data = parameter.data.to(self.device)
         self._is_resident = True
 
+    def make_room(self, size: int, device: torch.device) -> None:
+        if torch.is_grad_enabled():  # the backward pass needs the weights where they were
+            return
+        self._is_resident = False
+        self.comfy.management.free_memory(size, device)
+
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         self.comfy.management.in_training = False
         try:

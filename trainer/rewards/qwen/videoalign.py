@@ -146,6 +146,10 @@ class VideoAlign(VideoAlignNetwork):
         self.shared = shared_network(self.options)
 
     @property
+    def holder(self) -> VideoAlignNetwork:
+        return self.shared
+
+    @property
     def module(self) -> nn.Module | None:
         """The shared network."""
         return self.shared.module
