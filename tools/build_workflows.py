@@ -763,7 +763,7 @@ def _height(description: dict, slots: list[dict], shown: list[tuple[str, object,
     linked = [slot["name"] for slot in slots if slot["name"] in boxes]
     controls = sum(bool(options.get("control_after_generate")) for options in visible)
     result = {"DanceGRPO_TrainLoRA": 300, "DanceGRPO_ScoreImages": 300, "PreviewAny": 110, "LoadImage": 260}
-    result |= {"SaveImage": 300, "SaveVideo": 300}
+    result |= {"SaveImage": 300, "SaveVideo": 300, "DanceGRPO_CompareLoRAs": 300}
     extra = result.get(description["name"], 0)
     texts = TEXT_BOX * (len(boxes) - len(linked)) + LINKED_BOX * len(linked)
     return 50 + SLOT * sockets + WIDGET * (len(visible) - len(boxes) + controls) + texts + extra

@@ -81,8 +81,8 @@ This is the cheaper way, and it stays near what was voted on. With a few dozen v
 }
 
 
-def _collected(add: Add, name: str) -> tuple[str, str]:
-    """Images of every prompt, put into a collection; the model and the prompts."""
+def _collected(add: Add, name: str) -> tuple[str, str, str]:
+    """Images of every prompt, put into a collection; the model, the prompts and the empty latent."""
     model = add(1, "DanceGRPO_DemoModel")
     prompts = add(1, "DanceGRPO_PromptLines", prompts=PROMPTS)
     text = add(2, "CLIPTextEncode", "Prompt, one after the other", clip=[model, 1], text=[prompts, 0])
@@ -103,15 +103,11 @@ def _collected(add: Add, name: str) -> tuple[str, str]:
     )
     images = add(3, "VAEDecode", samples=[sample, 0], vae=[model, 2])
     add(3, "DanceGRPO_CollectForVoting", images=[images, 0], prompt=[prompts, 0], name=name)
-    return model, prompts
-
-
-def _compared(add: Add, train: str, name: str) -> None:
-    add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix=f"dancegrpo/{name}")
+    return model, prompts, latent
 
 
 def judge(add: Add) -> None:
-    model, prompts = _collected(add, "my_votes")
+    model, prompts, latent = _collected(add, "my_votes")
     reward = add(
         4,
         "DanceGRPO_LoadReward",
@@ -127,13 +123,26 @@ def judge(add: Add) -> None:
         settings=[settings, 0],
         name="what_i_like",
         prompts=[prompts, 0],
-        held_out_prompts=HELD_OUT,
+        held_out_prompts="",
     )
-    _compared(add, train, "what_i_like")
+    add(
+        6,
+        "DanceGRPO_CompareLoRAs",
+        model=[model, 0],
+        clip=[model, 1],
+        vae=[model, 2],
+        latent_image=[latent, 0],
+        reward=[reward, 0],
+        lora_model_1=[train, 0],
+        prompts=HELD_OUT,
+        steps=10,
+        sampler_name="euler",
+        scheduler="simple",
+    )
 
 
 def pairs(add: Add) -> None:
-    model, _ = _collected(add, "my_votes")
+    model, *_ = _collected(add, "my_votes")
     objective = add(
         4, "DanceGRPO_Objective", objective="dpo", **{"objective.collection": "my_votes", "objective.beta": 20.0}
     )
@@ -148,7 +157,7 @@ def pairs(add: Add) -> None:
         prompts="",
         held_out_prompts=HELD_OUT,
     )
-    _compared(add, train, "my_pairs")
+    add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix="dancegrpo/my_pairs")
 
 
 GRAPHS: dict[str, Callable[[Add], None]] = {"19 Teach it what you like": judge, "20 dpo straight from pairs": pairs}
