@@ -64,7 +64,7 @@ _ROLLOUT = [
     "runtime.iterations=20",
 ]
 WAYS = {
-    "judge": [*_ROLLOUT, "optimizer.learning_rate=1e-3"],
+    "judge": [*_ROLLOUT, "optimizer.learning_rate=1.5e-3"],
     "judge and prompt": [*_ROLLOUT, "optimizer.learning_rate=2e-3"],
     "dpo": [
         "objective={name: dpo, beta: 20, noise_levels: 2}",
@@ -249,10 +249,10 @@ def main() -> None:
     results = [json.loads(line) for line in lines]
     cases = [
         (votes, mode, way, seed)
+        for seed in args.seeds
         for votes in args.votes
         for mode in args.modes
         for way in args.ways
-        for seed in args.seeds
     ]
     for votes, mode, way, seed in [] if args.report else cases:
         known = [(r["votes"], r["mode"], r["way"], r["seed"], r["overrides"]) for r in results]
