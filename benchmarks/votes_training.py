@@ -71,7 +71,7 @@ WAYS = {
         "rollout.steps=10",
         "rollout.prompts_per_iteration=24",
         "optimizer.learning_rate=1e-3",
-        "runtime.iterations=20",
+        "runtime.iterations=30",
     ],
 }
 

@@ -49,7 +49,7 @@ runtime.iterations=20"""
 PAIRS = """rollout.prompts_per_iteration=24
 optimizer.learning_rate=1e-3
 lora.ema_decay=0
-runtime.iterations=20"""
+runtime.iterations=30"""
 MODELS = """**For a real model:** put its loaders and *GRPO Base Model* in place of *Demo Model*, with its *clip* wired into *GRPO Train LoRA*, and a preset such as `one-gpu-flux`; examples 7 to 18 show the loaders. The numbers under **Train** are for the embedded model alone: begin with a learning rate of 1e-4. The backbone `pixels` sees colours and layout; choose a CLIP vision file to teach what an image shows."""
 STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: that part alone runs, and makes 128 images.
 2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. It says how well your votes are understood.

@@ -233,7 +233,7 @@ def test_what_was_voted_on_is_trained_on(comfy: Server, path: Path) -> None:
     for node in prompt.values():
         node["inputs"] |= {key: name for key, value in node["inputs"].items() if value == "my_votes"}
         if node["class_type"] == "DanceGRPO_Preset":
-            node["inputs"]["overrides"] = node["inputs"]["overrides"].replace("iterations=20", "iterations=2")
+            node["inputs"]["overrides"] += "\nruntime.iterations=2"
     (collect,) = [key for key, node in prompt.items() if node["class_type"] == "DanceGRPO_CollectForVoting"]
     with pytest.raises(PromptFailed, match="no collection named|holds 0 votes with a winner|at least 2 are needed"):
         comfy.run(prompt)
