@@ -41,13 +41,13 @@ rollout.steps=6
 rollout.solver=2m
 rollout.prompts_per_iteration=6
 rollout.group_size=6
-optimizer.learning_rate=3e-3
+optimizer.learning_rate=1.5e-3
 lora.ema_decay=0
-runtime.iterations=40"""
+runtime.iterations=20"""
 PAIRS = """rollout.prompts_per_iteration=24
-optimizer.learning_rate=3e-3
+optimizer.learning_rate=1e-3
 lora.ema_decay=0
-runtime.iterations=40"""
+runtime.iterations=30"""
 MODELS = """**For a real model:** put its loaders and *GRPO Base Model* in place of *Demo Model*, with its *clip* wired into *GRPO Train LoRA*, and a preset such as `one-gpu-flux`; examples 7 to 18 show the loaders. The numbers under **Train** are for the embedded model alone: begin with a learning rate of 1e-4. The backbone `pixels` sees colours and layout; choose a CLIP vision file to teach what an image shows."""
 STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: that part alone runs, and makes 128 images.
 2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. It says how well your votes are understood.
@@ -62,7 +62,7 @@ Vote on pairs of images; a judge learns from the votes what you like, and the Lo
 
 Without votes, *Load Reward* refuses and says so. New votes are another run: change the *name* on *GRPO Train LoRA*.
 
-The judge scores **any** image, so this way makes new images and learns from them: it got further than `dpo` from the same votes (`docs/votes.md`). A judge can be fooled; look at the pictures.
+The judge scores any image and does not read prompts, so a picture that it likes need not show what was asked for: look at the pictures, train for few iterations, or mix in a reward that reads prompts with *Combine Rewards*. `docs/votes.md` has figures.
 
 {MODELS}""",
     "20 dpo straight from pairs": f"""# dpo straight from pairs
@@ -73,14 +73,14 @@ Vote on pairs of images; the LoRA learns from the pairs alone. No images are mad
 
 Pairs are votes with a winner between two images of one prompt. Ties and skipped pairs are left out, and the log says how many. New votes are another run: change the *name* on *GRPO Train LoRA*.
 
-This is the cheaper way, and it stays near what was voted on. With a few dozen votes it moves less than a judge does (`docs/votes.md`).
+*beta* says how firmly the model is held to what it was: a smaller one moves it further, and away from its prompts, too. `docs/votes.md` has figures of both ways.
 
 {MODELS}""",
 }
 
 
-def _collected(add: Add, name: str) -> tuple[str, str]:
-    """Images of every prompt, put into a collection; the model and the prompts."""
+def _collected(add: Add, name: str) -> tuple[str, str, str]:
+    """Images of every prompt, put into a collection; the model, the prompts and the empty latent."""
     model = add(1, "DanceGRPO_DemoModel")
     prompts = add(1, "DanceGRPO_PromptLines", prompts=PROMPTS)
     text = add(2, "CLIPTextEncode", "Prompt, one after the other", clip=[model, 1], text=[prompts, 0])
@@ -101,15 +101,11 @@ def _collected(add: Add, name: str) -> tuple[str, str]:
     )
     images = add(3, "VAEDecode", samples=[sample, 0], vae=[model, 2])
     add(3, "DanceGRPO_CollectForVoting", images=[images, 0], prompt=[prompts, 0], name=name)
-    return model, prompts
-
-
-def _compared(add: Add, train: str, name: str) -> None:
-    add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix=f"dancegrpo/{name}")
+    return model, prompts, latent
 
 
 def judge(add: Add) -> None:
-    model, prompts = _collected(add, "my_votes")
+    model, prompts, latent = _collected(add, "my_votes")
     reward = add(
         4,
         "DanceGRPO_LoadReward",
@@ -125,16 +121,30 @@ def judge(add: Add) -> None:
         settings=[settings, 0],
         name="what_i_like",
         prompts=[prompts, 0],
-        held_out_prompts=HELD_OUT,
+        held_out_prompts="",
     )
-    _compared(add, train, "what_i_like")
+    add(
+        6,
+        "DanceGRPO_CompareLoRAs",
+        model=[model, 0],
+        clip=[model, 1],
+        vae=[model, 2],
+        latent_image=[latent, 0],
+        reward=[reward, 0],
+        lora_model_1=[train, 0],
+        prompts=HELD_OUT,
+        steps=10,
+        sampler_name="euler",
+        scheduler="simple",
+    )
+
+
+PAIR_OPTIONS = {"objective.collection": "my_votes", "objective.beta": 20.0, "objective.noise_levels": 2}
 
 
 def pairs(add: Add) -> None:
-    model, _ = _collected(add, "my_votes")
-    objective = add(
-        4, "DanceGRPO_Objective", objective="dpo", **{"objective.collection": "my_votes", "objective.beta": 20.0}
-    )
+    model, *_ = _collected(add, "my_votes")
+    objective = add(4, "DanceGRPO_Objective", objective="dpo", **PAIR_OPTIONS)
     settings = add(4, "DanceGRPO_Preset", preset="demo", overrides=PAIRS)
     train = add(
         5,
@@ -146,7 +156,7 @@ def pairs(add: Add) -> None:
         prompts="",
         held_out_prompts=HELD_OUT,
     )
-    _compared(add, train, "my_pairs")
+    add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix="dancegrpo/my_pairs")
 
 
 GRAPHS: dict[str, Callable[[Add], None]] = {"19 Teach it what you like": judge, "20 dpo straight from pairs": pairs}

@@ -65,8 +65,8 @@ def train(data: dict, path: Path | None = None) -> tuple[Trainer, list[dict]]:
 # ------------------------------------------------------------------------------------------------------- the gradient
 
 
-def errors(module: torch.nn.Module, weights: dict, images: Tensor, noise: Tensor, sigma: float, text: dict) -> Tensor:
-    """Mean squared error of the velocity of one image, in float64."""
+def velocity(module: torch.nn.Module, weights: dict, images: Tensor, noise: Tensor, sigma: float, text: dict) -> Tensor:
+    """What the network predicts for one noised image, in float64."""
     latents = ((1 - sigma) * images + sigma * noise)[None]
     inputs = {
         "hidden_states": latents,
@@ -75,13 +75,14 @@ def errors(module: torch.nn.Module, weights: dict, images: Tensor, noise: Tensor
         "pooled_projections": text["pooled"][None],
         "return_dict": False,
     }
-    velocity = functional_call(module, weights, (), inputs)[0]
-    return ((velocity[0] - (noise - images)) ** 2).mean()
+    return functional_call(module, weights, (), inputs)[0][0]
 
 
-def test_the_gradient_is_that_of_a_transcription_in_float64(offline: dict, tiny_sd3: Path) -> None:
+@pytest.mark.parametrize("extra", [{}, {"winner_weight": 0.7, "kl_weight": 3.0}])
+def test_the_gradient_is_that_of_a_transcription_in_float64(offline: dict, tiny_sd3: Path, extra: dict) -> None:
     from diffusers import SD3Transformer2DModel
 
+    offline["objective"] |= extra
     trainer = Trainer(parse_config(offline), None, Processes("cpu"))
     generator = torch.Generator().manual_seed(0)
     parameters = trainer.policy.parameters
@@ -102,12 +103,18 @@ def test_the_gradient_is_that_of_a_transcription_in_float64(offline: dict, tiny_
     for row in range(4):
         text = {name: value[row].double() for name, value in experience.prompting.conditions.tensors.items()}
         noise, sigma = batch.noise[row].double(), batch.sigma[row].double().item()
+        images = [getattr(batch, side)[row].double() for side in SIDES]
         live, base = (
-            [errors(module, weights, getattr(batch, side)[row].double(), noise, sigma, text) for side in SIDES]
-            for weights in (adapted, {})
+            [velocity(module, weights, image, noise, sigma, text) for image in images] for weights in (adapted, {})
         )
-        margin = (live[0] - base[0]) - (live[1] - base[1])
-        total = total + torch.log(1 + torch.exp(BETA / 2 * margin)) / 4
+        gains = [
+            ((v - (noise - image)) ** 2).mean() - ((b - (noise - image)) ** 2).mean()
+            for v, b, image in zip(live, base, images, strict=True)
+        ]
+        total = total + torch.log(1 + torch.exp(BETA / 2 * (gains[0] - gains[1]))) / 4
+        total = total + extra.get("winner_weight", 0.0) * ((live[0] - (noise - images[0])) ** 2).mean() / 4
+        distance = sum(((v - b) ** 2).mean() for v, b in zip(live, base, strict=True)) / 2
+        total = total + extra.get("kl_weight", 0.0) * distance / 4
     expected = torch.autograd.grad(total, list(learned.values()))
     flat, right = (torch.cat([g.flatten().double() for g in gradients]) for gradients in (found, expected))
     assert right.norm() > 1e-3
