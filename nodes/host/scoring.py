@@ -24,7 +24,7 @@ def split_prompts(text: str, count: int, what: str) -> list[str]:
     """
     lines = require_prompt(text)
     if len(lines) not in (1, count):
-        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: give one line for all, or one for each")
+        raise BadInput(f"prompt has {len(lines)} lines for {count} {what}: use one line for all, or one line each")
     return lines if len(lines) == count else lines * count
 
 
@@ -37,7 +37,7 @@ def require_prompt(text: str) -> list[str]:
     check_text(text, "prompt")
     lines = prompt_lines(text)
     if not lines:
-        raise BadInput("prompt is empty: write what the images should show")
+        raise BadInput("prompt is empty: enter the prompt of the images")
     return lines
 
 
@@ -73,7 +73,7 @@ class Judge:
         """
         check_interrupt()
         if self.model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
-            raise BadInput(f"reward {self.name!r} scores videos: give it frames, with batch set to 'one video'")
+            raise BadInput(f"reward {self.name!r} scores videos: connect frames, and set batch to 'one video'")
         placed = items.to(device) if isinstance(self.model.holder, ModelReward) else items
         try:
             with interruptible(check_interrupt):

@@ -257,7 +257,5 @@ def test_a_divided_network_takes_prompts_of_one_length(sd3: RunConfig, tmp_path:
     write_conditions(tmp_path / "c.safetensors", [("a", ""), ("b", "")], rows)
     prompts = {"texts": ["a", "b"], "conditions": str(tmp_path / "c.safetensors")}
     config = description({"path": sd3.model.path, "sharded": True}, prompts=prompts)
-    with pytest.raises(
-        BadInput, match="model.sharded needs prompts that are all encoded to the same number of tokens"
-    ):
+    with pytest.raises(BadInput, match="model.sharded needs prompts that are all encoded to the same number of tokens"):
         conditions_for(config, SD3Model, *read_prompts(config), Processes("cpu"), None)
