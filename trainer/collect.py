@@ -41,6 +41,8 @@ class Collector:
         self.config, self.model, self.prompting = config, model, prompting
         self.processes, self.execution, self.recorder = processes, execution, recorder
         self.objective, self.rewards, self.texts = checked.objective, checked.rewards, checked.prompts.scored
+        watching = checked.judges if checked.objective.needs_watching else {}
+        self.watching = {name: judge for name, judge in watching.items() if name not in checked.rewards}
 
     def collect(self, iteration: int, clock: Clock) -> Experience:
         """Sample and, where the objective needs advantages, score the images of an iteration."""
@@ -51,7 +53,9 @@ class Collector:
             experience = self._rollout(iteration)
         if not self.objective.needs_advantages:
             return experience
-        experience.scores = self._score(experience, clock)
+        table = self._score(experience, clock)
+        experience.scores = {name: table[name] for name in self.rewards}
+        experience.watched = {name: table[name] for name in self.watching}
         config = self.config.advantage
         weights = {reward.name: reward.weight for reward in self.config.rewards}
         experience.advantages = advantages_of(experience.scores, weights, config)
@@ -78,6 +82,7 @@ class Collector:
             self._noise(iteration, "start", starts),
             lambda step: self._noise(iteration, f"step {step}", members),
             self.execution,
+            slots,
         )
         return Experience(
             iteration=iteration,
@@ -96,16 +101,17 @@ class Collector:
         return torch.stack([noise(shape, seed, use, iteration, *key) for key in keys]).to(self.processes.device)
 
     def _score(self, experience: Experience, clock: Clock) -> dict[str, Tensor]:
-        """Rewards of all processes' images, `[P, G]` float64 per name."""
+        """Scores of all processes' images by rewards and watching judges, `[P, G]` float64 per name."""
         self.execution.report("decode", 0, 1)
         with clock("decode"):
             images = self.model.decode(experience.trajectories.final)
         with clock("reward"):
             columns, slots = {}, [slot for slot, _ in experience.members]
-            for number, (name, reward) in enumerate(self.rewards.items()):
-                self.execution.report("reward", number, len(self.rewards))
+            judges = self.rewards | self.watching
+            for number, (name, reward) in enumerate(judges.items()):
+                self.execution.report("reward", number, len(judges))
                 columns[name] = score_by_group(reward, images, experience.texts, slots).tolist()
-            for reward in self.rewards.values():
+            for reward in judges.values():
                 reward.idle()
         self.recorder.rollout_picture(images, experience.iteration, self._samples(experience, columns))
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))

@@ -68,8 +68,10 @@ class WindowConfig(Section):
     """The only steps that are stochastic and trained (MixGRPO)."""
 
     size: Positive = Field(2, description="Number of steps in the window.")
-    position: Literal["fixed", "random", "moving"] = Field(
-        "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
+    position: Literal["fixed", "random", "moving", "per-prompt"] = Field(
+        "random",
+        description="Where it lies: always at start, anywhere from start on, moving on from start, or anywhere from "
+        "start on and drawn for each prompt (Flash-GRPO).",
     )
     start: int = Field(0, ge=0, le=1000, description="First step the window may begin at.")
     every: Positive = Field(25, description="Iterations a moving window stays at one place.")

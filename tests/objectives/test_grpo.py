@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trainer.models import Conditions, DiffusionModel
 from trainer.objectives.base import Experience, Totals, split_updates
 from trainer.objectives.engine import Engine
-from trainer.objectives.grpo import GrpoOptions, clipped_objective, guarded_ratio, probability_ratio, velocity_kl
+from trainer.objectives.grpo import GrpoOptions
+from trainer.objectives.likelihood import clipped_objective, guarded_ratio, probability_ratio, velocity_kl
 from trainer.rollout import Execution, Plan, Prompting, Trajectories, sample
 
 WIDTH, PROMPTS, GROUP, ETA = 4, 2, 3, 0.6

@@ -30,8 +30,9 @@ class Window:
     def begin(self, steps: int, iteration: int, rng: random.Random) -> int:
         """First step of the window in this iteration.
 
-        `fixed` stays at `start`; `random` is anywhere; `moving` starts at `start` and moves on by one step every
-        `every` iterations, back to `start` after the last place. The last step of the schedule is never inside.
+        `fixed` stays at `start`; `random` and `per-prompt` are anywhere; `moving` starts at `start` and moves on by one
+        step every `every` iterations, back to `start` after the last place. The last step of the schedule is never
+        inside.
         """
         places = steps - 1 - self.size - self.start + 1
         if self.position == "fixed":

@@ -116,6 +116,7 @@ class Experience:
         active: `[P, G]` bool, the images of all processes that may be trained on.
         scores: reward per name, `[P, G]` float64 over all processes, NaN where an image has none. An objective that
             scores images itself fills in those of its own members, and the rest is NaN until they are gathered.
+        watched: as `scores`, by the judges that only watch, where the objective needs them.
         optimizer_steps: optimizer steps already made in this iteration.
     """
 
@@ -129,6 +130,7 @@ class Experience:
     advantages: Advantages
     active: Tensor
     scores: dict[str, Tensor] = field(default_factory=dict)
+    watched: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: int = 0
     row_of: dict[Member, int] = field(init=False)
     """Index of a member among this process's images."""
@@ -220,6 +222,11 @@ class Objective(ABC):
         Raises:
             BadInput: the objective cannot train this family, or with these rewards.
         """
+
+    @property
+    def needs_watching(self) -> bool:
+        """Whether the judges of `evaluation.rewards` score the images of every iteration too."""
+        return False
 
     @property
     def keeps_old_weights(self) -> bool:
