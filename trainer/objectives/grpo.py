@@ -344,7 +344,7 @@ class Grpo(Objective):
             beyond the clip range; mean and largest deviation from 1 of ratios to the rollout's log-probabilities before
             the first optimizer step, where only rounding makes them differ; the mean KL, where it is weighted.
         """
-        self._kl = every.mean("kl")
+        self._kl = every.mean("kl") if self.options.kl_weight else 0.0
         return {
             "actions": every.items,
             "ratio": {
@@ -357,7 +357,7 @@ class Grpo(Objective):
                 "mean": first.mean("rollout_deviation"),
                 "max": first.peaks.get("rollout_deviation", 0.0),
             },
-            "kl": every.mean("kl") if self.options.kl_weight else None,
+            "kl": self._kl if self.options.kl_weight else None,
         }
 
     def alarm(self, record: dict) -> str | None:
