@@ -41,8 +41,8 @@ class Collector:
         self.config, self.model, self.prompting = config, model, prompting
         self.processes, self.execution, self.recorder = processes, execution, recorder
         self.objective, self.rewards, self.texts = checked.objective, checked.rewards, checked.prompts.scored
-        watching = checked.judges if checked.objective.needs_watching else {}
-        self.watching = {name: judge for name, judge in watching.items() if name not in checked.rewards}
+        watching = checked.all_rewards if checked.objective.needs_watching else {}
+        self.watching = {name: reward for name, reward in watching.items() if name not in checked.rewards}
 
     def collect(self, iteration: int, clock: Clock) -> Experience:
         """Sample and, where the objective needs advantages, score the images of an iteration."""
@@ -101,17 +101,17 @@ class Collector:
         return torch.stack([noise(shape, seed, use, iteration, *key) for key in keys]).to(self.processes.device)
 
     def _score(self, experience: Experience, clock: Clock) -> dict[str, Tensor]:
-        """Scores of all processes' images by rewards and watching judges, `[P, G]` float64 per name."""
+        """Scores of all processes' images, `[P, G]` float64 per reward, those that only watch included."""
         self.execution.report("decode", 0, 1)
         with clock("decode"):
             images = self.model.decode(experience.trajectories.final)
         with clock("reward"):
             columns, slots = {}, [slot for slot, _ in experience.members]
-            judges = self.rewards | self.watching
-            for number, (name, reward) in enumerate(judges.items()):
-                self.execution.report("reward", number, len(judges))
+            every = self.rewards | self.watching
+            for number, (name, reward) in enumerate(every.items()):
+                self.execution.report("reward", number, len(every))
                 columns[name] = score_by_group(reward, images, experience.texts, slots).tolist()
-            for reward in judges.values():
+            for reward in every.values():
                 reward.idle()
         self.recorder.rollout_picture(images, experience.iteration, self._samples(experience, columns))
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))

@@ -116,7 +116,7 @@ class Experience:
         active: `[P, G]` bool, the images of all processes that may be trained on.
         scores: reward per name, `[P, G]` float64 over all processes, NaN where an image has none. An objective that
             scores images itself fills in those of its own members, and the rest is NaN until they are gathered.
-        watched: as `scores`, by the judges that only watch, where the objective needs them.
+        watched: as `scores`, by the rewards that are not trained on, where the objective needs them.
         optimizer_steps: optimizer steps already made in this iteration.
     """
 
@@ -235,7 +235,7 @@ class Objective(ABC):
 
     @property
     def needs_watching(self) -> bool:
-        """Whether the judges of `evaluation.rewards` score the images of every iteration too."""
+        """Whether the rewards of `evaluation.rewards` score the images of every iteration too."""
         return False
 
     @property

@@ -79,7 +79,7 @@ class GrpoOptions(ObjectiveOptions):
     kl_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
         description="Below 1, only this share of the images gets the KL: those that the trained rewards rank highest "
-        "over the judges of evaluation.rewards (GARDO's gate).",
+        "over those of evaluation.rewards (GARDO's gate).",
     )
     old_log_prob: Literal["rollout", "update"] = Field(
         "rollout",
@@ -114,7 +114,7 @@ class Grpo(Objective):
         if options.kl_share < 1 and not config.evaluation.rewards:
             raise ValueError(
                 f"objective.kl_share {options.kl_share:g} compares the trained rewards with others, and "
-                "evaluation.rewards names none: name a judge there, or set kl_share to 1"
+                "evaluation.rewards names none: name one there, or set kl_share to 1"
             )
         moving = options.kl_weight and options.kl_reference == "moving"
         if moving and options.old_log_prob == "update" and options.updates > 1:

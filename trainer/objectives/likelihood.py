@@ -101,7 +101,7 @@ def most_suspicious(trained: Tensor, watching: list[Tensor], share: float) -> Te
 
     Args:
         trained: `[N]`; only its order counts, here and below. NaN where an image has no score, and it is left out.
-        watching: `[N]` of each judge that is not trained on, at least one.
+        watching: `[N]` of each reward that is not trained on, at least one.
         share: of the images, in (0, 1].
 
     Returns:
@@ -111,7 +111,7 @@ def most_suspicious(trained: Tensor, watching: list[Tensor], share: float) -> Te
     known = torch.stack([trained, *watching]).isfinite().all(0).nonzero().flatten()
     if len(known) == 0:
         return found
-    doubt = ranks(trained[known]) - torch.stack([ranks(judge[known]) for judge in watching]).mean(0)
+    doubt = ranks(trained[known]) - torch.stack([ranks(values[known]) for values in watching]).mean(0)
     order = doubt.argsort(descending=True, stable=True)
     found[known[order[: math.ceil(share * len(known) - 1e-9)]]] = True
     return found
