@@ -63,6 +63,7 @@ class ChatReward(Reward):
     """Asks a multimodal language model one question about one or two images."""
 
     typical_range = (0.0, 1.0)
+    remote = True
     settings: ClassVar[dict[str, Any]]
     """What a request holds besides the model and the message."""
 
