@@ -3,14 +3,19 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, Forks, results_of, run_program, write_description
 from learning import assert_same_learning, newest_checkpoint
 
+from trainer.rewards.brightness import Brightness
+from trainer.rewards.remote.server import RewardServer
 from trainer.runs.directory import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -34,6 +39,7 @@ VARIANTS = {
     "nft": {"objective": {"name": "nft", "old_decay_growth": 0.2}},
     "awm": {"objective": {"name": "awm", "trust_weight": 1.0, "trust_decay_growth": 0.2, "kl_weight": 0.01}},
     "dpo": {"objective": {"name": "dpo", "updates": 3, "winner_weight": 0.1}},
+    "a server scores": {"rollout": {"batch_size": 4}, "objective": {"updates": 3}},
     "reward gradient": {"objective": {"name": "reward-gradient", "method": "draft-lv", "kl_weight": 0.1}},
 }
 
@@ -50,11 +56,24 @@ def description(tiny_description: dict, variant: str) -> dict:
     return tiny_description
 
 
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of a server that scores brightness."""
+    serving = RewardServer(Brightness(), "127.0.0.1", 0, torch.device("cpu"))
+    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{serving.server_port}/score"
+    serving.shutdown()
+    serving.server_close()
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_processes_give_the_run_of_one(
-    tiny_description: dict, program: Forks, tmp_path: Path, variant: str
+    tiny_description: dict, program: Forks, tmp_path: Path, variant: str, server: str
 ) -> None:
-    file = write_description(tmp_path / "run.json", description(tiny_description, variant))
+    described = description(tiny_description, variant)
+    if variant == "a server scores":  # one process samples in two parts, the other in one
+        described["rewards"] = [{"name": "external", "options": {"url": server}}]
+    file = write_description(tmp_path / "run.json", described)
     one, two = tmp_path / "one", tmp_path / "two"
     code, output = program.run("train", file, "--output", one)
     assert code == 0, output
