@@ -166,7 +166,7 @@ def test_objective_is_told_by_its_name() -> None:
     for value, words in (
         ("{name: grop}", "objective: objective 'grop' is unknown: choose one of grpo"),
         ("{name: [grpo]}", "is unknown: choose one of grpo"),
-        ("{clip: 5}", "objective.clip is not a setting"),
+        ("{clipping: 5}", "objective.clipping is not a setting"),
         ("{name: grpo, clip_range: 2}", "objective.clip_range is 2"),
         ("grpo", "objective: it must be a section, not str"),
         ("null", "objective: it must be a section, not NoneType"),

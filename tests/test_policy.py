@@ -160,3 +160,18 @@ def test_without_an_average_the_live_weights_stand_in_and_without_old_ones_nothi
         assert torch.equal(predict(policy.model), live)
     with pytest.raises(ValueError, match="keeps no old weights"), policy.using("old"):
         pass
+
+
+def test_a_run_that_starts_from_a_lora_has_it_in_every_kind_of_weights(
+    policy: Policy, tiny_description: dict, tmp_path: Path
+) -> None:
+    file = tmp_path / "start.safetensors"
+    policy.save_lora(file, {name: value.detach() for name, value in policy.parameters.items()}, {})
+    tiny_description["lora"]["start_from"] = str(file)
+    config = parse_config(tiny_description)
+    other = Policy(SD3Model.load(config.model, CPU), config, keeps_old=True)
+    other.start()
+    expected = predict(policy.model).detach()
+    for name in ("live", "average", "old"):
+        with other.using(name):
+            torch.testing.assert_close(predict(other.model).detach(), expected, rtol=1e-5, atol=1e-6)

@@ -156,6 +156,34 @@ def test_shared_prefix_changes_nothing_but_the_number_of_calls(
             close(getattr(shared, name), getattr(alone, name), 1e-5)
 
 
+@pytest.mark.parametrize("solver", ["euler", "2m"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_window_per_prompt_is_the_rollout_of_each_prompt_with_its_own_window(
+    model: SD3Model, prompting: Prompting, shared: bool, solver: str
+) -> None:
+    windows = [[False, False, True, True, False], [False, True, True, False, False]]
+    union = [a or b for a, b in zip(*windows, strict=True)]
+    plan = replace(plan_of(union, shared), windows=windows, keep_means=True, solver=solver)
+    initial = starts() if shared else starts()[PROMPT_OF]
+    mixed = sample(model, plan, prompting, PROMPT_OF, initial, step_noise, Execution(4), slots=[0, 1])
+    assert mixed.steps == [1, 2, 3]
+    forwards = 0
+    for prompt, window in enumerate(windows):
+        alone = roll(model, replace(plan_of(window, shared), solver=solver), prompting, means=True)
+        forwards += alone.forwards // PROMPTS
+        rows = prompt == PROMPT_OF
+        close(mixed.final[rows], alone.final[rows], 1e-5)
+        for place, step in enumerate(mixed.steps):
+            for name in ("samples", "next_samples", "means", "log_probs"):
+                found = getattr(mixed, name)[place, rows]
+                if window[step]:
+                    close(found, getattr(alone, name)[alone.steps.index(step), rows], 1e-5)
+                else:
+                    assert not found.any(), "nothing is kept of a deterministic step"
+    assert mixed.forwards == forwards
+    assert [plan.shared_step(slot) for slot in (0, 1)] == ([2, 1] if shared else [-1, -1])
+
+
 def test_model_is_called_exactly_as_often_as_counted(model: SD3Model, prompting: Prompting) -> None:
     seen = []
     handle = model.module.register_forward_pre_hook(

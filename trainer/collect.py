@@ -1,7 +1,12 @@
 """What an iteration trains on: images sampled by the policy, scored, and ranked within their groups."""
 
+from __future__ import annotations
+
 import itertools
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,14 +15,17 @@ from .check import Checked
 from .config import RunConfig
 from .models import DiffusionModel
 from .objectives.advantage import Advantages, active_images, advantages_of
-from .objectives.base import Experience
-from .rollout import Execution, Prompting, sample
+from .objectives.base import Experience, Member
+from .rollout import Execution, Plan, Prompting, Trajectories, sample
 from .runs.metrics import Clock
 from .runs.pictures import Sample
 from .runs.recorder import Recorder
 from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise, prompt_indices
+
+if TYPE_CHECKING:
+    from .rewards import Reward
 
 
 class Collector:
@@ -41,25 +49,35 @@ class Collector:
         self.config, self.model, self.prompting = config, model, prompting
         self.processes, self.execution, self.recorder = processes, execution, recorder
         self.objective, self.rewards, self.texts = checked.objective, checked.rewards, checked.prompts.scored
+        watching = checked.all_rewards if checked.objective.needs_watching else {}
+        self.watching = {name: reward for name, reward in watching.items() if name not in checked.rewards}
 
     def collect(self, iteration: int, clock: Clock) -> Experience:
         """Sample and, where the objective needs advantages, score the images of an iteration."""
         if not self.objective.needs_rollout:
             with clock("rollout"):
                 return self.objective.collect(iteration)
-        with clock("rollout"), self.objective.acting():
-            experience = self._rollout(iteration)
-        if not self.objective.needs_advantages:
-            return experience
-        experience.scores = self._score(experience, clock)
+        remote = {name: reward for name, reward in (self.rewards | self.watching).items() if reward.remote}
+        with Background(remote if self.objective.needs_advantages else {}) as background:
+            with self.objective.acting():
+                experience, images = self._rollout(iteration, background, clock)
+            if not self.objective.needs_advantages:
+                return experience
+            table = self._score(experience, images, background, clock)
+        experience.scores = {name: table[name] for name in self.rewards}
+        experience.watched = {name: table[name] for name in self.watching}
         config = self.config.advantage
         weights = {reward.name: reward.weight for reward in self.config.rewards}
         experience.advantages = advantages_of(experience.scores, weights, config)
         experience.active = active_images(experience.advantages, config)
         return experience
 
-    def _rollout(self, iteration: int) -> Experience:
-        """This process's trajectories; scores and advantages are still to come."""
+    def _rollout(self, iteration: int, background: Background, clock: Clock) -> tuple[Experience, list[Tensor]]:
+        """This process's trajectories; scores and advantages are still to come.
+
+        Returns:
+            also the images, in parts, where servers score them already; none otherwise.
+        """
         config, device = self.config.rollout, self.processes.device
         count, group = config.prompts_per_iteration, config.group_size
         chosen = prompt_indices(len(self.texts), count, iteration, self.config.runtime.seed)
@@ -69,43 +87,82 @@ class Collector:
         prompting = self.prompting.rows(torch.tensor([chosen[slot] for slot in slots])).to(device)
         prompt_of = torch.tensor([slots.index(slot) for slot, _ in members], device=device)
         plan = self.objective.plan(self.model, iteration)
-        starts: list[tuple[int, ...]] = [(slot,) for slot in slots] if plan.shared_noise else list(members)
-        trajectories = sample(
-            self.model,
-            plan,
-            prompting,
-            prompt_of,
-            self._noise(iteration, "start", starts),
-            lambda step: self._noise(iteration, f"step {step}", members),
-            self.execution,
-        )
-        return Experience(
+        texts = [self.texts[chosen[slot]] for slot, _ in members]
+        trajectories, images = [], []
+        for number, rows in enumerate(self._parts(members, plan, bool(background.rewards))):
+            part = [members[row] for row in rows]
+            starts = [(slot,) for slot in slots] if plan.shared_noise else part
+            with clock("rollout"):
+                sampled = sample(
+                    self.model,
+                    plan,
+                    prompting,
+                    prompt_of[rows],
+                    self._noise(iteration, "start", starts),
+                    lambda step, part=part: self._noise(iteration, f"step {step}", part),
+                    self.execution if number == 0 else replace(self.execution, report=self._report_alone),
+                    slots,
+                )
+            trajectories.append(sampled)
+            if background.rewards:
+                with clock("decode"):
+                    images.append(self.model.decode(sampled.final))
+                background.ask(images[-1], [texts[row] for row in rows], [slot for slot, _ in part])
+        experience = Experience(
             iteration=iteration,
             plan=plan,
             prompting=prompting,
             members=members,
             prompt_of=prompt_of,
-            texts=[self.texts[chosen[slot]] for slot, _ in members],
-            trajectories=trajectories,
+            texts=texts,
+            trajectories=joined(trajectories),
             advantages=Advantages.none(count, group),
             active=torch.ones(count, group, dtype=torch.bool),
         )
+        return experience, images
+
+    def _parts(self, members: list[Member], plan: Plan, wanted: bool) -> list[list[int]]:
+        """Rows that are sampled together: all, or where parts are wanted, groups that fill a batch.
+
+        Parts do not depend on how quickly a server answers. There is one where prompts have windows of their own, whose
+        steps are stored together, and one of a sharded model, whose processes must make the same forward passes.
+        """
+        if not wanted or plan.windows is not None or self.config.model.sharded:
+            return [list(range(len(members)))]
+        parts: list[list[int]] = [[]]
+        for row, (slot, _) in enumerate(members):
+            begins = row == 0 or members[row - 1][0] != slot
+            if begins and len(parts[-1]) >= self.config.rollout.batch_size:
+                parts.append([])
+            parts[-1].append(row)
+        return parts
+
+    def _report_alone(self, phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
+        """Other processes may have fewer parts, so no step of a later one is common to all."""
+        self.execution.report(phase, step, steps)
 
     def _noise(self, iteration: int, use: str, keys: list[tuple[int, ...]]) -> Tensor:
         shape, seed = self.model.latent_shape, self.config.runtime.seed
         return torch.stack([noise(shape, seed, use, iteration, *key) for key in keys]).to(self.processes.device)
 
-    def _score(self, experience: Experience, clock: Clock) -> dict[str, Tensor]:
-        """Rewards of all processes' images, `[P, G]` float64 per name."""
+    def _score(
+        self, experience: Experience, parts: list[Tensor], background: Background, clock: Clock
+    ) -> dict[str, Tensor]:
+        """Scores of all processes' images, `[P, G]` float64 per reward, those that only watch included."""
         self.execution.report("decode", 0, 1)
         with clock("decode"):
-            images = self.model.decode(experience.trajectories.final)
+            images = torch.cat(parts) if parts else self.model.decode(experience.trajectories.final)
         with clock("reward"):
             columns, slots = {}, [slot for slot, _ in experience.members]
-            for number, (name, reward) in enumerate(self.rewards.items()):
-                self.execution.report("reward", number, len(self.rewards))
-                columns[name] = score_by_group(reward, images, experience.texts, slots).tolist()
-            for reward in self.rewards.values():
+            every = self.rewards | self.watching
+            for number, (name, reward) in enumerate(every.items()):
+                self.execution.report("reward", number, len(every))
+                columns[name] = (
+                    background.scores(name)
+                    if name in background.rewards
+                    else score_by_group(reward, images, experience.texts, slots).tolist()
+                )
+            for reward in every.values():
                 reward.idle()
         self.recorder.rollout_picture(images, experience.iteration, self._samples(experience, columns))
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
@@ -124,6 +181,61 @@ class Collector:
             )
             for row, (text, (slot, member)) in enumerate(zip(experience.texts, experience.members, strict=True))
         ]
+
+
+class Background:
+    """Has servers score images while the next ones are sampled; a context that ends with nothing left to be asked.
+
+    Args:
+        rewards: the remote ones, by name.
+    """
+
+    def __init__(self, rewards: dict[str, Reward]) -> None:
+        self.rewards = rewards
+        self._pools = {name: ThreadPoolExecutor(1, f"reward {name}") for name in rewards}  # one request at a time
+        self._asked: dict[str, list[Future[Tensor]]] = {name: [] for name in rewards}
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask(self, images: Tensor, texts: list[str], slots: list[int]) -> None:
+        """Begin to score images, whole groups of them; arguments as for `score_by_group`."""
+        images = images.cpu()
+        for name, reward in self.rewards.items():
+            self._asked[name].append(self._pools[name].submit(score_by_group, reward, images, texts, slots))
+
+    def scores(self, name: str) -> list[float]:
+        """Wait for the scores of everything that was asked, in that order.
+
+        Raises:
+            RunFailed: as the reward does.
+        """
+        return [score for asked in self._asked[name] for score in asked.result().tolist()]
+
+
+def joined(parts: list[Trajectories]) -> Trajectories:
+    """Trajectories of the same steps, one after another."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def together(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat(tensors, dim=1) if first.steps and tensors[0] is not None else tensors[0]
+
+    return Trajectories(
+        final=torch.cat([part.final for part in parts]),
+        steps=first.steps,
+        samples=together("samples"),
+        next_samples=together("next_samples"),
+        log_probs=together("log_probs"),
+        means=together("means"),
+        forwards=sum(part.forwards for part in parts),
+    )
 
 
 def gather_scores(scores: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:

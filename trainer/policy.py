@@ -105,6 +105,8 @@ class Policy:
         lora.load(model.module, weights)
         if self.average:
             self.average = MovingAverage(self.parameters, config.ema_decay)
+        if self.old:
+            self.update_old()
 
     def step(self, processes: Processes, scaler: torch.amp.GradScaler | None = None) -> float | None:
         """One optimizer step with the gradients of all processes.

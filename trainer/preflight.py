@@ -74,16 +74,17 @@ def _experience(engine: Engine, plan: Plan, prompting: Prompting, text: str) -> 
     start, end = (0, len(plan.stochastic) if plan.stop is None else plan.stop) if first is None else (first, first + 1)
     levels = [plan.sigmas[start], plan.sigmas[end]] if end > start else [plan.sigmas[start]]
     flags = [first is not None][: len(levels) - 1]
-    step = replace(plan, sigmas=levels, stochastic=flags, shared_noise=False, stop=None)
+    step = replace(plan, sigmas=levels, stochastic=flags, shared_noise=False, stop=None, windows=None)
     prompt_of = torch.zeros(2, dtype=torch.long, device=model.device)
     draw = lambda name: torch.stack([_draw(model, name, i) for i in range(2)])  # noqa: E731
     trajectories = sample(model, step, prompting, prompt_of, draw("start"), lambda _: draw("step"), engine.execution)
     config = objective.config.rollout
     advantages = Advantages.none(config.prompts_per_iteration, config.group_size)
     advantages.values[:, 0::2], advantages.values[:, 1::2] = 1.0, -1.0
+    only = [i == first for i in range(len(plan.stochastic))]
     return Experience(
         iteration=0,
-        plan=replace(plan, stochastic=[i == first for i in range(len(plan.stochastic))], shared_noise=False),
+        plan=replace(plan, stochastic=only, shared_noise=False, windows=None),
         prompting=prompting,
         members=[(0, 0), (0, 1)],
         prompt_of=prompt_of,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from .diffusion import kernels
-from .diffusion.solvers import SOLVERS
+from .diffusion.solvers import SOLVERS, Solver
 
 if TYPE_CHECKING:
     from .models import Conditions, DiffusionModel
@@ -24,13 +25,15 @@ class Plan:
     Attributes:
         kernel: transition kernel of the stochastic steps.
         eta: strength of its noise.
-        sigmas: T + 1 decreasing noise levels, for a flow model from 1 to 0.
-        stochastic: T flags: which steps are stochastic. The last step never is.
-        shared_noise: all images of a group start from the same noise.
-        guidance_scale: scale of classifier-free guidance; 1 is off.
-        solver: solver of the deterministic steps, a name in `SOLVERS`.
-        keep_means: store the mean of each stochastic step.
-        stop: number of steps to take; None takes all. `Trajectories.final` then has noise level `sigmas[stop]`.
+        sigmas: T + 1 falling noise levels, of a flow model from 1 to 0.
+        stochastic: T flags; the other steps are deterministic. The last is never stochastic.
+        shared_noise: images of a group start from one noise.
+        guidance_scale: classifier-free guidance; 1 is off.
+        solver: of the deterministic steps, a name of `SOLVERS`.
+        keep_means: keep the mean of each stochastic step.
+        stop: steps that are taken; None for all. Fewer leave `Trajectories.final` at noise level `sigmas[stop]`.
+        windows: T flags for each prompt slot of the iteration, where their stochastic steps differ; `stochastic` then
+            has all that are stochastic for any.
     """
 
     kernel: str
@@ -42,16 +45,16 @@ class Plan:
     solver: str = "euler"
     keep_means: bool = False
     stop: int | None = None
+    windows: list[list[bool]] | None = None
 
-    @property
-    def shared_step(self) -> int:
-        """The last step at which all images of a group have the same latents; -1 without shared noise.
+    def stochastic_of(self, slot: int) -> list[bool]:
+        """T flags of the prompt in this slot."""
+        return self.stochastic if self.windows is None else self.windows[slot]
 
-        This is the first stochastic step, or the number of steps if there is none.
-        """
-        if not self.shared_noise:
-            return -1
-        return self.stochastic.index(True) if any(self.stochastic) else len(self.stochastic)
+    def shared_step(self, slot: int) -> int:
+        """The step whose latents are still common to a group: its first stochastic one; -1 where none is shared."""
+        flags = self.stochastic_of(slot)
+        return flags.index(True) if self.shared_noise and any(flags) else -1
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Trajectories:
     Attributes:
         final: latents of the images, `[B, ...]` float32.
         steps: the stochastic steps, ascending.
-        samples, next_samples: latents before and after each of them, `[S, B, ...]` float32.
+        samples, next_samples: latents before and after each of them, `[S, B, ...]` float32; here and below, 0 where a
+            trajectory's step is deterministic.
         log_probs: `[S, B]` float32.
         means: `[S, B, ...]`, or None without `Plan.keep_means`.
         forwards: forward passes of the network, one per latent.
@@ -151,6 +155,48 @@ def predict(
     return torch.cat(parts[: len(chunks)])
 
 
+class Lane:
+    """Trajectories that have the same stochastic steps, on their way.
+
+    With shared noise, all images of a group have the same latents until the first stochastic step, so up to and
+    including it there is one row per prompt.
+
+    Attributes:
+        rows: `[N]` long, which of all trajectories these are.
+        latents, index: of each row, and the prompt it belongs to.
+        kept: of each stochastic step, by name.
+    """
+
+    def __init__(self, plan: Plan, flags: list[bool], rows: Tensor, prompt_of: Tensor, initial: Tensor) -> None:
+        self.plan, self.flags, self.rows = plan, flags, rows
+        self.owner = prompt_of[rows]
+        self.index = self.owner.unique() if plan.shared_noise else self.owner
+        self.group: Tensor | None = torch.searchsorted(self.index, self.owner) if plan.shared_noise else None
+        self.latents = initial[self.index if plan.shared_noise else rows].float()
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    def advance(self, step: int, prediction: Tensor, solver: Solver, noise: Callable[[int], Tensor]) -> None:
+        """Take a step with the predictions of all rows."""
+        sigma, sigma_next = self.plan.sigmas[step], self.plan.sigmas[step + 1]
+        if not self.flags[step]:
+            self.latents = solver.step(self.latents, prediction, sigma, sigma_next)
+            return
+        before, prediction = self.per_image(self.latents), self.per_image(prediction)
+        self.index, self.group = self.owner, None
+        taken = kernels.step(
+            self.plan.kernel, before, prediction, sigma, sigma_next, self.plan.eta, noise=noise(step)[self.rows]
+        )
+        solver.reset()
+        self.latents = taken.next_sample
+        self.kept[step] = {"samples": before, "next_samples": taken.next_sample, "log_probs": taken.log_prob}
+        if self.plan.keep_means:
+            self.kept[step]["means"] = taken.mean
+
+    def per_image(self, rows: Tensor) -> Tensor:
+        """One row per image."""
+        return rows if self.group is None else rows[self.group]
+
+
 @torch.no_grad()
 def sample(
     model: DiffusionModel,
@@ -160,51 +206,68 @@ def sample(
     initial: Tensor,
     step_noise: Callable[[int], Tensor],
     execution: Execution = Execution(),
+    slots: list[int] | None = None,
 ) -> Trajectories:
     """Sample B trajectories.
 
-    With shared noise, all images of a group have the same latents before the first stochastic step, so up to and
-    including that step the network runs once per prompt.
-
     Args:
-        prompting: conditioning of U prompts.
-        prompt_of: `[B]` long, index of each trajectory's prompt, from 0 to U - 1.
-        initial: initial noise, `[U, ...]` with shared noise, else `[B, ...]`.
-        step_noise: returns the noise of a stochastic step, `[B, ...]`.
-        execution: batch size and callbacks; every step is reported as phase `rollout`.
+        prompting: conditions of U prompts.
+        prompt_of: `[B]` long, each trajectory's prompt, 0 <= . < U.
+        initial: noise, `[U, ...]` with shared noise, else `[B, ...]`.
+        step_noise: gives a stochastic step's noise, `[B, ...]`.
+        execution: its phase is reported as `rollout`, before every step.
+        slots: U prompt slots, where the plan has windows of their own for them.
     """
-    per_prompt = plan.shared_noise  # one row per prompt, until the images of a group differ
-    index = torch.arange(len(initial), device=prompt_of.device) if per_prompt else prompt_of
-    latents, forwards, solver = initial.float(), 0, SOLVERS[plan.solver](model.process)
-    starts, ends, log_probs, means = [], [], [], []
-    steps = list(zip(plan.sigmas[:-1], plan.sigmas[1:], strict=True))[: plan.stop]
-    for i, (sigma, sigma_next) in enumerate(steps):
-        execution.report("rollout", i, len(steps), aligned=True)
-        prediction = predict(model, latents, sigma, prompting, index, plan, execution)
+    lanes = _lanes(plan, prompt_of, initial, slots)
+    solvers = [SOLVERS[plan.solver](model.process) for _ in lanes]
+    step_noise, forwards = cache(step_noise), 0
+    steps = len(plan.stochastic[: plan.stop])
+    for i in range(steps):
+        execution.report("rollout", i, steps, aligned=True)
+        latents = torch.cat([lane.latents for lane in lanes])
+        index = torch.cat([lane.index for lane in lanes])
+        predictions = predict(model, latents, plan.sigmas[i], prompting, index, plan, execution)
         forwards += len(latents)
-        if i == plan.shared_step:
-            latents, prediction, index, per_prompt = latents[prompt_of], prediction[prompt_of], prompt_of, False
-        if not plan.stochastic[i]:
-            latents = solver.step(latents, prediction, sigma, sigma_next)
-            continue
-        step = kernels.step(plan.kernel, latents, prediction, sigma, sigma_next, plan.eta, noise=step_noise(i))
-        solver.reset()
-        starts.append(latents)
-        ends.append(step.next_sample)
-        log_probs.append(step.log_prob)
-        if plan.keep_means:
-            means.append(step.mean)
-        latents = step.next_sample
+        parts = predictions.split([len(lane.latents) for lane in lanes])
+        for lane, part, solver in zip(lanes, parts, solvers, strict=True):
+            lane.advance(i, part, solver, step_noise)
+        step_noise.cache_clear()
+    kept = [i for i in range(steps) if any(i in lane.kept for lane in lanes)]
     return Trajectories(
-        final=latents[prompt_of] if per_prompt else latents,
-        steps=[i for i, flag in enumerate(plan.stochastic[: plan.stop]) if flag],
-        samples=_stack(starts),
-        next_samples=_stack(ends),
-        log_probs=_stack(log_probs),
-        means=_stack(means) if plan.keep_means else None,
+        final=_together(lanes, [lane.per_image(lane.latents) for lane in lanes]),
+        steps=kept,
+        samples=_stacked(lanes, kept, "samples"),
+        next_samples=_stacked(lanes, kept, "next_samples"),
+        log_probs=_stacked(lanes, kept, "log_probs"),
+        means=_stacked(lanes, kept, "means") if plan.keep_means else None,
         forwards=forwards,
     )
 
 
-def _stack(parts: list[Tensor]) -> Tensor:
+def _lanes(plan: Plan, prompt_of: Tensor, initial: Tensor, slots: list[int] | None) -> list[Lane]:
+    """All trajectories, divided by their stochastic steps."""
+    if plan.windows is None or slots is None:
+        rows = torch.arange(len(prompt_of), device=prompt_of.device)
+        return [Lane(plan, plan.stochastic, rows, prompt_of, initial)]
+    flags = [tuple(plan.windows[slot]) for slot in slots]
+    lanes = []
+    for window in sorted(set(flags), reverse=True):
+        inside = torch.tensor([each == window for each in flags], device=prompt_of.device)
+        lanes.append(Lane(plan, list(window), inside[prompt_of].nonzero().flatten(), prompt_of, initial))
+    return lanes
+
+
+def _stacked(lanes: list[Lane], steps: list[int], name: str) -> Tensor:
+    """What was kept of each stochastic step, `[S, B, ...]`."""
+    parts = [_together(lanes, [lane.kept[i][name] if i in lane.kept else None for lane in lanes]) for i in steps]
     return torch.stack(parts) if parts else torch.empty(0)
+
+
+def _together(lanes: list[Lane], parts: list[Tensor | None]) -> Tensor:
+    """`[B, ...]` in the order of the trajectories; 0 for lanes without a part."""
+    known = next(part for part in parts if part is not None)
+    whole = known.new_zeros(sum(len(lane.rows) for lane in lanes), *known.shape[1:])
+    for lane, part in zip(lanes, parts, strict=True):
+        if part is not None:
+            whole[lane.rows] = part
+    return whole

@@ -17,6 +17,7 @@ from trainer.objectives.dpo import best_and_worst, dpo_loss
 from trainer.objectives.forward_process import ForwardProcessOptions, draw_levels, mean_square
 from trainer.objectives.nft import NftOptions, nft_loss, optimality
 from trainer.objectives.reward_gradient import reward_loss
+from trainer.rewards.brightness import Brightness
 from trainer.runs.directory import RunDirectory
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
@@ -257,3 +258,18 @@ def test_a_reward_without_a_gradient_is_refused_by_name(tiny_description: dict) 
     data["prompts"] = {"shapes": 2}
     with pytest.raises(BadInput, match="reward 'shapes' is not differentiable"):
         train(data)
+
+
+@pytest.mark.parametrize("case", ["nft", "awm", "dpo"])
+def test_a_constant_added_to_all_rewards_changes_nothing(
+    case: str, tiny_description: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = described(tiny_description, case)
+    plain, _ = train(data)
+    score = Brightness.score
+    monkeypatch.setattr(Brightness, "score", lambda self, *given: score(self, *given) + 16)
+    raised, events = train(data)
+    assert events[0]["rewards"]["brightness"]["mean"] > 16
+    for name, value in plain.policy.tensors().items():
+        if name.endswith("exp_avg"):
+            torch.testing.assert_close(raised.policy.tensors()[name], value, rtol=1e-2, atol=1e-5)

@@ -62,8 +62,10 @@ class WindowConfig(Section):
     """A window of sampling steps, the only ones that are stochastic and trained (MixGRPO)."""
 
     size: Positive = Field(2, description="Number of steps in the window.")
-    position: Literal["fixed", "random", "moving"] = Field(
-        "random", description="Begin at start in every iteration, at a random step from start on, or moving from start."
+    position: Literal["fixed", "random", "moving", "per-prompt"] = Field(
+        "random",
+        description="Where it lies: always at start, anywhere from start on, moving on from start, or anywhere from "
+        "start on and drawn for each prompt (Flash-GRPO).",
     )
     start: int = Field(0, ge=0, le=1000, description="First step at which the window may begin.")
     every: Positive = Field(25, description="Iterations before a moving window moves by one step.")

@@ -30,9 +30,9 @@ class Window:
     def begin(self, steps: int, iteration: int, rng: random.Random) -> int:
         """First step of the window in this iteration.
 
-        `fixed` always begins at `start`; `random` begins at a random step from `start` on; `moving` begins at `start`
-        and moves by one step every `every` iterations, returning to `start` after the last position. The last step of
-        the schedule is never inside the window.
+        `fixed` stays at `start`; `random` and `per-prompt` are anywhere; `moving` starts at `start` and moves on by one
+        step every `every` iterations, back to `start` after the last position. The last step of the schedule is never
+        inside.
         """
         positions = steps - 1 - self.size - self.start + 1
         if self.position == "fixed":

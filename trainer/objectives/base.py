@@ -114,9 +114,10 @@ class Experience:
         trajectories: of this process's images.
         advantages: of the images of all processes.
         active: `[P, G]` bool, the images of all processes that may be trained on.
-        scores: rewards by name, `[P, G]` float64 over all processes, NaN for an image without a score. An objective
-            that scores images itself sets the scores of this process's images; the others are NaN until gathered.
-        optimizer_steps: number of optimizer steps already taken in this iteration.
+        scores: reward per name, `[P, G]` float64 over all processes, NaN where an image has none. An objective that
+            scores images itself fills in those of its own members, and the rest is NaN until they are gathered.
+        watched: as `scores`, by the rewards that are not trained on, where the objective needs them.
+        optimizer_steps: optimizer steps already made in this iteration.
     """
 
     iteration: int
@@ -129,6 +130,7 @@ class Experience:
     advantages: Advantages
     active: Tensor
     scores: dict[str, Tensor] = field(default_factory=dict)
+    watched: dict[str, Tensor] = field(default_factory=dict)
     optimizer_steps: int = 0
     row_of: dict[Member, int] = field(init=False)
     """Index of a member among this process's images."""
@@ -230,6 +232,11 @@ class Objective(ABC):
         Raises:
             BadInput: the objective cannot be used with this family or these rewards.
         """
+
+    @property
+    def needs_watching(self) -> bool:
+        """Whether the rewards of `evaluation.rewards` score the images of every iteration too."""
+        return False
 
     @property
     def keeps_old_weights(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -14,10 +13,24 @@ from ..diffusion import kernels
 from ..diffusion.schedules import Window, stochastic_steps, trained_steps
 from ..rollout import Plan
 from ..utils.errors import RunFailed
+from ..utils.section import Positive
 from ..utils.seeds import generator
+from .actions import ActionBatch, Actions
+from .advantage import Mixture
 from .base import Batch, Experience, Item, Loss, Objective, ObjectiveOptions, Totals, split_updates
+from .likelihood import (
+    beyond_divergence,
+    clipped_objective,
+    flash_weight,
+    guarded_ratio,
+    most_suspicious,
+    probability_ratio,
+    step_divergence,
+    velocity_kl,
+)
 
 if TYPE_CHECKING:
+    from ..config import RunConfig
     from ..models import DiffusionModel
 
 
@@ -33,9 +46,40 @@ class GrpoOptions(ObjectiveOptions):
         0.6, description="Fraction of the stochastic steps that is trained."
     )
     clip_range: Annotated[float, Field(gt=0, lt=1)] = Field(1e-4, description="Clip range of the likelihood ratio.")
-    ratio: Literal["plain", "guard"] = Field("plain", description="Likelihood ratio: plain or GRPO-Guard's.")
+    clip: Literal["pessimistic", "plain"] = Field(
+        "pessimistic",
+        description="Beyond the range, pessimistic keeps the gradient that leads back (PPO); plain has none (DPOK).",
+    )
+    ratio: Literal["plain", "guard", "dppo"] = Field(
+        "plain",
+        description="Likelihood ratio: plain; guard, GRPO-Guard's; or dppo, the plain one with Flow-DPPO's mask in "
+        "place of the clip.",
+    )
+    divergence_limit: Annotated[float, Field(gt=0)] = Field(
+        1e-5,
+        description="With ratio dppo: an action whose KL from the old policy has reached this, and that moves on away, "
+        "is dropped.",
+    )
+    step_weights: Literal["equal", "flash"] = Field(
+        "equal",
+        description="flash weights each step by std / |d mean / d prediction| over its mean, so that steps at all "
+        "noise levels pull alike (Flash-GRPO).",
+    )
     kl_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of the KL to the base model: the squared distance of the predictions."
+        0.0, description="Weight of the KL to the reference: the squared distance of the predictions, with guidance."
+    )
+    kl_reference: Literal["base", "moving"] = Field(
+        "base",
+        description="The reference of the KL: the base model, or an earlier state of the LoRA that moves on (GARDO).",
+    )
+    kl_reference_every: Positive = Field(15, description="A moving reference is renewed after so many iterations.")
+    kl_reference_limit: Annotated[float, Field(gt=0)] = Field(
+        3e-4, description="It is renewed at once when the mean KL of an iteration is above this."
+    )
+    kl_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Below 1, only this share of the images gets the KL: those that the trained rewards rank highest "
+        "over those of evaluation.rewards (GARDO's gate).",
     )
     old_log_prob: Literal["rollout", "update"] = Field(
         "rollout",
@@ -48,21 +92,6 @@ class GrpoOptions(ObjectiveOptions):
     )
 
 
-@dataclass(frozen=True)
-class GrpoBatch(Batch):
-    """A batch of actions, each of which is a stochastic step of a trajectory.
-
-    Attributes:
-        rows: `[R, 2]` long, (trajectory, step) of each prediction.
-        trajectory: `[N]` long, the trajectory of each item.
-        row_of: `[N]` long, index of the prediction that each item uses.
-    """
-
-    rows: Tensor
-    trajectory: Tensor
-    row_of: Tensor
-
-
 class Grpo(Objective):
     """The mean over actions of -min(rho A, clip(rho, 1 - eps, 1 + eps) A), where rho is the likelihood ratio."""
 
@@ -71,9 +100,36 @@ class Grpo(Objective):
     options: GrpoOptions
     warned = False
 
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self._kl = 0.0  # of the last iteration
+        self._age = 0  # iterations since a moving reference was renewed
+        self._mean_weight = 1.0  # of the steps in this optimizer step
+        self._gate: Tensor | None = None  # images that get the KL; None for all
+
+    @classmethod
+    def check_config(cls, config: RunConfig) -> None:
+        super().check_config(config)
+        options = config.objective
+        if options.kl_share < 1 and not config.evaluation.rewards:
+            raise ValueError(
+                f"objective.kl_share {options.kl_share:g} compares the trained rewards with others, and "
+                "evaluation.rewards names none: name one there, or set kl_share to 1"
+            )
+        moving = options.kl_weight and options.kl_reference == "moving"
+        if moving and options.old_log_prob == "update" and options.updates > 1:
+            raise ValueError(
+                "objective.kl_reference moving and objective.old_log_prob update both need the one older copy of the "
+                "LoRA: set one of them otherwise, or objective.updates to 1"
+            )
+
+    @property
+    def needs_watching(self) -> bool:
+        return bool(self.options.kl_weight) and self.options.kl_share < 1
+
     def preflight(self, experience: Experience) -> None:
-        """Check that rounding alone does not move ratios out of the clip range, if it can affect them."""
-        if self.options.updates == 1 or self.keeps_old_weights:
+        """Rounding keeps a ratio within the clip range, where it reaches one."""
+        if self.options.updates == 1 or self.scores_again:
             return
         step = experience.trajectories.steps[0]
         batches = self.batches([Item(member, step) for member in experience.members], experience)
@@ -86,40 +142,79 @@ class Grpo(Objective):
             )
 
     @property
-    def keeps_old_weights(self) -> bool:
+    def scores_again(self) -> bool:
+        """Whether later optimizer steps score the old policy in batches of their own."""
         return self.options.old_log_prob == "update" and self.options.updates > 1
+
+    @property
+    def moves_reference(self) -> bool:
+        return bool(self.options.kl_weight) and self.options.kl_reference == "moving"
+
+    @property
+    def keeps_old_weights(self) -> bool:
+        return self.scores_again or self.moves_reference
 
     # ------------------------------------------------------------------------------------------ in every iteration
 
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
         config, seed = self.config.rollout, self.config.runtime.seed
-        window = Window(**config.window.model_dump()) if config.window else None
+        window, windows = Window(**config.window.model_dump()) if config.window else None, None
+        flags = stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration))
+        if window and window.position == "per-prompt":
+            windows = [
+                stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration, slot))
+                for slot in range(config.prompts_per_iteration)
+            ]
+            flags = [any(column) for column in zip(*windows, strict=True)]
         return Plan(
             config.kernel,
             config.eta,
             model.sigmas(config.steps, config.shift),
-            stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration)),
+            flags,
             config.shared_noise,
             config.guidance_scale,
             solver=config.solver,
-            keep_means=self.options.ratio == "guard" and self.options.updates > 1 and not self.keeps_old_weights,
+            keep_means=self.options.ratio != "plain" and self.options.updates > 1 and not self.scores_again,
+            windows=windows,
         )
 
     def items(self, experience: Experience) -> Iterator[list[Item]]:
-        if self.keeps_old_weights:
+        if self.scores_again:
             self.policy.update_old()
+        if self.moves_reference:
+            self._renew_reference()
+        self._gate = self._suspicious(experience) if self.needs_watching else None
         for members in split_updates(experience.active_groups(), self.options.updates):
             if members:
-                yield [Item(member, step) for member in members for step in self._steps(experience, member)]
+                items = [Item(member, step) for member in members for step in self._steps(experience, member)]
+                if self.options.step_weights == "flash":
+                    self._mean_weight = self._flash(experience.plan, [item.step for item in items]).mean().item()
+                yield items
+
+    @staticmethod
+    def _flash(plan: Plan, steps: list[int]) -> Tensor:
+        levels = torch.tensor(plan.sigmas, dtype=torch.float64)
+        index = torch.tensor(steps)
+        return flash_weight(plan.kernel, levels[index], levels[index + 1], plan.eta)
+
+    def _suspicious(self, experience: Experience) -> Tensor | None:
+        """`[P, G]` bool, the images that get the KL; None for all, where nothing has been scored (preflight)."""
+        if not experience.watched:
+            return None
+        weights = {reward.name: reward.weight for reward in self.config.rewards}
+        trained = Mixture(weights, experience.advantages.spread).of(experience.scores)
+        watching = [values.flatten() for values in experience.watched.values()]
+        return most_suspicious(trained.flatten(), watching, self.options.kl_share).reshape(trained.shape)
 
     def _steps(self, experience: Experience, member: tuple[int, int]) -> list[int]:
         """The trained steps of an image."""
         rng = generator(self.config.runtime.seed, "steps", experience.iteration, *member)
         mode = "all" if self.config.rollout.window else self.options.train_steps
-        return trained_steps(experience.plan.stochastic, mode, self.options.step_fraction, rng)
+        return trained_steps(experience.plan.stochastic_of(member[0]), mode, self.options.step_fraction, rng)
 
     def spare(self, experience: Experience) -> Item:
-        return Item(experience.members[0], experience.trajectories.steps[0])
+        member = experience.members[0]
+        return Item(member, experience.plan.stochastic_of(member[0]).index(True))
 
     def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
         """Batches of `batch_size` predictions.
@@ -127,12 +222,12 @@ class Grpo(Objective):
         At the shared step all images of a prompt have the same latents, prediction and mean, so they share one row, and
         autograd sums their gradients.
         """
-        prompt_of, shared_step = experience.prompt_of.tolist(), experience.plan.shared_step
+        prompt_of = experience.prompt_of.tolist()
         rows: dict[tuple, tuple[int, int]] = {}
         users: dict[tuple, list[Item]] = {}
         for item in items:
             trajectory = experience.row_of[item.member]
-            is_shared = item.step == shared_step
+            is_shared = item.step == experience.plan.shared_step(item.member[0])
             key = ("prompt", prompt_of[trajectory]) if is_shared else (trajectory, item.step)
             rows.setdefault(key, (trajectory, item.step))
             users.setdefault(key, []).append(item)
@@ -141,7 +236,7 @@ class Grpo(Objective):
             keys[start : start + self.options.batch_size] for start in range(0, len(keys), self.options.batch_size)
         ]
         return [
-            GrpoBatch(
+            ActionBatch(
                 items=[item for key in chunk for item in users[key]],
                 rows=torch.tensor([rows[key] for key in chunk]),
                 trajectory=torch.tensor([experience.row_of[item.member] for key in chunk for item in users[key]]),
@@ -150,27 +245,51 @@ class Grpo(Objective):
             for chunk in chunks
         ]
 
-    def loss(self, model: DiffusionModel, experience: Experience, batch: GrpoBatch) -> Loss:
+    def loss(self, model: DiffusionModel, experience: Experience, batch: ActionBatch) -> Loss:
         actions = Actions(model, experience, batch)
         prediction = actions.predict()
         new = actions.score(prediction)
         old_log_prob, old_mean, passes = self._old(actions, new)
-        if self.options.ratio == "guard":
+        advantages = experience.advantages_of(batch.items)
+        value, ratio, clipped = self._policy_loss(actions, new, old_log_prob, old_mean, advantages)
+        if self.options.step_weights == "flash":
+            weight = self._flash(experience.plan, [item.step for item in batch.items]) / self._mean_weight
+            value = value * weight.float().to(value.device)
+        rollout = probability_ratio(new.log_prob.detach(), actions.log_probs)
+        sums, peaks = self._figures(ratio.detach(), clipped, rollout)
+        if self.options.kl_weight:
+            with self.policy.using("old" if self.moves_reference else "base"):
+                reference = actions.predict()
+            passes += 1
+            kl = velocity_kl(prediction, reference).index_select(0, actions.row_of)
+            value = value + self.options.kl_weight * kl * self._gated(batch.items, kl)
+            sums["kl"] = kl.detach().double().sum()
+        return Loss(value, sums, peaks, (1 + passes) * len(batch.rows))
+
+    def _policy_loss(
+        self, actions: Actions, new: kernels.Step, old_log_prob: Tensor, old_mean: Tensor | None, advantages: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss without weights and KL, the ratios, and which of them are clipped or dropped; all `[N]`."""
+        options = self.options
+        if options.ratio == "dppo":
+            ratio = probability_ratio(new.log_prob, old_log_prob)
+            divergence = step_divergence(new.mean.detach(), old_mean, new.std)
+            dropped = beyond_divergence(ratio.detach(), advantages, divergence, options.divergence_limit)
+            return torch.where(dropped, 0.0, -advantages * ratio), ratio, dropped
+        if options.ratio == "guard":
             ratio = guarded_ratio(new.log_prob, old_log_prob, new.mean, old_mean, new.std)
             scale = 1 / actions.step_size
         else:
             ratio, scale = probability_ratio(new.log_prob, old_log_prob), 1.0
-        value = clipped_objective(ratio, experience.advantages_of(batch.items), self.options.clip_range) * scale
-        rollout = probability_ratio(new.log_prob.detach(), actions.log_probs)
-        sums, peaks = self._figures(ratio.detach(), rollout)
-        if self.options.kl_weight:
-            with self.policy.using("base"):
-                reference = actions.predict()
-            passes += 1
-            kl = velocity_kl(prediction, reference).index_select(0, actions.row_of)
-            value = value + self.options.kl_weight * kl
-            sums["kl"] = kl.detach().double().sum()
-        return Loss(value, sums, peaks, (1 + passes) * len(batch.rows))
+        value = clipped_objective(ratio, advantages, options.clip_range, options.clip == "plain") * scale
+        return value, ratio, (ratio.detach().double() - 1).abs() > options.clip_range
+
+    def _gated(self, items: list[Item], kl: Tensor) -> Tensor:
+        """1 for the images that get the KL and 0 for the others, `[N]`."""
+        if self._gate is None:
+            return torch.ones_like(kl)
+        slots, places = zip(*(item.member for item in items), strict=True)
+        return self._gate[list(slots), list(places)].to(kl.device, kl.dtype)
 
     def _old(self, actions: Actions, new: kernels.Step) -> tuple[Tensor, Tensor | None, int]:
         """Log-probabilities of the actions under the old policy.
@@ -184,24 +303,40 @@ class Grpo(Objective):
         """
         if actions.experience.optimizer_steps == 0:
             return new.log_prob.detach(), new.mean.detach(), 0
-        if self.keeps_old_weights:
+        if self.scores_again:
             with self.policy.using("old"):
                 old = actions.score(actions.predict())
             return old.log_prob, old.mean, 1
         return actions.log_probs, actions.means, 0
 
-    def _figures(self, ratio: Tensor, rollout: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Statistics (sums and peaks) of the ratios, and of the ratios to the rollout's log-probabilities."""
+    @staticmethod
+    def _figures(ratio: Tensor, clipped: Tensor, rollout: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums and peaks: of the ratios, and of those to the log-probabilities that the rollout stored."""
         deviation, rounding = (ratio.double() - 1).abs(), (rollout.double() - 1).abs()
         sums = {
             "ratio": ratio.double().sum(),
             "deviation": deviation.sum(),
-            "clipped": (deviation > self.options.clip_range).double().sum(),
+            "clipped": clipped.double().sum(),
             "rollout_deviation": rounding.sum(),
         }
         return sums, {"deviation": deviation.max(), "rollout_deviation": rounding.max()}
 
-    # -------------------------------------------------------------------------------------------------- reporting
+    def after_iteration(self, iteration: int) -> None:
+        self._age += 1
+
+    def _renew_reference(self) -> None:
+        """Move the reference on to the live weights where it is old, or where they have left it."""
+        if self._age >= self.options.kl_reference_every or self._kl > self.options.kl_reference_limit:
+            self.policy.update_old()
+            self._age, self._kl = 0, 0.0
+
+    def state(self) -> dict:
+        return {"kl": self._kl, "age": self._age}
+
+    def restore(self, state: dict) -> None:
+        self._kl, self._age = state["kl"], state["age"]
+
+    # ----------------------------------------------------------------------------------------------- what is said
 
     def record(self, every: Totals, first: Totals) -> dict:
         """
@@ -210,6 +345,7 @@ class Grpo(Objective):
             actions outside the clip range; mean and largest deviation from 1 of the ratios to the rollout's
             log-probabilities in the first optimizer step, where only rounding causes a deviation; mean KL, if weighted.
         """
+        self._kl = every.mean("kl") if self.options.kl_weight else 0.0
         return {
             "actions": every.items,
             "ratio": {
@@ -222,7 +358,7 @@ class Grpo(Objective):
                 "mean": first.mean("rollout_deviation"),
                 "max": first.peaks.get("rollout_deviation", 0.0),
             },
-            "kl": every.mean("kl") if self.options.kl_weight else None,
+            "kl": self._kl if self.options.kl_weight else None,
         }
 
     def alarm(self, record: dict) -> str | None:
@@ -234,7 +370,7 @@ class Grpo(Objective):
     def warning(self, record: dict) -> str | None:
         """Warn once if rounding affects the ratios of later optimizer steps."""
         deviation = record["rollout_deviation"]["max"]
-        exact = self.options.updates == 1 or self.keeps_old_weights
+        exact = self.options.updates == 1 or self.scores_again
         if exact or self.warned or deviation is None or deviation <= self.options.clip_range / 10:
             return None
         self.warned = True
@@ -250,91 +386,4 @@ class Grpo(Objective):
 
     def closing(self, records: list[dict]) -> list[str]:
         off = max((record["rollout_deviation"]["max"] or 0.0 for record in records), default=0.0)
-        return [f"largest deviation of a ratio from 1 due to rounding: {off:.1e}"]
-
-
-class Actions:
-    """The actions of a batch with their stored latents, for recomputing predictions and log-probabilities.
-
-    Attributes:
-        row_of: `[N]` long, index of the prediction that each action uses.
-        log_probs: `[N]`, from the rollout.
-        means: `[N, ...]`, from the rollout; None if not stored.
-        step_size: `[N]` float32, sigma minus the next sigma.
-    """
-
-    def __init__(self, model: DiffusionModel, experience: Experience, batch: GrpoBatch) -> None:
-        self.model, self.experience = model, experience
-        device, plan, kept = experience.device, experience.plan, experience.trajectories
-        trajectory, step = batch.rows.to(device).unbind(1)
-        self.row_of = batch.row_of.to(device)
-        levels = torch.tensor(plan.sigmas, dtype=torch.float64, device=device)
-        self.sigma, self.sigma_next = levels[step], levels[step + 1]
-        index = torch.tensor([kept.steps.index(s) for s in batch.rows[:, 1].tolist()], device=device)
-        self.latents = kept.samples[index, trajectory]
-        self.conditions = experience.prompting.conditions.rows(experience.prompt_of[trajectory])
-        action = index[self.row_of], batch.trajectory.to(device)
-        self.next_samples, self.log_probs = kept.next_samples[action], kept.log_probs[action]
-        self.means = None if kept.means is None else kept.means[action]
-        self.step_size = (self.sigma - self.sigma_next)[self.row_of].float()
-
-    def predict(self) -> Tensor:
-        """Predictions under the weights in use, `[R, ...]`."""
-        guidance, negative = self.experience.plan.guidance_scale, self.experience.prompting.unconditional
-        return self.model.predict_guided(self.latents, self.sigma.float(), self.conditions, guidance, negative)
-
-    def score(self, prediction: Tensor) -> kernels.Step:
-        """Log-probability, mean and std of the N actions for these predictions."""
-        return kernels.step(
-            self.experience.plan.kernel,
-            self.latents[self.row_of],
-            prediction.index_select(0, self.row_of),  # deterministic backward pass
-            self.sigma[self.row_of],
-            self.sigma_next[self.row_of],
-            self.experience.plan.eta,
-            next_sample=self.next_samples,
-        )
-
-
-# ------------------------------------------------------------------------------------------------------ mathematics
-
-
-def clipped_objective(ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """The clipped policy-gradient loss, min(rho A, clip(rho, 1 - eps, 1 + eps) A) negated (DanceGRPO eq. 7).
-
-    Args:
-        ratio: rho, `[N]`.
-        advantages: `[N]`.
-        clip_range: eps > 0.
-
-    Returns:
-        `[N]`, to be minimised.
-    """
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
-
-
-def probability_ratio(log_prob_new: Tensor, log_prob_old: Tensor) -> Tensor:
-    """rho = exp(log_prob_new - log_prob_old), `[N]`."""
-    return torch.exp(log_prob_new - log_prob_old)
-
-
-def guarded_ratio(
-    log_prob_new: Tensor, log_prob_old: Tensor, mean_new: Tensor, mean_old: Tensor, std: Tensor
-) -> Tensor:
-    """GRPO-Guard's ratio: corrected for the negative mean of the log-ratio, and with equal variance at every step.
-
-    rho = exp((log_prob_new - log_prob_old + |mean_new - mean_old|^2 / (2 std^2)) std), the square averaged over
-    non-batch dimensions (Flow-GRPO's train_sd3_GRPO_Guard; std is that of the whole step, sqrt(-dt) included).
-
-    Args:
-        log_prob_new, log_prob_old, std: `[N]`.
-        mean_new, mean_old: `[N, ...]`.
-    """
-    drift = (mean_new - mean_old).square().flatten(1).mean(1) / (2 * std.square())
-    return torch.exp((log_prob_new - log_prob_old + drift) * std)
-
-
-def velocity_kl(prediction: Tensor, reference: Tensor) -> Tensor:
-    """Distance to the base model's prediction: mean square over non-batch dimensions, `[N]`."""
-    return (prediction.float() - reference.float()).square().flatten(1).mean(1)
+        return [f"largest deviation of a ratio from 1 by rounding between rollout and update {off:.1e}"]

@@ -33,6 +33,7 @@ class Reward(ABC):
         media: what it scores. An image reward scores a video frame by frame.
         groupwise: whether it compares the images of a prompt, so that a score depends on the rest of the batch.
         differentiable: whether `score` can carry a gradient back to the pixels.
+        remote: whether a server does the scoring, so that this process can sample the next images meanwhile.
         licence: of its weights, if it has any.
         packages: what must be installed for it beyond this pack's own requirements.
         Options: its settings; fields made by `files.file_option` name files.
@@ -46,6 +47,7 @@ class Reward(ABC):
     media: ClassVar[Literal["image", "video"]] = "image"
     groupwise: ClassVar[bool] = False
     differentiable: ClassVar[bool] = False
+    remote: ClassVar[bool] = False
     licence: ClassVar[str] = ""
     packages: ClassVar[tuple[str, ...]] = ()
     Options: ClassVar[type[Section]] = NoOptions

@@ -14,7 +14,7 @@ class Threshold(Reward):
     def __init__(self, reward: Reward, threshold: float) -> None:
         super().__init__()
         self.reward, self.threshold = reward, threshold
-        self.media, self.groupwise = reward.media, reward.groupwise
+        self.media, self.groupwise, self.remote = reward.media, reward.groupwise, reward.remote
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         scores = self.reward.score(images, prompts)

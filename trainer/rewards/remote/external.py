@@ -27,6 +27,7 @@ class External(Reward):
 
     name = "external"
     typical_range = (0.0, 1.0)
+    remote = True
 
     class Options(Section):
         url: str = Field("http://127.0.0.1:8100/score", description="Address of the server.")

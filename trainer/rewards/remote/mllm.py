@@ -63,6 +63,7 @@ class ChatReward(Reward):
     """Asks a multimodal language model one question about one or two images."""
 
     typical_range = (0.0, 1.0)
+    remote = True
     settings: ClassVar[dict[str, Any]]
     """Further fields of a request, besides model and messages."""
 
