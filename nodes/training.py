@@ -39,7 +39,7 @@ class TrainLoRA(io.ComfyNode):
             is_input_list=True,
             not_idempotent=True,
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            inputs=[*_sockets(), *_widgets(), *_late_inputs()],
+            inputs=[*sockets(), *_widgets(), *_late_inputs()],
             outputs=results.outputs(status_first=False),
         )  # fmt: skip
 
@@ -63,17 +63,17 @@ class TrainLoRA(io.ComfyNode):
         """Names of the inputs to compute next: first descriptions, then what loads models."""
         with progress.errors_on_node(cls.hidden.unique_id):
             _check_widgets(given)
-            if waiting := _waiting(given, DESCRIPTIONS):
+            if waiting := waiting_for(given, DESCRIPTIONS):
                 return waiting
-            runs.check_without_model(_description(given, {}), *_processes(given))
-            return _waiting(given, LOADED)
+            runs.check_without_model(description(given, {}), *processes_of(given))
+            return waiting_for(given, LOADED)
 
     @classmethod
     def execute(cls, **given: list) -> io.NodeOutput:
         with progress.errors_on_node(cls.hidden.unique_id):
             name, model = inputs.single(given["name"], "name"), inputs.single(given["grpo_model"], "grpo_model")
             connected(model, types.Model, "grpo_model")
-            clip, conditioning = _optional(given, "clip"), _optional(given, "conditioning")
+            clip, conditioning = optional(given, "clip"), optional(given, "conditioning")
             source = ""
             if clip is not None:
                 source = cls._source_of("clip")
@@ -81,7 +81,7 @@ class TrainLoRA(io.ComfyNode):
             if conditioning is not None:
                 source += f"-{cls._source_of('conditioning')}"
                 inputs.conditioning(conditioning, "conditioning")
-            data, (processes, gpus) = _description(given, model.section), _processes(given)
+            data, (processes, gpus) = description(given, model.section), processes_of(given)
             run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
@@ -97,7 +97,7 @@ class TrainLoRA(io.ComfyNode):
 # -------------------------------------------------------------------------------------------------------------- schema
 
 
-def _sockets() -> list[io.Input]:
+def sockets() -> list[io.Input]:
     return [
         ModelType.Input("grpo_model", lazy=True, tooltip="The model that learns: GRPO Base Model or Demo Model."),
         RewardType.Input("reward", lazy=True, tooltip="What is rewarded; Combine Rewards mixes several."),
@@ -128,14 +128,16 @@ def _widgets() -> list[io.Input]:
             tooltip="Name of the run and its LoRA. It belongs to these settings: other settings need another name, but "
             "more iterations extend the run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
         ),
-        _text("prompts", "Training prompts, one per line; or a list of prompts. Each iteration uses some of them."),
-        _text(
+        text_input(
+            "prompts", "Training prompts, one per line; or a list of prompts. Each iteration uses some of them."
+        ),
+        text_input(
             "held_out_prompts",
             "Prompts that are not trained on, one per line: images of them are scored before and after.",
             default="",
             optional=True,
         ),
-        _text("negative", "Negative prompt, used where guidance_scale is not 1.", default="", optional=True),
+        text_input("negative", "Negative prompt, used where guidance_scale is not 1.", default="", optional=True),
         io.Boolean.Input(
             "wait",
             default=True,
@@ -144,6 +146,12 @@ def _widgets() -> list[io.Input]:
             tooltip="Wait and show progress, or return at once and leave the run to GRPO Run. Other prompts can be "
             "queued while a run is in the background.",
         ),
+        *process_inputs(),
+    ]
+
+
+def process_inputs() -> list[io.Input]:
+    return [
         io.Int.Input(
             "processes", default=1, min=1, max=MOST_PROCESSES, tooltip="Processes that share the training: one per GPU."
         ),
@@ -160,13 +168,7 @@ def _widgets() -> list[io.Input]:
 def _late_inputs() -> list[io.Input]:
     """Inputs after the widgets; saved workflows keep widget values by position, so new widgets go to the end."""
     return [
-        io.Conditioning.Input(
-            "conditioning",
-            optional=True,
-            lazy=True,
-            tooltip="What every prompt carries beside its text, with a connected model: guidance, reference latents, a "
-            "first frame, masks. The text in it is not used.",
-        ),
+        conditioning_input(),
         io.Combo.Input(
             "start_from",
             options=[BASE_MODEL, *folder_paths.get_filename_list("loras")],
@@ -179,44 +181,54 @@ def _late_inputs() -> list[io.Input]:
     ]
 
 
-def _text(name: str, tooltip: str, **options: object) -> io.Input:
+def conditioning_input() -> io.Input:
+    return io.Conditioning.Input(
+        "conditioning",
+        optional=True,
+        lazy=True,
+        tooltip="What every prompt carries beside its text, with a connected model: guidance, reference latents, a "
+        "first frame, masks. The text in it is not used.",
+    )
+
+
+def text_input(name: str, tooltip: str, **options: object) -> io.Input:
     return io.String.Input(name, multiline=True, dynamic_prompts=False, tooltip=tooltip, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
+def waiting_for(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
     """Which of these sockets are connected to something that has not been computed yet."""
     return [name for name in names if name in given and list(given[name]) == [None]]
 
 
-def _optional(given: dict[str, list], name: str, default: object = None) -> object:
+def optional(given: dict[str, list], name: str, default: object = None) -> object:
     """The one value of an optional input."""
     return inputs.single(given[name], name) if name in given else default
 
 
-def _prompts(given: dict[str, list], name: str) -> str:
+def prompts_of(given: dict[str, list], name: str) -> str:
     """Text with a prompt per line; each text of a connected list, such as from Prompt Lines, has lines of its own."""
     return "\n".join(inputs.text(text, name) for text in given.get(name, []))
 
 
-def _processes(given: dict[str, list]) -> tuple[int, list[int] | None]:
+def processes_of(given: dict[str, list]) -> tuple[int, list[int] | None]:
     """Number of processes and their GPUs."""
     processes = inputs.whole_number(inputs.single(given["processes"], "processes"), "processes", 1, MOST_PROCESSES)
-    return processes, memory.parse_gpus(inputs.text(_optional(given, "gpus", ""), "gpus"), processes)
+    return processes, memory.parse_gpus(inputs.text(optional(given, "gpus", ""), "gpus"), processes)
 
 
 def _check_widgets(given: dict[str, list]) -> None:
     check_name(inputs.single(given["name"], "name"))
-    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"))
-    _processes(given)
+    runs.check_texts(prompts_of(given, "prompts"), prompts_of(given, "held_out_prompts"))
+    processes_of(given)
     inputs.single(given["wait"], "wait")
-    _start_from(given)
+    start_from(given)
 
 
-def _start_from(given: dict[str, list]) -> Path | None:
-    name = _optional(given, "start_from", BASE_MODEL)
+def start_from(given: dict[str, list]) -> Path | None:
+    name = optional(given, "start_from", BASE_MODEL)
     if name == BASE_MODEL:
         return None
     file = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
@@ -225,25 +237,25 @@ def _start_from(given: dict[str, list]) -> Path | None:
     return Path(file).absolute()
 
 
-def _description(given: dict[str, list], model: dict) -> dict:
+def description(given: dict[str, list], model: dict) -> dict:
     """The plain data of the run description."""
-    reward, settings = inputs.single(given["reward"], "reward"), _optional(given, "settings")
-    evaluation_rewards = _optional(given, "evaluation_rewards")
+    reward, settings = inputs.single(given["reward"], "reward"), optional(given, "settings")
+    evaluation_rewards = optional(given, "evaluation_rewards")
     connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
     if evaluation_rewards is not None:
         connected(evaluation_rewards, types.Rewards, "evaluation_rewards")
-    negative = inputs.text(_optional(given, "negative", ""), "negative")
+    negative = inputs.text(optional(given, "negative", ""), "negative")
     return runs.describe(
         model,
         settings,
         reward,
         evaluation_rewards,
-        _prompts(given, "prompts"),
-        _prompts(given, "held_out_prompts"),
+        prompts_of(given, "prompts"),
+        prompts_of(given, "held_out_prompts"),
         negative,
-        _start_from(given),
+        start_from(given),
     )
 
 

@@ -145,7 +145,7 @@ def begin(
             return run
         if is_finished(run) and not _is_extended(run, config):
             return run
-    _check(config, processes, gpus)
+    check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
         raise BadInput("conditioning goes with a connected model and clip: disconnect it, or connect them")
     with ExitStack() as stack:
@@ -154,7 +154,7 @@ def begin(
             encoded = stack.enter_context(encoded_prompts(clip, config, conditioning))
         if blueprint is not None:
             dry_run.refuse(blueprint, config, encoded and first_row(encoded))
-        _make_room(config, processes, gpus)
+        make_room(config, processes, gpus)
         run = RunDirectory.open(folder, config, ["ComfyUI", name])
         stack.callback(run.release)
         if launch.is_running(run):  # started by another ComfyUI in the meantime
@@ -181,8 +181,8 @@ def resume(run: RunDirectory) -> bool:
             f"run {run.path.name!r} lacks {Path(conditions).name}, which holds its encoded prompts: queue its GRPO "
             "Train LoRA again, which encodes them again and resumes the run"
         )
-    _check(config, processes, gpus)
-    _make_room(config, processes, gpus)
+    check(config, processes, gpus)
+    make_room(config, processes, gpus)
     run.acquire()
     try:
         if launch.is_running(run):
@@ -229,7 +229,7 @@ def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> N
     _refuse_busy_gpus(gpus)
 
 
-def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
+def check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     """Refuse on the node, before anything starts, what the trainer would refuse."""
     check_run(config, processes, conditions_exist=False)
     if config.model.graph is not None and config.prompts.conditions is None:
@@ -249,6 +249,6 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
             )
 
 
-def _make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
+def make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     memory.free_memory()
     memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu")
