@@ -124,11 +124,20 @@ def brief(run: RunDirectory) -> dict[str, Any]:
         "iteration": iteration,
         "iterations": iterations,
         "phase": _phase(status.get("progress")),
-        "seconds_left": pace * (iterations - iteration) if pace is not None and state == "running" else None,
+        "seconds_left": _seconds_left(status, pace, iterations - iteration) if state == "running" else None,
         "reward": means[0] if means else None,
         "time": status.get("time"),
         "error": status.get("error"),
     }
+
+
+def _seconds_left(status: dict[str, Any], pace: float | None, iterations: int) -> float | None:
+    """To the end: from the newest iterations, before them from the run's own estimate."""
+    if pace is not None:
+        return pace * iterations
+    estimate = status.get("estimate")
+    left = estimate.get("left") if isinstance(estimate, dict) else None
+    return left if isinstance(left, int | float) else None
 
 
 def _phase(progress: object) -> str | None:

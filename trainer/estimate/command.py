@@ -56,8 +56,7 @@ def _computed(config: RunConfig, checked: Checked, processes: int, device: torch
     else:
         found = [(change, None) for change in memory.GRAPH_CHANGES]
     needed = memory.peak(parts, on_cpu) if config.model.graph is None else 0  # ComfyUI leaves in RAM what does not fit
-    name = "this computer's RAM" if on_cpu else torch.cuda.get_device_name(device)
-    free = memory.free_bytes(device)
+    name, free = memory.name_of(device), memory.free_bytes(device)
     return Forecast(name, config.runtime.iterations, parts=parts, needed=needed, free=free, changes=found)
 
 
@@ -66,7 +65,7 @@ def measure(forecast: Forecast, trainer: "Trainer", checked: Checked, processes:
 
     Args:
         processes: among which an iteration's work is divided.
-        quick: make every call once more at most, and leave memory as it is computed.
+        quick: measure every call once.
     """
     config, device = trainer.config, trainer.processes.device
     model, meter = trainer.model, Meter(trainer, quick)
@@ -82,8 +81,7 @@ def measure(forecast: Forecast, trainer: "Trainer", checked: Checked, processes:
     forecast.seconds["saving"] = meter.saving() / config.runtime.checkpoint_every
     forecast.evaluations = evaluations(config, checked)
     forecast.evaluation = sum(meter.seconds(judged).values()) / shares
-    if not quick:
-        forecast.needed, forecast.is_measured = memory.measured_peak(device) + forecast.parts[memory.HELD], True
+    forecast.needed, forecast.is_measured = memory.measured_peak(device) + forecast.parts[memory.HELD], True
 
 
 def _is_remote(judge: object) -> bool:

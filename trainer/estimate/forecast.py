@@ -87,6 +87,14 @@ class Forecast:
             f"{self.evaluations} evaluations; {self._memory()}"
         )
 
+    def corrected(self, left: float) -> str:
+        """One sentence after the first iterations.
+
+        Args:
+            left: seconds to the end.
+        """
+        return f"estimate corrected: {seconds(self.iteration)} per iteration, {duration(left)} left"
+
     def _memory(self) -> str:
         verdict = "" if self.fits else ": it does not fit"
         return f"memory {size(self.needed)} of {size(self.free)} free on {self.device}{verdict}"

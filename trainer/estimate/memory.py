@@ -76,6 +76,11 @@ def free_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
+def name_of(device: torch.device) -> str:
+    """What people call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this computer's RAM"
+
+
 def measured_peak(device: torch.device) -> int:
     """The largest memory of this process so far: on the GPU, or in RAM."""
     from ..runs.metrics import peak_memory
