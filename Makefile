@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+JOBS ?= 2
 COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 export COMFYUI_PATH
 
@@ -33,8 +34,8 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint  ## Lint, then every test
-	$(BIN)/python -m pytest
+test: lint  ## Lint, then every test, in JOBS processes of about 3 GiB each
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 docs: $(VENV)/dev  ## Write the pages and tables of settings, rewards and kernels from the code itself
 	$(BIN)/python -m tools.reference > docs/configuration.md

@@ -2,9 +2,37 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import base_model, compare, demo, estimate, lora, prompts, rewards, run, sampling, settings, training, votes
+from . import (
+    base_model,
+    compare,
+    demo,
+    estimate,
+    lora,
+    objective,
+    prompts,
+    rewards,
+    run,
+    sampling,
+    settings,
+    training,
+    votes,
+)
 
-MODULES = (sampling, lora, rewards, demo, base_model, training, estimate, compare, run, settings, prompts, votes)
+MODULES = (
+    sampling,
+    lora,
+    rewards,
+    demo,
+    base_model,
+    training,
+    estimate,
+    compare,
+    run,
+    settings,
+    objective,
+    prompts,
+    votes,
+)
 
 
 class DanceGRPOExtension(ComfyExtension):

@@ -20,10 +20,85 @@ FOR_FOLDERS = ("folder", "family", "dtype", "vae_dtype")
 """Widgets that a connected model does not use."""
 
 
+def folder_inputs() -> list[io.Input]:
+    """Widgets of size, and of a diffusers folder."""
+    fields = ModelConfig.model_fields
+    return [
+        io.Combo.Input(
+            "folder",
+            options=list(diffusers_folders()) or [NO_FOLDER],
+            tooltip="A diffusers folder (it holds model_index.json) inside ComfyUI's models/diffusers. Not "
+            "used where a model is connected.",
+        ),
+        io.Combo.Input(
+            "family",
+            options=[family for family in FAMILIES if family != "comfy"],
+            tooltip="The kind of model in the diffusers folder. Not used where a model is connected.",
+        ),
+        io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip=fields["width"].description),
+        io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip=fields["height"].description),
+        io.Combo.Input(
+            "dtype",
+            options=["bfloat16", "float32"],
+            tooltip=f"{fields['dtype'].description} Not used where a model is connected: that keeps the dtype "
+            "its loader chose.",
+        ),
+        io.Combo.Input(
+            "vae_dtype",
+            options=["float32", "bfloat16", "float16", "auto"],
+            advanced=True,
+            tooltip=f"{fields['vae_dtype'].description} Not used where a VAE is connected: that keeps its own.",
+        ),
+        io.Boolean.Input(
+            "gradient_checkpointing",
+            default=False,
+            advanced=True,
+            tooltip=fields["gradient_checkpointing"].description,
+        ),
+    ]
+
+
+def model_inputs() -> list[io.Input]:
+    """Sockets and widgets of a connected model."""
+    fields = ModelConfig.model_fields
+    return [
+        io.Model.Input(
+            "model",
+            optional=True,
+            tooltip="From core's Load Diffusion Model or Load Checkpoint, also through Load LoRA and "
+            "ModelSampling nodes: exactly this is trained, by ComfyUI's own code.",
+        ),
+        io.Vae.Input("vae", optional=True, tooltip="The connected model's VAE, from core's loaders."),
+        io.Sigmas.Input(
+            "sigmas",
+            optional=True,
+            tooltip="Noise levels of a connected model, one more than the settings' steps, in place of scheduler.",
+        ),
+        io.Combo.Input(
+            "scheduler",
+            options=[*SCHEDULER_NAMES, BY_SHIFT],
+            default="simple",
+            optional=True,
+            tooltip="How a connected model's noise levels are spaced, as in KSampler. 'by shift' takes them "
+            "from the settings' shift instead.",
+        ),
+        io.Int.Input("frames", default=1, min=1, max=4096, optional=True, tooltip=fields["frames"].description),
+        io.Float.Input(
+            "reserve_gb",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=0.5,
+            optional=True,
+            advanced=True,
+            tooltip=f"{GraphModel.model_fields['reserve_gb'].description} Of a connected model.",
+        ),
+    ]
+
+
 class BaseModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        fields = ModelConfig.model_fields
         return io.Schema(
             node_id="DanceGRPO_BaseModel",
             display_name="GRPO Base Model",
@@ -32,76 +107,18 @@ class BaseModel(io.ComfyNode):
             "models/diffusers, and its family. A connected model keeps the dtype that its loader chose: folder, "
             "family, dtype and vae_dtype are not used with it.",
             search_aliases=[
-                "grpo model", "base model", "diffusers", "training model", "fine-tune", "finetune", "dancegrpo",
+                "grpo model",
+                "base model",
+                "diffusers",
+                "training model",
+                "fine-tune",
+                "finetune",
+                "dancegrpo",
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=list(diffusers_folders()) or [NO_FOLDER],
-                    tooltip="A diffusers folder (it holds model_index.json) inside ComfyUI's models/diffusers. Not "
-                    "used where a model is connected.",
-                ),
-                io.Combo.Input(
-                    "family",
-                    options=[family for family in FAMILIES if family != "comfy"],
-                    tooltip="The kind of model in the diffusers folder. Not used where a model is connected.",
-                ),
-                io.Int.Input("width", default=512, min=8, max=8192, step=8, tooltip=fields["width"].description),
-                io.Int.Input("height", default=512, min=8, max=8192, step=8, tooltip=fields["height"].description),
-                io.Combo.Input(
-                    "dtype",
-                    options=["bfloat16", "float32"],
-                    tooltip=f"{fields['dtype'].description} Not used where a model is connected: that keeps the dtype "
-                    "its loader chose.",
-                ),
-                io.Combo.Input(
-                    "vae_dtype",
-                    options=["float32", "bfloat16", "float16", "auto"],
-                    advanced=True,
-                    tooltip=f"{fields['vae_dtype'].description} Not used where a VAE is connected: that keeps its own.",
-                ),
-                io.Boolean.Input(
-                    "gradient_checkpointing",
-                    default=False,
-                    advanced=True,
-                    tooltip=fields["gradient_checkpointing"].description,
-                ),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="From core's Load Diffusion Model or Load Checkpoint, also through Load LoRA and "
-                    "ModelSampling nodes: exactly this is trained, by ComfyUI's own code.",
-                ),
-                io.Vae.Input("vae", optional=True, tooltip="The connected model's VAE, from core's loaders."),
-                io.Sigmas.Input(
-                    "sigmas",
-                    optional=True,
-                    tooltip="Noise levels of a connected model, one more than the settings' steps, in place of "
-                    "scheduler.",
-                ),
-                io.Combo.Input(
-                    "scheduler",
-                    options=[*SCHEDULER_NAMES, BY_SHIFT],
-                    default="simple",
-                    optional=True,
-                    tooltip="How a connected model's noise levels are spaced, as in KSampler. 'by shift' takes them "
-                    "from the settings' shift instead.",
-                ),
-                io.Int.Input("frames", default=1, min=1, max=4096, optional=True, tooltip=fields["frames"].description),
-                io.Float.Input(
-                    "reserve_gb",
-                    default=0.0,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.5,
-                    optional=True,
-                    advanced=True,
-                    tooltip=f"{GraphModel.model_fields['reserve_gb'].description} Of a connected model.",
-                ),
-            ],
+            inputs=[*folder_inputs(), *model_inputs()],
             outputs=[ModelType.Output(display_name="grpo_model", tooltip="For GRPO Train LoRA.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

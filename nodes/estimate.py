@@ -26,7 +26,9 @@ class Estimate(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             inputs=[
                 *training.sockets(),
-                training.text_input("prompts", "Training prompts, one per line, as for GRPO Train LoRA."),
+                training.text_input(
+                    "prompts", "Training prompts, one per line, as for GRPO Train LoRA.", default="", optional=True
+                ),
                 training.text_input(
                     "held_out_prompts",
                     "Held-out prompts, one per line: evaluating them takes time as well.",
@@ -36,6 +38,7 @@ class Estimate(io.ComfyNode):
                 training.text_input("negative", "Negative prompt.", default="", optional=True),
                 *training.process_inputs(),
                 training.conditioning_input(),
+                training.objective_input(),
             ],
             outputs=[
                 io.String.Output(display_name="estimate", tooltip="All figures as text."),
@@ -48,7 +51,7 @@ class Estimate(io.ComfyNode):
     def check_lazy_status(cls, **given: list) -> list[str]:
         """First descriptions, then what loads models."""
         with progress.errors_on_node(cls.hidden.unique_id):
-            runs.check_texts(training.prompts_of(given, "prompts"), training.prompts_of(given, "held_out_prompts"))
+            training.check_prompts_of(given)
             processes = training.processes_of(given)
             if waiting := training.waiting_for(given, training.DESCRIPTIONS):
                 return waiting

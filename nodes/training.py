@@ -9,11 +9,11 @@ from ..trainer.utils.errors import BadInput
 from . import types
 from .host import inputs, memory, progress, results, runs
 from .host.folders import check_name
-from .types import CATEGORY, ModelType, RewardType, SettingsType, connected
+from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
 
 BASE_MODEL = "(the base model)"
 MOST_PROCESSES = 64
-DESCRIPTIONS = ("reward", "settings", "evaluation_rewards")
+DESCRIPTIONS = ("reward", "settings", "evaluation_rewards", "objective")
 """Sockets whose values are made at no cost, and with which most mistakes are found."""
 LOADED = ("grpo_model", "clip", "conditioning")
 """Sockets behind which models are loaded."""
@@ -100,7 +100,12 @@ class TrainLoRA(io.ComfyNode):
 def sockets() -> list[io.Input]:
     return [
         ModelType.Input("grpo_model", lazy=True, tooltip="The model that learns: GRPO Base Model or Demo Model."),
-        RewardType.Input("reward", lazy=True, tooltip="What is rewarded; Combine Rewards mixes several."),
+        RewardType.Input(
+            "reward",
+            optional=True,
+            lazy=True,
+            tooltip="What is rewarded; Combine Rewards mixes several. Only objective dpo with a collection needs none.",
+        ),
         io.Clip.Input(
             "clip",
             optional=True,
@@ -129,7 +134,9 @@ def _widgets() -> list[io.Input]:
             "more iterations extend the run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
         ),
         text_input(
-            "prompts", "Training prompts, one per line; or a list of prompts. Each iteration uses some of them."
+            "prompts",
+            "Training prompts, one per line; or a list of prompts. Each iteration uses some of them. Empty where the "
+            "objective trains on a collection, whose prompts it takes.",
         ),
         text_input(
             "held_out_prompts",
@@ -178,7 +185,13 @@ def _late_inputs() -> list[io.Input]:
             tooltip="A LoRA to start from, instead of the base model alone: training continues to change it. It must "
             "be made for this model, and of no higher rank than lora.rank.",
         ),
+        objective_input(),
     ]
+
+
+def objective_input() -> io.Input:
+    tooltip = "GRPO Objective; without it, that of the settings."
+    return ObjectiveType.Input("objective", optional=True, lazy=True, tooltip=tooltip)
 
 
 def conditioning_input() -> io.Input:
@@ -221,10 +234,16 @@ def processes_of(given: dict[str, list]) -> tuple[int, list[int] | None]:
 
 def _check_widgets(given: dict[str, list]) -> None:
     check_name(inputs.single(given["name"], "name"))
-    runs.check_texts(prompts_of(given, "prompts"), prompts_of(given, "held_out_prompts"))
+    check_prompts_of(given)
     processes_of(given)
     inputs.single(given["wait"], "wait")
     start_from(given)
+
+
+def check_prompts_of(given: dict[str, list]) -> None:
+    """Raise BadInput where prompts are missing, repeated, or both held out and trained on."""
+    decided = "settings" not in given and "objective" not in given  # else the objective may bring its own
+    runs.check_texts(prompts_of(given, "prompts"), prompts_of(given, "held_out_prompts"), needed=decided)
 
 
 def start_from(given: dict[str, list]) -> Path | None:
@@ -239,11 +258,16 @@ def start_from(given: dict[str, list]) -> Path | None:
 
 def description(given: dict[str, list], model: dict) -> dict:
     """The plain data of the run description."""
-    reward, settings = inputs.single(given["reward"], "reward"), optional(given, "settings")
+    reward, settings = optional(given, "reward"), optional(given, "settings")
     evaluation_rewards = optional(given, "evaluation_rewards")
-    connected(reward, types.Rewards, "reward")
+    if reward is not None:
+        connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
+    objective = optional(given, "objective")
+    if objective is not None:
+        connected(objective, types.Objective, "objective")
+        settings = {**(settings or {}), "objective": dict(objective)}
     if evaluation_rewards is not None:
         connected(evaluation_rewards, types.Rewards, "evaluation_rewards")
     negative = inputs.text(optional(given, "negative", ""), "negative")

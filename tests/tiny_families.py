@@ -1,6 +1,7 @@
 """Random models of every diffusers family, a few thousand weights each, in the classes and file layout of the real."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +25,10 @@ def stir(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
-    from tools import pretrain_shapes
+    from trainer.shapes import WEIGHTS
 
-    pretrain_shapes.build_tokenizer(folder)
+    # Learning one anew would break ties at random: another model in every process.
+    shutil.copytree(WEIGHTS / "tokenizer", folder)
     return CLIPTokenizer.from_pretrained(folder)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .config import RunConfig
 from .models import DiffusionModel, check_kernel, model_class
-from .objectives import Objective, make_objective
+from .objectives import Objective, make_objective, objective_class
 from .prompts.conditions import check_conditions
 from .prompts.sets import PromptSet, read_prompts
 from .rewards import Reward, load_reward
@@ -21,7 +21,7 @@ class Checked:
         objective: made, not set up.
         prompts, held_out: to train and to evaluate on.
         rewards: by name, those that are trained.
-        judges: these and the ones that only watch.
+        all_rewards: these and those of the evaluation alone.
     """
 
     family: type[DiffusionModel]
@@ -29,7 +29,7 @@ class Checked:
     prompts: PromptSet
     held_out: PromptSet
     rewards: dict[str, Reward]
-    judges: dict[str, Reward]
+    all_rewards: dict[str, Reward]
 
 
 def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) -> Checked:
@@ -48,13 +48,13 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     check_kernel(family, config.model.family, config.rollout)
     family.check_targets(config.model, config.lora.targets or [])
     objective = make_objective(config)
-    prompts, held_out = read_prompts(config, objective.training_prompts())
-    rewards, judges = check_rewards(config, processes, prompts, held_out)
-    check_media(judges, config.model.frames)
+    prompts, held_out = read_prompts(config, objective)
+    rewards, all_rewards = check_rewards(config, processes, prompts, held_out)
+    check_media(all_rewards, config.model.frames)
     objective.check(family, rewards)
     if config.prompts.conditions is not None and conditions_exist:
         check_conditions(config, family, prompts, held_out)
-    return Checked(family, objective, prompts, held_out, rewards, judges)
+    return Checked(family, objective, prompts, held_out, rewards, all_rewards)
 
 
 def check_rewards(
@@ -63,19 +63,19 @@ def check_rewards(
     """The part of `check_run` that needs no model.
 
     Returns:
-        the rewards that are trained, by name; and these with the ones that only watch.
+        the rewards that are trained, by name; and these with those of the evaluation alone.
 
     Raises:
         BadInput: prompts or rewards do not fit each other or the number of processes.
     """
-    images = config.rollout.prompts_per_iteration * config.rollout.group_size
-    if processes > images:
-        raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
+    count, what = objective_class(config.objective).shares(config)
+    if processes > count:
+        raise BadInput(f"{processes} processes are more than the {count} {what} of an iteration")
     rewards = {reward.name: load_reward(reward) for reward in config.rewards}
-    judges = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
+    all_rewards = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
     check_groups(rewards, processes)
-    _check_prompts(judges, [*prompts.scored, *held_out.scored])
-    return rewards, judges
+    _check_prompts(all_rewards, [*prompts.scored, *held_out.scored])
+    return rewards, all_rewards
 
 
 def check_groups(rewards: Mapping[str, Reward], processes: int) -> None:
@@ -89,7 +89,7 @@ def check_media(rewards: Mapping[str, Reward], frames: int) -> None:
     """Raise BadInput where a reward scores videos, and the model makes images."""
     for name, reward in rewards.items():
         if reward.media == "video" and frames < 2:
-            raise BadInput(f"reward {name!r} judges videos, and model.frames is {frames}: give it a model of videos")
+            raise BadInput(f"reward {name!r} scores videos, and model.frames is {frames}: give it a model of videos")
 
 
 def _check_prompts(rewards: Mapping[str, Reward], texts: list[str]) -> None:

@@ -83,7 +83,7 @@ class Evaluator:
         embed: Embed | None = None,
     ) -> None:
         self.embed = embed
-        self.config, self.prompts, self.rewards = config, checked.held_out, checked.judges
+        self.config, self.prompts, self.rewards = config, checked.held_out, checked.all_rewards
         self.model, self.prompting = model, prompting
         self.processes, self.execution = processes, execution
 

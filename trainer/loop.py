@@ -61,11 +61,11 @@ class Trainer:
             check_start(config.lora)
         self.recorder = Recorder(run, config, None, processes.is_main, listener)
         self.objective, self.prompts, self.held_out = checked.objective, checked.prompts, checked.held_out
-        notes = [*checked.family.notes(config.model), *fps_notes(checked.judges, config.model.fps)]
+        notes = [*checked.family.notes(config.model), *fps_notes(checked.all_rewards, config.model.fps)]
         for note in notes if processes.is_main else []:
             print(f"warning: {note}", file=sys.stderr)
-        for judge in checked.judges.values():
-            judge.load()
+        for reward in checked.all_rewards.values():
+            reward.load()
         self.prompting, self.held_out_prompting = self._encode(checked.family, run)
         self.model = checked.family.load(config.model, processes.device)
         check_kernel(self.model, config.model.family, config.rollout)
@@ -186,7 +186,7 @@ class Trainer:
         return wanted and self.iteration not in [record["iteration"] for record in self.evaluations]
 
     def evaluate(self) -> None:
-        """Judge the held-out prompts, where there are any, and record it."""
+        """Score images of the held-out prompts, where there are any, and record the result."""
         if not self.held_out.texts:
             return
         self.updates_before = self.policy.updates

@@ -204,7 +204,7 @@ def samples(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _cells(picture: Path) -> dict[str, Any]:
-    """Cells with their place as left, top, width and height in pixels, and the picture's size."""
+    """Cells with their box as left, top, width and height in pixels, and the picture's size."""
     try:
         size = list(check_image(picture))
     except BadInput:

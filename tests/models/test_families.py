@@ -286,7 +286,7 @@ UNEVEN = {
     "plain": {},
     "updates, KL, guard": {"objective": {"updates": 3, "kl_weight": 0.5, "ratio": "guard"}},
     "window, best of n": {"advantage": {"best_of_n": 2}, "rollout": {"window": {"size": 2}, "guidance_scale": 2.0}},
-    "skipped groups": {"reward": {"threshold": 0.002}, "rollout": {"shared_noise": False}},
+    "skipped groups": {"reward": {"threshold": 0.0021}, "rollout": {"shared_noise": False}},
 }
 
 

@@ -356,7 +356,7 @@ def test_single_files_of_something_else_are_refused(
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.safetensors").write_bytes(b"no weights")
-    with pytest.raises(BadInput, match="is no safetensors file"):
+    with pytest.raises(BadInput, match="is not a safetensors file"):
         network_weights(tmp_path / "one.safetensors")
 
 

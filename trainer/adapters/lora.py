@@ -82,11 +82,11 @@ def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str],
     parts: dict[str, list[tuple[Rows, dict[str, Tensor]]]] = {}
     result: dict[str, Tensor] = {}
     for module, pair in plain.items():
-        place = key(module)
-        if isinstance(place, str):
-            result |= _entries(place, pair["A"], pair["B"], alpha)
+        native = key(module)
+        if isinstance(native, str):
+            result |= _entries(native, pair["A"], pair["B"], alpha)
         else:
-            parts.setdefault(place.key, []).append((place, pair))
+            parts.setdefault(native.key, []).append((native, pair))
     for name, fused in parts.items():
         result |= _entries(name, *_fuse(fused), alpha * len(fused))
     return result

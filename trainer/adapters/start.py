@@ -44,7 +44,7 @@ def start_weights(
     aliases: Callable[[str], list[str]],
     fresh: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The LoRA's weights with those of `lora.start_from` in place; what the file does not hold stays fresh.
+    """The LoRA's weights with those of `lora.start_from` put in; what the file does not hold stays fresh.
 
     A rank or an alpha of its own is taken over exactly: a lower rank leaves the further rows fresh, and a different
     factor alpha / rank goes into the up projection.
@@ -83,9 +83,9 @@ def fitted_weights(
         if name is None:
             continue
         used.add(name)
-        place = key(module)
+        native = key(module)
         down_name, up_name = (f"{module}.lora_{side}.default.weight" for side in "AB")
-        layer = layers[name] if isinstance(place, str) else _part(layers[name], place, fresh[up_name].shape[0])
+        layer = layers[name] if isinstance(native, str) else _part(layers[name], native, fresh[up_name].shape[0])
         result[down_name], result[up_name] = _fitted(
             layer, fresh[down_name], fresh[up_name], config, f"{what}: layer {shorten(name)}"
         )
@@ -137,8 +137,8 @@ def _found(
     module: str, key: Callable[[str], str | Rows], aliases: Callable[[str], list[str]], layers: dict[str, object]
 ) -> str | None:
     """The name under which a file holds a module's LoRA, if it does."""
-    place = key(module)
-    names = _names(place.key if isinstance(place, Rows) else place, module) + aliases(module)
+    native = key(module)
+    names = _names(native.key if isinstance(native, Rows) else native, module) + aliases(module)
     return next((name for name in names if name in layers), None)
 
 

@@ -31,14 +31,14 @@ class Window:
         """First step of the window in this iteration.
 
         `fixed` stays at `start`; `random` is anywhere; `moving` starts at `start` and moves on by one step every
-        `every` iterations, back to `start` after the last place. The last step of the schedule is never inside.
+        `every` iterations, back to `start` after the last position. The last step of the schedule is never inside.
         """
-        places = steps - 1 - self.size - self.start + 1
+        positions = steps - 1 - self.size - self.start + 1
         if self.position == "fixed":
             return self.start
         if self.position == "moving":
-            return self.start + (iteration // self.every) % places
-        return self.start + rng.randrange(places)
+            return self.start + (iteration // self.every) % positions
+        return self.start + rng.randrange(positions)
 
 
 def stochastic_steps(steps: int, window: Window | None, iteration: int, rng: random.Random) -> list[bool]:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,17 +149,12 @@ def iteration_calls(
     model, objective = StandIn(process, levels, processes.device, calls), make_objective(config)
     checked = replace(checked, objective=objective, rewards=_judges(checked.rewards, calls))
     policy = Policy(model, config, objective.keeps_old_weights)
-    prompting = _prompting(len(objective_prompts(objective, checked)))
+    prompting = _prompting(len(checked.prompts.texts))
     objective.setup(Resources(model, policy, checked.rewards, prompting, processes))
     execution, recorder = Execution(config.rollout.batch_size), Recorder(None, config, None, False)
     experience = Collector(config, checked, model, prompting, processes, execution, recorder).collect(0, Clock())
     Engine(objective, model, policy, processes, execution).update(experience)
     return calls
-
-
-def objective_prompts(objective: Any, checked: Checked) -> list[str]:
-    own = objective.training_prompts()
-    return (own or checked.prompts).texts
 
 
 def _judges(rewards: Mapping[str, Reward], calls: Calls) -> dict[str, Reward]:
@@ -182,7 +176,7 @@ def evaluation_calls(config: RunConfig, checked: Checked, processes: Processes) 
     for rows in [size] * (images // size) + ([images % size] if images % size else []):
         calls[Call("forward", rows, scale)] += steps
         calls[Call("decode", rows)] += 1
-        for name in checked.judges:
+        for name in checked.all_rewards:
             calls[Call("score", rows, reward=name)] += 1
     return calls
 

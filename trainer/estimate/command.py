@@ -69,7 +69,7 @@ def measure(forecast: Forecast, trainer: "Trainer", checked: Checked, processes:
     """
     config, device = trainer.config, trainer.processes.device
     model, meter = trainer.model, Meter(trainer, quick)
-    forecast.unmeasured = [name for name, judge in checked.judges.items() if _is_remote(judge)]
+    forecast.unmeasured = [name for name, judge in checked.all_rewards.items() if _is_remote(judge)]
     calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes)
     judged = evaluation_calls(config, checked, trainer.processes)
     for counted in (calls, judged):

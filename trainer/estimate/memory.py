@@ -45,7 +45,7 @@ def parts(config: RunConfig, checked: Checked, processes: int, on_cpu: bool) -> 
         found |= {DECODE: memory.decode, ENCODERS: _encoders(config)}
     else:
         found[NETWORK] = weight_bytes(config.model, processes)
-    found[REWARDS] = sum(judge.memory() for judge in checked.judges.values())
+    found[REWARDS] = sum(judge.memory() for judge in checked.all_rewards.values())
     found[HELD] = iteration_bytes(config, processes)
     if on_cpu:
         found[PROCESS] = psutil.Process().memory_info().rss

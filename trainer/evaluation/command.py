@@ -75,14 +75,14 @@ def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Call
 def judge(config: RunConfig, checked: Checked, files: list[LoraFile], say: Callable[[str], None]) -> list[Judged]:
     """The base model, then the LoRAs."""
     processes, held_out = Processes(config.runtime.device), checked.held_out
-    for judge in checked.judges.values():
-        judge.load()
+    for reward in checked.all_rewards.values():
+        reward.load()
     found = conditions_for(config, checked.family, held_out, held_out, processes, None)
     unconditional = None if found.unconditional is None else found.unconditional.to(processes.device)
     model = checked.family.load(config.model, processes.device)
     adapters = Adapters(model, files)
     prompting, execution = Prompting(found.held_out, unconditional), Execution(config.rollout.batch_size)
-    evaluator = Evaluator(config, checked, model, prompting, processes, execution, embedder(checked.judges))
+    evaluator = Evaluator(config, checked, model, prompting, processes, execution, embedder(checked.all_rewards))
     first, models = None, []
     for file in (None, *files):
         adapters.use(file)

@@ -1,4 +1,4 @@
-"""CLIP's view of the images, borrowed from a judge that is a CLIP model."""
+"""CLIP's view of the images, from a reward that is a CLIP model."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from ..rewards.threshold import Threshold
 from .looks import Embed
 
 
-def embedder(judges: Mapping[str, Reward]) -> Embed | None:
-    """The image embeddings of the first judge that is a CLIP model; None where there is none."""
-    for judge in judges.values():
-        inner = judge.reward if isinstance(judge, Threshold) else judge
+def embedder(rewards: Mapping[str, Reward]) -> Embed | None:
+    """The image embeddings of the first reward that is a CLIP model; None where there is none."""
+    for reward in rewards.values():
+        inner = reward.reward if isinstance(reward, Threshold) else reward
         if (embed := getattr(inner, "embed", None)) is not None:
             return embed
     return None

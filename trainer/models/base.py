@@ -276,7 +276,7 @@ class DiffusionModel(ABC):
         return next(self.module.parameters()).device
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
-        """What `call` gives where the model runs as it does outside training."""
+        """Run `call` with the model in inference mode, as outside training."""
         return call()
 
     def predict_guided(

@@ -146,8 +146,8 @@ class Experience:
 
     def advantages_of(self, items: list[Item]) -> Tensor:
         """`[N]` float32 on the device."""
-        slots, places = zip(*(item.member for item in items), strict=True)
-        return self.advantages.values[list(slots), list(places)].to(self.device)
+        slots, members = zip(*(item.member for item in items), strict=True)
+        return self.advantages.values[list(slots), list(members)].to(self.device)
 
 
 class ObjectiveOptions(Section):
@@ -194,6 +194,16 @@ class Objective(ABC):
         self.config, self.options = config, config.objective
 
     # ----------------------------------------------------------------------------------------------- before a run
+
+    @classmethod
+    def variant(cls, options: ObjectiveOptions) -> type[Objective]:
+        """The class that stands for these options, where some of them make it another kind of objective."""
+        return cls
+
+    @classmethod
+    def shares(cls, config: RunConfig) -> tuple[int, str]:
+        """How many things of an iteration processes share out, and what they are; no process may have none."""
+        return config.rollout.prompts_per_iteration * config.rollout.group_size, "images"
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:

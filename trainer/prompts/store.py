@@ -144,28 +144,28 @@ class ConditionsFile:
             self.data = self.file.get_slice("data")
             self.keys: list[Key] = [(str(text), str(digest)) for text, digest in index["keys"]]
             self.pieces: list[dict[str, Any]] = index["pieces"]
-            self.places = [(piece, row) for piece, part in enumerate(self.pieces) for row in range(part["rows"])]
+            self.locations = [(piece, row) for piece, part in enumerate(self.pieces) for row in range(part["rows"])]
             self.has_entries = any("entry" in piece for piece in self.pieces)
             self.longest = _longest(self.pieces)
             self.size = self.data.get_shape()[0]
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             raise BadInput(f"conditions file {path} cannot be read: {reason}") from error
-        if len(self.places) != len(self.keys):
+        if len(self.locations) != len(self.keys):
             raise BadInput(f"conditions file {path} does not hold one row per prompt")
 
     def entry(self, row: int, known: dict[int, Tensor]) -> dict[str, Any]:
         """A row of conditions of a ComfyUI graph.
 
         Args:
-            known: tensors that have been read, by their place; new ones are added.
+            known: tensors that have been read, by their location; new ones are added.
         """
-        data = self.pieces[self.places[row][0]]["entry"]
+        data = self.pieces[self.locations[row][0]]["entry"]
         return self._checked(lambda: from_data(data, lambda part: self._read_once(part, known)))
 
     def tensors(self, row: int) -> dict[str, Tensor]:
         """A row of conditions, `[1, ...]` by name."""
-        piece, number = self.places[row]
+        piece, number = self.locations[row]
         parts = self.pieces[piece]["tensors"]
         return self._checked(lambda: {name: self._read(part, number) for name, part in parts.items()})
 
@@ -210,11 +210,11 @@ class StoredConditions:
 
     Attributes:
         files: of one kind.
-        places: of each row, its file and its row there.
+        locations: of each row, its file and its row there.
     """
 
     files: tuple[ConditionsFile, ...]
-    places: tuple[tuple[int, int], ...]
+    locations: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, files: list[ConditionsFile]) -> "StoredConditions":
@@ -222,11 +222,11 @@ class StoredConditions:
         return cls(tuple(files), tuple((f, row) for f, file in enumerate(files) for row in range(len(file.keys))))
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.locations)
 
     @property
     def keys(self) -> list[Key]:
-        return [self.files[file].keys[row] for file, row in self.places]
+        return [self.files[file].keys[row] for file, row in self.locations]
 
     @property
     def has_entries(self) -> bool:
@@ -246,7 +246,7 @@ class StoredConditions:
 
     def select(self, rows: list[int]) -> "StoredConditions":
         """Some of the rows, without reading them."""
-        return StoredConditions(self.files, tuple(self.places[row] for row in rows))
+        return StoredConditions(self.files, tuple(self.locations[row] for row in rows))
 
     def rows(self, index: Tensor) -> Conditions:
         """Read the rows of `index` (`[N]` long), each once; on the CPU.
@@ -255,12 +255,12 @@ class StoredConditions:
             BadInput: the file is damaged.
         """
         chosen, inverse = index.cpu().unique(return_inverse=True)
-        places = [self.places[row] for row in chosen.tolist()]
+        locations = [self.locations[row] for row in chosen.tolist()]
         if self.has_entries:
             known: dict[int, dict[int, Tensor]] = {number: {} for number in range(len(self.files))}
-            entries = [self.files[file].entry(row, known[file]) for file, row in places]
+            entries = [self.files[file].entry(row, known[file]) for file, row in locations]
             return EntryConditions.of(entries).rows(inverse)
-        return self._stacked([self.files[file].tensors(row) for file, row in places]).rows(inverse)
+        return self._stacked([self.files[file].tensors(row) for file, row in locations]).rows(inverse)
 
     def _stacked(self, rows: list[dict[str, Tensor]]) -> Conditions:
         """Rows one under the other, filled up with zeros.

@@ -42,7 +42,7 @@ def file_option(default: str, description: str, suffixes: tuple[str, ...] = WEIG
     """The field of an option that names a file, or a folder.
 
     Args:
-        default: its usual place under `models/rewards/`; empty if there is none.
+        default: its usual path under `models/rewards/`; empty if there is none.
         description: what it is and where it comes from.
     """
     rule = {"suffixes": list(suffixes), "folder": folder}
@@ -86,8 +86,8 @@ def located(options: Section, reward: str, folders: Iterable[Path]) -> dict[str,
             continue
         path = locate(data[name], folders)
         if path is None:
-            places = " or ".join(str(folder) for folder in folders) or "any folder: none was given"
-            raise BadInput(f"reward {reward!r}: {name} {data[name]!r} is not in {places}; {field.description}")
+            searched = " or ".join(str(folder) for folder in folders) or "any folder: none was given"
+            raise BadInput(f"reward {reward!r}: {name} {data[name]!r} is not in {searched}; {field.description}")
         data[name] = str(path)
     return data
 
@@ -99,13 +99,13 @@ def check_files(options: Section, reward: str) -> None:
         if rule is None or not value:
             continue
         path = Path(value)
-        place = f"reward {reward!r}: {name} {value!r}"
+        setting = f"reward {reward!r}: {name} {value!r}"
         if not path.exists():
-            raise BadInput(f"{place} does not exist; {field.description}")
+            raise BadInput(f"{setting} does not exist; {field.description}")
         if path.is_dir() and not rule.folder:
-            raise BadInput(f"{place} is a folder, but a file is expected: {', '.join(rule.suffixes)}")
+            raise BadInput(f"{setting} is a folder, but a file is expected: {', '.join(rule.suffixes)}")
         if path.is_file() and path.suffix.lower() not in rule.suffixes:
-            raise BadInput(f"{place} has the wrong type of file: {', '.join(rule.suffixes)} is expected")
+            raise BadInput(f"{setting} has the wrong type of file: {', '.join(rule.suffixes)} is expected")
 
 
 def check_sha256(path: Path, expected: str, what: str) -> None:

@@ -1,6 +1,6 @@
 """Pictures of samples for people: the prompt and the scores under every cell, before and after above each other.
 
-A grid of samples is a plain picture with a JSON file beside it, which lists the prompt, seed, scores and place of each
+A grid of samples is a plain picture with a JSON file beside it, which lists the prompt, seed, scores and box of each
 cell. What is shown to people is drawn from these two.
 """
 
@@ -51,11 +51,11 @@ def boxes(count: int, columns: int, width: int, height: int, gap: int = 4) -> li
     Args:
         width, height: of a cell as it is drawn.
     """
-    places = []
+    found = []
     for number in range(count):
         left, top = gap + number % columns * (width + gap), gap + number // columns * (height + gap)
-        places.append((left, top, left + width, top + height))
-    return places
+        found.append((left, top, left + width, top + height))
+    return found
 
 
 def write_samples(picture: Path, samples: Iterable[Sample]) -> None:

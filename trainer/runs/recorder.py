@@ -127,8 +127,8 @@ class Recorder:
         """A grid of images; of videos a grid that moves, and as the picture its middle frame. Beside it, its cells."""
         self.run.require_ownership()
         height, width = (side * report.magnification(images, largest) for side in images.shape[-2:])
-        places = boxes(len(samples), columns, width, height)
-        write_samples(path, [replace(sample, box=box) for sample, box in zip(samples, places, strict=True)])
+        cells = boxes(len(samples), columns, width, height)
+        write_samples(path, [replace(sample, box=box) for sample, box in zip(samples, cells, strict=True)])
         if images.ndim == 5:
             frames = [report.grid(frame, columns, largest) for frame in images.unbind(1)]
             save_video(path.with_suffix(".mp4"), frames, self.config.model.fps)

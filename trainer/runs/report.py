@@ -18,6 +18,10 @@ POINTS = 500
 """Points of a curve; more are averaged, because a figure is not wider."""
 
 
+GAP = 4
+"""Pixels between the images of a grid, and around them."""
+
+
 def magnification(images: Tensor, largest: int) -> int:
     """How many times small images are enlarged, so that their longer edge comes near `largest` pixels."""
     return max(1, largest // max(images.shape[-2:]))
@@ -31,15 +35,13 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
         columns: images per row.
         largest: wanted edge of one image in pixels.
     """
+    from torchvision.utils import make_grid
+
     factor = magnification(images, largest)
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    height, width, gap = images.shape[-2], images.shape[-1], 4
-    rows = -(-len(images) // columns)
-    canvas = torch.ones(3, rows * (height + gap) + gap, columns * (width + gap) + gap)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        canvas[:, top : top + height, left : left + width] = image
-    return to_picture(canvas)
+    if len(images) == 1:  # which make_grid leaves without its border
+        return to_picture(torch.nn.functional.pad(images[0], [GAP] * 4, value=1.0))
+    return to_picture(make_grid(images, nrow=columns, padding=GAP, pad_value=1.0))
 
 
 def save_picture(path: Path, picture: "Image") -> None:

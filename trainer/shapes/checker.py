@@ -14,7 +14,7 @@ from .world import PALETTE
 
 MIN_AREA = 24  # pixels; smaller components are specks
 FOREGROUND_DISTANCE = 0.22  # RGB distance to the background
-MIN_CLARITY = 0.75  # overlap with the ideal outline below which a component is no shape
+MIN_CLARITY = 0.75  # overlap with the ideal outline below which a component is not a shape
 MAX_COLOR_DISTANCE = 0.30
 _COLOR_NAMES = tuple(PALETTE)
 _COLOR_VALUES = np.array(list(PALETTE.values()), dtype=np.float32)

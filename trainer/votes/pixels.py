@@ -66,8 +66,8 @@ def _histogram(lab: Tensor) -> Tensor:
 
 def _memberships(values: Tensor, low: float, high: float, bins: int) -> Tensor:
     """`[B, P, bins]`: how much of each value `[B, P]` belongs to each bin; linear between centres, the sum is 1."""
-    place = ((values - low) / (high - low) * (bins - 1)).clamp(0, bins - 1)
-    return (1 - (place[..., None] - torch.arange(bins, device=values.device)).abs()).clamp(min=0)
+    position = ((values - low) / (high - low) * (bins - 1)).clamp(0, bins - 1)
+    return (1 - (position[..., None] - torch.arange(bins, device=values.device)).abs()).clamp(min=0)
 
 
 def _layout(lab: Tensor) -> Tensor:

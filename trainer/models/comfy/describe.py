@@ -170,7 +170,7 @@ def _loras(model: object, nodes_above: Iterator[dict]) -> list[dict]:
         return []
     loras = [_lora(node["inputs"]) for node in nodes_above if node["class_type"] in LORA_LOADERS][::-1]
     loras = [lora for lora in loras if lora["strength"]]
-    expected = Counter(place for lora in loras for place in _places(model, lora))
+    expected = Counter(key for lora in loras for key in _lora_keys(model, lora))
     actual = Counter((key, float(patch[0])) for key, patches in model.patches.items() for patch in patches)
     if actual != expected:
         raise BadInput(
@@ -188,7 +188,7 @@ def _lora(inputs: dict) -> dict:
     return {"file": str(Path(file).absolute()), "strength": float(strength)}
 
 
-def _places(model: object, lora: dict) -> list[tuple[str, float]]:
+def _lora_keys(model: object, lora: dict) -> list[tuple[str, float]]:
     """Which weights a LoRA changes, and how strongly."""
     weights = comfy.utils.load_torch_file(lora["file"], safe_load=True)
     names = comfy.lora.model_lora_keys_unet(model.model, {})

@@ -146,7 +146,7 @@ class ComfyModel(DiffusionModel):
         return self.comfy.samplers.calc_cond_batch(self.base, [conditions], noisy, sigmas, self._options)[0]
 
     def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
-        """What ComfyUI makes of CONDITIONING for latents of this shape and place."""
+        """What ComfyUI makes of CONDITIONING for latents of this shape and device."""
         entry = self._restored(entry)
         given = set(entry)
         tokens = entry.pop("cross_attn")

@@ -53,12 +53,12 @@ class FluxModel(DiffusersModel):
             pooled_projections=conditions.tensors["pooled"].to(self.dtype),
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, device=latents.device),
-            img_ids=self._places(latents.device),
+            img_ids=self._image_ids(latents.device),
             return_dict=False,
         )[0]
         return unpack(velocity, self.latent_shape).float()
 
-    def _places(self, device: torch.device) -> Tensor:
+    def _image_ids(self, device: torch.device) -> Tensor:
         """Row and column of every token, `[N, 3]`."""
         _, height, width = self.latent_shape
         rows, columns = torch.arange(height // 2, device=device), torch.arange(width // 2, device=device)

@@ -24,10 +24,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_weights(config: ModelConfig, folder: Path, component: str) -> None:
-    places = [folder / "vae"] if config.network_file else [folder / component, folder / "vae"]
-    for place in places:
-        if not any(place.glob("*.safetensors")):
-            raise BadInput(f"model.path: {place} holds no .safetensors weights")
+    needed = [folder / "vae"] if config.network_file else [folder / component, folder / "vae"]
+    for part in needed:
+        if not any(part.glob("*.safetensors")):
+            raise BadInput(f"model.path: {part} holds no .safetensors weights")
     if config.network_file is None:
         return
     file = Path(config.network_file)

@@ -65,10 +65,10 @@ class HunyuanVideoModel(DiffusersModel):
 
     def lora_key(self, module_name: str) -> str | Rows:
         config = self.module.config
-        place = native_place(module_name, config.num_attention_heads * config.attention_head_dim, config.mlp_ratio)
-        if place is None:
+        native = native_name(module_name, config.num_attention_heads * config.attention_head_dim, config.mlp_ratio)
+        if native is None:
             raise BadInput(f"lora.targets: ComfyUI has no name for {module_name!r} of HunyuanVideo")
-        return place
+        return native
 
 
 class SkyReelsModel(HunyuanVideoModel):
@@ -125,7 +125,7 @@ _PARTS = {
 _THIRDS = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2}
 
 
-def native_place(name: str, width: int, mlp_ratio: float) -> str | Rows | None:
+def native_name(name: str, width: int, mlp_ratio: float) -> str | Rows | None:
     """Where ComfyUI keeps a linear layer of diffusers' HunyuanVideo transformer; None where it has no name for it.
 
     Args:

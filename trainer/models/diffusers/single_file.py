@@ -17,7 +17,7 @@ def network_weights(file: Path) -> dict[str, Tensor]:
     """The network's weights by name, without a prefix; the rest of a whole checkpoint is left out.
 
     Raises:
-        BadInput: it is no safetensors file, or its weights are quantised.
+        BadInput: it is not a safetensors file, or its weights are quantised.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -29,7 +29,7 @@ def network_weights(file: Path) -> dict[str, Tensor]:
             chosen = [name for name in names if name.startswith(PREFIX)] or names
             return {name.removeprefix(PREFIX): content.get_tensor(name) for name in chosen}
     except SafetensorError as error:
-        raise BadInput(f"model.network_file {str(file)!r} is no safetensors file: {error}") from error
+        raise BadInput(f"model.network_file {str(file)!r} is not a safetensors file: {error}") from error
 
 
 def input_channels_of(file: Path, layers: tuple[str, ...]) -> int | None:

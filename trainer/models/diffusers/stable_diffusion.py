@@ -162,10 +162,10 @@ def native_name(name: str, layers: int) -> str | None:
     if match := _BLOCK.fullmatch(name):
         way, block, kind, layer, rest = match.groups()
         if way == "down":
-            place = f"input_blocks.{1 + int(block) * (layers + 1) + int(layer)}"
+            block_name = f"input_blocks.{1 + int(block) * (layers + 1) + int(layer)}"
         else:
-            place = f"output_blocks.{int(block) * (layers + 1) + int(layer)}"
-        return f"{place}.{int(kind == 'attentions')}.{_inner(rest)}"
+            block_name = f"output_blocks.{int(block) * (layers + 1) + int(layer)}"
+        return f"{block_name}.{int(kind == 'attentions')}.{_inner(rest)}"
     if match := _MIDDLE.fullmatch(name):
         kind, layer, rest = match.groups()
         return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_inner(rest)}"

@@ -1,24 +1,18 @@
 """The run description: everything that decides what a run does, validated before anything is loaded."""
 
-import copy
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .diffusion import kernels
-from .diffusion.solvers import solver_names
-from .model_config import GraphLora, GraphModel, GraphSampling, ModelConfig
-from .objectives import DEFAULT, OBJECTIVES, ObjectiveSection
-from .objectives.advantage import AdvantageConfig
-from .paths import with_absolute_paths
-from .prompts.text import check_prompts, check_text, clean
-from .utils.documents import check_data, dump_yaml, parse_document, read_document
-from .utils.errors import BadInput, cut, shorten
-from .utils.fields import OneOf
-from .utils.section import Positive, Section
-
-PRESETS = Path(__file__).parent / "presets"
+from ..diffusion import kernels
+from ..diffusion.solvers import solver_names
+from ..objectives import DEFAULT, OBJECTIVES, ObjectiveSection, objective_class
+from ..objectives.advantage import AdvantageConfig
+from ..prompts.text import check_prompts, check_text, clean
+from ..utils.documents import dump_yaml
+from ..utils.fields import OneOf
+from ..utils.section import Positive, Section
+from .model import ModelConfig
 
 
 class PromptsConfig(Section):
@@ -72,7 +66,7 @@ class WindowConfig(Section):
         "random", description="Where it lies: always at start, anywhere from start on, or moving on from start."
     )
     start: int = Field(0, ge=0, le=1000, description="First step the window may begin at.")
-    every: Positive = Field(25, description="Iterations a moving window stays at one place.")
+    every: Positive = Field(25, description="Iterations a moving window stays at one position.")
 
 
 class RolloutConfig(Section):
@@ -116,9 +110,9 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    """One judge."""
+    """One reward model."""
 
-    name: str = Field(description="A name of trainer.rewards.REWARDS.")
+    name: str = Field(description="Name of the reward model, as docs/rewards.md lists them.")
     weight: Annotated[float, Field(ge=-1000, le=1000)] = Field(1.0, description="Weight of its advantages.")
     threshold: float | None = Field(None, description="Turn the score into 1 above this value and 0 otherwise.")
     options: dict[str, Any] = Field({}, description="Options of this reward, such as the path of its weights.")
@@ -185,7 +179,7 @@ class EvaluationConfig(Section):
         None, description="Guidance; null as in rollout."
     )
     seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the fixed noise.")
-    rewards: list[RewardConfig] = Field([], description="Further judges that only watch.")
+    rewards: list[RewardConfig] = Field([], description="Further reward models, evaluated and not trained on.")
 
     _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
 
@@ -271,7 +265,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
-        objective = OBJECTIVES[self.objective.name]
+        objective = objective_class(self.objective)
         if not self.prompts.has_source and objective.needs_rollout:
             raise ValueError("prompts names none: give them in exactly one of texts, file and shapes")
         if not self.rewards and objective.needs_rewards:
@@ -279,9 +273,9 @@ class RunConfig(Section):
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("every reward has weight 0, so there is nothing to learn")
         trained = {reward.name: reward for reward in self.rewards}
-        for judge in self.evaluation.rewards:
-            if judge.name in trained and judge != trained[judge.name]:
-                raise ValueError(f"evaluation.rewards names {judge.name!r}, which is trained on with other settings")
+        for reward in self.evaluation.rewards:
+            if reward.name in trained and reward != trained[reward.name]:
+                raise ValueError(f"evaluation.rewards names {reward.name!r}, which is trained on with other settings")
         best, group = self.advantage.best_of_n, self.rollout.group_size
         if best and best > group:
             raise ValueError(f"advantage.best_of_n {best} is above rollout.group_size {group}")
@@ -290,171 +284,3 @@ class RunConfig(Section):
 
     def to_yaml(self) -> str:
         return dump_yaml(self.model_dump(mode="json"))
-
-
-# ------------------------------------------------------------------------------------------------------- reading them
-
-
-def read_config(path: Path, overrides: list[str] = ()) -> RunConfig:
-    """Read a run description from YAML or JSON.
-
-    Args:
-        overrides: settings such as `rollout.eta=0.5`, applied in order.
-
-    Relative paths in the file are taken from its folder, those in overrides from the current one.
-
-    Raises:
-        BadInput: naming the field, the value and what is accepted.
-    """
-    return parse_config(with_absolute_paths(read_mapping(path), path.parent), overrides, Path.cwd())
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The file's content as a mapping, not validated yet."""
-    data = read_document(path, f"run description {path}")
-    if not isinstance(data, dict):
-        raise BadInput(
-            f"run description {path} must be a mapping with the sections {', '.join(RunConfig.model_fields)}"
-        )
-    return data
-
-
-def parse_config(data: dict[str, Any], overrides: list[str] = (), base: Path | None = None) -> RunConfig:
-    """Validate a description given as plain data.
-
-    Args:
-        base: folder that relative paths are taken from; None leaves them as they are.
-
-    Raises:
-        BadInput: the first few faults, one sentence each.
-    """
-    data = copy.deepcopy(data)
-    for override in overrides:
-        _override(data, override)
-    check_data(data, "run description")
-    if base is not None:
-        with_absolute_paths(data, base)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise BadInput(describe(error)) from error
-
-
-def parse_sections(data: dict[str, Any], overrides: list[str] = ()) -> dict[str, Section]:
-    """Validate sections of a description alone, without the others and without what they must have in common.
-
-    Raises:
-        BadInput: the first few faults, one sentence each.
-    """
-    data = copy.deepcopy(data)
-    for override in overrides:
-        _override(data, override)
-    sections, faults = {}, []
-    for name, values in data.items():
-        if name not in RunConfig.model_fields:
-            raise BadInput(f"{name} is not a section; there are {', '.join(RunConfig.model_fields)}")
-        try:
-            sections[name] = TypeAdapter(RunConfig.model_fields[name].rebuild_annotation()).validate_python(values)
-        except ValidationError as error:
-            faults.append(describe(error, name))
-    if faults:
-        raise BadInput("; ".join(faults))
-    return sections
-
-
-def settings(overrides: list[str]) -> dict[str, Any]:
-    """Settings such as `dtype=float16` as plain data, applied in order.
-
-    Raises:
-        BadInput: one is not of that form.
-    """
-    data: dict[str, Any] = {}
-    for override in overrides:
-        _override(data, override)
-    return data
-
-
-def preset(name: str) -> dict[str, Any]:
-    """A preset's plain data.
-
-    Raises:
-        BadInput: no such preset.
-    """
-    if name not in preset_names():
-        raise BadInput(f"preset {shorten(name)} is unknown; choose one of {', '.join(preset_names())}")
-    return read_mapping(PRESETS / f"{name}.yaml")
-
-
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator:
-        raise BadInput(f"setting {shorten(override)} is not of the form section.field=value")
-    *parents, last = key.strip().split(".")
-    key = cut(key.strip(), 100)
-    if len(parents) > 10:
-        raise BadInput(f"setting {key} names more sections inside each other than there are")
-    value = parse_document(text, f"setting {key}: {shorten(text)}")
-    place = data
-    for parent in parents:
-        if isinstance(place, dict) and place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent if isinstance(place, dict) else _index(place, parent, key)]
-        if not isinstance(place, dict | list):
-            raise BadInput(f"setting {key}: {cut(parent, 100)} is not a section")
-    place[last if isinstance(place, dict) else _index(place, last, key)] = value
-
-
-def _index(place: list, text: str, key: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= len(place):
-        raise BadInput(f"setting {key}: {cut(text, 100)} is not an index below {len(place)}")
-    return int(text)
-
-
-def describe(error: ValidationError, section: str = "") -> str:
-    """Pydantic's findings as sentences that name the field, the value and what is accepted."""
-    sentences = []
-    for fault in error.errors()[:5]:
-        location = [section, *fault["loc"]] if section else fault["loc"]
-        field = cut(".".join(str(part)[:100] for part in location), 200) or "run description"
-        message = cut(fault["msg"].removeprefix("Value error, "), 400)
-        if fault["type"] == "extra_forbidden":
-            sentences.append(f"{field} is not a setting; check the spelling (docs/configuration.md lists them all)")
-        elif fault["type"] == "missing":
-            sentences.append(f"{field} is missing")
-        elif fault["type"] == "value_error":
-            sentences.append(f"{field}: {message}")
-        else:
-            sentences.append(f"{field} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}")
-    return "; ".join(sentences)
-
-
-__all__ = [
-    "AdvantageConfig",
-    "EvaluationConfig",
-    "GraphLora",
-    "GraphModel",
-    "GraphSampling",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PromptsConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "RuntimeConfig",
-    "Section",
-    "WatchdogConfig",
-    "WindowConfig",
-    "describe",
-    "parse_config",
-    "parse_sections",
-    "preset",
-    "preset_names",
-    "read_config",
-    "read_mapping",
-    "settings",
-]

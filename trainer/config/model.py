@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .utils.section import Section
+from ..utils.section import Section
 
 
 class GraphSampling(Section):
@@ -104,7 +104,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_door(self) -> "ModelConfig":
         if (self.family == "comfy") != (self.graph is not None):
-            raise ValueError("family comfy goes with the section graph, and every other family without")
+            raise ValueError("model.graph is required for family 'comfy' and not allowed for other families")
         if self.graph is not None and (self.network_file or self.quantization):
             raise ValueError("network_file and quantization are of diffusers folders; leave them out with graph")
         if self.sharded and (self.graph is not None or self.quantization):

@@ -1,0 +1,56 @@
+"""The run description: everything that decides what a run does, validated before anything is loaded."""
+
+from ..objectives.advantage import AdvantageConfig
+from ..utils.section import Section
+from .model import GraphLora, GraphModel, GraphSampling, ModelConfig
+from .parse import (
+    PRESETS,
+    describe,
+    parse_config,
+    parse_sections,
+    preset,
+    preset_names,
+    read_config,
+    read_mapping,
+    settings,
+)
+from .sections import (
+    EvaluationConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    RuntimeConfig,
+    WatchdogConfig,
+    WindowConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "AdvantageConfig",
+    "EvaluationConfig",
+    "GraphLora",
+    "GraphModel",
+    "GraphSampling",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "RuntimeConfig",
+    "Section",
+    "WatchdogConfig",
+    "WindowConfig",
+    "describe",
+    "parse_config",
+    "parse_sections",
+    "preset",
+    "preset_names",
+    "read_config",
+    "read_mapping",
+    "settings",
+]
