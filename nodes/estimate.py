@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..trainer.utils.errors import BadInput
 from . import training, types
 from .host import estimating, inputs, progress, results, runs
+from .settings import preset_is_named
 from .types import CATEGORY, connected
 
 
@@ -72,7 +73,8 @@ class Estimate(io.ComfyNode):
                 if clip is None:
                     raise BadInput("conditioning goes with a connected clip: connect it, or disconnect conditioning")
             data, (processes, gpus) = training.description(given, model.section), training.processes_of(given)
-            found = estimating.estimate(data, clip, conditioning, processes, gpus, model.blueprint, node_id)
+            with preset_is_named(training.optional(given, "settings"), model):
+                found = estimating.estimate(data, clip, conditioning, processes, gpus, model.blueprint, node_id)
         text = found.pop("text")
         progress.say(text, node_id)
         shown = {"text": (text,), results.DATA: (results.jsonable(found),)}

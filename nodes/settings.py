@@ -1,12 +1,17 @@
 """Settings of a run as widgets, made from the run description's own fields."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from annotated_types import Ge, Gt, Le, Lt
+from comfy.model_sampling import CONST
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_sections, preset, preset_names
+from ..trainer.diffusion import kernels
+from ..trainer.diffusion.process import FLOW, VP
+from ..trainer.models import FAMILIES
 from ..trainer.objectives import DEFAULT, OBJECTIVES
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
@@ -195,7 +200,49 @@ class Preset(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
-        return io.NodeOutput(types.Settings(settings(preset_sections(preset), overrides)))
+        found = types.Settings(settings(preset_sections(preset), overrides))
+        found.preset = preset
+        return io.NodeOutput(found)
+
+
+@contextmanager
+def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterator[None]:
+    """Where settings of a preset do not fit the model, say which preset it is and which others would fit.
+
+    Raises:
+        BadInput: what was raised inside, with the preset's name where it is the cause.
+    """
+    try:
+        yield
+    except BadInput as error:
+        name = getattr(given, "preset", None)
+        if name is None or not str(error).startswith(_OF_THE_MODEL):
+            raise
+        others = " or ".join(_general_presets(model))
+        raise BadInput(
+            f"preset {name!r} does not fit this model: choose {others} in GRPO Preset, or use GRPO Settings ({error})"
+        ) from error
+
+
+_OF_THE_MODEL = ("lora.targets", "rollout.kernel")
+"""Beginnings of what is said of settings that belong to one kind of model."""
+
+
+def _general_presets(model: types.Model) -> list[str]:
+    """Presets for one GPU that name no layers and have a kernel of the model's process."""
+    process = None
+    if model.blueprint is not None:
+        process = FLOW if isinstance(model.blueprint.sampling, CONST) else VP
+    elif model.section.get("family") in FAMILIES:
+        process = FAMILIES[model.section["family"]].process
+    known = kernels.stochastic(process)
+    fitting = []
+    for name in preset_names():
+        data = preset(name)
+        targets, kernel = data.get("lora", {}).get("targets"), data.get("rollout", {}).get("kernel", "dance")
+        if name.startswith("one-gpu") and targets is None and kernel in known:
+            fitting.append(name)
+    return fitting or ["another one"]
 
 
 def preset_sections(name: str) -> dict:

@@ -9,6 +9,7 @@ from ..trainer.utils.errors import BadInput
 from . import types
 from .host import inputs, memory, progress, results, runs
 from .host.folders import check_name
+from .settings import preset_is_named
 from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
 
 BASE_MODEL = "(the base model)"
@@ -82,7 +83,8 @@ class TrainLoRA(io.ComfyNode):
                 source += f"-{cls._source_of('conditioning')}"
                 inputs.conditioning(conditioning, "conditioning")
             data, (processes, gpus) = description(given, model.section), processes_of(given)
-            run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
+            with preset_is_named(optional(given, "settings"), model):
+                run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
                 progress.wait_or_cancel(run, name, bar)

@@ -448,3 +448,25 @@ def test_a_folder_of_another_family_is_refused(pack, tmp_path: Path, monkeypatch
         node.execute("thing", **values)
     with pytest.raises(error, match="not in models/diffusers; there are thing"):
         node.execute("../thing", **values)
+
+
+def test_a_preset_that_does_not_fit_the_model_is_named_with_those_that_do(pack) -> None:
+    import comfy.model_sampling
+
+    settings, types, bad = pack("nodes.settings"), pack("nodes.types"), pack("trainer.utils.errors").BadInput
+    demo = settings.Preset.execute("demo").args[0]
+    noise_model = types.Model({}, types.Blueprint(object, None, object()))
+    flow_model = types.Model({}, types.Blueprint(object, None, comfy.model_sampling.CONST()))
+
+    def said(given: object, model: object, words: str) -> str:
+        with pytest.raises(bad) as caught, settings.preset_is_named(given, model):
+            raise bad(words)
+        return str(caught.value)
+
+    fault = "lora.targets: 'attn.to_q' matches no linear layer"
+    words = said(demo, noise_model, fault)
+    assert words.startswith("preset 'demo' does not fit this model: choose one-gpu-sd14 in GRPO Preset")
+    assert words.endswith(f"({fault})")
+    assert "one-gpu-flux" in said(demo, flow_model, fault) and "one-gpu-sd14" not in said(demo, flow_model, fault)
+    assert said(demo, flow_model, "the disk is full") == "the disk is full"
+    assert said(types.Settings(demo), flow_model, fault) == fault, "settings that come from no preset"
