@@ -12,7 +12,6 @@ from ..trainer.config import RunConfig, parse_sections, preset, preset_names
 from ..trainer.diffusion import kernels
 from ..trainer.diffusion.process import FLOW, VP
 from ..trainer.models import FAMILIES
-from ..trainer.objectives import DEFAULT, OBJECTIVES
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from ..trainer.utils.fields import choices, rules
@@ -34,34 +33,11 @@ MAIN = (
     "lora.alpha",
     "runtime.seed",
 )
-ADVANCED = (
-    "rollout.shared_noise",
-    "rollout.batch_size",
-    "objective.batch_size",
-    "objective.train_steps",
-    "objective.step_fraction",
-    "objective.clip_range",
-    "advantage.clip",
-    "advantage.combine",
-    "advantage.normalize",
-    "objective.updates",
-    "objective.ratio",
-    "objective.kl_weight",
-    "lora.ema_decay",
-    "optimizer.warmup",
-    "optimizer.weight_decay",
-    "optimizer.max_grad_norm",
-    "evaluation.images_per_prompt",
-    "evaluation.every",
-    "runtime.samples_every",
-    "runtime.checkpoint_every",
-    "runtime.device",
-)
-"""New ones go at the end: saved workflows keep values by position."""
+"""What matters most; the rest goes into the overrides. Saved workflows keep values by position: append new ones."""
 SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluation", "runtime")
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
 """Fields of `evaluation` that the training node's own sockets and boxes fill."""
-_STEP = {"optimizer.learning_rate": 1e-6, "objective.clip_range": 1e-6, "optimizer.weight_decay": 1e-5}
+_STEP = {"optimizer.learning_rate": 1e-6}
 _LARGEST = 2**31 - 1
 OVERRIDES_TOOLTIP = (
     "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They win "
@@ -74,18 +50,15 @@ def input_name(setting: str) -> str:
     return setting.replace(".", "_")
 
 
-def widget(setting: str, advanced: bool) -> io.Input:
+def widget(setting: str) -> io.Input:
     """The widget of one setting, with its default, range and description."""
     section, name = setting.split(".")
-    kind = OBJECTIVES[DEFAULT].Options if section == "objective" else RunConfig.model_fields[section].annotation
-    field = kind.model_fields[name]
+    field = RunConfig.model_fields[section].annotation.model_fields[name]
     common = {
         "id": input_name(setting),
         "display_name": name,
         "default": field.default,
         "tooltip": f"{field.description} ({setting})",
-        "advanced": advanced or None,
-        "optional": advanced,
     }
     if (options := choices(field)) is not None:
         return io.Combo.Input(options=options, **common)
@@ -144,17 +117,26 @@ class Settings(io.ComfyNode):
             node_id="DanceGRPO_Settings",
             display_name="GRPO Settings",
             category=CATEGORY,
-            description="How a LoRA is trained: sampling, learning rate, iterations. All the rest is under advanced.",
-            search_aliases=["grpo settings", "training settings", "hyperparameters", "learning rate", "dancegrpo"],
+            description="How a LoRA is trained: sampling, learning rate, iterations. All else is a line in overrides.",
+            search_aliases=[
+                "grpo settings",
+                "training settings",
+                "hyperparameters",
+                "learning rate",
+                "lora",
+                "rlhf",
+                "dpo",
+                "fine-tune",
+                "finetune",
+                "dancegrpo",
+            ],
             inputs=[
-                *(widget(setting, advanced=False) for setting in MAIN),
-                *(widget(setting, advanced=True) for setting in ADVANCED),
+                *(widget(setting) for setting in MAIN),
                 io.String.Input(
                     "overrides",
                     multiline=True,
                     default="",
                     optional=True,
-                    advanced=True,
                     dynamic_prompts=False,
                     tooltip=OVERRIDES_TOOLTIP,
                 ),
@@ -165,7 +147,7 @@ class Settings(io.ComfyNode):
     @classmethod
     def execute(cls, overrides: str = "", **values: object) -> io.NodeOutput:
         data: dict[str, dict] = {}
-        for setting in (*MAIN, *ADVANCED):
+        for setting in MAIN:
             section, name = setting.split(".")
             if input_name(setting) in values:
                 data.setdefault(section, {})[name] = values[input_name(setting)]

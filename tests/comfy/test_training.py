@@ -167,7 +167,7 @@ def workflow(name: str) -> dict:
                 "runtime_iterations": 2,
                 "rollout_steps": 4,
                 "rollout_group_size": 2,
-                "evaluation_images_per_prompt": 1,
+                "overrides": "evaluation.images_per_prompt=1",
             }
         if title in ("Training prompts", "Held-out prompts"):
             inputs["value"] = "\n".join(inputs["value"].splitlines()[:2])

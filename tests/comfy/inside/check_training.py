@@ -245,8 +245,8 @@ def test_the_settings_node_at_its_defaults_is_the_run_descriptions_defaults(pack
 def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
     module, errors = pack("nodes.settings"), pack("trainer.utils.errors")
     checked = 0
-    for setting in (*module.MAIN, *module.ADVANCED):
-        widget = module.widget(setting, False)
+    for setting in module.MAIN:
+        widget = module.widget(setting)
         section, name = setting.split(".")
         accepts = lambda value: module.settings({section: {name: value}}, "")[section][name] == value  # noqa: B023, E731
         if not hasattr(widget, "min") or isinstance(widget.default, bool):
@@ -258,7 +258,7 @@ def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
                 assert accepts(edge)
             except errors.BadInput as error:  # a rule about two settings at once
                 assert setting in ("objective.updates", "rollout.eta"), error
-    assert checked > 20
+    assert checked > 8
 
 
 @pytest.mark.parametrize(
