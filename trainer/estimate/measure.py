@@ -27,10 +27,11 @@ class Meter:
     Args:
         trainer: with everything loaded.
         quick: measure every call once, after one that does not count.
+        clock: seconds.
     """
 
-    def __init__(self, trainer: "Trainer", quick: bool = False) -> None:
-        self.quick = quick
+    def __init__(self, trainer: "Trainer", quick: bool = False, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.quick, self.clock = quick, clock
         self.trainer, self.model = trainer, trainer.model
         self.device = trainer.processes.device
         self._known: dict[Call, float] = {}
@@ -75,10 +76,10 @@ class Meter:
 
     def _once(self, action: Callable[[], object]) -> float:
         self._wait()
-        started = time.perf_counter()
+        started = self.clock()
         action()
         self._wait()
-        return time.perf_counter() - started
+        return self.clock() - started
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
