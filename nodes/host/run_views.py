@@ -167,7 +167,31 @@ def _lora_name(name: str) -> str | None:
 def list_runs() -> list[dict[str, Any]]:
     """All runs, the one that changed last first."""
     found = [RunDirectory(path.parent) for path in runs_folder().glob("*/run.yaml")]
-    return sorted((brief(run) for run in found), key=lambda run: run["time"] or 0, reverse=True)
+    return sorted((_listed(run) for run in found), key=lambda run: run["time"] or 0, reverse=True)
+
+
+_ended: dict[Path, tuple[tuple, dict[str, Any]]] = {}
+"""Lines of runs that have ended, with what their files looked like: most of a long list never changes again."""
+
+
+def _listed(run: RunDirectory) -> dict[str, Any]:
+    """`brief`, read again only where the run goes on or its files have changed."""
+    stamp = tuple(_stamp(run.path / name) for name in ("status.json", "events.jsonl", "run.yaml"))
+    known = _ended.get(run.path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    line = brief(run)
+    if line["state"] in launch.ENDED and not line["live"]:
+        _ended[run.path] = (stamp, line)
+    return line
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def description(run: RunDirectory) -> str:

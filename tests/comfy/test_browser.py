@@ -68,5 +68,5 @@ def test_the_end_of_a_run_is_a_toast_of_the_page_itself(page: Any, comfy: Server
         ("success", "run a", "finished"),
         ("error", "run b", "failed: why"),
     ]
-    with page.expect_request(lambda request: request.url.endswith("/dancegrpo/runs"), timeout=30_000):
+    with page.expect_request(lambda request: request.url.endswith("/dancegrpo/runs"), timeout=60_000):
         """The page asks by itself, without the panel."""

@@ -3,7 +3,7 @@
 import { poll } from "./poll.js";
 import { get } from "./requests.js";
 
-const INTERVAL = 10_000; // milliseconds
+const INTERVAL = 15_000; // milliseconds
 const ENDED = ["finished", "stopped", "failed"];
 
 /**

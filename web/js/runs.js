@@ -52,6 +52,7 @@ export function runsView(panel) {
 
   const refresh = poll(
     async (signal) => {
+      if (detail) return;
       const { runs, deleted } = await get("/runs", signal);
       if (detail) return;
       message.textContent = runs.length ? "" : "No runs yet. Queue a graph with GRPO Train LoRA, and it appears here.";
