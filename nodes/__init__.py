@@ -6,6 +6,7 @@ from . import (
     base_model,
     compare,
     demo,
+    estimate,
     lora,
     objective,
     prompts,
@@ -17,7 +18,21 @@ from . import (
     votes,
 )
 
-MODULES = (sampling, lora, rewards, demo, base_model, training, compare, run, settings, objective, prompts, votes)
+MODULES = (
+    sampling,
+    lora,
+    rewards,
+    demo,
+    base_model,
+    training,
+    estimate,
+    compare,
+    run,
+    settings,
+    objective,
+    prompts,
+    votes,
+)
 
 
 class DanceGRPOExtension(ComfyExtension):

@@ -1,5 +1,6 @@
 """GRPO Run: look at, watch, stop or resume a training run."""
 
+from comfy.model_management import InterruptProcessingException
 from comfy_api.latest import io
 
 from ..trainer.runs import launch
@@ -62,7 +63,10 @@ class Run(io.ComfyNode):
                 runs.resume(directory)
             elif action == "watch":
                 bar = progress.NodeProgress(cls.hidden.unique_id, directory.config().runtime.iterations)
-                progress.wait(directory, bar)
+                try:
+                    progress.wait(directory, bar)
+                except InterruptProcessingException:  # only the watching has ended, which is no failure
+                    return results.unwatched(directory, cls)
             return results.result(directory, cls, status_first=True)
 
 

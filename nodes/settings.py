@@ -1,13 +1,17 @@
 """Nodes for the settings of a run, with widgets that are generated from the fields of the run description."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from annotated_types import Ge, Gt, Le, Lt
+from comfy.model_sampling import CONST
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_sections, preset, preset_names
-from ..trainer.objectives import DEFAULT, OBJECTIVES
+from ..trainer.diffusion import kernels
+from ..trainer.diffusion.process import FLOW, VP
+from ..trainer.models import FAMILIES
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput, shorten
 from ..trainer.utils.fields import choices, rules
@@ -29,34 +33,11 @@ MAIN = (
     "lora.alpha",
     "runtime.seed",
 )
-ADVANCED = (
-    "rollout.shared_noise",
-    "rollout.batch_size",
-    "objective.batch_size",
-    "objective.train_steps",
-    "objective.step_fraction",
-    "objective.clip_range",
-    "advantage.clip",
-    "advantage.combine",
-    "advantage.normalize",
-    "objective.updates",
-    "objective.ratio",
-    "objective.kl_weight",
-    "lora.ema_decay",
-    "optimizer.warmup",
-    "optimizer.weight_decay",
-    "optimizer.max_grad_norm",
-    "evaluation.images_per_prompt",
-    "evaluation.every",
-    "runtime.samples_every",
-    "runtime.checkpoint_every",
-    "runtime.device",
-)
-"""Append new ones at the end: saved workflows store widget values by position."""
+"""What matters most; the rest goes into the overrides. Saved workflows keep values by position: append new ones."""
 SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluation", "runtime")
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
-"""Fields of `evaluation` that are set by inputs of GRPO Train LoRA."""
-_STEP = {"optimizer.learning_rate": 1e-6, "objective.clip_range": 1e-6, "optimizer.weight_decay": 1e-5}
+"""Fields of `evaluation` that the training node's own sockets and boxes fill."""
+_STEP = {"optimizer.learning_rate": 1e-6}
 _LARGEST = 2**31 - 1
 OVERRIDES_TOOLTIP = (
     "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They take "
@@ -69,18 +50,15 @@ def input_name(setting: str) -> str:
     return setting.replace(".", "_")
 
 
-def widget(setting: str, advanced: bool) -> io.Input:
+def widget(setting: str) -> io.Input:
     """The widget of one setting, with its default, range and description."""
     section, name = setting.split(".")
-    kind = OBJECTIVES[DEFAULT].Options if section == "objective" else RunConfig.model_fields[section].annotation
-    field = kind.model_fields[name]
+    field = RunConfig.model_fields[section].annotation.model_fields[name]
     common = {
         "id": input_name(setting),
         "display_name": name,
         "default": field.default,
         "tooltip": f"{field.description} ({setting})",
-        "advanced": advanced or None,
-        "optional": advanced,
     }
     if (options := choices(field)) is not None:
         return io.Combo.Input(options=options, **common)
@@ -138,17 +116,26 @@ class Settings(io.ComfyNode):
             node_id="DanceGRPO_Settings",
             display_name="GRPO Settings",
             category=CATEGORY,
-            description="Settings of GRPO Train LoRA: sampling, learning rate, iterations. More are under advanced.",
-            search_aliases=["grpo settings", "training settings", "hyperparameters", "learning rate", "dancegrpo"],
+            description="How a LoRA is trained: sampling, learning rate, iterations. All else is a line in overrides.",
+            search_aliases=[
+                "grpo settings",
+                "training settings",
+                "hyperparameters",
+                "learning rate",
+                "lora",
+                "rlhf",
+                "dpo",
+                "fine-tune",
+                "finetune",
+                "dancegrpo",
+            ],
             inputs=[
-                *(widget(setting, advanced=False) for setting in MAIN),
-                *(widget(setting, advanced=True) for setting in ADVANCED),
+                *(widget(setting) for setting in MAIN),
                 io.String.Input(
                     "overrides",
                     multiline=True,
                     default="",
                     optional=True,
-                    advanced=True,
                     dynamic_prompts=False,
                     tooltip=OVERRIDES_TOOLTIP,
                 ),
@@ -159,7 +146,7 @@ class Settings(io.ComfyNode):
     @classmethod
     def execute(cls, overrides: str = "", **values: object) -> io.NodeOutput:
         data: dict[str, dict] = {}
-        for setting in (*MAIN, *ADVANCED):
+        for setting in MAIN:
             section, name = setting.split(".")
             if input_name(setting) in values:
                 data.setdefault(section, {})[name] = values[input_name(setting)]
@@ -194,7 +181,49 @@ class Preset(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
-        return io.NodeOutput(types.Settings(settings(preset_sections(preset), overrides)))
+        found = types.Settings(settings(preset_sections(preset), overrides))
+        found.preset = preset
+        return io.NodeOutput(found)
+
+
+@contextmanager
+def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterator[None]:
+    """Where settings of a preset do not fit the model, say which preset it is and which others would fit.
+
+    Raises:
+        BadInput: what was raised inside, with the preset's name where it is the cause.
+    """
+    try:
+        yield
+    except BadInput as error:
+        name = getattr(given, "preset", None)
+        if name is None or not str(error).startswith(_OF_THE_MODEL):
+            raise
+        others = " or ".join(_general_presets(model))
+        raise BadInput(
+            f"preset {name!r} does not fit this model: choose {others} in GRPO Preset, or use GRPO Settings ({error})"
+        ) from error
+
+
+_OF_THE_MODEL = ("lora.targets", "rollout.kernel")
+"""Beginnings of what is said of settings that belong to one kind of model."""
+
+
+def _general_presets(model: types.Model) -> list[str]:
+    """Presets for one GPU that name no layers and have a kernel of the model's process."""
+    process = None
+    if model.blueprint is not None:
+        process = FLOW if isinstance(model.blueprint.sampling, CONST) else VP
+    elif model.section.get("family") in FAMILIES:
+        process = FAMILIES[model.section["family"]].process
+    known = kernels.stochastic(process)
+    fitting = []
+    for name in preset_names():
+        data = preset(name)
+        targets, kernel = data.get("lora", {}).get("targets"), data.get("rollout", {}).get("kernel", "dance")
+        if name.startswith("one-gpu") and targets is None and kernel in known:
+            fitting.append(name)
+    return fitting or ["another one"]
 
 
 def preset_sections(name: str) -> dict:

@@ -9,6 +9,7 @@ from ..trainer.utils.errors import BadInput
 from . import types
 from .host import inputs, memory, progress, results, runs
 from .host.folders import check_name
+from .settings import preset_is_named
 from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
 
 BASE_MODEL = "(the base model)"
@@ -39,7 +40,7 @@ class TrainLoRA(io.ComfyNode):
             is_input_list=True,
             not_idempotent=True,
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            inputs=[*_sockets(), *_widgets(), *_late_inputs()],
+            inputs=[*sockets(), *_widgets(), *_late_inputs()],
             outputs=results.outputs(status_first=False),
         )  # fmt: skip
 
@@ -58,17 +59,17 @@ class TrainLoRA(io.ComfyNode):
         """Names of the inputs to compute next: first those that are cheap, then those that load models."""
         with progress.errors_on_node(cls.hidden.unique_id):
             _check_widgets(given)
-            if waiting := _waiting(given, DESCRIPTIONS):
+            if waiting := waiting_for(given, DESCRIPTIONS):
                 return waiting
-            runs.check_without_model(_description(given, {}), *_processes(given))
-            return _waiting(given, LOADED)
+            runs.check_without_model(description(given, {}), *processes_of(given))
+            return waiting_for(given, LOADED)
 
     @classmethod
     def execute(cls, **given: list) -> io.NodeOutput:
         with progress.errors_on_node(cls.hidden.unique_id):
             name, model = inputs.single(given["name"], "name"), inputs.single(given["grpo_model"], "grpo_model")
             connected(model, types.Model, "grpo_model")
-            clip, conditioning = _optional(given, "clip"), _optional(given, "conditioning")
+            clip, conditioning = optional(given, "clip"), optional(given, "conditioning")
             source = ""
             if clip is not None:
                 source = cls._source_of("clip")
@@ -76,8 +77,9 @@ class TrainLoRA(io.ComfyNode):
             if conditioning is not None:
                 source += f"-{cls._source_of('conditioning')}"
                 inputs.conditioning(conditioning, "conditioning")
-            data, (processes, gpus) = _description(given, model.section), _processes(given)
-            run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
+            data, (processes, gpus) = description(given, model.section), processes_of(given)
+            with preset_is_named(optional(given, "settings"), model):
+                run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
                 progress.wait_or_cancel(run, name, bar)
@@ -92,7 +94,7 @@ class TrainLoRA(io.ComfyNode):
 # -------------------------------------------------------------------------------------------------------------- schema
 
 
-def _sockets() -> list[io.Input]:
+def sockets() -> list[io.Input]:
     return [
         ModelType.Input("grpo_model", lazy=True, tooltip="The model to train: from GRPO Base Model or Demo Model."),
         RewardType.Input(
@@ -128,18 +130,18 @@ def _widgets() -> list[io.Input]:
             tooltip="Name of the run and its LoRA. Other settings need a new name; more iterations extend the existing "
             "run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
         ),
-        _text(
+        text_input(
             "prompts",
             "Training prompts, one per line; or a list of prompts. Each iteration uses some of them. Empty where the "
             "objective trains on a collection, whose prompts it takes.",
         ),
-        _text(
+        text_input(
             "held_out_prompts",
             "Prompts that are not trained on, one per line. Their images are scored before and after training.",
             default="",
             optional=True,
         ),
-        _text("negative", "Negative prompt, used if guidance_scale is not 1.", default="", optional=True),
+        text_input("negative", "Negative prompt, used where guidance_scale is not 1.", default="", optional=True),
         io.Boolean.Input(
             "wait",
             default=True,
@@ -148,6 +150,12 @@ def _widgets() -> list[io.Input]:
             tooltip="Wait for the run and show its progress, or return at once and continue with the graph; then use "
             "GRPO Run to watch, stop or resume the run.",
         ),
+        *process_inputs(),
+    ]
+
+
+def process_inputs() -> list[io.Input]:
+    return [
         io.Int.Input(
             "processes", default=1, min=1, max=MOST_PROCESSES, tooltip="Processes that share the training: one per GPU."
         ),
@@ -164,13 +172,7 @@ def _widgets() -> list[io.Input]:
 def _late_inputs() -> list[io.Input]:
     """Inputs added later. Saved workflows store widget values by position, so new widgets go to the end."""
     return [
-        io.Conditioning.Input(
-            "conditioning",
-            optional=True,
-            lazy=True,
-            tooltip="For a connected model: what all prompts share besides the text, such as guidance, reference "
-            "latents, a first frame or masks. Its text is ignored.",
-        ),
+        conditioning_input(),
         io.Combo.Input(
             "start_from",
             options=[BASE_MODEL, *folder_paths.get_filename_list("loras")],
@@ -180,51 +182,69 @@ def _late_inputs() -> list[io.Input]:
             tooltip="An existing LoRA to continue training from. It must be for this model, and its rank must not be "
             "higher than lora.rank.",
         ),
-        ObjectiveType.Input(
-            "objective", optional=True, lazy=True, tooltip="From GRPO Objective; else the objective of the settings."
-        ),
+        objective_input(),
     ]
 
 
-def _text(name: str, tooltip: str, **options: object) -> io.Input:
+def objective_input() -> io.Input:
+    tooltip = "GRPO Objective; without it, that of the settings."
+    return ObjectiveType.Input("objective", optional=True, lazy=True, tooltip=tooltip)
+
+
+def conditioning_input() -> io.Input:
+    return io.Conditioning.Input(
+        "conditioning",
+        optional=True,
+        lazy=True,
+        tooltip="What every prompt carries beside its text, with a connected model: guidance, reference latents, a "
+        "first frame, masks. The text in it is not used.",
+    )
+
+
+def text_input(name: str, tooltip: str, **options: object) -> io.Input:
     return io.String.Input(name, multiline=True, dynamic_prompts=False, tooltip=tooltip, **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
-def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
-    """Those of these inputs that are connected and not computed yet."""
+def waiting_for(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
+    """Which of these sockets are connected to something that has not been computed yet."""
     return [name for name in names if name in given and list(given[name]) == [None]]
 
 
-def _optional(given: dict[str, list], name: str, default: object = None) -> object:
+def optional(given: dict[str, list], name: str, default: object = None) -> object:
     """The one value of an optional input."""
     return inputs.single(given[name], name) if name in given else default
 
 
-def _prompts(given: dict[str, list], name: str) -> str:
-    """The prompts, one per line. A connected list, such as that of Prompt Lines, is joined."""
+def prompts_of(given: dict[str, list], name: str) -> str:
+    """Text with a prompt per line; each text of a connected list, such as from Prompt Lines, has lines of its own."""
     return "\n".join(inputs.text(text, name) for text in given.get(name, []))
 
 
-def _processes(given: dict[str, list]) -> tuple[int, list[int] | None]:
+def processes_of(given: dict[str, list]) -> tuple[int, list[int] | None]:
     """Number of processes and their GPUs."""
     processes = inputs.whole_number(inputs.single(given["processes"], "processes"), "processes", 1, MOST_PROCESSES)
-    return processes, memory.parse_gpus(inputs.text(_optional(given, "gpus", ""), "gpus"), processes)
+    return processes, memory.parse_gpus(inputs.text(optional(given, "gpus", ""), "gpus"), processes)
 
 
 def _check_widgets(given: dict[str, list]) -> None:
     check_name(inputs.single(given["name"], "name"))
-    decided = "settings" not in given and "objective" not in given  # else the objective may bring its own
-    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"), needed=decided)
-    _processes(given)
+    check_prompts_of(given)
+    processes_of(given)
     inputs.single(given["wait"], "wait")
-    _start_from(given)
+    start_from(given)
 
 
-def _start_from(given: dict[str, list]) -> Path | None:
-    name = _optional(given, "start_from", BASE_MODEL)
+def check_prompts_of(given: dict[str, list]) -> None:
+    """Raise BadInput where prompts are missing, repeated, or both held out and trained on."""
+    decided = "settings" not in given and "objective" not in given  # else the objective may bring its own
+    runs.check_texts(prompts_of(given, "prompts"), prompts_of(given, "held_out_prompts"), needed=decided)
+
+
+def start_from(given: dict[str, list]) -> Path | None:
+    name = optional(given, "start_from", BASE_MODEL)
     if name == BASE_MODEL:
         return None
     file = folder_paths.get_full_path("loras", name) if isinstance(name, str) else None
@@ -233,30 +253,30 @@ def _start_from(given: dict[str, list]) -> Path | None:
     return Path(file).absolute()
 
 
-def _description(given: dict[str, list], model: dict) -> dict:
+def description(given: dict[str, list], model: dict) -> dict:
     """The plain data of the run description."""
-    reward, settings = _optional(given, "reward"), _optional(given, "settings")
-    evaluation_rewards = _optional(given, "evaluation_rewards")
+    reward, settings = optional(given, "reward"), optional(given, "settings")
+    evaluation_rewards = optional(given, "evaluation_rewards")
     if reward is not None:
         connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
-    objective = _optional(given, "objective")
+    objective = optional(given, "objective")
     if objective is not None:
         connected(objective, types.Objective, "objective")
         settings = {**(settings or {}), "objective": dict(objective)}
     if evaluation_rewards is not None:
         connected(evaluation_rewards, types.Rewards, "evaluation_rewards")
-    negative = inputs.text(_optional(given, "negative", ""), "negative")
+    negative = inputs.text(optional(given, "negative", ""), "negative")
     return runs.describe(
         model,
         settings,
         reward,
         evaluation_rewards,
-        _prompts(given, "prompts"),
-        _prompts(given, "held_out_prompts"),
+        prompts_of(given, "prompts"),
+        prompts_of(given, "held_out_prompts"),
         negative,
-        _start_from(given),
+        start_from(given),
     )
 
 

@@ -55,7 +55,13 @@ class Model:
 
 
 class Settings(dict):
-    """Sections of a run description."""
+    """Sections of a run description.
+
+    Attributes:
+        preset: the name of the preset they come from; None for others.
+    """
+
+    preset: str | None = None
 
 
 class Objective(dict):

@@ -98,6 +98,13 @@ def _run_commands(commands: Commands) -> None:
 
 def _evaluation_commands(commands: Commands) -> None:
     """Commands that look at a description or at LoRAs without training."""
+    estimate = commands.add_parser("estimate", help="say what a run takes in memory and time, without training")
+    estimate.add_argument("description", type=Path, help="run description, YAML or JSON")
+    _settings(estimate)
+    estimate.add_argument("--processes", type=_positive, default=1, help="processes that will share the run")
+    estimate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    estimate.set_defaults(run=_estimate)
+
     evaluate = commands.add_parser("evaluate", help="judge the base model and LoRAs on held-out prompts")
     evaluate.add_argument("description", type=Path, help="run description, YAML or JSON, or the directory of a run")
     evaluate.add_argument("loras", nargs="*", type=Path, metavar="LORA", help="LoRA file, or the directory of a run")
@@ -193,6 +200,17 @@ def _stop(args: argparse.Namespace) -> int:
     stopped = launch.stop(run)
     state = run.status().get("state", "never started")
     print(f"{'stopped' if stopped else 'was not running'}: {args.directory} ({state})")
+    return FINISHED
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from .estimate.command import run_estimate
+    from .utils.files import write_json
+
+    forecast = run_estimate(read_config(args.description, args.overrides), args.processes)
+    print(forecast.text())
+    if args.json is not None:
+        write_json(args.json, forecast.record())
     return FINISHED
 
 

@@ -13,6 +13,7 @@ from .adapters.start import check_start
 from .check import Checked, check_run
 from .collect import Collector, gather_scores
 from .config import RunConfig
+from .estimate.pace import Pace
 from .evaluate import Evaluator
 from .models import check_kernel
 from .objectives.advantage import mean_group_std
@@ -93,6 +94,7 @@ class Trainer:
         self.collector = Collector(config, checked, self.model, self.prompting, processes, execution, self.recorder)
         self.engine = Engine(self.objective, self.model, self.policy, processes, execution)
         self.evaluator = Evaluator(config, checked, self.model, self.held_out_prompting, processes, execution)
+        self.pace = Pace(self, checked)
 
     # ---------------------------------------------------------------------------------------------- the run
 
@@ -107,6 +109,7 @@ class Trainer:
         try:
             if self.model.needs_opening_check:
                 preflight.check(self.engine, self.prompting, self.prompts.texts)
+            self.pace.begin()
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()
                 if self._evaluation_is_due():
@@ -164,6 +167,7 @@ class Trainer:
     def _after(self, event: dict) -> None:
         improved, verdict = self.watchdog.watch(event, self.objective.alarm(event["objective"]))
         self.recorder.event(event)
+        self.pace.take(event)
         if self.processes.is_main:
             if warning := self.objective.warning(event["objective"]):
                 print(f"warning: iteration {event['iteration']}: {warning}", file=sys.stderr)

@@ -122,6 +122,8 @@ class RunView:
         if running and self.recent and status.get("state") == "running":
             seconds = sum(event["seconds"]["total"] for event in self.recent) / len(self.recent)
             lines.append(f"{duration(seconds * (total - done))} left")
+        elif running and isinstance(estimate := status.get("estimate"), dict) and "left" in estimate:
+            lines.append(f"about {duration(estimate['left'])} in all (estimate)")
         if status.get("state") == "failed":
             lines.append(str(status.get("error")))
         if not running and (summary := self.run.summary()):

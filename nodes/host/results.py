@@ -71,6 +71,14 @@ def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool) -> io
     return io.NodeOutput(*found, ui=shown)
 
 
+def unwatched(run: RunDirectory, cls: type[io.ComfyNode]) -> io.NodeOutput:
+    """The state of a run that nobody waits for any more; no node behind it is executed."""
+    found = result(run, cls, status_first=True)
+    text = f"{found.ui['text'][0]}\nno longer watched; the run goes on"
+    say(text, cls.hidden.unique_id)
+    return io.NodeOutput(*(ExecutionBlocker(None) for _ in found.args), ui={**found.ui, "text": (text,)})
+
+
 def _or_blocked(value: object | None) -> object:
     return ExecutionBlocker(None) if value is None else value
 

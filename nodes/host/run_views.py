@@ -123,11 +123,20 @@ def brief(run: RunDirectory) -> dict[str, Any]:
         "iteration": iteration,
         "iterations": iterations,
         "phase": _phase(status.get("progress")),
-        "seconds_left": pace * (iterations - iteration) if pace is not None and state == "running" else None,
+        "seconds_left": _seconds_left(status, pace, iterations - iteration) if state == "running" else None,
         "reward": means[0] if means else None,
         "time": status.get("time"),
         "error": status.get("error"),
     }
+
+
+def _seconds_left(status: dict[str, Any], pace: float | None, iterations: int) -> float | None:
+    """To the end: from the newest iterations, before them from the run's own estimate."""
+    if pace is not None:
+        return pace * iterations
+    estimate = status.get("estimate")
+    left = estimate.get("left") if isinstance(estimate, dict) else None
+    return left if isinstance(left, int | float) else None
 
 
 def _phase(progress: object) -> str | None:
@@ -157,7 +166,31 @@ def _lora_name(name: str) -> str | None:
 def list_runs() -> list[dict[str, Any]]:
     """All runs, the most recently changed first."""
     found = [RunDirectory(path.parent) for path in runs_folder().glob("*/run.yaml")]
-    return sorted((brief(run) for run in found), key=lambda run: run["time"] or 0, reverse=True)
+    return sorted((_listed(run) for run in found), key=lambda run: run["time"] or 0, reverse=True)
+
+
+_ended: dict[Path, tuple[tuple, dict[str, Any]]] = {}
+"""Lines of runs that have ended, with what their files looked like: most of a long list never changes again."""
+
+
+def _listed(run: RunDirectory) -> dict[str, Any]:
+    """`brief`, read again only where the run goes on or its files have changed."""
+    stamp = tuple(_stamp(run.path / name) for name in ("status.json", "events.jsonl", "run.yaml"))
+    known = _ended.get(run.path)
+    if known is not None and known[0] == stamp:
+        return known[1]
+    line = brief(run)
+    if line["state"] in launch.ENDED and not line["live"]:
+        _ended[run.path] = (stamp, line)
+    return line
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size
 
 
 def description(run: RunDirectory) -> str:

@@ -167,7 +167,7 @@ def begin(
             return run
         if is_finished(run) and not _is_extended(run, config):
             return run
-    _check(config, processes, gpus)
+    check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
         raise BadInput("conditioning needs a connected model and clip: connect model and clip, or disconnect it")
     with ExitStack() as stack:
@@ -176,7 +176,7 @@ def begin(
             encoded = stack.enter_context(encoded_prompts(clip, config, conditioning))
         if blueprint is not None:
             dry_run.refuse(blueprint, config, encoded and first_row(encoded))
-        _make_room(config, processes, gpus)
+        make_room(config, processes, gpus)
         run = RunDirectory.open(folder, config, ["ComfyUI", name])
         stack.callback(run.release)
         if launch.is_running(run):  # started by another ComfyUI in the meantime
@@ -203,8 +203,8 @@ def resume(run: RunDirectory) -> bool:
             f"run {run.path.name!r} has lost its file of encoded prompts, {Path(conditions).name}: queue its GRPO "
             "Train LoRA node again, which encodes the prompts again and resumes the run"
         )
-    _check(config, processes, gpus)
-    _make_room(config, processes, gpus)
+    check(config, processes, gpus)
+    make_room(config, processes, gpus)
     run.acquire()
     try:
         if launch.is_running(run):
@@ -251,8 +251,8 @@ def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> N
     _refuse_busy_gpus(gpus)
 
 
-def _check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
-    """Check what the trainer would check, so that errors appear on the node before anything starts."""
+def check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
+    """Refuse on the node, before anything starts, what the trainer would refuse."""
     check_run(config, processes, conditions_exist=False)
     if config.model.graph is not None and config.prompts.conditions is None:
         raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
@@ -272,7 +272,7 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
             )
 
 
-def _make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
+def make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     memory.free_memory()
     judges = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
     rewards = memory_together(map(load_reward, judges.values()))

@@ -55,3 +55,18 @@ def test_markup_in_an_error_stays_text(page: Any) -> None:
     }""")
     page.locator(".p-toast-message", has_text="<img src=x onerror=window.hit=1>").first.wait_for(timeout=10_000)
     assert page.evaluate("window.hit") is None
+
+
+def test_the_end_of_a_run_is_a_toast_of_the_page_itself(page: Any, comfy: Server) -> None:
+    toasts = page.evaluate("""async () => {
+        const {endToasts} = await import('/extensions/ComfyUI-DanceGRPO/js/ends.js');
+        const before = new Map([['a', 'running'], ['b', 'running'], ['c', 'finished'], ['e', 'running']]);
+        const now = [['a', 'finished'], ['b', 'failed'], ['c', 'finished'], ['d', 'stopped'], ['e', 'running']];
+        return endToasts(before, now.map(([name, state]) => ({name, state, error: state === 'failed' ? 'why' : null})));
+    }""")
+    assert [(toast["severity"], toast["summary"], toast["detail"]) for toast in toasts] == [
+        ("success", "run a", "finished"),
+        ("error", "run b", "failed: why"),
+    ]
+    with page.expect_request(lambda request: request.url.endswith("/dancegrpo/runs"), timeout=60_000):
+        """The page asks by itself, without the panel."""

@@ -170,7 +170,7 @@ def workflow(name: str) -> dict:
                 "runtime_iterations": 2,
                 "rollout_steps": 4,
                 "rollout_group_size": 2,
-                "evaluation_images_per_prompt": 1,
+                "overrides": "evaluation.images_per_prompt=1",
             }
         if title in ("Training prompts", "Held-out prompts"):
             inputs["value"] = "\n".join(inputs["value"].splitlines()[:2])
@@ -329,6 +329,22 @@ def test_cancel_leaves_no_process_and_a_run_that_goes_on(comfy: Server, processe
         assert len(numbers) >= len(done)
         loras = (comfy.base / "output" / "loras" / "dancegrpo").glob(f"{name}_*.safetensors")
         assert list(loras) or not numbers
+
+
+def test_who_stops_watching_has_no_failed_job_and_the_run_goes_on(comfy: Server) -> None:
+    comfy.run(graph("watched", LONG, wait=False))
+    until(lambda: len(iterations(comfy, "watched")) >= 1)
+    prompt = look("watched", "watch")
+    prompt["behind"] = {"class_type": "PreviewAny", "inputs": {"source": ["run", 0]}}
+    queued = comfy.queue(prompt)
+    time.sleep(3)
+    comfy.post("/interrupt", {})
+    entry = comfy.wait(queued)
+    assert entry["status"]["status_str"] == "success"
+    assert entry["outputs"]["run"]["text"][0].endswith("no longer watched; the run goes on")
+    assert "behind" not in entry["outputs"], "what waits for the end of the run is not executed"
+    assert processes_of(comfy, "watched")
+    comfy.run(look("watched", "stop"))
 
 
 # ------------------------------------------------------------------------------------------------- death and restart

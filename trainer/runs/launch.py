@@ -176,6 +176,14 @@ def start(arguments: list[str], log: Path, gpus: list[int] | None = None) -> int
     return child.pid
 
 
+def exit_code(pid: int) -> int | None:
+    """The exit code of a process that `start` began here, asked for once; None while it goes on."""
+    code = _started[pid].poll()
+    if code is not None:
+        del _started[pid]
+    return code
+
+
 def start_run(run: RunDirectory, processes: int = 1, gpus: list[int] | None = None) -> None:
     """Start or resume a run in the background. The caller holds its lock, and releases it afterwards.
 

@@ -30,8 +30,10 @@ class Progress:
             self.bar = tqdm(total=iterations, unit="it", dynamic_ncols=True)
 
     def __call__(self, event: dict) -> None:
-        """Handle an iteration's event, `{"evaluation": record}`, or `{"progress": {"phase", "done", "total"}}`."""
-        if "progress" in event:
+        """Take in an event, `{"evaluation": record}`, `{"note": str}` or `{"progress": {"phase", "done", "total"}}`."""
+        if "note" in event:
+            self._say(event["note"])
+        elif "progress" in event:
             self._take_progress(**event["progress"])
         elif "evaluation" in event:
             values = ", ".join(f"{name} {number(value)}" for name, value in event["evaluation"]["rewards"].items())

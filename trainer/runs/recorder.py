@@ -79,6 +79,11 @@ class Recorder:
             self._written = now
             self.run.write_status(self.state, progress=progress)
 
+    def estimate(self, figures: dict) -> None:
+        """Put into the status how long the run will take: seconds per iteration and to the end."""
+        if self.writes:
+            self.run.write_status(self.state, estimate=figures)
+
     def event(self, event: dict) -> None:
         """Append the event of an iteration to the log."""
         if self.writes:

@@ -2,11 +2,13 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { announceEnds } from "./ends.js";
 import { showErrors } from "./errors.js";
 
 app.registerExtension({
   name: "DanceGRPO",
   setup() {
     showErrors(app, api);
+    announceEnds(app);
   },
 });

@@ -49,22 +49,11 @@ export function runsView(panel) {
   const message = h("p", { class: "dg-muted", role: "status" });
   const bin = h("div", { class: "dg-bin" });
   let detail = null;
-  let states = new Map();
-
-  function announce(runs) {
-    for (const run of runs) {
-      const before = states.get(run.name);
-      if (before && before !== run.state && ["finished", "stopped", "failed"].includes(run.state)) {
-        panel.notify(`run ${run.name}: ${run.state}`, run.state === "failed" ? "error" : "success");
-      }
-    }
-    states = new Map(runs.map((run) => [run.name, run.state]));
-  }
 
   const refresh = poll(
     async (signal) => {
+      if (detail) return;
       const { runs, deleted } = await get("/runs", signal);
-      announce(runs);
       if (detail) return;
       message.textContent = runs.length ? "" : "No runs yet. Queue a graph with GRPO Train LoRA, and it appears here.";
       put(list, runs.map(row));

@@ -183,6 +183,11 @@ class DiffusersModel(DiffusionModel):
         return {f"{PICTURE}latents": (latent_channels(vae), config.height // scale, config.width // scale)}
 
     @classmethod
+    def prompt_tokens(cls, config: ModelConfig) -> int:
+        """Tokens of a prompt; of a long one where prompts differ."""
+        return cls.text_tokens
+
+    @classmethod
     def empty_conditions(cls, config: ModelConfig, count: int, device: torch.device) -> Conditions:
         """Conditions of zeros with the shapes of real ones, for `text_tokens` tokens."""
         network = cls.network_config(config)
@@ -190,7 +195,8 @@ class DiffusersModel(DiffusionModel):
         shapes |= dict.fromkeys(cls.condition_masks, (None,)) | cls.picture_shapes(config)
         if "pooled" in shapes:
             shapes["pooled"] = shapes["pooled"][1:]
-        sizes = {name: [cls.text_tokens if size is None else size for size in shape] for name, shape in shapes.items()}
+        tokens = cls.prompt_tokens(config)
+        sizes = {name: [tokens if size is None else size for size in shape] for name, shape in shapes.items()}
         kinds = {name: torch.long if name.endswith("mask") else torch.float32 for name in sizes}
         return Conditions({n: torch.zeros(count, *size, dtype=kinds[n], device=device) for n, size in sizes.items()})
 

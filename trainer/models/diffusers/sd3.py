@@ -34,6 +34,14 @@ class SD3Model(DiffusersModel):
         return WEIGHTS if config.path == "embedded" else Path(config.path)
 
     @classmethod
+    def prompt_tokens(cls, config: ModelConfig) -> int:
+        """Those of CLIP, and of T5 where the folder has it."""
+        folder = cls.folder(config)
+        file = folder / "text_encoder" / "config.json"
+        clip = read_json(file).get("max_position_embeddings", 77) if file.is_file() else 77
+        return clip + (T5_TOKENS if (folder / "text_encoder_3").is_dir() else 0)
+
+    @classmethod
     def size_step(cls, network: dict[str, Any], vae: dict[str, Any]) -> tuple[int, int | None]:
         return vae_scale(vae) * network["patch_size"], None
 

@@ -1,0 +1,189 @@
+"""Which calls an iteration makes: counted by running it on a stand-in for the model, a layer of four weights.
+
+So no objective needs a formula of its own, and what several images share is counted as it is computed: once.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..check import Checked
+from ..collect import Collector
+from ..config import ModelConfig, RunConfig
+from ..diffusion.process import Process
+from ..models import Conditions, DiffusionModel
+from ..objectives import make_objective
+from ..objectives.base import Resources
+from ..objectives.engine import Engine
+from ..policy import Policy
+from ..rewards import Reward
+from ..rollout import Execution, Prompting
+from ..runs.metrics import Clock
+from ..runs.recorder import Recorder
+from ..utils.distributed import Processes
+
+
+@dataclass(frozen=True)
+class Call:
+    """
+    Attributes:
+        kind: forward, train (forward and backward), decode, encode, score, decode-train or score-train.
+        rows: latents or images.
+        scale: of guidance, which doubles the work; of forward and train.
+        reward: whose; of score and score-train.
+    """
+
+    kind: str
+    rows: int
+    scale: float = 1.0
+    reward: str = ""
+
+
+Calls = Counter[Call]
+
+
+class StandIn(DiffusionModel):
+    """Takes and gives what a model does, on latents of a few numbers, and counts its calls.
+
+    Args:
+        process: of the model it stands for.
+        levels: gives its noise levels.
+        calls: where they are counted.
+    """
+
+    family = "stand-in"
+    default_targets = ("0",)
+
+    def __init__(
+        self, process: Process, levels: Callable[[int, float | None], list[float]], device: torch.device, calls: Calls
+    ) -> None:
+        self.config, self.process, self.levels, self.calls = ModelConfig(), process, levels, calls
+        self.module = nn.Sequential(nn.Linear(2, 2)).to(device).requires_grad_(False)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        return (1, 2, 2)
+
+    def sigmas(self, steps: int, shift: float | None) -> list[float]:
+        return self.levels(steps, shift)
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        return self.module(latents)
+
+    def predict_guided(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        guidance_scale: float = 1.0,
+        unconditional: Conditions | None = None,
+    ) -> Tensor:
+        self.calls[Call("train" if torch.is_grad_enabled() else "forward", len(latents), guidance_scale)] += 1
+        return self.predict(latents, sigma, conditions)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        trained = torch.is_grad_enabled() and latents.requires_grad
+        self.calls[Call("decode-train" if trained else "decode", len(latents))] += 1
+        return latents.expand(-1, 3, -1, -1).sigmoid()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        self.calls[Call("encode", len(images))] += 1
+        return images.new_zeros(len(images), *self.latent_shape)
+
+    def lora_key(self, module_name: str) -> str:
+        return module_name
+
+    @staticmethod
+    def check(config: ModelConfig) -> None:
+        """There is nothing to look at."""
+
+    @classmethod
+    def load(cls, config: ModelConfig, device: torch.device) -> "StandIn":
+        raise NotImplementedError
+
+    @classmethod
+    def encode_pieces(
+        cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
+    ) -> Iterator[Conditions]:
+        raise NotImplementedError
+
+
+class StandInJudge(Reward):
+    """Scores that differ from image to image, so that every group can be trained on; counts its calls."""
+
+    name = "stand-in"
+    differentiable = True
+    typical_range = (0.0, 1.0)
+
+    def __init__(self, judge: Reward, name: str, calls: Calls) -> None:
+        super().__init__()
+        self.name, self.media, self.groupwise, self.calls = name, "image", judge.groupwise, calls
+
+    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
+        kind = "score-train" if images.requires_grad and torch.is_grad_enabled() else "score"
+        self.calls[Call(kind, len(images), reward=self.name)] += 1
+        weights = torch.arange(images[0].numel(), device=images.device, dtype=images.dtype)
+        return images.flatten(1) @ weights.cos()
+
+
+def iteration_calls(
+    config: RunConfig,
+    checked: Checked,
+    process: Process,
+    levels: Callable[[int, float | None], list[float]],
+    processes: Processes,
+) -> Calls:
+    """The calls that this process makes in a run's first iteration, if no group is skipped.
+
+    Args:
+        checked: prompts and rewards; its objective is left alone.
+        process, levels: of the model.
+    """
+    calls: Calls = Counter()
+    lora = config.lora.model_copy(update={"targets": ["0"], "rank": 1, "alpha": 1.0, "start_from": None})
+    config = config.model_copy(update={"lora": lora})
+    model, objective = StandIn(process, levels, processes.device, calls), make_objective(config)
+    checked = replace(checked, objective=objective, rewards=_judges(checked.rewards, calls))
+    policy = Policy(model, config, objective.keeps_old_weights)
+    prompting = _prompting(len(checked.prompts.texts))
+    objective.setup(Resources(model, policy, checked.rewards, prompting, processes))
+    execution, recorder = Execution(config.rollout.batch_size), Recorder(None, config, None, False)
+    experience = Collector(config, checked, model, prompting, processes, execution, recorder).collect(0, Clock())
+    Engine(objective, model, policy, processes, execution).update(experience)
+    return calls
+
+
+def _judges(rewards: Mapping[str, Reward], calls: Calls) -> dict[str, Reward]:
+    return {name: StandInJudge(judge, name, calls) for name, judge in rewards.items()}
+
+
+def _prompting(count: int) -> Prompting:
+    return Prompting(Conditions({"x": torch.zeros(count, 1)}), Conditions({"x": torch.zeros(1, 1)}))
+
+
+def evaluation_calls(config: RunConfig, checked: Checked, processes: Processes) -> Calls:
+    """The calls that this process makes in one evaluation of the held-out prompts."""
+    calls: Calls = Counter()
+    images = len(processes.share(len(checked.held_out.texts) * config.evaluation.images_per_prompt))
+    steps = config.evaluation.steps or config.rollout.steps
+    scale = config.evaluation.guidance_scale
+    scale = config.rollout.guidance_scale if scale is None else scale
+    size = config.rollout.batch_size
+    for rows in [size] * (images // size) + ([images % size] if images % size else []):
+        calls[Call("forward", rows, scale)] += steps
+        calls[Call("decode", rows)] += 1
+        for name in checked.all_rewards:
+            calls[Call("score", rows, reward=name)] += 1
+    return calls
+
+
+def evaluations(config: RunConfig, checked: Checked) -> int:
+    """How many evaluations a whole run makes."""
+    if not checked.held_out.texts:
+        return 0
+    every, iterations = config.evaluation.every, config.runtime.iterations
+    return 2 + ((iterations - 1) // every if every else 0)

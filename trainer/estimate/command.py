@@ -1,0 +1,89 @@
+"""Estimating a run: memory from shapes, time from measured calls."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..check import Checked, check_run
+from ..config import RunConfig
+from ..rewards.threshold import Threshold
+from ..utils.console import quiet_libraries
+from ..utils.distributed import Processes
+from . import memory
+from .calls import evaluation_calls, evaluations, iteration_calls
+from .forecast import Forecast
+from .measure import Meter, phases
+
+if TYPE_CHECKING:
+    from ..loop import Trainer
+
+ASKED_LATER = ".remote."
+"""In the module names of rewards that are asked over a network, where a request may cost money."""
+
+
+def run_estimate(config: RunConfig, processes: int = 1) -> Forecast:
+    """Memory and time of a run on this machine; loads everything, makes a few calls of each kind, and trains nothing.
+
+    Args:
+        processes: that will share the run, each with a device like this one.
+
+    Raises:
+        BadInput: the description cannot run.
+    """
+    quiet_libraries()
+    checked, here = check_run(config, processes), Processes(config.runtime.device)
+    forecast = _computed(config, checked, processes, here.device)
+    if not forecast.fits:
+        return forecast
+    from ..loop import Trainer
+
+    started = time.perf_counter()
+    try:
+        trainer = Trainer(config, None, here)
+        forecast.start = time.perf_counter() - started
+        measure(forecast, trainer, checked, processes)
+    except torch.OutOfMemoryError:
+        forecast.needed, forecast.is_measured, forecast.seconds = forecast.free + 1, True, {}
+    return forecast
+
+
+def _computed(config: RunConfig, checked: Checked, processes: int, device: torch.device) -> Forecast:
+    on_cpu = device.type == "cpu"
+    parts = memory.parts(config, checked, processes, on_cpu)
+    if config.model.graph is None:
+        found: list = memory.changes(config, checked, processes, on_cpu)
+    else:
+        found = [(change, None) for change in memory.GRAPH_CHANGES]
+    needed = memory.peak(parts, on_cpu) if config.model.graph is None else 0  # ComfyUI leaves in RAM what does not fit
+    name, free = memory.name_of(device), memory.free_bytes(device)
+    return Forecast(name, config.runtime.iterations, parts=parts, needed=needed, free=free, changes=found)
+
+
+def measure(forecast: Forecast, trainer: "Trainer", checked: Checked, processes: int, quick: bool = False) -> None:
+    """Fill in the seconds, and the memory that making the calls took.
+
+    Args:
+        processes: among which an iteration's work is divided.
+        quick: measure every call once.
+    """
+    config, device = trainer.config, trainer.processes.device
+    model, meter = trainer.model, Meter(trainer, quick)
+    forecast.unmeasured = [name for name, judge in checked.all_rewards.items() if _is_remote(judge)]
+    calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes)
+    judged = evaluation_calls(config, checked, trainer.processes)
+    for counted in (calls, judged):
+        for call in [call for call in counted if call.reward in forecast.unmeasured]:
+            del counted[call]
+    shares = processes / trainer.processes.count  # what is counted is this process's part already
+    forecast.seconds = {name: value / shares for name, value in phases(meter.seconds(calls)).items()}
+    forecast.seconds["optimizer"] = config.objective.updates * meter.optimizer_step()
+    forecast.seconds["saving"] = meter.saving() / config.runtime.checkpoint_every
+    forecast.evaluations = evaluations(config, checked)
+    forecast.evaluation = sum(meter.seconds(judged).values()) / shares
+    forecast.needed, forecast.is_measured = memory.measured_peak(device) + forecast.parts[memory.HELD], True
+
+
+def _is_remote(judge: object) -> bool:
+    inner = judge.reward if isinstance(judge, Threshold) else judge
+    return ASKED_LATER in type(inner).__module__

@@ -1,0 +1,191 @@
+"""Seconds of the calls of a run, measured on the loaded model at their real sizes."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from ..rewards import differentiable_score
+from ..score import score_by_group
+from ..utils.seeds import noise
+from .calls import Call, Calls
+
+if TYPE_CHECKING:
+    from ..loop import Trainer
+
+SCORED = 16
+"""Images that a reward is measured on."""
+SHORT, LONG = 0.5, 10.0
+"""Seconds: a shorter call is measured more often, a longer one is not made again after the first."""
+
+
+class Meter:
+    """
+    Args:
+        trainer: with everything loaded.
+        quick: measure every call once, after one that does not count.
+        clock: seconds.
+    """
+
+    def __init__(self, trainer: "Trainer", quick: bool = False, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.quick, self.clock = quick, clock
+        self.trainer, self.model = trainer, trainer.model
+        self.device = trainer.processes.device
+        self._known: dict[Call, float] = {}
+
+    def seconds(self, calls: Calls) -> dict[str, float]:
+        """Seconds of all calls together, by kind.
+
+        Of calls that differ in their number of rows alone, the largest and the smallest are measured; the time of the
+        others is taken from the line through both.
+        """
+        total: dict[str, float] = {}
+        for call, count in calls.items():
+            same = [other for other in calls if (other.kind, other.scale, other.reward) == _like(call)]
+            total[call.kind] = total.get(call.kind, 0.0) + count * self._of(call, same)
+        return total
+
+    def _of(self, call: Call, same: list[Call]) -> float:
+        ends = sorted(same, key=lambda other: other.rows)
+        low, high = ends[0], ends[-1]
+        longest = self._measured(high)
+        if low.rows == high.rows or call == high:
+            return longest * call.rows / high.rows
+        shortest = self._measured(low)
+        share = (call.rows - low.rows) / (high.rows - low.rows)
+        return shortest + share * (longest - shortest)
+
+    def _measured(self, call: Call) -> float:
+        if call not in self._known:
+            self._known[call] = self._measure(call)
+        return self._known[call]
+
+    def _measure(self, call: Call) -> float:
+        action, part = getattr(self, f"_{call.kind.replace('-', '_')}")(call)
+        return self._timed(action) * part
+
+    def _timed(self, action: Callable[[], object]) -> float:
+        """Seconds of a call that is not the first of its kind."""
+        first = self._once(action)
+        if first > LONG:
+            return first
+        return statistics.median(self._once(action) for _ in range(1 if self.quick or first > SHORT else 3))
+
+    def _once(self, action: Callable[[], object]) -> float:
+        self._wait()
+        started = self.clock()
+        action()
+        self._wait()
+        return self.clock() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --------------------------------------------------------------- what is called, and its share of the real call
+
+    def _latents(self, rows: int) -> torch.Tensor:
+        return torch.stack([noise(self.model.latent_shape, 0, "estimate", i) for i in range(rows)]).to(self.device)
+
+    def _prediction(self, call: Call) -> Callable[[], torch.Tensor]:
+        prompting = self.trainer.prompting
+        index = torch.arange(call.rows) % len(self.trainer.prompts.texts)
+        latents, conditions = self._latents(call.rows), prompting.rows(index).to(self.device)
+        level = torch.full((call.rows,), 0.7, device=self.device)
+        return lambda: self.model.predict_guided(
+            latents, level, conditions.conditions, call.scale, conditions.unconditional
+        )
+
+    def _forward(self, call: Call) -> tuple[Callable[[], object], float]:
+        return torch.no_grad()(self._prediction(call)), 1.0
+
+    def _train(self, call: Call) -> tuple[Callable[[], object], float]:
+        predict, optimizer = self._prediction(call), self.trainer.policy.optimizer
+
+        def action() -> None:
+            predict().square().mean().backward()
+            optimizer.zero_grad(set_to_none=True)
+
+        return action, 1.0
+
+    def _decode(self, call: Call) -> tuple[Callable[[], object], float]:
+        rows = min(call.rows, self.model.decode_batch_size)
+        latents = self._latents(rows)
+        return torch.no_grad()(lambda: self.model.decode(latents)), call.rows / rows
+
+    def _encode(self, call: Call) -> tuple[Callable[[], object], float]:
+        rows = min(call.rows, self.model.decode_batch_size)
+        with torch.no_grad():
+            images = self.model.decode(self._latents(rows))
+        return lambda: self.model.encode_image(images), call.rows / rows
+
+    def _score(self, call: Call) -> tuple[Callable[[], object], float]:
+        reward, rows = self.trainer.evaluator.rewards[call.reward], min(call.rows, SCORED)
+        images, texts = self._images(rows), self._texts(rows)
+
+        def action() -> None:
+            score_by_group(reward, images, texts, [0] * rows)
+            reward.idle()
+
+        return action, call.rows / rows
+
+    def _decode_train(self, call: Call) -> tuple[Callable[[], object], float]:
+        latents = self._latents(call.rows).requires_grad_()
+        decode = lambda: checkpoint(self.model.decode, latents, use_reentrant=False).square().mean()  # noqa: E731
+        return lambda: torch.autograd.grad(decode(), latents), 0.5  # counted twice: it is computed again backward
+
+    def _score_train(self, call: Call) -> tuple[Callable[[], object], float]:
+        reward, texts = self.trainer.collector.rewards[call.reward], self._texts(call.rows)
+        images = self._images(call.rows).requires_grad_()
+        return lambda: torch.autograd.grad(differentiable_score(reward, images, texts).sum(), images), 1.0
+
+    @torch.no_grad()
+    def _images(self, rows: int) -> torch.Tensor:
+        return self.model.decode(self._latents(rows))
+
+    def _texts(self, rows: int) -> list[str]:
+        return [self.trainer.prompts.scored[0]] * rows
+
+    # ----------------------------------------------------------------------------------------------- the rest
+
+    def optimizer_step(self) -> float:
+        """Seconds of one step of AdamW on copies of the LoRA's weights."""
+        copies = [p.detach().clone().requires_grad_() for p in self.trainer.policy.parameters.values()]
+        optimizer = torch.optim.AdamW(copies, lr=1e-6)
+
+        def action() -> None:
+            for parameter in copies:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.nn.utils.clip_grad_norm_(copies, 1.0)
+            optimizer.step()
+
+        return self._timed(action)
+
+    def saving(self) -> float:
+        """Seconds of making a checkpoint and the LoRA's file, without the disk."""
+        from safetensors.torch import save
+
+        policy = self.trainer.policy
+
+        def action() -> None:
+            save({name: value.detach().cpu().contiguous().clone() for name, value in policy.tensors().items()})
+            save({name: value.cpu().contiguous() for name, value in policy.result().items()})
+
+        return self._timed(action)
+
+
+def _like(call: Call) -> tuple:
+    return call.kind, call.scale, call.reward
+
+
+def phases(kinds: dict[str, float]) -> dict[str, float]:
+    """Seconds by the phases of an iteration."""
+    names = {"forward": "forward passes", "train": "forward and backward passes", "score": "rewards"}
+    names |= {"score-train": "rewards", "decode-train": "decode", "encode": "decode"}
+    found: dict[str, float] = {}
+    for kind, value in kinds.items():
+        found[names.get(kind, kind)] = found.get(names.get(kind, kind), 0.0) + value
+    return found

@@ -1,0 +1,146 @@
+"""Memory of a run by part, known before anything is loaded, and what would make it smaller."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ..check import Checked
+from ..config import RunConfig
+from ..models.diffusers.family import DiffusersModel
+from ..models.memory import BYTES, parameter_count, run_memory, weight_bytes
+from ..runs.memory import iteration_bytes
+from ..shapes import WEIGHTS
+
+NETWORK, ADAPTER, HELD, PROCESS = (
+    "network and VAE",
+    "LoRA, gradients and optimizer",
+    "latents and images of an iteration",
+    "Python and libraries",
+)
+ROLLOUT, UPDATE, DECODE, REWARDS, ENCODERS = (
+    "activations of the rollout",
+    "activations of the update",
+    "decode",
+    "rewards",
+    "text encoders",
+)
+TURNS = (ROLLOUT, UPDATE, DECODE, REWARDS)
+"""Parts of which one at a time is on the device."""
+WORTH_IT = 0.02
+"""A change is named if it saves at least this share of the peak."""
+
+
+def parts(config: RunConfig, checked: Checked, processes: int, on_cpu: bool) -> dict[str, int]:
+    """Bytes of one process by part. For ComfyUI's models, activations are known only once they are measured.
+
+    The device's context, fragmentation and workspaces of kernels are not counted.
+    """
+    found: dict[str, int] = {}
+    if issubclass(checked.family, DiffusersModel):
+        memory = run_memory(checked.family, config, processes)
+        found |= {NETWORK: memory.weights, ADAPTER: memory.adapter, ROLLOUT: memory.rollout, UPDATE: memory.update}
+        found |= {DECODE: memory.decode, ENCODERS: _encoders(config)}
+    else:
+        found[NETWORK] = weight_bytes(config.model, processes)
+    found[REWARDS] = sum(judge.memory() for judge in checked.all_rewards.values())
+    found[HELD] = iteration_bytes(config, processes)
+    if on_cpu:
+        found[PROCESS] = psutil.Process().memory_info().rss
+    return found
+
+
+def _encoders(config: RunConfig) -> int:
+    """Bytes of the text encoders, which are there while the prompts are encoded only."""
+    if config.prompts.conditions is not None:
+        return 0
+    folder = WEIGHTS if config.model.path == "embedded" else Path(config.model.path)
+    count = sum(parameter_count(path) for path in folder.glob("text_encoder*") if path.is_dir())
+    return int(count * BYTES[config.model.dtype])
+
+
+def peak(found: dict[str, int], on_cpu: bool) -> int:
+    """Bytes at the peak: on a GPU one of what takes turns is there; in RAM the rewards' weights stay."""
+    base = found.get(NETWORK, 0) + found.get(ADAPTER, 0) + found.get(HELD, 0)
+    turns = [found.get(name, 0) for name in TURNS if not (on_cpu and name == REWARDS)]
+    always = found.get(PROCESS, 0) + (found.get(REWARDS, 0) if on_cpu else 0)
+    return always + max(base + max(turns), found.get(ENCODERS, 0))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may take of the device, with what it has already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+
+
+def name_of(device: torch.device) -> str:
+    """What people call it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this computer's RAM"
+
+
+def measured_peak(device: torch.device) -> int:
+    """The largest memory of this process so far: on the GPU, or in RAM."""
+    from ..runs.metrics import peak_memory
+
+    return int(peak_memory(device) * 2**20)
+
+
+# -------------------------------------------------------------------------------------------------- what to change
+
+
+def changes(config: RunConfig, checked: Checked, processes: int, on_cpu: bool) -> list[tuple[str, int]]:
+    """Settings that save memory, each alone, with the bytes it saves: what costs least comes first."""
+    if not issubclass(checked.family, DiffusersModel):
+        return []
+    now = parts(config, checked, processes, on_cpu)
+    whole, found = peak(now, on_cpu), []
+    for label, changed in _candidates(config, checked.family):
+        saved = whole - peak(parts(changed, checked, processes, on_cpu), on_cpu)
+        if saved >= WORTH_IT * whole:
+            found.append((label, saved))
+    return found
+
+
+def _candidates(config: RunConfig, family: type[DiffusersModel]) -> Iterator[tuple[str, RunConfig]]:
+    model, objective, rollout = config.model, config.objective, config.rollout
+    if not model.gradient_checkpointing:
+        yield "model.gradient_checkpointing=true", _with(config, "model", gradient_checkpointing=True)
+    if objective.batch_size > 1:
+        size = objective.batch_size // 2
+        yield f"objective.batch_size={size}", _with(config, "objective", batch_size=size)
+    if rollout.batch_size > 1:
+        size = rollout.batch_size // 2
+        yield f"rollout.batch_size={size}", _with(config, "rollout", batch_size=size)
+    if model.decode_batch_size != 1:
+        yield "model.decode_batch_size=1", _with(config, "model", decode_batch_size=1)
+    if model.dtype == "float32" and model.path != "embedded":
+        yield "model.dtype=bfloat16", _with(config, "model", dtype="bfloat16")
+    for kind in ("int8", "nf4") if model.quantization is None and model.path != "embedded" else ():
+        yield f"model.quantization={kind}", _with(config, "model", quantization=kind)
+    if config.lora.rank > 8:
+        rank = config.lora.rank // 2
+        yield f"lora.rank={rank}", _with(config, "lora", rank=rank)
+    if rollout.group_size > 4:
+        group = rollout.group_size // 2
+        yield f"rollout.group_size={group}", _with(config, "rollout", group_size=group)
+    smaller = {side: getattr(model, side) * 3 // 4 // 64 * 64 for side in ("width", "height")}
+    if min(smaller.values()) >= 256:
+        label = f"model.width={smaller['width']} and model.height={smaller['height']}"
+        yield label, _with(config, "model", **smaller)
+
+
+def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+GRAPH_CHANGES: tuple[str, ...] = (
+    "load an fp8 file of the model: half the memory of bfloat16 weights",
+    "raise reserve_gb of GRPO Base Model: ComfyUI then leaves more of the weights in RAM",
+    "model.gradient_checkpointing=true",
+    "objective.batch_size and rollout.batch_size: halve them",
+    "a smaller width and height in GRPO Base Model",
+)
+"""What can be changed where the model is one of a ComfyUI graph; in the order of what costs least."""

@@ -1,0 +1,77 @@
+"""What a run says of its own cost: once when it starts, and again after its first iterations."""
+
+import statistics
+import sys
+from typing import TYPE_CHECKING
+
+from ..check import Checked
+from ..runs.memory import iteration_bytes
+from ..utils.errors import BadInput, RunFailed, StopRequested
+from . import memory
+from .command import measure
+from .forecast import Forecast
+
+if TYPE_CHECKING:
+    from ..loop import Trainer
+
+FEWEST = 10
+"""Iterations still to come that are worth an estimate."""
+FIRST = 4
+"""Iterations after which it is corrected; the very first, which is slower, does not count."""
+
+
+class Pace:
+    """
+    Args:
+        trainer: with everything loaded.
+        checked: what its description stands for.
+    """
+
+    def __init__(self, trainer: "Trainer", checked: Checked) -> None:
+        self.trainer, self.checked = trainer, checked
+        self.forecast: Forecast | None = None
+        self.seen: list[float] = []
+
+    def begin(self) -> None:
+        """Measure and say it, if the run has enough iterations left.
+
+        A divided network is left out: its processes must make the same calls, and each would measure its own.
+        """
+        trainer = self.trainer
+        left = trainer.config.runtime.iterations - trainer.iteration
+        if left < FEWEST or trainer.config.model.sharded:
+            return
+        trainer.recorder.progress("estimate", 0, 1)
+        device, count = trainer.processes.device, trainer.processes.count
+        forecast = Forecast(memory.name_of(device), left, free=memory.free_bytes(device))
+        forecast.parts[memory.HELD] = iteration_bytes(trainer.config, count)
+        try:
+            measure(forecast, trainer, self.checked, count, quick=True)
+        except (BadInput, RunFailed, StopRequested):
+            raise
+        except Exception as error:  # noqa: BLE001 - an estimate is not worth a run
+            print(f"warning: the run could not be estimated ({type(error).__name__}: {error})", file=sys.stderr)
+            return
+        self.forecast = forecast
+        self._tell(forecast.line(), forecast.iteration, forecast.whole, corrected=False)
+
+    def take(self, event: dict) -> None:
+        """Correct it from the iterations that have been made."""
+        if self.forecast is None or len(self.seen) >= FIRST:
+            return
+        self.seen.append(event["seconds"]["total"])
+        if len(self.seen) < FIRST:
+            return
+        forecast, actual = self.forecast, statistics.mean(self.seen[1:])
+        left = self.trainer.config.runtime.iterations - self.trainer.iteration
+        # Evaluations make the same kinds of calls as iterations, so they are off by the same factor.
+        evaluation = forecast.evaluation * actual / forecast.iteration
+        whole = left * actual + max(forecast.evaluations - 1, 0) * evaluation
+        changed = Forecast(forecast.device, left, {"iteration": actual}, evaluation, forecast.evaluations)
+        self._tell(changed.corrected(whole), actual, whole, corrected=True)
+
+    def _tell(self, line: str, iteration: float, whole: float, corrected: bool) -> None:
+        trainer = self.trainer
+        if trainer.processes.is_main:
+            trainer.listener({"note": line})
+        trainer.recorder.estimate({"iteration": iteration, "left": whole, "corrected": corrected})
