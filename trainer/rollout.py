@@ -184,7 +184,10 @@ def sample(
         if not plan.stochastic[i]:
             latents = solver.step(latents, prediction, sigma, sigma_next)
             continue
-        step = kernels.step(plan.kernel, latents, prediction, sigma, sigma_next, plan.eta, noise=step_noise(i))
+        noise = step_noise(i)
+        step = kernels.step(
+            plan.kernel, latents, prediction, sigma, sigma_next, plan.eta, noise=noise, process=model.process
+        )
         solver.reset()
         starts.append(latents)
         ends.append(step.next_sample)

@@ -292,6 +292,7 @@ class Actions:
             self.sigma_next[self.row_of],
             self.experience.plan.eta,
             next_sample=self.next_samples,
+            process=self.model.process,
         )
 
 

@@ -20,9 +20,8 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
-from stages import engine_for, experience_of, gradients_of, items_of
+from stages import InFloat64, engine_for, experience_of, gradients_of, items_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import nodes as comfy_nodes
 
@@ -44,6 +43,8 @@ class Case:
         detected: what to change in `config` so that core's loader recognises a file of it, for it takes the width of
             heads and of texts as given; None where it only knows the released sizes.
         detected_text: `text` then.
+        marks: names of empty tensors by which core recognises this kind of a released file.
+        rounding: by how much core's euler may differ, of its largest value.
     """
 
     core: str
@@ -54,6 +55,8 @@ class Case:
     name: str = field(default="")
     detected: dict | None = None
     detected_text: tuple[int, int | None] = (16, None)
+    marks: tuple[str, ...] = ()
+    rounding: float = 1e-5
 
     def __str__(self) -> str:
         return self.name or self.core
@@ -238,6 +241,9 @@ LTXV_HEADS = {
 CASES = [
     Case("SD15", SD15, (16, None), (64, 64, 1), detected=ONE_LEVEL, detected_text=(768, None)),
     Case("SDXL", SDXL, (16, 1280), (64, 64, 1)),
+    Case("SDXL", SDXL, (16, 1280), (64, 64, 1), name="SDXLv", marks=("v_pred",)),
+    # Core's first latents are 4519 times as large as its last, and rounded accordingly.
+    Case("SDXL", SDXL, (16, 1280), (64, 64, 1), name="SDXLzsnr", marks=("v_pred", "ztsnr"), rounding=3e-4),
     Case("SD3", SD3, (16, 16), detected={}, detected_text=(16, 16)),
     Case("Flux", FLUX, (16, 16), extra=lambda: {"guidance": 6.0}, detected=FLUX_HEAD, detected_text=(16, 16)),
     Case("Flux2", FLUX2, (16, None), detected=HEAD | {"axes_dim": [32] * 4}),
@@ -305,7 +311,7 @@ def new_patcher(case: Case, dtype: torch.dtype = torch.float32) -> Any:
     description = getattr(comfy.supported_models, case.core)(dict(case.config))
     description.unet_config = dict(case.config)
     description.set_inference_dtype(dtype, None)
-    base = description.get_model({}, "", device="cpu")
+    base = description.get_model(dict.fromkeys(case.marks, torch.empty(0)), "", device="cpu")
     base.diffusion_model.to(dtype)
     random_weights(base.diffusion_model)
     patcher = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
@@ -411,7 +417,7 @@ def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.
     reference = new_patcher(case)
     base = core_samples(trained, reference)
     comfy.model_management.in_training = True
-    assert relative(deterministic(pack, trained), base) < 1e-5, "the rollout is not core's euler"
+    assert relative(deterministic(pack, trained), base) < case.rounding, "the rollout is not core's euler"
 
     trained.wake()
     learned = deterministic(pack, trained)
@@ -424,7 +430,9 @@ def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.
     assert len(patches) == len(weights) // 3
     patched = reference.clone()
     assert set(patched.add_patches(patches)) == set(patches)
-    assert relative(core_samples(trained, patched), learned) < 1e-4, "the file is not what was trained"
+    assert relative(core_samples(trained, patched), learned) < max(1e-4, case.rounding), (
+        "the file is not what was trained"
+    )
 
     comfy.model_management.in_training = True
     assert ratio_deviation(pack, trained) < 1e-6
@@ -475,22 +483,6 @@ def test_a_single_file_is_loaded_again_as_the_graph_loaded_it(
     assert relative(*sampled) < 1e-5
 
 
-class InFloat64(TorchDispatchMode):
-    """Inside, what a network computes in float32 whatever it is given (positions, norms) is computed in float64."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
-        keywords = {name: wide(value) for name, value in (keywords or {}).items()}
-        return function(*map(wide, arguments), **keywords)
-
-
-def wide(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.dtype == torch.float32 else value
-    if isinstance(value, list | tuple):
-        return [wide(part) for part in value]
-    return torch.float64 if value is torch.float32 else value
-
-
 PAIRS = [(0, 0), (1, 1)]
 """Two actions (trajectory, step), of different prompts and noise levels."""
 ADVANTAGES = [1.0, -0.6]
@@ -518,9 +510,8 @@ def objective_of(pack: Callable, trained: Trained, sampled: Any) -> float:
         conditions = trained.prompting.conditions.rows(torch.tensor([i]))
         prediction = trained.model.predict_guided(latents, level, conditions, 2.0, trained.prompting.unconditional)
         sigmas = plan.sigmas[place], plan.sigmas[place + 1]
-        again = step(
-            plan.kernel, latents, prediction, *sigmas, plan.eta, next_sample=kept.next_samples[place, i : i + 1]
-        )
+        outcome, process = kept.next_samples[place, i : i + 1], trained.model.process
+        again = step(plan.kernel, latents, prediction, *sigmas, plan.eta, next_sample=outcome, process=process)
         losses.append(-(again.log_prob - kept.log_probs[place, i]).exp() * advantage)
     return torch.cat(losses).mean().item()
 
@@ -656,3 +647,22 @@ def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: 
         refuse(*described(pack, ltxv, new_patcher(ltxv)), entries.EntryConditions.of([lacking]))
     with pytest.raises(bad, match=r"needs something that clip does not give \('pooled_output'\)"):
         refuse(*described(pack, sdxl, new_patcher(sdxl)), entries.EntryConditions.of([lacking]))
+
+
+def test_zero_terminal_snr_of_cores_node_is_carried_over_for_models_that_predict_v(pack: Callable) -> None:
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    load, config = pack("trainer.models.comfy.load"), pack("trainer.config")
+    case = next(case for case in CASES if case.core == "SDXL")
+    patcher = new_patcher(case)
+    patched = ModelSamplingDiscrete().patch(patcher, "v_prediction", True)[0]
+    sampling = patched.get_model_object("model_sampling")
+    assert sampling.sigma_max > 4000
+    description = load.describe_sampling(sampling, SAMPLING)
+    assert description == {"kind": "noise", "predicts": "v", "zsnr": True}
+    again = load.build_sampling(config.GraphSampling(**description), patcher.model.model_config, SAMPLING)
+    assert torch.equal(again.sigmas, sampling.sigmas)
+    assert load.process_of(again, SAMPLING).name == "vp-v"
+    of_noise = ModelSamplingDiscrete().patch(patcher, "eps", True)[0].get_model_object("model_sampling")
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match="predicts noise .* zero signal at its end"):
+        load.process_of(of_noise, SAMPLING)

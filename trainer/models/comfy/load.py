@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import GraphModel, GraphSampling, ModelConfig
-from ...diffusion.process import FLOW, VP, Process
+from ...diffusion.process import FLOW, VP, VP_V, Process
 from ...utils.errors import BadInput
 
 
@@ -65,7 +65,8 @@ _PREDICTS = {"flow": "CONST", "noise": "EPS", "v": "V_PREDICTION"}
 def build_sampling(description: GraphSampling, model_config: Any, kinds: ModuleType) -> Any:
     """A `model_sampling` as core's own nodes make it."""
     kind, predicts = getattr(kinds, _KINDS[description.kind]), getattr(kinds, _PREDICTS[description.predicts])
-    sampling = type("GraphSampling", (kind, predicts), {})(model_config)
+    options = {"zsnr": description.zsnr} if description.kind == "noise" else {}
+    sampling = type("GraphSampling", (kind, predicts), {})(model_config, **options)
     given = {"shift": description.shift, "multiplier": description.multiplier}
     given = {name: value for name, value in given.items() if value is not None}
     if given:
@@ -88,25 +89,31 @@ def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
     for name in ("shift", "multiplier"):
         if hasattr(sampling, name):
             found[name] = float(getattr(sampling, name))
-    return found
+    return found | ({"zsnr": bool(sampling.zsnr)} if known[0] == "noise" else {})
 
 
 # ------------------------------------------------------------------------------------------------------- what fits
 
 
 def process_of(sampling: Any, kinds: ModuleType) -> Process:
-    """The process of a `model_sampling`: FLOW for a flow model, VP for one of noise levels x0 + s noise.
+    """The process of a `model_sampling`: FLOW for a flow model; for one of noise levels x0 + s noise VP_V where the
+    network predicts v, else VP.
 
     Raises:
         BadInput: it is neither.
     """
     names = [kind.__name__ for kind in type(sampling).__mro__]
-    if getattr(sampling, "noise_scale", 1.0) != 1.0 or getattr(sampling, "zsnr", False):
-        raise BadInput(f"the model's noise ({names[1]}) is scaled or has zero signal at its end: it cannot be trained")
+    if getattr(sampling, "noise_scale", 1.0) != 1.0:
+        raise BadInput(f"the model's noise ({names[1]}) is scaled by {sampling.noise_scale:g}: it cannot be trained")
+    if getattr(sampling, "zsnr", False) and not isinstance(sampling, kinds.V_PREDICTION):
+        raise BadInput(
+            f"the model predicts noise ({names[2]}) and has zero signal at its end, where noise says nothing: set zsnr "
+            "off, or sampling to v_prediction if the model predicts that, in core's ModelSamplingDiscrete"
+        )
     if isinstance(sampling, kinds.CONST) and "IMG_TO_IMG_FLOW" not in names and "ModelSamplingAV" not in names:
         return FLOW
     if isinstance(sampling, kinds.EPS) and "IMG_TO_IMG" not in names:
-        return VP
+        return VP_V if isinstance(sampling, kinds.V_PREDICTION) else VP
     raise BadInput(f"the model's sampling ({', '.join(names[1:3])}) is neither that of flow nor of noise prediction")
 
 

@@ -32,13 +32,15 @@ from .load import (
 )
 
 WEIGHT_FILES = (".safetensors", ".sft")
+LARGEST_SIGMA = 1000.0
+"""Levels of noise models (in ComfyUI's scale) up to here are taken as they are, also above the model's own."""
 
 
 class ComfyModel(DiffusionModel):
     """A model behind ComfyUI's `BaseModel`, image or video.
 
-    Flow models are of the process FLOW, models that predict noise, v or the image of VP. ComfyUI holds the latents of
-    the latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
+    Flow models are of the process FLOW, models that predict v of VP_V, those that predict noise or the image of VP.
+    ComfyUI holds the latents of the two latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
 
     Args:
         patcher: ComfyUI's `ModelPatcher`, loaded, without patches.
@@ -70,6 +72,7 @@ class ComfyModel(DiffusionModel):
             vae.first_stage_model.requires_grad_(False)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
+        self._largest_sigma = max(float(self.base.model_sampling.sigma_max), LARGEST_SIGMA)
         self._is_resident = False
         patcher.pre_run()
 
@@ -130,15 +133,21 @@ class ComfyModel(DiffusionModel):
         return self.guided(positive, self._predict(latents, sigma, alone, "negative"), guidance_scale)
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, branch: str) -> Tensor:
-        level = sigma.float().double()
+        level = self._with_signal(sigma.float().double())
         scale = self.process.k_scale(level)
         sigmas = (level * scale).float()
-        noisy = latents * _column(scale.float(), latents)
+        noisy = latents * _column(scale, latents).to(latents.dtype)
         self._make_resident()
         groups = [(rows.to(latents.device), entry) for rows, entry in conditions.groups()]
         parts = [self._denoised(noisy[rows], sigmas[rows], entry, branch) for rows, entry in groups]
         order = torch.cat([rows for rows, _ in groups]).argsort()
-        return ((noisy - torch.cat(parts)[order]) / _column(sigmas, noisy)).float()
+        return self.process.predicting(latents, torch.cat(parts)[order], level).float()
+
+    def _with_signal(self, level: Tensor) -> Tensor:
+        """ComfyUI has a little signal at the highest level of models with zero terminal SNR; float32 rounds it to 0."""
+        if self.process is FLOW:
+            return level
+        return level.clamp(max=self.process.from_k_sigma(self._largest_sigma))
 
     def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
         """ComfyUI's estimate of the clean latents."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...diffusion.process import VP
+from ...diffusion.process import VP, VP_V
 from ...utils.errors import BadInput
 from ..base import Conditions
 from .family import DiffusersModel
@@ -17,7 +17,10 @@ from .vae import vae_scale
 
 
 class StableDiffusionModel(DiffusersModel):
-    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752). A noise level is sqrt(1 - alpha_bar) of a training timestep."""
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752). A noise level is sqrt(1 - alpha_bar) of a training timestep.
+
+    Instances that predict v are of process VP_V.
+    """
 
     family = "sd"
     pipelines = ("StableDiffusionPipeline",)
@@ -38,7 +41,7 @@ class StableDiffusionModel(DiffusersModel):
         self.scheduler = _scheduler(self.folder(config))
         levels = (1 - self.scheduler.alphas_cumprod.double()).sqrt()
         self._levels = levels.to(next(module.parameters()).device)
-        self._predicts_v = self.scheduler.config.prediction_type == "v_prediction"
+        self.process = VP_V if self.scheduler.config.prediction_type == "v_prediction" else VP
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -49,8 +52,12 @@ class StableDiffusionModel(DiffusersModel):
             raise BadInput(
                 f"model.path: the scheduler's prediction_type is {kind!r}, and only epsilon and v_prediction are known"
             )
-        if scheduler.get("rescale_betas_zero_snr"):
-            raise BadInput("model.path: the scheduler has rescale_betas_zero_snr, whose first level ddim cannot leave")
+        if scheduler.get("rescale_betas_zero_snr") and kind == "epsilon":
+            raise BadInput(
+                "model.path: the scheduler has rescale_betas_zero_snr with prediction_type epsilon, and a predicted "
+                "noise says nothing at a level without signal: set prediction_type to v_prediction if the model "
+                "predicts that"
+            )
 
     @classmethod
     def check_channels(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
@@ -82,17 +89,13 @@ class StableDiffusionModel(DiffusersModel):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         timestep = (sigma.double()[:, None] - self._levels).abs().argmin(1)
-        output = self.module(
+        return self.module(
             latents.to(self.dtype),
             timestep,
             encoder_hidden_states=conditions.tensors["embeds"].to(self.dtype),
             added_cond_kwargs=self.added_conditions(conditions),
             return_dict=False,
         )[0].float()
-        if not self._predicts_v:
-            return output
-        level = self._levels[timestep].view(-1, 1, 1, 1)
-        return ((1 - level**2).sqrt() * output + level * latents).float()
 
     def added_conditions(self, conditions: Conditions) -> dict[str, Tensor] | None:
         """What the UNet takes beside the text."""
@@ -136,9 +139,12 @@ class SDXLModel(StableDiffusionModel):
 
 
 def _scheduler(folder: Path) -> Any:
+    """DDIM with the folder's settings; with zero terminal SNR, from the level without signal on, as ComfyUI samples."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    trailing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
+    return DDIMScheduler.from_config(config | trailing)
 
 
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)")
