@@ -241,7 +241,7 @@ def hidden(path: Path) -> Iterator[None]:
 
 def test_every_family_names_a_target_that_matches_nothing(family: str, fitting: ModelConfig) -> None:
     kind = model_class(fitting)
-    with pytest.raises(BadInput, match="lora.targets: 'attn.nothing' matches no linear layer of this model, such as"):
+    with pytest.raises(BadInput, match="lora.targets: 'attn.nothing' matches no linear or convolution layer of"):
         kind.check_targets(fitting, ["to_q", "attn.nothing"])
     kind.check_targets(fitting, list(kind.default_targets))
 

@@ -362,7 +362,9 @@ class Trained:
             parameter.data = (scale * draw(*parameter.shape, seed=i)).to(parameter)
 
 
-def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) -> Trained:
+def graph_model(
+    pack: Callable, case: Case, patcher: Any, targets: list[str] | None = None, **settings: object
+) -> Trained:
     config_module, models = pack("trainer.config"), pack("trainer.models")
     rollout, schedule = pack("trainer.rollout"), pack("trainer.models.comfy.model")
     height, width, frames = case.size
@@ -371,7 +373,9 @@ def graph_model(pack: Callable, case: Case, patcher: Any, **settings: object) ->
         family="comfy", graph=graph, height=height, width=width, frames=frames, **settings
     )
     model = schedule.ComfyModel(patcher, None, config)
-    engine = engine_for(model, {"batch_size": 4, "clip_range": 0.99}, pack, lora={"rank": 2, "alpha": 6})
+    engine = engine_for(
+        model, {"batch_size": 4, "clip_range": 0.99}, pack, lora={"rank": 2, "alpha": 6, "targets": targets}
+    )
     kernel = pack("trainer.diffusion.kernels").stochastic(model.process)[0]
     sigmas = model.sigmas(STEPS, None)
     plan = rollout.Plan(kernel, 0.3, sigmas, [True] * (STEPS - 1) + [False], False, 2.0)
@@ -413,7 +417,21 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def test_rollout_lora_file_and_ratio(pack: Callable, case: Case, caplog: pytest.LogCaptureFixture) -> None:
-    trained = graph_model(pack, case, new_patcher(case))
+    check_rollout(pack, case, caplog)
+
+
+LOCON = ["in_layers.2", "out_layers.3", "skip_connection", "op", "conv", "input_blocks.0.0", "proj_in", "to_q"]
+
+
+@pytest.mark.parametrize("core", ["SD15", "SDXL"])
+def test_convolutions_of_a_unet_are_trained_too(pack: Callable, core: str, caplog: pytest.LogCaptureFixture) -> None:
+    check_rollout(pack, next(case for case in CASES if case.core == core), caplog, LOCON)
+
+
+def check_rollout(
+    pack: Callable, case: Case, caplog: pytest.LogCaptureFixture, targets: list[str] | None = None
+) -> None:
+    trained = graph_model(pack, case, new_patcher(case), targets)
     reference = new_patcher(case)
     base = core_samples(trained, reference)
     comfy.model_management.in_training = True
@@ -637,7 +655,7 @@ def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: 
     refuse(*described(pack, flux, patcher), None)
     with pytest.raises(bad, match="rollout.kernel is 'ddim': models of family comfy take"):
         refuse(*described(pack, flux, patcher, rollout={"kernel": "ddim"}), None)
-    with pytest.raises(bad, match="lora.targets: 'attention.qkv' matches no linear layer"):
+    with pytest.raises(bad, match="lora.targets: 'attention.qkv' matches no linear or convolution layer"):
         refuse(*described(pack, flux, patcher, lora={"targets": ["attention.qkv"]}), None)
     with pytest.raises(bad, match="there are 3 sigmas, and 6 steps take 7"):
         refuse(*described(pack, flux, patcher, [1.0, 0.5, 0.0], rollout={"kernel": "dance", "steps": 6}), None)

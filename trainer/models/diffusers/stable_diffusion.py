@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: UNets that predict noise or v, sampled with DDIM."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class StableDiffusionModel(DiffusersModel):
         return None
 
     def lora_key(self, module_name: str) -> str:
-        native = native_name(module_name, self.module.config.layers_per_block)
+        upsampled_after = [len(getattr(block, "attentions", ())) > 0 for block in self.module.up_blocks]
+        native = native_name(module_name, self.module.config.layers_per_block, upsampled_after)
         if native is None:
             raise BadInput(f"lora.targets: ComfyUI has no name for {module_name!r} of this UNet")
         return f"diffusion_model.{native}"
@@ -148,8 +150,11 @@ def _scheduler(folder: Path) -> Any:
 
 
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)")
+_RESIZE = re.compile(r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv")
 _MIDDLE = re.compile(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)")
 _FIXED = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
@@ -157,11 +162,21 @@ _FIXED = {
 }
 
 
-def native_name(name: str, layers: int) -> str | None:
-    """The original name of a linear layer of diffusers' UNet, which ComfyUI uses; None where it has none.
+_INNER = {
+    "time_emb_proj": "emb_layers.1",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+"""Layers of a residual block."""
+
+
+def native_name(name: str, layers: int, attends: Sequence[bool]) -> str | None:
+    """The original name of a linear or convolution layer of diffusers' UNet, which ComfyUI uses; None without one.
 
     Args:
         layers: residual layers per block of the UNet's way down; its way up has one more.
+        attends: whether each block of its way up has attention.
     """
     if name in _FIXED:
         return _FIXED[name]
@@ -171,12 +186,13 @@ def native_name(name: str, layers: int) -> str | None:
             block_name = f"input_blocks.{1 + int(block) * (layers + 1) + int(layer)}"
         else:
             block_name = f"output_blocks.{int(block) * (layers + 1) + int(layer)}"
-        return f"{block_name}.{int(kind == 'attentions')}.{_inner(rest)}"
+        return f"{block_name}.{int(kind == 'attentions')}.{_INNER.get(rest, rest)}"
+    if match := _RESIZE.fullmatch(name):
+        way, block = match[1], int(match[2])
+        if way == "down":
+            return f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
+        return f"output_blocks.{block * (layers + 1) + layers}.{2 if attends[block] else 1}.conv"
     if match := _MIDDLE.fullmatch(name):
         kind, layer, rest = match.groups()
-        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_inner(rest)}"
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_INNER.get(rest, rest)}"
     return None
-
-
-def _inner(name: str) -> str:
-    return "emb_layers.1" if name == "time_emb_proj" else name
