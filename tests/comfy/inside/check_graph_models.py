@@ -16,9 +16,12 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
+import comfy_kitchen
 import folder_paths
 import pytest
 import torch
+from comfy_kitchen.backends.eager import rope
+from graph_families import MORE
 from safetensors.torch import save_file
 from stages import InFloat64, engine_for, experience_of, gradients_of, items_of
 from torch import Tensor
@@ -44,6 +47,7 @@ class Case:
             heads and of texts as given; None where it only knows the released sizes.
         detected_text: `text` then.
         marks: names of empty tensors by which core recognises this kind of a released file.
+        scale: of the LoRA's weights, so that it does something.
         rounding: by how much core's euler may differ, of its largest value.
     """
 
@@ -57,6 +61,7 @@ class Case:
     detected_text: tuple[int, int | None] = (16, None)
     marks: tuple[str, ...] = ()
     rounding: float = 1e-5
+    scale: float = 0.2
 
     def __str__(self) -> str:
         return self.name or self.core
@@ -294,6 +299,7 @@ CASES = [
         extra=lambda: {"reference_latents": [draw(1, 16, 1, 4, 6, seed=9)]},
         name="QwenImageEdit",
     ),
+    *(Case(**given) for given in MORE),
 ]
 
 
@@ -437,7 +443,7 @@ def check_rollout(
     comfy.model_management.in_training = True
     assert relative(deterministic(pack, trained), base) < case.rounding, "the rollout is not core's euler"
 
-    trained.wake()
+    trained.wake(case.scale)
     learned = deterministic(pack, trained)
     assert relative(learned, base) > 1e-2, "the LoRA does nothing, so this test would see nothing"
     weights = trained.lora.comfy_weights(trained.lora.parameters(trained.model.module), 6, trained.model.lora_key)
@@ -534,16 +540,50 @@ def objective_of(pack: Callable, trained: Trained, sampled: Any) -> float:
     return torch.cat(losses).mean().item()
 
 
-def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(pack: Callable, case: Case) -> None:
+ROTARY = ("apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope_split_half")
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_fused_rotary_kernels_have_the_gradient_of_their_formula(pack: Callable, name: str) -> None:
+    pack("trainer.models.comfy.autograd").differentiate_kernels()
+    angles = draw(1, 1, 3, 4, seed=3)
+    turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2))
+    states = [draw(1, 2, 3, 8, seed=seed) for seed in range(1 if name.endswith("1") else 2)]
+    scales = [1 + 0.1 * draw(8, seed=seed) for seed in (4, 5)] if name.startswith("rms") else []
+    weights = [draw(1, 2, 3, 8, seed=6 + i) for i in range(len(states))]
+
+    def weighted(kernel: Callable, inputs: list[Tensor]) -> Tensor:
+        found = kernel(*inputs[: len(states)], turns.to(inputs[0]), *inputs[len(states) :])
+        found = found if isinstance(found, tuple) else (found,)
+        return sum((value * weight.to(value)).sum() for value, weight in zip(found, weights, strict=True))
+
+    inputs = [value.clone().requires_grad_() for value in states + scales]
+    gradients = torch.autograd.grad(weighted(getattr(comfy_kitchen, name), inputs), inputs)
+    for i, gradient in enumerate(gradients):
+        direction = draw(*gradient.shape, seed=20 + i).double()
+        ends = []
+        for sign in (1, -1):
+            moved = [value.double() for value in states + scales]
+            moved[i] = moved[i] + sign * 1e-5 * direction
+            ends.append(weighted(getattr(rope, name), moved))
+        difference = ((ends[0] - ends[1]) / 2e-5).item()
+        assert (gradient.double() * direction).sum().item() == pytest.approx(difference, rel=1e-4)
+
+
+def test_gradient_is_that_of_finite_differences_with_checkpointing_and_without(
+    pack: Callable, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = graph_model(pack, case, new_patcher(case, torch.float64))
     checked = graph_model(pack, case, new_patcher(case, torch.float64), gradient_checkpointing=True)
     for trained in (plain, checked):
         trained.model.module.double()
         trained.noise = trained.noise.double()
+    for name in ROTARY:  # the fused kernels refuse float64
+        monkeypatch.setattr(comfy_kitchen, name, getattr(rope, name))
     with InFloat64():
         sampled = rolled_out(pack, plain)
-        plain.wake(0.02)
-        checked.wake(0.02)
+        plain.wake(case.scale / 10)
+        checked.wake(case.scale / 10)
         ours, again = gradient_of(pack, plain, sampled), gradient_of(pack, checked, sampled)
         for a, b in zip(ours, again, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)

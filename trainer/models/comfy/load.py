@@ -102,19 +102,21 @@ def process_of(sampling: Any, kinds: ModuleType) -> Process:
     Raises:
         BadInput: it is neither.
     """
-    names = [kind.__name__ for kind in type(sampling).__mro__]
+    names = [kind.__name__ for kind in type(sampling).__mro__ if kind.__module__ == kinds.__name__]
     if getattr(sampling, "noise_scale", 1.0) != 1.0:
-        raise BadInput(f"the model's noise ({names[1]}) is scaled by {sampling.noise_scale:g}: it cannot be trained")
-    if getattr(sampling, "zsnr", False) and not isinstance(sampling, kinds.V_PREDICTION):
-        raise BadInput(
-            f"the model predicts noise ({names[2]}) and has zero signal at its end, where noise says nothing: set zsnr "
-            "off, or sampling to v_prediction if the model predicts that, in core's ModelSamplingDiscrete"
-        )
+        raise BadInput(f"the model's noise is scaled by {sampling.noise_scale:g}, which training cannot follow yet")
     if isinstance(sampling, kinds.CONST) and "IMG_TO_IMG_FLOW" not in names and "ModelSamplingAV" not in names:
         return FLOW
-    if isinstance(sampling, kinds.EPS) and "IMG_TO_IMG" not in names:
-        return VP_V if isinstance(sampling, kinds.V_PREDICTION) else VP
-    raise BadInput(f"the model's sampling ({', '.join(names[1:3])}) is neither that of flow nor of noise prediction")
+    if not isinstance(sampling, kinds.EPS) or "IMG_TO_IMG" in names:
+        raise BadInput(f"the model's sampling ({', '.join(names)}) is neither that of flow nor of noise prediction")
+    if isinstance(sampling, kinds.V_PREDICTION):
+        return VP_V
+    if getattr(sampling, "zsnr", False):
+        raise BadInput(
+            "the model predicts noise and has zero signal at its end, where noise says nothing: set zsnr off, or "
+            "sampling to v_prediction if the model predicts that, in core's ModelSamplingDiscrete"
+        )
+    return VP
 
 
 def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
@@ -139,7 +141,7 @@ def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
     return (latent_format.latent_channels, (config.frames - 1) // frame_step + 1, *size)
 
 
-ZEROS_ARE_INPUT = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled")
+ZEROS_ARE_INPUT = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled", "Kandinsky5")
 """Core's classes whose extra input channels are zeros where there is no first frame, in training as well."""
 
 

@@ -15,7 +15,7 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from .autograd import OutOfPlace, checkpoint_blocks
+from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels
 from .conditions import EntryConditions
 from .load import (
     attention_layers,
@@ -59,6 +59,7 @@ class ComfyModel(DiffusionModel):
         self.patcher, self.vae, self.config = patcher, vae, config
         self.base, self.module = patcher.model, patcher.model.diffusion_model
         self.comfy = _modules()
+        differentiate_kernels()
         self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
         self.process = process_of(self.base.model_sampling, self.comfy.model_sampling)
         self.module.requires_grad_(False)
