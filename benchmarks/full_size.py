@@ -301,11 +301,15 @@ def train(data: dict) -> dict:
     watch.watch(trainer.model, "decode", "VAE")
     for reward in trainer.collector.rewards.values():
         watch.watch(reward, "score", "rewards")
+    started = time.process_time()
     event = trainer.iterate()
+    busy = time.process_time() - started
     inside = sum(watch.seconds.get(name, 0.0) for name in ("network", "VAE", "rewards"))
     keys = lora.comfy_weights(trainer.policy.parameters, config.lora.alpha, trainer.model.lora_key)
     return {
         "seconds": before | event["seconds"],
+        "busy": busy,
+        "weights": config.model.dtype if config.model.graph is None else config.model.graph.weights,
         "outside": 1 - inside / event["seconds"]["total"],
         "deviation": event["objective"]["rollout_deviation"]["max"],
         "forwards_per_image": event["forwards_per_image"],
@@ -325,6 +329,8 @@ def table(results: dict[str, dict]) -> str:
 
     for phase in phases:
         line(f"{phase}, s", lambda found, phase=phase: f"{found['seconds'].get(phase, 0.0):.1f}")
+    line("processor time of the iteration, s", lambda found: f"{found['busy']:.1f}")
+    line("type of the weights", lambda found: found["weights"])
     line("peak memory of the training process, GiB", lambda found: f"{found['memory'] / GIB:.1f}")
     line("largest deviation of a ratio from 1 before the update", lambda found: f"{found['deviation']:.1e}")
     line("forward passes per image", lambda found: f"{found['forwards_per_image']:.1f}")

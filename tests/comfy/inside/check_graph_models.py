@@ -724,3 +724,48 @@ def test_zero_terminal_snr_of_cores_node_is_carried_over_for_models_that_predict
     of_noise = ModelSamplingDiscrete().patch(patcher, "eps", True)[0].get_model_object("model_sampling")
     with pytest.raises(pack("trainer.utils.errors").BadInput, match="predicts noise .* zero signal at its end"):
         load.process_of(of_noise, SAMPLING)
+
+
+SMALL = {"hidden_size": 32, "num_heads": 2, "in_channels": 16, "out_channels": 16, "num_attention_heads": 2}
+NEITHER = "is neither that of flow nor of noise prediction"
+REFUSED = {
+    "ACEStep": r"\(ACEStep\) makes music",
+    "ACEStep15": "neither images nor videos",
+    "CogVideoX_I2V": NEITHER,
+    "CogVideoX_Inpaint": NEITHER,
+    "CogVideoX_T2V": NEITHER,
+    "CosmosI2VPredict2": rf"\(ModelSamplingCosmosRFlow, ModelSamplingContinuousEDM, COSMOS_RFLOW\) {NEITHER}",
+    "CosmosT2IPredict2": NEITHER,
+    "DepthAnything3": "measures depth",
+    "HiDreamO1": "noise is scaled by 8",
+    "Hunyuan3Dv2": "neither images nor videos",
+    "Hunyuan3Dv2_1": "neither images nor videos",
+    "Hunyuan3Dv2mini": "neither images nor videos",
+    "LTXAV": "videos with sound",
+    "LotusD": NEITHER,
+    "MiniMaxH3": NEITHER,
+    "MiniMaxMusic3": "neither images nor videos",
+    "RT_DETR_v4": "finds objects",
+    "SAM3": "finds objects",
+    "SAM31": "finds objects",
+    "SeedVR2": "enlarges pictures",
+    "Trellis2": "makes 3D models",
+    "TripoSplat": "makes 3D models",
+    "WAN21_FlowRVS": NEITHER,
+}
+"""Core's classes that cannot be trained, and why."""
+
+
+@pytest.mark.parametrize("core", REFUSED)
+def test_other_classes_of_cores_are_refused_in_a_sentence(pack: Callable, core: str) -> None:
+    load, kind = pack("trainer.models.comfy.load"), getattr(comfy.supported_models, core)
+    config = SMALL | dict(kind.unet_config)
+    description = kind(dict(config))
+    description.unet_config = config | {"disable_unet_model_creation": True}
+    base = description.get_model({}, "", device="cpu")
+    graph = {"folder": "x", "file": "x", "vae_file": "x"}
+    size = pack("trainer.config").ModelConfig(family="comfy", graph=graph, height=256, width=256)
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=REFUSED[core]):
+        load.check_task(base)
+        load.process_of(base.model_sampling, SAMPLING)
+        load.latent_shape(base.latent_format, size)

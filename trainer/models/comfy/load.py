@@ -119,6 +119,35 @@ def process_of(sampling: Any, kinds: ModuleType) -> Process:
     return VP
 
 
+_OTHER_TASKS = {
+    "ACEStep": "makes music",
+    "DepthAnything3": "measures depth",
+    "LTXAV": "makes videos with sound",
+    "RT_DETR_v4": "finds objects",
+    "SAM3": "finds objects",
+    "SeedVR2": "enlarges pictures and videos",
+    "Trellis2": "makes 3D models",
+    "TripoSplat": "makes 3D models",
+}
+"""Core's classes whose latents look like those of an image or a video, and what they do instead."""
+
+
+def check_task(base: Any) -> None:
+    """
+    Args:
+        base: ComfyUI's `BaseModel`.
+
+    Raises:
+        BadInput: the model makes neither images nor silent videos from a text.
+    """
+    name = next((kind.__name__ for kind in type(base).__mro__ if kind.__name__ in _OTHER_TASKS), None)
+    if name is not None:
+        raise BadInput(
+            f"the model ({name}) {_OTHER_TASKS[name]}, and training takes models of images and silent videos: connect "
+            "another one"
+        )
+
+
 def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
     """Shape of one image's or video's latents, by the model's own latent format.
 

@@ -21,6 +21,7 @@ from .load import (
     attention_layers,
     check_extra_channels,
     check_offload,
+    check_task,
     check_vae,
     decodes_with_noise,
     latent_shape,
@@ -59,6 +60,7 @@ class ComfyModel(DiffusionModel):
         self.patcher, self.vae, self.config = patcher, vae, config
         self.base, self.module = patcher.model, patcher.model.diffusion_model
         self.comfy = _modules()
+        check_task(self.base)
         differentiate_kernels()
         self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
         self.process = process_of(self.base.model_sampling, self.comfy.model_sampling)
