@@ -40,8 +40,8 @@ def distilled_notes(config: RunConfig) -> list[str]:
         return []
     steps = f"{max(least, 2)} to {most}" if most > max(least, 2) else str(most)
     return [
-        f"{name} is by its name a step-distilled model ({word}), and the run has {' and '.join(wrong)}: such models are "
-        f"made for {steps} steps and guidance_scale 1, and a LoRA should learn at the settings it will be used with"
+        f"{name} is by its name a step-distilled model ({word}), and the run has {' and '.join(wrong)}: such models "
+        f"are made for {steps} steps and guidance_scale 1, and a LoRA should learn at the settings it will be used with"
     ]
 
 
