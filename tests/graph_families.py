@@ -273,6 +273,8 @@ def mt5() -> dict:
     }
 
 
+PARTLY_SHAPED = ("HiDream", "ErnieImage", "Krea2", "Lens", "PixArtAlpha", "PixArtSigma", "HunyuanDiT", "HunyuanVideo15")
+"""Networks that need values for some step, so that without weights their conditions are looked at in part."""
 MORE = [
     {"core": "SD20", "config": UNET | {"adm_in_channels": None}, "text": (16, None), "size": (64, 64, 1)},
     {
@@ -310,3 +312,5 @@ MORE = [
     {"core": "WAN22_T2V", "config": WAN | {"in_dim": 48, "out_dim": 48}, "text": (16, None), "size": VIDEO},
     {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": references, "name": "QwenImageEditPlus"},
 ]
+for given in MORE:
+    given["shapes"] = given["core"] not in PARTLY_SHAPED

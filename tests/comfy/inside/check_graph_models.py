@@ -17,6 +17,7 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
 import comfy_kitchen
+import comfyui_version
 import folder_paths
 import pytest
 import torch
@@ -47,6 +48,7 @@ class Case:
             heads and of texts as given; None where it only knows the released sizes.
         detected_text: `text` then.
         marks: names of empty tensors by which core recognises this kind of a released file.
+        shapes: whether the network can be run without weights to its end, and complains of a wrong width.
         scale: of the LoRA's weights, so that it does something.
         rounding: by how much core's euler may differ, of its largest value.
     """
@@ -61,6 +63,7 @@ class Case:
     detected_text: tuple[int, int | None] = (16, None)
     marks: tuple[str, ...] = ()
     rounding: float = 1e-5
+    shapes: bool = True
     scale: float = 0.2
 
     def __str__(self) -> str:
@@ -669,6 +672,8 @@ def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable,
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)  # as on a GPU, where layers are filled later
     dry_run.refuse(blueprint, config, entries.of([entry(case, 1)]))
     assert comfy.memory_management.aimdo_enabled
+    if not case.shapes:
+        return
     assert reached, "the network was not run to its end, so that it could have refused nothing"
     assert not comfy.model_management.in_training, "the user's own sampling goes on as it was"
     wrong = entry(case, 1) | {"cross_attn": draw(1, 6, case.text[0] + 8)}
@@ -769,3 +774,12 @@ def test_other_classes_of_cores_are_refused_in_a_sentence(pack: Callable, core: 
         load.check_task(base)
         load.process_of(base.model_sampling, SAMPLING)
         load.latent_shape(base.latent_format, size)
+
+
+@pytest.mark.skipif(not comfyui_version.__version__.startswith("0.33."), reason="the page is about ComfyUI 0.33")
+def test_the_documentation_names_every_class_of_cores() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "comfy-backend.md").read_text()
+    tried = {case.core for case in CASES} | set(REFUSED)
+    assert [name for name in tried if f"`{name}`" not in page] == []
+    known = {kind.__name__ for kind in comfy.supported_models.models}
+    assert [name for name in known if f"`{name}`" not in page] == []
