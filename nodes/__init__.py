@@ -2,9 +2,22 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import base_model, demo, lora, prompts, rewards, run, sampling, settings, training, votes
+from . import (
+    base_model,
+    compare,
+    demo,
+    lora,
+    objective,
+    prompts,
+    rewards,
+    run,
+    sampling,
+    settings,
+    training,
+    votes,
+)
 
-MODULES = (sampling, lora, rewards, demo, base_model, training, run, settings, prompts, votes)
+MODULES = (sampling, lora, rewards, demo, base_model, training, compare, run, settings, objective, prompts, votes)
 
 
 class DanceGRPOExtension(ComfyExtension):

@@ -12,6 +12,7 @@ from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from ..trainer.utils.fields import choices, rules
 from . import types
+from .host.vote_collections import with_collection
 from .types import CATEGORY, SettingsType
 
 MAIN = (
@@ -109,13 +110,15 @@ def settings(data: dict, overrides: str) -> dict:
         overrides: text of the box, one setting per line.
 
     Raises:
-        BadInput: an unknown setting, a value that is not accepted, or one that belongs to another node.
+        BadInput: an unknown setting, a value that is not accepted, one that belongs to another node, or a collection
+            that does not exist.
     """
     sections = parse_sections({name: data.get(name, {}) for name in SECTIONS}, list(_lines(overrides)))
     for field in _ELSEWHERE:
         if getattr(sections["evaluation"], field):
             raise BadInput(f"setting evaluation.{field} is given on the node GRPO Train LoRA, not here")
-    return {name: section.model_dump(mode="json") for name, section in sections.items()}
+    found = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    return found | {"objective": with_collection(found["objective"])}
 
 
 def _lines(overrides: str) -> Iterator[str]:

@@ -9,11 +9,11 @@ from ..trainer.utils.errors import BadInput
 from . import types
 from .host import inputs, memory, progress, results, runs
 from .host.folders import check_name
-from .types import CATEGORY, ModelType, RewardType, SettingsType, connected
+from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
 
 BASE_MODEL = "(the base model)"
 MOST_PROCESSES = 64
-DESCRIPTIONS = ("reward", "settings", "evaluation_rewards")
+DESCRIPTIONS = ("reward", "settings", "evaluation_rewards", "objective")
 """Sockets whose values are made at no cost, and with which most mistakes are found."""
 LOADED = ("grpo_model", "clip", "conditioning")
 """Sockets behind which models are loaded."""
@@ -100,7 +100,12 @@ class TrainLoRA(io.ComfyNode):
 def _sockets() -> list[io.Input]:
     return [
         ModelType.Input("grpo_model", lazy=True, tooltip="The model that learns: GRPO Base Model or Demo Model."),
-        RewardType.Input("reward", lazy=True, tooltip="What is rewarded; Combine Rewards mixes several."),
+        RewardType.Input(
+            "reward",
+            optional=True,
+            lazy=True,
+            tooltip="What is rewarded; Combine Rewards mixes several. Only objective dpo with a collection needs none.",
+        ),
         io.Clip.Input(
             "clip",
             optional=True,
@@ -128,7 +133,11 @@ def _widgets() -> list[io.Input]:
             tooltip="Name of the run and its LoRA. It belongs to these settings: other settings need another name, but "
             "more iterations extend the run. Runs are in output/dancegrpo/runs, LoRAs in output/loras/dancegrpo.",
         ),
-        _text("prompts", "Training prompts, one per line; or a list of prompts. Each iteration uses some of them."),
+        _text(
+            "prompts",
+            "Training prompts, one per line; or a list of prompts. Each iteration uses some of them. Empty where the "
+            "objective trains on a collection, whose prompts it takes.",
+        ),
         _text(
             "held_out_prompts",
             "Prompts that are not trained on, one per line: images of them are scored before and after.",
@@ -176,6 +185,9 @@ def _late_inputs() -> list[io.Input]:
             tooltip="A LoRA to start from, instead of the base model alone: training continues to change it. It must "
             "be made for this model, and of no higher rank than lora.rank.",
         ),
+        ObjectiveType.Input(
+            "objective", optional=True, lazy=True, tooltip="GRPO Objective; without it, that of the settings."
+        ),
     ]
 
 
@@ -209,7 +221,8 @@ def _processes(given: dict[str, list]) -> tuple[int, list[int] | None]:
 
 def _check_widgets(given: dict[str, list]) -> None:
     check_name(inputs.single(given["name"], "name"))
-    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"))
+    decided = "settings" not in given and "objective" not in given  # else the objective may bring its own
+    runs.check_texts(_prompts(given, "prompts"), _prompts(given, "held_out_prompts"), needed=decided)
     _processes(given)
     inputs.single(given["wait"], "wait")
     _start_from(given)
@@ -227,11 +240,16 @@ def _start_from(given: dict[str, list]) -> Path | None:
 
 def _description(given: dict[str, list], model: dict) -> dict:
     """The plain data of the run description."""
-    reward, settings = inputs.single(given["reward"], "reward"), _optional(given, "settings")
+    reward, settings = _optional(given, "reward"), _optional(given, "settings")
     evaluation_rewards = _optional(given, "evaluation_rewards")
-    connected(reward, types.Rewards, "reward")
+    if reward is not None:
+        connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
+    objective = _optional(given, "objective")
+    if objective is not None:
+        connected(objective, types.Objective, "objective")
+        settings = {**(settings or {}), "objective": dict(objective)}
     if evaluation_rewards is not None:
         connected(evaluation_rewards, types.Rewards, "evaluation_rewards")
     negative = inputs.text(_optional(given, "negative", ""), "negative")

@@ -16,6 +16,8 @@ ModelType = io.Custom("GRPO_MODEL")
 """A `Model`."""
 SettingsType = io.Custom("GRPO_SETTINGS")
 """A `Settings`."""
+ObjectiveType = io.Custom("GRPO_OBJECTIVE")
+"""An `Objective`."""
 RunType = io.Custom("GRPO_RUN")
 """The name of a run on disk."""
 
@@ -54,6 +56,10 @@ class Model:
 
 class Settings(dict):
     """Sections of a run description."""
+
+
+class Objective(dict):
+    """The `objective` section of a run description."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,12 +12,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
 PACK = "ComfyUI-DanceGRPO"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
 
 
 def absence() -> str | None:
@@ -209,3 +215,42 @@ class Server:
     def images(self, output: dict) -> list[Path]:
         """The files of a node's saved or previewed images."""
         return [self.base / item["type"] / item["subfolder"] / item["filename"] for item in output["images"]]
+
+
+# ---------------------------------------------------------------------------------------------------------- a browser
+
+
+@contextmanager
+def panels(comfy: Server, count: int = 1, width: int = 1600, height: int = 1000, **options: object) -> Iterator[list]:
+    """Pages of ComfyUI with the pack's panel open, each in a browser context of its own, without common storage.
+
+    A test is skipped where there is no Chromium or playwright is not installed.
+
+    Args:
+        width, height: of the window.
+        options: further ones of playwright's `new_context`.
+    """
+    import pytest
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    comfy.post("/settings/Comfy.TutorialCompleted", True)
+    with playwright.sync_playwright() as driver:
+        window = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        size = {"width": width, "height": height}
+        pages = [window.new_context(viewport=size, **options).new_page() for _ in range(count)]
+        for page in pages:
+            page.set_default_timeout(120_000)
+            open_panel(page, comfy)
+        try:
+            yield pages
+        finally:
+            window.close()
+
+
+def open_panel(page: Any, comfy: Server) -> None:
+    """Load ComfyUI's page, also once more, and open the panel."""
+    page.goto(f"http://127.0.0.1:{comfy.port}/")
+    page.get_by_role("button", name="DanceGRPO").or_(page.locator(".dancegrpo-tab-button")).first.click()
+    page.wait_for_selector(".dg-panel")

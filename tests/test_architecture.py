@@ -94,6 +94,49 @@ def test_relative_imports_stay_inside_and_lead_somewhere(path: Path) -> None:
         assert target.with_suffix(".py").is_file() or (target / "__init__.py").is_file(), module
 
 
+def modules_imported_at_start(path: Path) -> Iterator[str]:
+    """Files of the trainer that importing this one imports: imports inside functions and for type checkers are not."""
+    for node in tree(path).body:
+        if not isinstance(node, ast.ImportFrom) or node.level == 0:
+            continue
+        folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+        for alias in node.names:
+            parts = [folder / alias.name, folder]
+            files = [f for part in parts for f in (part.with_suffix(".py"), part / "__init__.py") if f.is_file()]
+            yield name(files[0])
+
+
+def test_imports_have_no_cycle() -> None:
+    waiting = {name(path): set(modules_imported_at_start(path)) - {name(path)} for path in FILES}
+    while ready := {file for file, needed in waiting.items() if not needed & waiting.keys()}:
+        waiting = {file: needed for file, needed in waiting.items() if file not in ready}
+    assert waiting == {}, "these import each other"
+
+
+@pytest.mark.parametrize(
+    ("folder", "below"),
+    [
+        ("utils", ()),
+        ("diffusion", ("utils",)),
+        ("shapes", ("diffusion", "utils")),
+        ("adapters", ("utils", "config", "models")),
+        ("rewards", ("utils", "config", "shapes", "votes")),
+        ("votes", ("utils",)),
+    ],
+)
+def test_lower_parts_import_nothing_above_them(folder: str, below: tuple[str, ...]) -> None:
+    files = [path for path in FILES if name(path).startswith(f"{folder}/")]
+    imported = {file.split("/")[0].removesuffix(".py") for path in files for file in modules_imported_at_start(path)}
+    assert imported <= {folder, *below}
+
+
+@pytest.mark.parametrize("path", [*FILES, *NODES], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_the_trainer_knows_nothing_of_its_host(path: Path) -> None:
     assert name(path) in HOST_FILES or host_imports(tree(path)) == []

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .config import RunConfig
 from .models import DiffusionModel, check_kernel, model_class
-from .objectives import Objective, make_objective
+from .objectives import Objective, make_objective, objective_class
 from .prompts.conditions import check_conditions
 from .prompts.sets import PromptSet, read_prompts
 from .rewards import Reward, load_reward
@@ -48,7 +48,7 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     check_kernel(family, config.model.family, config.rollout)
     family.check_targets(config.model, config.lora.targets or [])
     objective = make_objective(config)
-    prompts, held_out = read_prompts(config, objective.training_prompts())
+    prompts, held_out = read_prompts(config, objective)
     rewards, all_rewards = check_rewards(config, processes, prompts, held_out)
     check_media(all_rewards, config.model.frames)
     objective.check(family, rewards)
@@ -68,9 +68,9 @@ def check_rewards(
     Raises:
         BadInput: prompts or rewards do not fit each other or the number of processes.
     """
-    images = config.rollout.prompts_per_iteration * config.rollout.group_size
-    if processes > images:
-        raise BadInput(f"{processes} processes are more than the {images} images of an iteration")
+    count, what = objective_class(config.objective).shares(config)
+    if processes > count:
+        raise BadInput(f"{processes} processes are more than the {count} {what} of an iteration")
     rewards = {reward.name: load_reward(reward) for reward in config.rewards}
     all_rewards = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
     check_groups(rewards, processes)

@@ -1,4 +1,4 @@
-"""The command line: train, resume, status, stop, demo, encode, score, reward-server, presets."""
+"""The command line; `python -m trainer --help` lists the commands."""
 
 import argparse
 import io
@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 from .config import RewardConfig, parse_config, preset, preset_names, read_config, settings
 from .runs import launch
@@ -39,14 +40,25 @@ def _make_printable() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainer", description="Teach an image model what you like.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _run_commands(commands)
+    _evaluation_commands(commands)
+    _reward_commands(commands)
+    _collect_arguments(commands)
+    return parser
 
+
+def _run_commands(commands: Commands) -> None:
+    """Commands that train, and those about a run and its description."""
     train = commands.add_parser("train", help="train a LoRA from a run description")
     train.add_argument("description", type=Path, help="run description, YAML or JSON")
     train.add_argument("--output", type=Path, help="run directory; default runs/<name of the description>")
-    train.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    _settings(train)
     train.add_argument("--processes", type=_positive, default=1, help="processes on this host (one per GPU)")
     train.set_defaults(run=_train)
 
@@ -67,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="train on the embedded model, without downloads")
     demo.add_argument("--output", type=Path, help="run directory; default runs/demo-<seed>")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    _settings(demo)
     demo.add_argument("--processes", type=_positive, default=1)
     demo.set_defaults(run=_demo)
 
@@ -76,9 +88,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("description", type=Path)
     encode.add_argument("--output", type=Path, required=True, help="file of conditions, .safetensors")
-    encode.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    _settings(encode)
     encode.set_defaults(run=_encode)
 
+    presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
+    presets.add_argument("name", nargs="?")
+    presets.set_defaults(run=_presets)
+
+
+def _evaluation_commands(commands: Commands) -> None:
+    """Commands that look at a description or at LoRAs without training."""
+    evaluate = commands.add_parser("evaluate", help="judge the base model and LoRAs on held-out prompts")
+    evaluate.add_argument("description", type=Path, help="run description, YAML or JSON, or the directory of a run")
+    evaluate.add_argument("loras", nargs="*", type=Path, metavar="LORA", help="LoRA file, or the directory of a run")
+    evaluate.add_argument("--prompts", type=Path, help="file of held-out prompts, in place of the description's")
+    evaluate.add_argument("--output", type=Path, help="folder for the results; default evaluations/<description>")
+    _settings(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _reward_commands(commands: Commands) -> None:
+    """Commands about a reward alone."""
     score = commands.add_parser("score", help="score image files with a reward")
     _reward_arguments(score)
     score.add_argument("images", nargs="+", type=Path)
@@ -91,10 +121,18 @@ def _parser() -> argparse.ArgumentParser:
     server.add_argument("--port", type=_port, default=8100)
     server.set_defaults(run=_reward_server)
 
-    presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
-    presets.add_argument("name", nargs="?")
-    presets.set_defaults(run=_presets)
-    return parser
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+
+
+def _collect_arguments(commands: Commands) -> None:
+    collect = commands.add_parser("collect", help="put a run's samples into a collection of votes")
+    collect.add_argument("directory", type=Path, help="run directory")
+    collect.add_argument("collection", type=Path, help="folder of the collection; made if there is none")
+    collect.add_argument("--kind", default="rollout", help="rollout (default) or evaluation")
+    collect.add_argument("--iteration", type=int, help="of the samples; default the newest")
+    collect.set_defaults(run=_collect)
 
 
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +196,23 @@ def _stop(args: argparse.Namespace) -> int:
     return FINISHED
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    from .evaluation.command import read_description, run_evaluation
+
+    config = read_description(args.description, args.overrides, args.prompts)
+    output = args.output or _unused(Path("evaluations") / args.description.resolve().stem)
+    run_evaluation(config, args.loras, output)
+    return FINISHED
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or one beside it with a number, so that no results are written over."""
+    number, free = 2, folder
+    while free.exists():
+        free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return free
+
+
 def _encode(args: argparse.Namespace) -> int:
     from .models import model_class
     from .prompts.conditions import encode_into, prompts_to_encode
@@ -207,6 +262,17 @@ def _reward_config(args: argparse.Namespace) -> RewardConfig:
 
     config = RewardConfig(name=args.reward, options=settings(args.options))
     return config if args.files is None else with_files_from(config, [args.files])
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from .runs.voting import import_run
+    from .votes import store
+
+    folder = args.collection.absolute()
+    collection = store.create(folder.parent, folder.name)
+    done = import_run(collection, RunDirectory.attach(args.directory), args.kind, args.iteration)
+    print(f"{done.new} images added to {folder}, {done.known} were there")
+    return FINISHED
 
 
 def _presets(args: argparse.Namespace) -> int:

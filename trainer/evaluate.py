@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .check import Checked
 from .config import RunConfig
+from .evaluation.looks import Embed, Look, looks, tabulate
 from .models import DiffusionModel
 from .objectives.advantage import Mixture
 from .rollout import Execution, Plan, Prompting, sample, unmatched
@@ -33,6 +34,8 @@ class Evaluation:
         categories: per reward, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
         samples: their prompts, seeds and scores.
+        scores: per reward, each image's, `[prompts, images per prompt]` float64; NaN where there is none.
+        looks: brightness, saturation and diversity, `[prompts, images per prompt]` or `[prompts, 1]`.
     """
 
     rewards: dict[str, float | None]
@@ -40,10 +43,23 @@ class Evaluation:
     categories: dict[str, dict[str, float | None]]
     images: Tensor
     samples: list[Sample]
+    scores: dict[str, Tensor]
+    looks: dict[str, Tensor]
 
     def record(self) -> dict:
         """Plain data, without the images."""
-        return {"rewards": self.rewards, "spread": self.spread, "categories": self.categories}
+        means = {name: _mean(values[values.isfinite()]) for name, values in self.looks.items()}
+        return {"rewards": self.rewards, "spread": self.spread, "categories": self.categories, "looks": means}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One image: its prompt, its number, its scores and its look."""
+
+    prompt: int
+    number: int
+    scores: dict[str, float]
+    look: Look
 
 
 class Evaluator:
@@ -53,6 +69,7 @@ class Evaluator:
         prompting: conditions of the held-out prompts, on the CPU.
         execution: of the forward passes. All images of a process are sampled in batches of its own, so it matches
             images, not forward passes.
+        embed: CLIP's image embeddings, for the diversity that they show; None leaves it out.
     """
 
     def __init__(
@@ -63,7 +80,9 @@ class Evaluator:
         prompting: Prompting,
         processes: Processes,
         execution: Execution,
+        embed: Embed | None = None,
     ) -> None:
+        self.embed = embed
         self.config, self.prompts, self.rewards = config, checked.held_out, checked.all_rewards
         self.model, self.prompting = model, prompting
         self.processes, self.execution = processes, execution
@@ -75,7 +94,7 @@ class Evaluator:
         Args:
             first: record of the run's first evaluation, in whose units rewards are mixed; None if this is the first.
         """
-        scores: list[tuple[int, dict[str, float]]] = []
+        rows: list[_Row] = []
         shown: list[tuple[int, Tensor, Sample]] = []
         batches = self._batches()
         for number, (pairs, own) in enumerate(batches):
@@ -86,14 +105,14 @@ class Evaluator:
             columns = {
                 name: score_by_group(reward, images, texts, groups).tolist() for name, reward in self.rewards.items()
             }
-            for row, (p, k) in enumerate(pairs[:own]):
-                scores.append((p, {name: column[row] for name, column in columns.items()}))
+            for row, ((p, k), look) in enumerate(zip(pairs[:own], looks(images, self.embed), strict=True)):
+                rows.append(_Row(p, k, {name: column[row] for name, column in columns.items()}, look))
                 if k == 0 and p in self._pictured():
-                    shown.append((p, images[row].cpu(), self._sample(p, scores[-1][1])))
+                    shown.append((p, images[row].cpu(), self._sample(p, rows[-1].scores)))
         for reward in self.rewards.values():
             reward.idle()
-        scores, shown = self.processes.gather(scores), self.processes.gather(shown)
-        return self._summary(scores, shown, first)
+        rows, shown = self.processes.gather(rows), self.processes.gather(shown)
+        return self._summary(rows, shown, first)
 
     def _batches(self) -> list[tuple[list[Pair], int]]:
         """This process's images in batches, and how many of each are its own: the rest only keeps others company."""
@@ -159,16 +178,18 @@ class Evaluator:
             return None
         return Mixture(weights, dict.fromkeys(weights, 1.0) if self.config.advantage.combine == "sum" else spread)
 
-    def _summary(self, scores: list, shown: list, first: dict | None) -> Evaluation:
-        owner = torch.tensor([p for p, _ in scores])
-        columns = {name: torch.tensor([row[name] for _, row in scores], dtype=torch.float64) for name in self.rewards}
+    def _summary(self, every: list[_Row], shown: list, first: dict | None) -> Evaluation:
+        owner, member = (torch.tensor([getattr(row, field) for row in every]) for field in ("prompt", "number"))
+        columns = {
+            name: torch.tensor([row.scores[name] for row in every], dtype=torch.float64) for name in self.rewards
+        }
         spread = {name: _spread(column, owner) for name, column in columns.items()}
         if mixture := self._mixture(first["spread"] if first else spread):
             columns[MIX] = mixture.of(columns)
             spread[MIX] = _spread(columns[MIX], owner)
         names = self.prompts.categories
         labels = sorted(set(names) - {""}, key=names.index)
-        label_of = [names[p] for p, _ in scores]
+        label_of = [names[p] for p in owner.tolist()]
         rows = {label: torch.tensor([each == label for each in label_of]) for label in labels}
         categories = {
             name: {label: _mean(column[here & column.isfinite()]) for label, here in rows.items()}
@@ -177,7 +198,12 @@ class Evaluator:
         means = {name: _mean(column[column.isfinite()]) for name, column in columns.items()}
         shown = sorted(shown, key=lambda entry: entry[0])
         images, samples = torch.stack([image for _, image, _ in shown]), [sample for *_, sample in shown]
-        return Evaluation(means, spread, categories, images, samples)
+        shape = (len(self.prompts.texts), self.config.evaluation.images_per_prompt)
+        scores = {name: torch.full(shape, torch.nan, dtype=torch.float64) for name in columns}
+        for name, column in columns.items():
+            scores[name][owner, member] = column
+        figures = tabulate([(row.prompt, row.number, row.look) for row in every], *shape)
+        return Evaluation(means, spread, categories, images, samples, scores, figures)
 
 
 def no_noise(step: int) -> Tensor:

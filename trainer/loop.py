@@ -195,6 +195,8 @@ class Trainer:
             result = self.evaluator.evaluate(self.evaluations[0] if self.evaluations else None)
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)
+        if (warning := self.watchdog.diversity_warning(self.evaluations[0], record)) and self.processes.is_main:
+            print(f"warning: iteration {self.iteration}: {warning}", file=sys.stderr)
         self.recorder.evaluation(record, result.images, result.samples)
         if self.processes.is_main:
             self.listener({"evaluation": record})

@@ -11,6 +11,7 @@ FIELDS = (
     ("prompts", "conditions"),
     ("evaluation", "file"),
     ("lora", "start_from"),
+    ("objective", "collection"),
 )
 """Settings that name a file or folder; rewards mark their own options."""
 NOT_PATHS = {("model", "path"): "embedded"}

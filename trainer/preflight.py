@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from .models import DiffusionModel
 from .objectives.advantage import Advantages
@@ -100,7 +99,7 @@ def _check_gradient(engine: Engine, experience: Experience, plan: Plan) -> None:
     items = next(iter(engine.objective.items(experience)), [])
     if not items:
         return
-    total = len(items) * max(1, sum(plan.stochastic))  # the experience has one of the steps that may be trained
+    total = len(next(iter(engine.objective.items(replace(experience, plan=plan)))))  # as in the run, with all its steps
     scale = engine.first_scale(total)
 
     def gradient(scale: float) -> Tensor:
@@ -118,9 +117,14 @@ def _check_gradient(engine: Engine, experience: Experience, plan: Plan) -> None:
     larger = scale * LARGER
     while larger > scale and not (other := gradient(larger)).isfinite().all():
         larger /= 2
-    cosine = cosine_similarity(found, other, dim=0).item() if larger > scale else 1.0
+    cosine = _cosine(found, other) if larger > scale else 1.0
     if cosine < LEAST_COSINE:
         raise RunFailed(
             f"the gradient is lost in rounding (its cosine to one of {larger / scale:g} times the size is "
             f"{cosine:.2f}): load the base model in bfloat16 or float32"
         )
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Of vectors of any length: torch's own takes those below 1e-8 for shorter than they are."""
+    return (a / a.norm() @ (b / b.norm())).item()

@@ -17,6 +17,7 @@ from .runs.lifeline import PARENT, FailureWatch, is_rank
 from .runs.memory import check_iteration
 from .runs.progress import Progress, closing
 from .runs.trackers import check_trackers
+from .utils.console import quiet_libraries
 from .utils.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
         if processes.is_main:
             print(closing(run.summary(), run))
         return FINISHED
-    _quiet()
+    quiet_libraries()
     from .objectives import make_objective
 
     objective = make_objective(config)
@@ -262,15 +263,6 @@ def _train_in(config: RunConfig, run: RunDirectory, processes: "Processes") -> i
     if processes.is_main:
         print(closing(summary, run, lambda events: objective.closing([event["objective"] for event in events])))
     return FINISHED
-
-
-def _quiet() -> None:
-    """Keep the libraries' loading bars out of the run's own output."""
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _write_failure(run: RunDirectory, sentence: str, bad_input: bool) -> None:

@@ -105,8 +105,13 @@ def jsonable(value: object) -> object:
 
 
 def losses(run: RunDirectory, events: list[dict]) -> list[float]:
-    """Minus the reward of each iteration, in stds of the first: the policy's own loss is about 0 by construction."""
+    """Minus the reward of each iteration, in stds of the first: the policy's own loss is about 0 by construction.
+
+    Without rewards, the loss of the objective.
+    """
     weights = {reward.name: reward.weight for reward in run.config().rewards}
+    if not weights:
+        return [event["loss"] for event in events if event["loss"] is not None]
     units = {name: value["group_std"] for name, value in events[0]["rewards"].items()} if events else {}
     mixture = Mixture(weights, units)
     means = [{name: event["rewards"].get(name, {}).get("mean") for name in weights} for event in events]

@@ -14,11 +14,11 @@ from ...trainer.rewards.preference import PIXELS, Preference
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from .folders import votes_folder
+from .vote_collections import COLLECTION, collection_folder
 
 FOLDER = "rewards"
 LIMIT = 2**31
 LONG = 60
-COLLECTION = "my_votes"
 CLIP_LARGE = "clip-vit-l"
 """Stands for the CLIP ViT-L/14 file of the reward aesthetic."""
 folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
@@ -26,10 +26,11 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 def option_widgets(kind: type[reward_models.Reward]) -> list[io.Input]:
     """A widget per option of a reward."""
-    return [_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    return [option_widget(name, field) for name, field in kind.Options.model_fields.items()]
 
 
-def _widget(name: str, field: FieldInfo) -> io.Input:
+def option_widget(name: str, field: FieldInfo) -> io.Input:
+    """The widget of an option, with its default, range and description."""
     default, tip = field.get_default(call_default_factory=True), field.description
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     if "reward_file" in extra:
@@ -105,7 +106,7 @@ def _with_votes(config: RewardConfig) -> RewardConfig:
         BadInput: there is no such collection or file.
     """
     options = dict(config.options)
-    options["collection"] = str(store.find(votes_folder(), options.get("collection", COLLECTION)).folder)
+    options["collection"] = collection_folder(options.get("collection", COLLECTION))
     options["backbone"] = backbone_file(options.get("backbone", PIXELS))
     return config.model_copy(update={"options": options})
 

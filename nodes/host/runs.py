@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ...trainer.check import check_rewards, check_run
-from ...trainer.config import RunConfig, parse_config
+from ...trainer.config import RunConfig, parse_config, parse_sections
+from ...trainer.objectives import objective_class
 from ...trainer.prompts.sets import read_prompts
 from ...trainer.prompts.text import check_prompts, prompt_lines, same_text
 from ...trainer.runs import launch
@@ -20,14 +21,17 @@ from .encoding import applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
 
 
-def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
+def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[str], list[str]]:
     """Training prompts and held-out ones.
+
+    Args:
+        needed: whether there must be training prompts.
 
     Raises:
         BadInput: there are no prompts, one is repeated, or one is both held out and trained on.
     """
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
-    if not texts:
+    if not texts and needed:
         raise BadInput("prompts is empty: write one prompt per line (lines that begin with # are comments)")
     check_prompts(texts, "prompts")
     check_prompts(tests, "held_out_prompts")
@@ -41,7 +45,7 @@ def check_texts(prompts: str, held_out: str) -> tuple[list[str], list[str]]:
 def describe(
     model: dict,
     settings: dict | None,
-    rewards: Rewards,
+    rewards: Rewards | None,
     evaluation_rewards: Rewards | None,
     prompts: str,
     held_out: str,
@@ -52,22 +56,39 @@ def describe(
 
     Args:
         model: its `model` section.
+        rewards: None where the objective needs none.
         start_from: LoRA file that training starts from.
 
     Raises:
-        BadInput: there are no prompts, or one is both held out and trained on.
+        BadInput: there are no prompts, or one is both held out and trained on; there is no reward; or the objective
+            trains on a collection, and prompts or rewards are given nevertheless.
     """
-    texts, tests = check_texts(prompts, held_out)
     data = dict(settings or {})
+    offline = not _samples(data.get("objective"))
+    texts, tests = check_texts(prompts, held_out, needed=not offline)
+    if offline and texts:
+        raise BadInput("prompts is not empty, and the pairs of the objective's collection bring their own: clear it")
+    if offline and rewards is not None:
+        raise BadInput(
+            "reward is connected, and the objective trains on the pairs of its collection: disconnect it, or connect "
+            "it to evaluation_rewards"
+        )
+    if not offline and rewards is None:
+        raise BadInput("reward is not connected: only objective dpo with a collection trains without one")
     data["model"] = model
     data["prompts"] = {"texts": texts, "negative": negative.strip()}
-    data["rewards"] = rewards.description()
+    data["rewards"] = [] if rewards is None else rewards.description()
     data["evaluation"] = {**data.get("evaluation", {}), "texts": tests}
     if evaluation_rewards is not None:
         data["evaluation"]["rewards"] = evaluation_rewards.description()
     if start_from is not None:
         data["lora"] = {**data.get("lora", {}), "start_from": str(start_from)}
     return data
+
+
+def _samples(objective: dict | None) -> bool:
+    """Whether the section `objective` stands for one that samples images for prompts and rewards."""
+    return objective is None or objective_class(parse_sections({"objective": objective})["objective"]).needs_rollout
 
 
 def upstream_digest(get_node: Callable[[str], dict], link: list) -> str:

@@ -1,6 +1,7 @@
 """Scoring images for the score node, and the scores as text and as a picture."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,21 +43,58 @@ def score_all(
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
     """
-    scores = {}
+    judges = load_judges(reward, prompts, make_room)
+    return {judge.name: judge.score(items, prompts, device) for judge in judges}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward that is ready to score.
+
+    Attributes:
+        model: with its weights in memory.
+        network: those weights; None for a rule.
+        make_room: called with the bytes that they need on the device.
+    """
+
+    name: str
+    model: reward_models.Reward
+    network: torch.nn.Module | None
+    make_room: Callable[[int], object]
+
+    def score(self, items: Tensor, prompts: list[str], device: torch.device) -> Tensor:
+        """Raw scores `[B]`.
+
+        Raises:
+            BadInput: it scores videos and is given images, or it cannot score an image.
+        """
+        check_interrupt()
+        if self.model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
+            raise BadInput(f"reward {self.name!r} scores videos: give it frames, with batch set to 'one video'")
+        if self.network is not None:
+            self.make_room(sum(p.numel() * p.element_size() for p in self.network.parameters()))
+        try:
+            return reward_models.score(self.model, items if self.network is None else items.to(device), prompts)
+        except ValueError as error:
+            raise BadInput(f"reward {self.name!r}: {error}") from error
+
+
+def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], object]) -> list[Judge]:
+    """The rewards with their weights in memory.
+
+    Raises:
+        BadInput: a file is missing or damaged, or a reward cannot score a prompt.
+    """
+    judges = []
     for config in reward.rewards:
         check_interrupt()
         model = reward_models.load_reward(config)
-        if model.media == "video" and (items.ndim == 4 or items.shape[1] < 2):
-            raise BadInput(f"reward {config.name!r} scores videos: give it frames, with batch set to 'one video'")
-        network = _network(model)
-        if network is not None:
-            make_room(sum(p.numel() * p.element_size() for p in network.parameters()))
         try:
             model.check_prompts(prompts)
-            scores[config.name] = reward_models.score(model, items if network is None else items.to(device), prompts)
         except ValueError as error:
             raise BadInput(f"reward {config.name!r}: {error}") from error
-    return scores
+        judges.append(Judge(config.name, model, _network(model), make_room))
+    return judges
 
 
 def _network(reward: reward_models.Reward) -> torch.nn.Module | None:

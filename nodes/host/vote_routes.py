@@ -8,6 +8,7 @@ import folder_paths
 from aiohttp import web
 
 from ...trainer.rewards.preference import PIXELS, load_backbone
+from ...trainer.runs.voting import import_run
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from ...trainer.votes.analysis import Analyst
@@ -16,6 +17,7 @@ from ...trainer.votes.records import Item, Vote
 from .folders import votes_folder
 from .reward_files import backbone_file
 from .routes import Routes
+from .run_views import find as find_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,7 +137,9 @@ def _after(request: web.Request, collection: store.Collection) -> dict:
 
 
 def _import(request: web.Request, body: dict) -> dict:
-    """Add the images of a folder inside ComfyUI's input or output folder; or of two, of which one holds better ones."""
+    """Add the samples of a run; or the images of a folder of ComfyUI's; or of two, of which one holds better ones."""
+    if "run" in body:
+        return _import_run(request, body)
     base, prompt = body.get("base", "output"), str(body.get("prompt") or "")
     fields = ("better", "worse") if "better" in body or "worse" in body else ("folder",)
     folders = [_inside(base, body.get(field), field) for field in fields]
@@ -145,6 +149,17 @@ def _import(request: web.Request, body: dict) -> dict:
     parts += [f"{done.votes} votes added"] if done.votes else []
     parts += [f"{len(done.complaints)} files were left out"] if done.complaints else []
     return {"message": ", ".join(parts), "warnings": done.complaints}
+
+
+def _import_run(request: web.Request, body: dict) -> dict:
+    iteration = body.get("iteration")
+    if iteration is not None and (isinstance(iteration, bool) or not isinstance(iteration, int) or iteration < 0):
+        raise BadInput(f"iteration is {str(iteration)[:40]!r}: give a whole number from 0 on, or null for the newest")
+    run = find_run(body["run"])
+    collection = store.create(votes_folder(), request.match_info["name"])
+    done = import_run(collection, run, body.get("kind", "rollout"), iteration)
+    added = f"{done.new} images of run {run.path.name} added to {collection.name}, {done.known} were there"
+    return {"message": added, "warnings": []}
 
 
 def _export(request: web.Request, body: dict) -> dict:

@@ -1,6 +1,5 @@
 """The sidebar panel and its routes, on the real server and in a real browser."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -11,16 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_host import Server
+from comfy_host import Server, panels
 
 from trainer.config import parse_config, preset
 from trainer.runs.directory import RunDirectory
 from trainer.runs.events import add_evaluation
 
 LONG = 20_000
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 MARKUP = "<img src=x onerror=window.hacked=1>"
 
 
@@ -157,20 +153,8 @@ def test_changes_need_a_request_of_this_server(comfy: Server, runs: Path) -> Non
 
 @pytest.fixture(scope="module")
 def page(comfy: Server, runs: Path) -> Iterator[Any]:
-    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip("no Chromium, or playwright is not installed")
-    from playwright.sync_api import sync_playwright
-
-    comfy.post("/settings/Comfy.TutorialCompleted", True)
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(120_000)
-        page.goto(f"http://127.0.0.1:{comfy.port}/")
-        page.get_by_role("button", name="DanceGRPO").or_(page.locator(".dancegrpo-tab-button")).first.click()
-        page.wait_for_selector(".dg-panel")
+    with panels(comfy) as (page,):
         yield page
-        browser.close()
 
 
 def test_the_panel_lists_runs_and_opens_one(page: Any) -> None:

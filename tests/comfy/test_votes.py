@@ -1,35 +1,41 @@
 """Votes in ComfyUI: collected by a graph, cast by keyboard in a real browser and by programs over the routes."""
 
 import concurrent.futures
-import importlib.util
 import json
 import shutil
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_host import PromptFailed, Server
+from comfy_host import PromptFailed, Server, open_panel, panels
+from PIL import Image
 
+from trainer.config import parse_config, preset
+from trainer.runs import report
+from trainer.runs.directory import RunDirectory
+from trainer.runs.pictures import Sample, boxes, write_samples
 from trainer.utils.media import read_image, save_picture, to_picture
 from trainer.votes import store
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 MARKUP = "<img src=x onerror=window.hacked=1>"
 IMAGES = 12
 
 
-def refused(comfy: Server, path: str, body: dict | None = None) -> str:
+def send(comfy: Server, path: str, body: dict | None = None, **headers: str) -> bytes:
     data = None if body is None else json.dumps(body).encode()
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(f"http://127.0.0.1:{comfy.port}/dancegrpo{path}", data=data, headers=headers)
+    return urllib.request.urlopen(request, timeout=60).read()
+
+
+def refused(comfy: Server, path: str, body: dict | None = None) -> str:
     with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(request, timeout=60)
+        send(comfy, path, body)
     assert error.value.code == 400
     return json.loads(error.value.read())["error"]
 
@@ -137,6 +143,38 @@ def test_what_cannot_be_a_vote_is_refused(comfy: Server, collection: store.Colle
     assert "choose output or input" in refused(comfy, "/votes/new/import", {"base": "/", "folder": "etc"})
 
 
+@pytest.mark.parametrize("name", ["..", "..%2Fx", "%2Fetc", "a%2Fb", "C:%5Cx", "x%00", "a%E2%80%AEb", "CON", "a" * 300])
+def test_collection_names_lead_nowhere_else(comfy: Server, name: str) -> None:
+    before = sorted(comfy.base.rglob("*"))
+    for path, body in [("", None), ("/create", {}), ("/import", {"folder": "x"}), ("/export", {}), ("/delete", {})]:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            send(comfy, f"/votes/{name}{path}", body)
+        assert error.value.code in (400, 404, 405)
+        error.value.read()
+    assert sorted(comfy.base.rglob("*")) == before
+
+
+def test_votes_of_another_site_s_page_are_refused(comfy: Server, collection: store.Collection) -> None:
+    left, right, *_ = sorted(collection.files())
+    body = {"id": "x", "left": left, "right": right, "choice": "left"}
+    for headers in ({"Origin": "http://example.com"}, {"Sec-Fetch-Site": "cross-site"}, {"Content-Type": "text/plain"}):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            send(comfy, "/votes/by%20rule/vote", body, **headers)
+        assert error.value.code in (400, 403)
+    assert collection.ledger().votes == []
+
+
+def test_an_image_of_a_hundred_megapixels_is_left_out_with_a_sentence(comfy: Server, root: Path) -> None:
+    folder = comfy.base / "input" / "large"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("1", (12_000, 9_000)).save(folder / "large.png")
+    save_picture(folder / "small.png", to_picture(picture(0.5)))
+    answer = comfy.post("/dancegrpo/votes/sizes/import", {"base": "input", "folder": "large"})
+    assert answer["message"] == "1 images added, 0 were there, 1 files were left out"
+    assert "large.png has 12000 x 9000 pixels: at most 67 million" in answer["warnings"][0]
+    shutil.rmtree(root / "sizes")
+
+
 def test_a_corrupt_line_costs_that_line_alone(comfy: Server, collection: store.Collection) -> None:
     left, right, *_ = sorted(collection.files())
     comfy.post("/dancegrpo/votes/by%20rule/vote", {"id": "a", "left": left, "right": right, "choice": "left"})
@@ -164,30 +202,132 @@ def test_links_and_folders_elsewhere_stay_outside(comfy: Server, collection: sto
     assert len(store.find(root, "imported").files()) == 1
 
 
-def test_votes_are_cast_by_keyboard(comfy: Server, collection: store.Collection) -> None:
-    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip("no Chromium, or playwright is not installed")
-    from playwright.sync_api import sync_playwright
+# ------------------------------------------------------------------------------------------------------- in a browser
 
-    comfy.post("/settings/Comfy.TutorialCompleted", True)
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(60_000)
-        page.goto(f"http://127.0.0.1:{comfy.port}/")
-        page.locator(".dancegrpo-tab-button").first.click()
-        page.get_by_role("tab", name="Votes").click()
-        page.wait_for_selector(".dg-choice img")
+
+def test_forty_votes_are_cast_by_keyboard(comfy: Server, collection: store.Collection) -> None:
+    with panels(comfy) as (page,):
+        open_votes(page)
         assert page.get_by_label("collection", exact=True).input_value() == "by rule"
-        cast_by_keyboard(page, collection, 10)
+        cast_by_keyboard(page, collection, 40)
+        assert "predicts" in page.locator(".dg-vote-state").inner_text(), "agreement with votes left out"
         page.keyboard.press("u")
-        page.wait_for_function("document.querySelector('.dg-vote-state').textContent.startsWith('9 votes')")
+        page.wait_for_function("document.querySelector('.dg-vote-state').textContent.startsWith('39 votes')")
         page.keyboard.press("s")
         page.wait_for_function("document.querySelector('.dg-vote-state').textContent.includes('1 skipped')")
         assert page.evaluate("window.hacked") is None
         assert MARKUP in page.locator(".dg-stage").inner_text()
-        browser.close()
-    assert collection.ledger().counts() == {"winners": 9, "ties": 0, "skips": 1}
+    assert collection.ledger().counts() == {"winners": 39, "ties": 0, "skips": 1}
+    assert comfy.get("/dancegrpo/votes/by%20rule")["agreement"]["share"] > 0.8
+
+
+def test_two_browsers_vote_at_once_and_a_reload_in_the_middle_loses_nothing(
+    comfy: Server, collection: store.Collection
+) -> None:
+    with panels(comfy, count=2) as pages:
+        for page in pages:
+            open_votes(page)
+        for number in range(10):
+            page, other = pages[number % 2], pages[1 - number % 2]
+            page.keyboard.press("ArrowLeft")
+            other.keyboard.press("ArrowRight")  # while the first vote is on its way
+            wait_for(lambda: len(collection.ledger().votes) == 2 * number + 2)  # noqa: B023
+            for one in pages:
+                one.wait_for_function(f"document.querySelectorAll('.dg-choice img').length === 2 && {IDLE}")
+            if number == 4:
+                pages[0].keyboard.press("ArrowDown")
+                open_panel(pages[0], comfy)  # before the answer came
+                wait_for(lambda: len(collection.ledger().votes) in (10, 11))
+                collection.undo("reload") if len(collection.ledger().votes) == 11 else None
+                open_votes(pages[0])
+    ledger = collection.ledger()
+    assert len(ledger.votes) == 20
+    assert ledger.complaints == []
+    assert len({one.id for one in ledger.votes}) == 20, "nothing counts twice"
+
+
+def test_a_server_that_is_killed_between_two_votes_has_lost_none(tmp_path: Path) -> None:
+    """In a server of its own: killed without warning, started again, and voted on."""
+    server = Server(tmp_path).start()
+    try:
+        made = store.create(tmp_path / "output" / "dancegrpo" / "votes", "by rule")
+        made.add((to_picture(picture(i / (IMAGES - 1))), "a card", "test") for i in range(IMAGES))
+        pair = server.get("/dancegrpo/votes/by%20rule/pair")["pair"]
+        for _ in range(3):
+            last, pair = pair, vote(server, made, pair)["pair"]
+        server.kill()
+        assert made.ledger().counts()["winners"] == 3
+        server.start()
+        assert server.get("/dancegrpo/votes/by%20rule")["votes"]["winners"] == 3
+        assert vote(server, made, last)["state"]["votes"]["winners"] == 3, "sent again, since no answer came: once"
+        assert vote(server, made, pair)["state"]["votes"]["winners"] == 4
+    finally:
+        server.kill()
+
+
+def test_the_votes_view_works_on_a_window_of_a_phone(comfy: Server, collection: store.Collection) -> None:
+    with panels(comfy, width=400, height=800, has_touch=True) as (page,):
+        open_votes(page)
+        page.get_by_role("button", name="Large").click()
+        page.wait_for_selector(".dg-overlay .dg-choice img")
+        width = page.evaluate("document.querySelector('.dg-overlay').scrollWidth")
+        assert width <= 400, "nothing is cut off at the side"
+        page.locator(".dg-overlay .dg-choice").first.tap()
+        wait_for(lambda: collection.ledger().counts()["winners"] == 1)
+
+
+def test_a_run_s_samples_are_sent_to_votes_from_the_panel(comfy: Server, root: Path) -> None:
+    run = make_run(comfy.base / "output" / "dancegrpo" / "runs", "to vote on")
+    try:
+        with panels(comfy) as (page,):
+            page.locator("[data-run='to vote on']").click()
+            page.get_by_role("tab", name="Samples").click()
+            page.get_by_label("collection name").fill("next round")
+            page.get_by_role("button", name="Add to votes").click()
+            wait_for(lambda: "next round" in store.names(root))
+            wait_for(lambda: len(store.find(root, "next round").items()[0]) == 4)
+        made = store.find(root, "next round")
+        assert {item.prompt for item in made.items()[0]} == {"a red circle"}
+        answer = comfy.post("/dancegrpo/votes/next%20round/import", {"run": "to vote on", "iteration": 3})
+        assert answer["message"] == "0 images of run to vote on added to next round, 4 were there"
+        for body, says in [
+            ({"run": "../x"}, "cannot be used"),
+            ({"run": "nobody"}, "no run named"),
+            ({"run": 5}, "not text"),
+            ({"run": "to vote on", "kind": "../x"}, "choose one of rollout, evaluation"),
+            ({"run": "to vote on", "iteration": -1}, "whole number from 0"),
+            ({"run": "to vote on", "iteration": 9}, "no picture of kind rollout at iteration 9: it has 3"),
+        ]:
+            assert says in refused(comfy, "/votes/next%20round/import", body)
+    finally:
+        shutil.rmtree(run.path)
+        shutil.rmtree(root / "next round", ignore_errors=True)
+
+
+def make_run(folder: Path, name: str) -> RunDirectory:
+    """A run directory with a picture of four samples."""
+    config = parse_config(preset("demo"))
+    run = RunDirectory.open(folder / name, config, ["test"])
+    run.write_status("finished", iteration=4, iterations=4)
+    run.release()
+    images = torch.stack([picture(i / 3) for i in range(4)])
+    file = run.path / "samples" / "rollout_000003.png"
+    save_picture(file, report.grid(images, 4, 96))
+    places = boxes(4, 4, 64, 64)
+    write_samples(file, [Sample("a red circle", str(i), {}, box) for i, box in enumerate(places)])
+    return run
+
+
+def open_votes(page: Any) -> None:
+    page.get_by_role("tab", name="Votes").click()
+    page.wait_for_selector(".dg-choice img")
+
+
+def wait_for(condition: Callable[[], bool], patience: float = 60) -> None:
+    end = time.monotonic() + patience
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.05)
 
 
 def cast_by_keyboard(page: Any, collection: store.Collection, count: int) -> None:
@@ -203,3 +343,5 @@ def cast_by_keyboard(page: Any, collection: store.Collection, count: int) -> Non
 
 
 SHOWN = "[...document.querySelectorAll('.dg-choice img')].map((i) => i.src.split('/').pop()).join(' ')"
+IDLE = "!document.querySelector('.dg-chosen')"
+"""No vote is on its way: the chosen image is marked until the next pair is shown."""

@@ -164,17 +164,6 @@ def test_an_id_names_one_vote(fox: Collection) -> None:
         fox.record([Vote(a, "nothing.png", id="5")])
 
 
-def test_pairs_for_training_have_one_prompt_and_a_winner(fox: Collection) -> None:
-    a, b, c, d = names(fox)
-    (e,) = fox.add([(picture(99), "a cat", "")]).names
-    fox.record([Vote(a, b, id="1"), Vote(a, c, "tie", "2"), Vote(e, a, id="3"), Vote(d, c, id="4"), Vote(c, b, id="5")])
-    fox.undo("u", "5")
-    assert fox.preference_pairs() == [
-        (fox.images / a, fox.images / b, "a fox"),
-        (fox.images / d, fox.images / c, "a fox"),
-    ]
-
-
 # --------------------------------------------------------------------------------------------------------- broken files
 
 

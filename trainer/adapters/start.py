@@ -36,7 +36,8 @@ def check_start(config: LoraConfig) -> None:
         BadInput: it is missing, is not a safetensors file, or holds no LoRA.
     """
     if config.start_from is not None:
-        _layer_names(list(_header(config.start_from)), _what(config))
+        what = _what(config)
+        _layer_names(list(_header(Path(config.start_from), what)), what)
 
 
 def start_weights(
@@ -60,16 +61,32 @@ def start_weights(
     Raises:
         BadInput: the file changes layers that are not trained, its rank is above `lora.rank`, or a size differs.
     """
-    what = _what(config)
-    layers = _read_layers(config.start_from, what)
+    return fitted_weights(Path(config.start_from), _what(config), config, modules, key, aliases, fresh)
+
+
+def fitted_weights(
+    path: Path,
+    what: str,
+    config: LoraConfig,
+    modules: list[str],
+    key: Callable[[str], str | Rows],
+    aliases: Callable[[str], list[str]],
+    fresh: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """`start_weights` of any file.
+
+    Args:
+        what: names the file in messages.
+        config: rank and alpha of the LoRA that takes the weights over.
+    """
+    layers = _read_layers(path, what)
     result, used = dict(fresh), set()
     for module in modules:
-        native = key(module)
-        names = _names(native.key if isinstance(native, Rows) else native, module) + aliases(module)
-        name = next((name for name in names if name in layers), None)
+        name = _found(module, key, aliases, layers)
         if name is None:
             continue
         used.add(name)
+        native = key(module)
         down_name, up_name = (f"{module}.lora_{side}.default.weight" for side in "AB")
         layer = layers[name] if isinstance(native, str) else _part(layers[name], native, fresh[up_name].shape[0])
         result[down_name], result[up_name] = _fitted(
@@ -83,11 +100,56 @@ def start_weights(
     return result
 
 
+def changed_modules(
+    path: Path, what: str, modules: list[str], key: Callable[[str], str | Rows], aliases: Callable[[str], list[str]]
+) -> list[str]:
+    """Which of a model's linear layers a LoRA file changes; nothing large is read.
+
+    Raises:
+        BadInput: it is no LoRA, or changes layers that the model has not.
+    """
+    layers, found, used = _layer_names(list(_header(path, what)), what), [], set()
+    for module in modules:
+        try:
+            name = _found(module, key, aliases, layers)
+        except BadInput:  # ComfyUI has no name for this layer, so no file has one
+            continue
+        if name is not None:
+            found.append(module)
+            used.add(name)
+    if unused := sorted(set(layers) - used):
+        raise BadInput(
+            f"{what} changes {len(unused)} of {len(layers)} layers that the model does not have, such as "
+            f"{shorten(unused[0])}: it belongs to another model"
+        )
+    return found
+
+
+def highest_rank(path: Path, what: str) -> int:
+    """The largest rank of a LoRA file's layers, from its header.
+
+    Raises:
+        BadInput: it is no LoRA.
+    """
+    shapes = _header(path, what)
+    names = _layer_names(list(shapes), what)
+    return max((shapes[down] or (1,))[0] for down, _ in names.values())
+
+
+def _found(
+    module: str, key: Callable[[str], str | Rows], aliases: Callable[[str], list[str]], layers: dict[str, object]
+) -> str | None:
+    """The name under which a file holds a module's LoRA, if it does."""
+    native = key(module)
+    names = _names(native.key if isinstance(native, Rows) else native, module) + aliases(module)
+    return next((name for name in names if name in layers), None)
+
+
 def _what(config: LoraConfig) -> str:
     return f"lora.start_from: {cut(config.start_from, 200)}"
 
 
-def _header(path: str) -> dict[str, tuple[int, ...]]:
+def _header(path: Path, what: str) -> dict[str, tuple[int, ...]]:
     """Shapes by name.
 
     Raises:
@@ -95,14 +157,13 @@ def _header(path: str) -> dict[str, tuple[int, ...]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise BadInput(f"lora.start_from: there is no file {cut(path, 200)}")
+    if not path.is_file():
+        raise BadInput(f"{what}: there is no file of this name")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        reason = cut(str(error), 100)
-        raise BadInput(f"lora.start_from: {cut(path, 200)} is not a safetensors file ({reason})") from error
+        raise BadInput(f"{what} is not a safetensors file ({cut(str(error), 100)})") from error
 
 
 def _layer_names(names: list[str], what: str) -> dict[str, tuple[str, str]]:
@@ -129,10 +190,10 @@ def _layer_names(names: list[str], what: str) -> dict[str, tuple[str, str]]:
     return layers
 
 
-def _read_layers(path: str, what: str) -> dict[str, Layer]:
+def _read_layers(path: Path, what: str) -> dict[str, Layer]:
     from safetensors.torch import load_file
 
-    names = _layer_names(list(_header(path)), what)
+    names = _layer_names(list(_header(path, what)), what)
     tensors, layers = load_file(path), {}
     for base, (down_name, up_name) in names.items():
         down, up = (_matrix(tensors[name], what, name) for name in (down_name, up_name))

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..diffusion import kernels
 from ..diffusion.solvers import solver_names
-from ..objectives import DEFAULT, OBJECTIVES, ObjectiveSection
+from ..objectives import DEFAULT, OBJECTIVES, ObjectiveSection, objective_class
 from ..objectives.advantage import AdvantageConfig
 from ..prompts.text import check_prompts, check_text, clean
 from ..utils.documents import dump_yaml
@@ -214,6 +214,12 @@ class WatchdogConfig(Section):
         description="Stop after so many iterations in a row in which nothing could be trained, because the images of "
         "every group had equal rewards or none was finite.",
     )
+    diversity_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.5,
+        description="Warn when the images of a held-out prompt differ from each other less than this share of what "
+        "they did in the first evaluation (root mean square difference of their thumbnails); 0 never warns. It needs "
+        "evaluation.images_per_prompt of 2 or more.",
+    )
 
 
 class RuntimeConfig(Section):
@@ -263,7 +269,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
-        objective = OBJECTIVES[self.objective.name]
+        objective = objective_class(self.objective)
         if not self.prompts.has_source and objective.needs_rollout:
             raise ValueError("prompts names none: give them in exactly one of texts, file and shapes")
         if not self.rewards and objective.needs_rewards:

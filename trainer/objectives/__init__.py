@@ -22,9 +22,14 @@ OBJECTIVES: dict[str, type[Objective]] = {
 DEFAULT = Grpo.name
 
 
+def objective_class(options: ObjectiveOptions) -> type[Objective]:
+    """The class that options stand for."""
+    return OBJECTIVES[options.name].variant(options)
+
+
 def make_objective(config: RunConfig) -> Objective:
     """The objective that a run description names; nothing is loaded."""
-    return OBJECTIVES[config.objective.name](config)
+    return objective_class(config.objective)(config)
 
 
 def _options(value: Any) -> Any:
@@ -42,4 +47,12 @@ def _options(value: Any) -> Any:
 ObjectiveSection = Annotated[SerializeAsAny[ObjectiveOptions], BeforeValidator(_options)]
 """The section `objective` of a run description: the options of any registered objective, told apart by `name`."""
 
-__all__ = ["DEFAULT", "OBJECTIVES", "Objective", "ObjectiveOptions", "ObjectiveSection", "make_objective"]
+__all__ = [
+    "DEFAULT",
+    "OBJECTIVES",
+    "Objective",
+    "ObjectiveOptions",
+    "ObjectiveSection",
+    "make_objective",
+    "objective_class",
+]

@@ -196,6 +196,16 @@ class Objective(ABC):
     # ----------------------------------------------------------------------------------------------- before a run
 
     @classmethod
+    def variant(cls, options: ObjectiveOptions) -> type[Objective]:
+        """The class that stands for these options, where some of them make it another kind of objective."""
+        return cls
+
+    @classmethod
+    def shares(cls, config: RunConfig) -> tuple[int, str]:
+        """How many things of an iteration processes share out, and what they are; no process may have none."""
+        return config.rollout.prompts_per_iteration * config.rollout.group_size, "images"
+
+    @classmethod
     def check_config(cls, config: RunConfig) -> None:
         """Raise ValueError where settings of other sections do not go with this objective."""
         rollout, updates = config.rollout, config.objective.updates

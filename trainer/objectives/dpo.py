@@ -1,4 +1,7 @@
-"""Online DPO for diffusion models (Diffusion-DPO, arXiv 2311.12908): the best of each group against its worst."""
+"""DPO for diffusion models (Diffusion-DPO, arXiv 2311.12908): the best image of each group against its worst.
+
+With a collection of votes the pairs come from there instead: `offline_dpo`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..utils.section import Positive
-from .base import Batch, Experience, Item, Loss, Member, Totals
+from .base import Batch, Experience, Item, Loss, Member, Objective, Totals
 from .forward_process import ForwardProcessObjective, ForwardProcessOptions, mean_square
 
 if TYPE_CHECKING:
@@ -23,6 +26,13 @@ class DpoOptions(ForwardProcessOptions):
     """DPO: pairs of a better and a worse image, compared with the base model at the same noise and noise level."""
 
     name: Literal["dpo"] = Field("dpo", description="The objective.")
+    collection: str = Field(
+        "",
+        description="Pairs to train on, instead of sampled images that rewards have ranked: a collection of votes (its "
+        "name in ComfyUI, else its folder), or a CSV file with the columns better, worse and prompt. Every iteration "
+        "takes rollout.prompts_per_iteration of them.",
+        json_schema_extra={"votes": "collection"},
+    )
     beta: Annotated[float, Field(gt=0, le=1_000_000)] = Field(
         100.0,
         description="How strongly the errors must differ from the base model's: the loss is "
@@ -65,14 +75,25 @@ class Dpo(ForwardProcessObjective):
     Options = DpoOptions
     options: DpoOptions
 
+    @classmethod
+    def variant(cls, options: DpoOptions) -> type[Objective]:
+        from .offline_dpo import OfflineDpo
+
+        return OfflineDpo if options.collection else cls
+
     def items(self, experience: Experience) -> Iterator[list[Item]]:
-        pairs = [pair for group in experience.active_groups() if (pair := best_and_worst(group, experience))]
-        self._latents = self._gather(experience, {member for pair in pairs for member in pair})
+        pairs = self._pairs(experience)
         updates = min(self.options.updates, len(pairs))
         for update in range(updates):
             part = pairs[len(pairs) * update // updates : len(pairs) * (update + 1) // updates]
             draws = range(self.options.noise_levels)
             yield [Item(best, draw, other=worst) for best, worst in part for draw in draws]
+
+    def _pairs(self, experience: Experience) -> list[tuple[Member, Member]]:
+        """Better and worse image of each pair; sees to it that the latents of all of them are known."""
+        pairs = [pair for group in experience.active_groups() if (pair := best_and_worst(group, experience))]
+        self._latents = self._gather(experience, {member for pair in pairs for member in pair})
+        return pairs
 
     def _gather(self, experience: Experience, members: set[Member]) -> dict[Member, Tensor]:
         """Final latents of images of all processes: the two of a pair may have been sampled by different ones."""
@@ -103,7 +124,8 @@ class Dpo(ForwardProcessObjective):
         latents = model.process.noised(images, eps, sigma)
         target = model.process.target(images, eps, sigma)
         with self.policy.using("base"):
-            base = mean_square(self.predict(experience, latents, sigma, rows) - target)
+            reference = self.predict(experience, latents, sigma, rows)
+        base = mean_square(reference - target)
         prediction = self.predict(experience, latents, sigma, rows)
         error = mean_square(prediction - target)
         winner, loser = error.chunk(2)
@@ -111,6 +133,8 @@ class Dpo(ForwardProcessObjective):
         value = dpo_loss(error - base, self.options.beta)
         if self.options.winner_weight:
             value = value + self.options.winner_weight * winner
+        if self.options.kl_weight:
+            value = value + self.options.kl_weight * sum(mean_square(prediction - reference).chunk(2)) / 2
         sums = {
             "winner": gains[0].sum(),
             "loser": gains[1].sum(),

@@ -15,13 +15,16 @@ import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config import EvaluationConfig, PromptsConfig, RunConfig
 from ..utils.documents import parse_json, read_text
 from ..utils.errors import BadInput, cut, shorten
 from ..utils.media import check_image
 from .text import Key, check_text, clean, first_repeated, numbered_lines, same_text, without_weights
+
+if TYPE_CHECKING:
+    from ..objectives import Objective
 
 MAX_BYTES = 256 * 2**20
 """The largest prompt file that is read."""
@@ -61,17 +64,19 @@ class PromptSet:
         return (self.texts[number], digest) if digest else (self.texts[number],)
 
 
-def read_prompts(config: RunConfig, training: PromptSet | None = None) -> tuple[PromptSet, PromptSet]:
+def read_prompts(config: RunConfig, objective: "Objective | None" = None) -> tuple[PromptSet, PromptSet]:
     """Training prompts and held-out prompts, of which there may be none.
 
     Args:
-        training: those of an objective that brings its own; None reads the section `prompts`.
+        objective: which may bring training prompts of its own; None makes the one that the description names.
 
     Raises:
-        BadInput: as `training_prompts`; or a held-out prompt is also trained on.
+        BadInput: as `training_prompts`; or a held-out prompt is also trained on; or the objective's data is not there.
     """
+    from ..objectives import make_objective
+
     weighted = config.prompts.weight_syntax
-    training = training or training_prompts(config.prompts)
+    training = (objective or make_objective(config)).training_prompts() or training_prompts(config.prompts)
     held_out = evaluation_prompts(config.evaluation, weighted)
     if weighted:
         without_weights(config.prompts.negative)

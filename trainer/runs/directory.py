@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config import RunConfig, parse_config
-from ..utils.documents import dump_yaml, read_document, try_json
+from ..utils.documents import dump_yaml, is_number, read_document, try_json
 from ..utils.errors import BadInput, RunFailed, shorten
 from ..utils.files import remove_leftovers, write_atomically, write_json
 from . import checkpoints, events
@@ -388,7 +388,5 @@ def _is_summary(summary: dict[str, Any]) -> bool:
     if summary.get("state") not in STATES or not isinstance(held_out, dict) or not isinstance(evaluations, list):
         return False
     scores = [held_out.get("before"), held_out.get("after"), *evaluations]
-    sound = all(
-        score is None or (isinstance(score, dict) and isinstance(score.get("rewards"), dict)) for score in scores
-    )
-    return sound and all(isinstance(summary.get(name), int | float) for name in ("iterations", "seconds"))
+    sound = all(score is None or events.is_score(score) for score in scores)
+    return sound and all(is_number(summary.get(name)) for name in ("iterations", "seconds"))

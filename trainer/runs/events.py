@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..utils.documents import try_json
+from ..utils.documents import is_number, try_json
 from ..utils.files import write_atomically
 
 Event = dict[str, Any]
@@ -39,7 +39,7 @@ class EventReader:
                     self.offset, self.restarted = 0, True
                 file.seek(self.offset)
                 content = file.read()
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.offset += len(whole)
@@ -66,9 +66,33 @@ def is_event(value: object) -> bool:
     iteration, rewards, seconds = value.get("iteration"), value.get("rewards"), value.get("seconds")
     if not isinstance(iteration, int) or isinstance(iteration, bool) or iteration < 1:
         return False
-    if not isinstance(rewards, dict) or not all(isinstance(reward, dict) for reward in rewards.values()):
+    if not isinstance(rewards, dict) or not all(map(_are_figures, rewards.values())):
         return False
-    return isinstance(seconds, dict) and isinstance(seconds.get("total"), int | float)
+    if not isinstance(value.get("objective", {}), dict) or not _is_figure(value.get("forwards_per_image")):
+        return False
+    return isinstance(seconds, dict) and is_number(seconds.get("total"))
+
+
+def _is_figure(value: object) -> bool:
+    return value is None or is_number(value)
+
+
+def _are_figures(value: object) -> bool:
+    """Whether it is a mapping to numbers and None."""
+    return isinstance(value, dict) and all(map(_is_figure, value.values()))
+
+
+def is_score(value: object) -> bool:
+    """Whether the record of a held-out evaluation has what its readers need."""
+    if (
+        not isinstance(value, dict)
+        or not _are_figures(value.get("rewards"))
+        or not _are_figures(value.get("spread", {}))
+    ):
+        return False
+    categories, iteration = value.get("categories", {}), value.get("iteration", 0)
+    is_count = isinstance(iteration, int) and not isinstance(iteration, bool) and iteration >= 0
+    return is_count and isinstance(categories, dict) and all(map(_are_figures, categories.values()))
 
 
 def last_events(path: Path, count: int) -> list[Event]:
@@ -79,7 +103,7 @@ def last_events(path: Path, count: int) -> list[Event]:
             start = max(0, size - count * LONGEST_EVENT)
             file.seek(start)
             lines = file.read().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return []
     events = [try_json(line) for line in (lines[1:] if start else lines)]
     return [event for event in events if is_event(event)][-count:]
@@ -128,7 +152,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
     """Records of held-out evaluations, oldest first; damaged lines are left out."""
     try:
         lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return []
     records = [try_json(line) for line in lines]
-    return [one for one in records if isinstance(one, dict) and {"iteration", "rewards"} <= one.keys()]
+    return [one for one in records if is_score(one) and "iteration" in one]

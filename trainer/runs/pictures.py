@@ -95,8 +95,8 @@ def captioned(picture: Path) -> "Image":
         return grid
     columns = sum(1 for sample, _ in cells if sample.box[1] == cells[0][0].box[1])
     width = max(CELL, *(cell.width for _, cell in cells))
-    blocks = [_block([(None, cell)], sample.prompt, _scores(sample.scores), width) for sample, cell in cells]
-    return _arranged(blocks, columns)
+    blocks = [block([(None, cell)], sample.prompt, score_lines(sample.scores), width) for sample, cell in cells]
+    return arranged(blocks, columns)
 
 
 def before_after(before: Path, after: Path, target: Path) -> bool:
@@ -115,10 +115,10 @@ def before_after(before: Path, after: Path, target: Path) -> bool:
     pairs = [(sets[0][key], sets[1][key]) for key in sets[0] if key in sets[1]]
     if not pairs:
         return False
-    checker = _checker([sample.scores for pair in pairs for sample, _ in pair])
+    checker = checker_of([sample.scores for pair in pairs for sample, _ in pair])
     width = max(CELL, *(cell.width for pair in pairs for _, cell in pair))
     blocks = [_pair(one, two, checker, width) for one, two in pairs]
-    save_picture(target, _arranged(blocks, min(6, len(blocks)), _legend(checker)))
+    save_picture(target, arranged(blocks, min(6, len(blocks)), _legend(checker)))
     return True
 
 
@@ -127,10 +127,10 @@ def _pair(before: tuple[Sample, "Image"], after: tuple[Sample, "Image"], checker
     verdicts = [None if checker is None else bool(sample.scores[checker]) for sample in (old, new)]
     color = None if verdicts[0] == verdicts[1] else GREEN if verdicts[1] else RED
     cells = [(verdict, cell) for verdict, cell in zip(verdicts, (old_cell, new_cell), strict=True)]
-    return _block(cells, new.prompt, _changes(old.scores, new.scores), width, color)
+    return block(cells, new.prompt, _changes(old.scores, new.scores), width, color)
 
 
-def _checker(scores: list[dict[str, float | None]]) -> str | None:
+def checker_of(scores: list[dict[str, float | None]]) -> str | None:
     """The first reward that calls every image right or wrong: 1 or 0, and not the same throughout."""
     for name in scores[0]:
         values = {each.get(name) for each in scores}
@@ -148,22 +148,22 @@ def _inside(sample: Sample, grid: "Image") -> bool:
     return sample.box[2] <= grid.width and sample.box[3] <= grid.height
 
 
-def _scores(scores: dict[str, float | None]) -> list[str]:
-    return [f"{name} {_number(value)}" for name, value in scores.items()]
+def score_lines(scores: dict[str, float | None]) -> list[str]:
+    return [f"{name} {number_text(value)}" for name, value in scores.items()]
 
 
 def _changes(before: dict[str, float | None], after: dict[str, float | None]) -> list[str]:
-    return [f"{name} {_number(before.get(name))} to {_number(value)}" for name, value in after.items()]
+    return [f"{name} {number_text(before.get(name))} to {number_text(value)}" for name, value in after.items()]
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
-def _block(
+def block(
     cells: list[tuple[bool | None, "Image"]],
     prompt: str,
     scores: list[str],
@@ -210,7 +210,7 @@ def _mark(draw: "ImageDraw", right: bool, left: int, top: int) -> None:
         draw.line([(left + 14, top + 6), (left + 6, top + 14)], "white", 3)
 
 
-def _arranged(blocks: list["Image"], columns: int, title: str = "") -> "Image":
+def arranged(blocks: list["Image"], columns: int, title: str = "") -> "Image":
     """Blocks in rows, each row as high as its highest block, under a title."""
     from PIL import Image, ImageDraw
 

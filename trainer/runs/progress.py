@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .directory import RunDirectory
@@ -127,9 +128,10 @@ def closing(summary: dict, run: RunDirectory, sentences: Callable[[list[dict]], 
         "",
         f"{summary['state']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, {pace:.2f} s each",
     ]
-    if events and "forwards_per_image" in events[-1]:
+    if events and events[-1].get("forwards_per_image") is not None:
         lines.append(f"network forward passes per image {events[-1]['forwards_per_image']:.2f}")
-    lines += sentences(events)
+    with suppress(KeyError, TypeError, ValueError):  # figures that were damaged on disk
+        lines += sentences(events)
     lines += [f"{label:9s} {path}" for label, path in _files(run.path) if path.exists()]
     return "\n".join(lines).strip()
 

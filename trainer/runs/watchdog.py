@@ -70,6 +70,21 @@ class Watchdog:
         self.signs = self.signs + 1 if signs else 0
         return improved, self._verdict(signs, event)
 
+    def diversity_warning(self, first: dict, last: dict) -> str | None:
+        """A sentence where the images of a prompt have become alike.
+
+        Args:
+            first, last: records of evaluations.
+        """
+        before, now = (record.get("looks", {}).get("diversity") for record in (first, last))
+        if None in (before, now) or now >= self.config.diversity_share * before:
+            return None
+        return (
+            f"the images of a held-out prompt have become alike: their diversity is {now:.3g}, and was {before:.3g} "
+            f"at iteration {first['iteration']}. Raise objective.kl_weight where the objective has one, lower "
+            "optimizer.learning_rate, or take the LoRA of an earlier iteration"
+        )
+
     def _take_baseline(self, rewards: dict[str, dict]) -> None:
         # Iterations have different prompts, so the unit must cover their differences, not the group's std alone.
         units = {name: max(value["group_std"], value["std"] or 0.0) for name, value in rewards.items()}

@@ -141,11 +141,19 @@ def parse_yaml(text: str, what: str) -> Any:
 
 
 def try_json(text: str | bytes) -> Any:
-    """Plain data of JSON that this program wrote; None where it has been damaged (or is null)."""
+    """Plain data of JSON that this program wrote; None where it has been damaged (or is null).
+
+    NaN and infinities, which are no JSON, are None. Numbers beyond what readers can compute with are damage.
+    """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=lambda name: None)
+    except (ValueError, RecursionError, _Refused):
         return None
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number that fits a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def check_data(data: Any, what: str) -> None:

@@ -152,15 +152,6 @@ class Collection:
         found.votes = [vote for vote in found.votes if vote.id == "" or vote.id not in undone]
         return found
 
-    def preference_pairs(self) -> list[tuple[Path, Path, str]]:
-        """Better image, worse image and prompt of each vote with a winner between two images of one prompt."""
-        prompts = {item.image: item.prompt for item in self.items()[0]}
-        return [
-            (self.images / vote.better, self.images / vote.worse, prompts[vote.better])
-            for vote in self.ledger().votes
-            if vote.kind == "winner" and vote.better in prompts and prompts[vote.better] == prompts.get(vote.worse)
-        ]
-
     # ------------------------------------------------------------------------------------------------------- writing
 
     @contextmanager

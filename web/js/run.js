@@ -211,7 +211,7 @@ export function runDetail(name, panel) {
   }
 
   function samples() {
-    return samplesPage(name);
+    return samplesPage(name, panel);
   }
 
   function log() {

@@ -1,23 +1,38 @@
 /** Samples of a run over time: every image with its prompt and scores, and before beside now. */
 
-import { h, put } from "./dom.js";
+import { button, h, put } from "./dom.js";
 import { format } from "./chart.js";
-import { address, get, part } from "./requests.js";
+import { address, get, part, post } from "./requests.js";
 
 const KINDS = [
   { key: "evaluation", label: "Held-out prompts" },
   { key: "rollout", label: "Training images" },
 ];
 
-/** @param {string} name of the run */
-export function samplesPage(name) {
+const REMEMBERED = "DanceGRPO.panel.collection";
+
+/**
+ * @param {string} name of the run
+ * @param {{notify: (text: string, severity?: string) => void}} panel
+ */
+export function samplesPage(name, panel) {
   const kinds = h("div", { class: "dg-subtabs", role: "tablist" });
   const slider = h("input", { type: "range", min: 0, max: 0, step: 1, value: 0, "aria-label": "iteration" });
   const label = h("span", { class: "dg-muted" });
   const compare = h("input", { type: "checkbox" });
   const compareLabel = h("label", { class: "dg-check" }, compare, "beside the first");
   const grid = h("div", { class: "dg-samples" });
-  const element = h("div", {}, kinds, h("div", { class: "dg-slider" }, slider, label, compareLabel), grid);
+  const collection = h("input", { class: "dg-input", value: localStorage.getItem(REMEMBERED) ?? "my_votes", "aria-label": "collection name" });
+  const collect = h(
+    "div",
+    { class: "dg-vote-head" },
+    collection,
+    button("Add to votes", send, {
+      title: "Put these images into a collection, to vote on them in the view Votes",
+      onError: (error) => panel.notify(error.message, "error"),
+    }),
+  );
+  const element = h("div", {}, kinds, h("div", { class: "dg-slider" }, slider, label, compareLabel), grid, collect);
   let sets = [];
   let kind = null;
   let atEnd = true;
@@ -41,13 +56,26 @@ export function samplesPage(name) {
     draw();
   }
 
+  /** Put the images that are shown into the collection, so that the next round of votes is on what the run makes. */
+  async function send() {
+    const set = current();
+    const answer = await post(`/votes/${part(collection.value)}/import`, { run: name, kind: set.kind, iteration: set.iteration });
+    localStorage.setItem(REMEMBERED, collection.value);
+    panel.notify(answer.message);
+  }
+
+  function current() {
+    return sets.filter((set) => set.kind === kind)[Number(slider.value)];
+  }
+
   function draw() {
     const mine = sets.filter((set) => set.kind === kind);
     KINDS.forEach((one, index) => kinds.children[index].setAttribute("aria-selected", String(one.key === kind)));
     slider.max = Math.max(0, mine.length - 1);
     if (atEnd) slider.value = slider.max;
     slider.disabled = mine.length < 2;
-    const set = mine[Number(slider.value)];
+    const set = current();
+    collect.hidden = !set;
     const first = compare.checked && kind === "evaluation" && mine[0] !== set ? mine[0] : null;
     compareLabel.hidden = kind !== "evaluation";
     label.textContent = set ? `iteration ${set.iteration}` : "";

@@ -17,6 +17,7 @@ import pytest
 import torch
 from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import save_file
+from tiny_graphs import WAN
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -351,16 +352,6 @@ HUNYUAN_DIFFUSERS = {
 WAN_REAL = {"image_model": "wan2.1", "model_type": "t2v", "dim": 5120, "ffn_dim": 13824, "num_heads": 40} | {
     "num_layers": 40
 }
-WAN_TINY = {
-    "image_model": "wan2.1",
-    "model_type": "t2v",
-    "dim": 24,
-    "ffn_dim": 16,
-    "freq_dim": 16,
-    "text_dim": 16,
-    "num_heads": 2,
-    "num_layers": 1,
-}
 WAN_DIFFUSERS = {
     "num_attention_heads": 2,
     "attention_head_dim": 12,
@@ -495,13 +486,13 @@ CASES = [
         convert_hunyuan,
         call_hunyuan,
     ),
-    Case("wan", "WAN21_T2V", "WanTransformer3DModel", (WAN_REAL, {}), (WAN_TINY, WAN_DIFFUSERS), convert_wan, call_wan),
+    Case("wan", "WAN21_T2V", "WanTransformer3DModel", (WAN_REAL, {}), (WAN, WAN_DIFFUSERS), convert_wan, call_wan),
     Case(
         "wan",
         "WAN21_I2V",
         "WanTransformer3DModel",
         (WAN_REAL | I2V, {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),
-        (WAN_TINY | I2V, WAN_DIFFUSERS | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 24}),
+        (WAN | I2V, WAN_DIFFUSERS | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 24}),
         convert_wan,
         call_wan,
     ),

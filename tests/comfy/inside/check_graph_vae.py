@@ -11,29 +11,10 @@ import comfy.supported_models
 import pytest
 import torch
 from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+from tiny_graphs import CPU, LTXV, WAN
 from torch import Tensor, nn
 
 import nodes as comfy_nodes
-
-CPU = torch.device("cpu")
-WAN = {
-    "image_model": "wan2.1",
-    "model_type": "t2v",
-    "dim": 24,
-    "ffn_dim": 16,
-    "freq_dim": 16,
-    "text_dim": 16,
-    "num_heads": 2,
-    "num_layers": 1,
-}
-LTXV = {
-    "image_model": "ltxv",
-    "num_layers": 1,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "cross_attention_dim": 32,
-    "caption_channels": 16,
-}
 
 
 def stirred(module: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -39,6 +40,13 @@ class ContrastiveReward(ModelReward):
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         features = self.image_features(self.pixels(images).to(self.dtype)).float()
         return (normalize(features, dim=-1) * self.texts(prompts, images.device)).sum(-1)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Image embeddings `[B, D]` of images `[B, 3, H, W]` in [0, 1], on their device; not normalized."""
+        self.move_to(images.device)
+        parts = images.split(self.batch_size)
+        return torch.cat([self.image_features(self.pixels(part).to(self.dtype)).float() for part in parts])
 
     def tokens(self, prompts: list[str]) -> Tensor:
         """`[B, context]` long; longer prompts are cut, and end with the end token."""

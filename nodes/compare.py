@@ -1,0 +1,226 @@
+"""Compare LoRAs: the connected model with and without LoRAs on the same prompts and noise, judged by rewards."""
+
+import hashlib
+from pathlib import Path
+
+import comfy.samplers
+import folder_paths
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..trainer.evaluation.comparison import compared, text_table
+from ..trainer.evaluation.sheet import contact_sheet
+from ..trainer.prompts.text import check_prompts, prompt_lines
+from ..trainer.rewards.files import read_weights
+from ..trainer.utils.errors import BadInput
+from ..trainer.utils.media import to_tensor
+from . import types
+from .host import comparing, inputs, progress, results
+from .types import CATEGORY, RewardType, connected
+
+NONE = "(none)"
+NAMES = tuple(f"lora_{number}" for number in range(1, 5))
+MODELS = tuple(f"lora_model_{number}" for number in range(1, 3))
+BASE = "base"
+
+
+class CompareLoRAs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DanceGRPO_CompareLoRAs",
+            display_name="Compare LoRAs (DanceGRPO)",
+            category=CATEGORY,
+            description="The model with and without LoRAs on the same prompts and noise: mean reward with an interval, "
+            "how often a LoRA wins against the base, diversity, and a contact sheet.",
+            search_aliases=[
+                "evaluate", "evaluate lora", "lora comparison", "compare models", "win rate", "benchmark", "ab test",
+                "contact sheet", "xy plot", "lora", "reward model", "preference", "dancegrpo",
+            ],
+            is_output_node=True,
+            is_input_list=True,
+            hidden=[io.Hidden.unique_id],
+            inputs=[*_sockets(), *_widgets(), *_loras()],
+            outputs=[
+                io.Image.Output(display_name="contact_sheet", tooltip="Per prompt the first image of every model."),
+                io.String.Output(display_name="table", tooltip="Means, intervals and win rates as text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, prompts: list[str | None] = (None,)) -> bool | str:
+        try:
+            if None not in prompts:  # else they arrive through a link
+                _texts({"prompts": prompts})
+        except BadInput as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **given: list) -> str:
+        """Changes with the LoRA files: training may write another one under the same name."""
+        files = [folder_paths.get_full_path("loras", name) for name in _chosen(given)]
+        stats = [file and (Path(file).stat().st_mtime_ns, Path(file).stat().st_size) for file in files]
+        return hashlib.sha256(repr(stats).encode()).hexdigest()
+
+    @classmethod
+    def check_lazy_status(cls, **given: list) -> list[str]:
+        """Models are loaded only once everything else is known to be usable."""
+        with progress.errors_on_node(cls.hidden.unique_id):
+            _texts(given)
+            _files(given)
+            if waiting := _waiting(given, ("reward",)):
+                return waiting
+            connected(inputs.single(given["reward"], "reward"), types.Rewards, "reward")
+            return _waiting(given, (*MODELS, "model", "clip", "vae", "latent_image", "conditioning"))
+
+    @classmethod
+    def execute(cls, **given: list) -> io.NodeOutput:
+        with progress.errors_on_node(cls.hidden.unique_id):
+            texts, reward = _texts(given), inputs.single(given["reward"], "reward")
+            connected(reward, types.Rewards, "reward")
+            loras = _weights(given)
+            sampling = comparing.Sampling(
+                **{name: inputs.single(given[name], name) for name in comparing.SAMPLING},
+                negative=inputs.text(_optional(given, "negative", ""), "negative"),
+            )
+            parts = comparing.Parts(*_parts(given))
+            models = comparing.judged(parts, sampling, texts, reward, loras, cls.hidden.unique_id)
+        record = compared(models)
+        text, sheet = text_table(record), to_tensor(contact_sheet(models)).movedim(0, -1)[None]
+        progress.say(text, cls.hidden.unique_id)
+        data = {**record, "seed": sampling.seed, "prompt_texts": texts}
+        shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,), results.DATA: (results.jsonable(data),)}
+        return io.NodeOutput(sheet, text, ui=shown)
+
+
+# -------------------------------------------------------------------------------------------------------------- schema
+
+
+def _sockets() -> list[io.Input]:
+    return [
+        io.Model.Input("model", lazy=True, tooltip="The base model."),
+        io.Clip.Input("clip", lazy=True, tooltip="Encodes the prompts."),
+        io.Vae.Input("vae", lazy=True, tooltip="Decodes the images."),
+        io.Latent.Input(
+            "latent_image", lazy=True, tooltip="An empty latent: its size is that of the images, its batch is not used."
+        ),
+        RewardType.Input("reward", lazy=True, tooltip="The judges; Combine Rewards makes several of them one socket."),
+        io.Conditioning.Input(
+            "conditioning",
+            optional=True,
+            lazy=True,
+            tooltip="What every prompt carries beside its text, such as guidance, reference latents or a first frame. "
+            "The text in it is not used.",
+        ),
+    ]
+
+
+def _widgets() -> list[io.Input]:
+    text = {"multiline": True, "dynamic_prompts": False}
+    return [
+        io.String.Input(
+            "prompts", tooltip="One per line: prompts that were not trained on, the more the surer the result.", **text
+        ),
+        io.String.Input(
+            "negative", default="", optional=True, tooltip="Negative prompt, used where cfg is not 1.", **text
+        ),
+        io.Int.Input(
+            "images_per_prompt", default=4, min=1, max=64, tooltip="Two or more also show how different they are."
+        ),
+        io.Int.Input(
+            "seed", default=1234, min=0, max=2**63 - 1, control_after_generate=False,
+            tooltip="Seed of the noise, which is the same for every model and, with the embedded model, that of the "
+            "trainer's own evaluations.",
+        ),
+        io.Int.Input("steps", default=20, min=1, max=1000, tooltip="Sampling steps."),
+        io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 1 is off."),
+        io.Combo.Input("sampler_name", options=comfy.samplers.SAMPLER_NAMES, tooltip="As in KSampler."),
+        io.Combo.Input("scheduler", options=comfy.samplers.SCHEDULER_NAMES, tooltip="As in KSampler."),
+        io.Float.Input(
+            "strength", default=1.0, min=-100.0, max=100.0, step=0.01, tooltip="Of every LoRA; 1 is as trained."
+        ),
+    ]  # fmt: skip
+
+
+def _loras() -> list[io.Input]:
+    options = [NONE, *folder_paths.get_filename_list("loras")]
+    names = [
+        io.Combo.Input(name, options=options, default=NONE, optional=True, tooltip="A LoRA of ComfyUI's list.")
+        for name in NAMES
+    ]
+    sockets = [
+        io.LoraModel.Input(
+            name, optional=True, lazy=True, tooltip="A LoRA from the graph, such as that of GRPO Train LoRA."
+        )
+        for name in MODELS
+    ]
+    return [*names, *sockets]
+
+
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _optional(given: dict[str, list], name: str, default: object = None) -> object:
+    return inputs.single(given[name], name) if name in given else default
+
+
+def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
+    """Which of these sockets are connected to something that has not been computed yet."""
+    return [name for name in names if name in given and list(given[name]) == [None]]
+
+
+def _texts(given: dict[str, list]) -> list[str]:
+    texts = prompt_lines("\n".join(inputs.text(text, "prompts") for text in given["prompts"]))
+    if not texts:
+        raise BadInput("prompts is empty: write one prompt per line (lines that begin with # are comments)")
+    check_prompts(texts, "prompts")
+    return texts
+
+
+def _chosen(given: dict[str, list]) -> list[str]:
+    """The names of the LoRAs that are chosen, each once."""
+    names = [_optional(given, name, NONE) for name in NAMES]
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and name != NONE))
+
+
+def _files(given: dict[str, list]) -> dict[str, Path]:
+    """Their files.
+
+    Raises:
+        BadInput: one is not in ComfyUI's list.
+    """
+    found = {}
+    for name in _chosen(given):
+        file = folder_paths.get_full_path("loras", name)
+        if file is None:
+            raise BadInput(f"LoRA {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one of it")
+        found[name] = Path(file)
+    return found
+
+
+def _weights(given: dict[str, list]) -> dict[str, dict[str, Tensor]]:
+    """The LoRAs by the name they are shown with: without folder and ending where that is not ambiguous."""
+    files = _files(given)
+    stems = [Path(name).stem for name in files]
+    loras = {
+        stem if stems.count(stem) == 1 else name: read_weights(files[name])
+        for stem, name in zip(stems, files, strict=True)
+    }
+    for name in MODELS:
+        if (lora := _optional(given, name)) is not None:
+            loras[name] = inputs.lora_tensors(lora, name)
+    return loras
+
+
+def _parts(given: dict[str, list]) -> list:
+    """Model, CLIP, VAE, the empty latent, and the conditioning or None."""
+    sockets = (("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE"))
+    found = [inputs.linked(inputs.single(given[name], name), name, kind) for name, kind in sockets]
+    latent, conditioning = inputs.single(given["latent_image"], "latent_image"), _optional(given, "conditioning")
+    if not isinstance(latent, dict) or not isinstance(latent.get("samples"), Tensor):
+        raise BadInput("latent_image must be connected to an output of type LATENT")
+    return [*found, latent, None if conditioning is None else inputs.conditioning(conditioning, "conditioning")]
+
+
+NODES = [CompareLoRAs]

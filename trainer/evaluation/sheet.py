@@ -1,0 +1,49 @@
+"""The contact sheet of a comparison: per prompt the image of every model, with its name and scores."""
+
+from typing import TYPE_CHECKING
+
+from ..runs.pictures import CELL, arranged, block, checker_of, score_lines
+from ..runs.report import magnification
+from ..utils.media import to_picture
+from .comparison import Judged
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+LARGEST = 320
+"""Wanted longer edge of an image in pixels."""
+WIDTH = 1500
+"""Prompts go side by side up to this width."""
+
+
+def contact_sheet(models: list[Judged]) -> "Image":
+    """Where a reward gives 0 or 1 only, images are marked right or wrong by it.
+
+    Args:
+        models: with images of the same prompts, in the same order.
+    """
+    judge = checker_of([sample.scores for model in models for sample in model.samples])
+    small = max(models[0].images.shape[-2:]) < CELL
+    strips = []
+    for number, sample in enumerate(models[0].samples):
+        cells = [_cell(model.images[number], small) for model in models]
+        width = max(CELL, *(cell.width for cell in cells))
+        blocks = []
+        for model, cell in zip(models, cells, strict=True):
+            scores = model.samples[number].scores
+            verdict = None if judge is None else bool(scores[judge])
+            blocks.append(block([(verdict, cell)], model.name, score_lines(scores), width))
+        strips.append(arranged(blocks, len(blocks), sample.prompt))
+    columns = max(1, min(len(strips), WIDTH // strips[0].width))
+    rule = "The same noise for every model" if len(models) > 1 else models[0].name
+    return arranged(strips, columns, rule if judge is None else f"{rule}. Marks: right or wrong by {judge}.")
+
+
+def _cell(image: "Tensor", small: bool) -> "Image":
+    """An image or a video's middle frame; tiny ones are enlarged without smoothing, large ones made smaller."""
+    image = image[len(image) // 2] if image.ndim == 4 else image
+    factor = magnification(image, CELL) if small else 1
+    picture = to_picture(image.repeat_interleave(factor, -1).repeat_interleave(factor, -2))
+    picture.thumbnail((LARGEST, LARGEST))
+    return picture
