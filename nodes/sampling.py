@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import comfy.sample
 import torch
-from comfy.model_sampling import CONST
+from comfy.model_sampling import CONST, V_PREDICTION
 from comfy.nested_tensor import NestedTensor
 from comfy.samplers import KSAMPLER
 from comfy.utils import model_trange
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..trainer.diffusion import kernels
 from ..trainer.diffusion.kernels import KERNELS, LARGEST_ETA, Kernel
-from ..trainer.diffusion.process import FLOW, VP, Process
+from ..trainer.diffusion.process import FLOW, VP, VP_V, Process
 from ..trainer.diffusion.solvers import Euler
 from ..trainer.utils import seeds
 from ..trainer.utils.errors import BadInput
@@ -69,11 +69,14 @@ def take_step(
         latents at `sigma_next`, shaped as `x`.
     """
     level, level_next = process.from_k_sigma(sigma), process.from_k_sigma(sigma_next)
-    latents, prediction = x / process.k_scale(level), (x - denoised) / sigma
+    latents = x / process.k_scale(level)
+    prediction = process.predicting(latents, denoised, level)
     if noise is None:
         latents = Euler(process).step(latents, prediction, level, level_next)
     else:
-        latents = kernels.step(kernel, latents, prediction, level, level_next, eta, noise=noise).next_sample
+        latents = kernels.step(
+            kernel, latents, prediction, level, level_next, eta, noise=noise, process=process
+        ).next_sample
     return latents * process.k_scale(level_next)
 
 
@@ -118,7 +121,7 @@ def sample_sde(
         ValueError: the kernel does not fit this model.
     """
     model_sampling = model.inner_model.model_patcher.get_model_object("model_sampling")
-    process = FLOW if isinstance(model_sampling, CONST) else VP
+    process = FLOW if isinstance(model_sampling, CONST) else VP_V if isinstance(model_sampling, V_PREDICTION) else VP
     check_kernel(kernel, eta, process)
     chosen = kernels.named(kernel)
     noise_scale = getattr(model_sampling, "noise_scale", 1.0)
@@ -139,7 +142,7 @@ def check_kernel(kernel: str, eta: float, process: Process) -> None:
     chosen = kernels.named(kernel)
     if chosen.deterministic:
         return
-    if chosen.process is not process:
+    if not chosen.fits(process):
         what = "is not for flow models" if process is FLOW else "is not for epsilon or v-prediction models"
         fitting = [*kernels.stochastic(process), *(k.name for k in KERNELS.values() if k.deterministic)]
         raise ValueError(f"kernel {kernel!r} {what}: choose one of {', '.join(fitting)}")

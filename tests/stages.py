@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Load = Callable[[str], ModuleType]
 
@@ -88,3 +89,19 @@ def gradients_of(engine: Any) -> dict[str, Tensor]:
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         parameter.grad = None
     return found
+
+
+class InFloat64(TorchDispatchMode):
+    """Inside, what a network computes in float32 whatever it is given (positions, norms) is computed in float64."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+        keywords = {name: wide(value) for name, value in (keywords or {}).items()}
+        return function(*map(wide, arguments), **keywords)
+
+
+def wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.dtype == torch.float32 else value
+    if isinstance(value, list | tuple):
+        return [wide(part) for part in value]
+    return torch.float64 if value is torch.float32 else value

@@ -117,7 +117,7 @@ def test_bad_input_is_exit_code_2_and_one_line(short: dict, tmp_path: Path, caps
         ("train", file, *out, "--set", "rewards.0.name=taste"): "'taste' is unknown",
         ("train", file, *out, "--set", "rewards.0.options={power: 2}"): "no option 'power'",
         ("train", file, *out, "--set", "rewards.0.name=shapes", "--set", "prompts.texts=[a cat]"): "reward 'shapes'",
-        ("train", file, *out, "--set", "lora.targets=[attn.nothing]"): "'attn.nothing' matches no linear layer",
+        ("train", file, *out, "--set", "lora.targets=[attn.nothing]"): "'attn.nothing' matches no linear or",
         ("train", file, *out, "--set", "prompts={file: /no/prompts.txt}"): "/no/prompts.txt cannot be read",
         ("train", file, *out, "--set", "prompts.conditions=/no/c.safetensors"): "/no/c.safetensors cannot be read",
         (

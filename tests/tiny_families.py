@@ -122,23 +122,23 @@ def build_unet(xl: bool) -> torch.nn.Module:
     return UNet2DConditionModel(**settings, cross_attention_dim=16, attention_head_dim=2)
 
 
-def build_sd(folder: Path, prediction: str = "epsilon") -> Path:
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
+def build_sd(folder: Path, prediction: str = "epsilon", zero_snr: bool = False) -> Path:
+    from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
+    levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": prediction}
+    if zero_snr:
+        scheduler = DDIMScheduler(
+            **levels, clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=1
+        )
+    else:
+        scheduler = PNDMScheduler(**levels, steps_offset=1, skip_prk_steps=True)  # the file of Stable Diffusion 1.4
     tokenizer = clip_tokenizer(folder / "tokenizer")
     StableDiffusionPipeline(
         vae=image_vae(4, scaling_factor=0.18215),
         text_encoder=clip_text(tokenizer),
         tokenizer=tokenizer,
         unet=stir(build_unet(xl=False)),
-        scheduler=PNDMScheduler(  # the file of Stable Diffusion 1.4
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            skip_prk_steps=True,
-            prediction_type=prediction,
-        ),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -438,6 +438,7 @@ VIDEO = {"height": 16, "width": 32, "frames": 5}
 CASES = {
     "sd": Case("sd", build_sd, rollout=DDIM),
     "sd-v": Case("sd", lambda folder: build_sd(folder, "v_prediction"), rollout=DDIM),
+    "sd-zero-snr": Case("sd", lambda folder: build_sd(folder, "v_prediction", zero_snr=True), rollout=DDIM),
     "sdxl": Case("sdxl", build_sdxl, rollout=DDIM),
     "flux": Case("flux", build_flux, {"height": 16, "width": 24}, OWN_LEVELS, "true_cfg_scale"),
     "wan": Case("wan", build_wan, VIDEO, {"shift": 5.0, "guidance_scale": 5.0}),

@@ -12,6 +12,7 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
 import torch
+from graph_families import MORE
 from stages import engine_for
 from torch import Tensor
 
@@ -33,6 +34,10 @@ class Case:
         detected: what to change in `config` so that core's loader recognises a file of it, for it takes the width of
             heads and of texts as given; None where it only knows the released sizes.
         detected_text: `text` then.
+        marks: names of empty tensors by which core recognises this kind of a released file.
+        rounding: by how much core's euler may differ, of its largest value.
+        shapes: whether the network can be run without weights to its end, and complains of a wrong width.
+        scale: of the LoRA's weights, so that it does something.
     """
 
     core: str
@@ -43,6 +48,10 @@ class Case:
     name: str = field(default="")
     detected: dict | None = None
     detected_text: tuple[int, int | None] = (16, None)
+    marks: tuple[str, ...] = ()
+    rounding: float = 1e-5
+    shapes: bool = True
+    scale: float = 0.2
 
     def __str__(self) -> str:
         return self.name or self.core
@@ -227,6 +236,9 @@ LTXV_HEADS = {
 CASES = [
     Case("SD15", SD15, (16, None), (64, 64, 1), detected=ONE_LEVEL, detected_text=(768, None)),
     Case("SDXL", SDXL, (16, 1280), (64, 64, 1)),
+    Case("SDXL", SDXL, (16, 1280), (64, 64, 1), name="SDXLv", marks=("v_pred",)),
+    # Core's first latents are 4519 times as large as its last, and rounded accordingly.
+    Case("SDXL", SDXL, (16, 1280), (64, 64, 1), name="SDXLzsnr", marks=("v_pred", "ztsnr"), rounding=3e-4),
     Case("SD3", SD3, (16, 16), detected={}, detected_text=(16, 16)),
     Case("Flux", FLUX, (16, 16), extra=lambda: {"guidance": 6.0}, detected=FLUX_HEAD, detected_text=(16, 16)),
     Case("Flux2", FLUX2, (16, None), detected=HEAD | {"axes_dim": [32] * 4}),
@@ -277,6 +289,7 @@ CASES = [
         extra=lambda: {"reference_latents": [draw(1, 16, 1, 4, 6, seed=9)]},
         name="QwenImageEdit",
     ),
+    *(Case(**given) for given in MORE),
 ]
 
 
@@ -294,7 +307,7 @@ def new_patcher(case: Case, dtype: torch.dtype = torch.float32) -> Any:
     description = getattr(comfy.supported_models, case.core)(dict(case.config))
     description.unet_config = dict(case.config)
     description.set_inference_dtype(dtype, None)
-    base = description.get_model({}, "", device="cpu")
+    base = description.get_model(dict.fromkeys(case.marks, torch.empty(0)), "", device="cpu")
     base.diffusion_model.to(dtype)
     random_weights(base.diffusion_model)
     patcher = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
@@ -362,7 +375,8 @@ def graph_model(
     )
     model = schedule.ComfyModel(patcher, vae, config)
     sections = {"objective": {"batch_size": 4, "clip_range": 0.99}} | (sections or {})
-    engine = engine_for(model, sections.pop("objective"), pack, lora={"rank": 2, "alpha": 6}, **sections)
+    lora = {"rank": 2, "alpha": 6} | sections.pop("lora", {})
+    engine = engine_for(model, sections.pop("objective"), pack, lora=lora, **sections)
     kernel = pack("trainer.diffusion.kernels").stochastic(model.process)[0]
     sigmas = model.sigmas(STEPS, None)
     plan = rollout.Plan(kernel, 0.3, sigmas, [True] * (STEPS - 1) + [False], False, 2.0)

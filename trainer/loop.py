@@ -16,6 +16,7 @@ from .config import RunConfig
 from .estimate.pace import Pace
 from .evaluate import Evaluator
 from .models import check_kernel
+from .models.distilled import distilled_notes
 from .objectives.advantage import mean_group_std
 from .objectives.base import Experience, Resources
 from .objectives.engine import Engine, Update
@@ -61,7 +62,11 @@ class Trainer:
             check_start(config.lora)
         self.recorder = Recorder(run, config, None, processes.is_main, listener)
         self.objective, self.prompts, self.held_out = checked.objective, checked.prompts, checked.held_out
-        notes = [*checked.family.notes(config.model), *fps_notes(checked.all_rewards, config.model.fps)]
+        notes = [
+            *checked.family.notes(config.model),
+            *distilled_notes(config),
+            *fps_notes(checked.all_rewards, config.model.fps),
+        ]
         for note in notes if processes.is_main else []:
             print(f"warning: {note}", file=sys.stderr)
         for reward in checked.all_rewards.values():

@@ -184,7 +184,14 @@ class Lane:
         before, prediction = self.per_image(self.latents), self.per_image(prediction)
         self.index, self.group = self.owner, None
         taken = kernels.step(
-            self.plan.kernel, before, prediction, sigma, sigma_next, self.plan.eta, noise=noise(step)[self.rows]
+            self.plan.kernel,
+            before,
+            prediction,
+            sigma,
+            sigma_next,
+            self.plan.eta,
+            noise=noise(step)[self.rows],
+            process=solver.process,
         )
         solver.reset()
         self.latents = taken.next_sample

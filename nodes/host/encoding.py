@@ -98,8 +98,20 @@ def _row(family: type[DiffusionModel], config: RunConfig, tokens: torch.Tensor, 
     return family.outside_conditions(config.model, tokens.float().cpu(), pooled)
 
 
-TEXT = ("pooled_output", "attention_mask", "num_tokens", "conditioning_lyrics", "t5xxl_ids", "t5xxl_weights")
-"""Entries of a CONDITIONING that come from the text encoder."""
+TEXT = (
+    "attention_mask",
+    "attention_mask_mt5xl",
+    "conditioning_byt5small",
+    "conditioning_llama3",
+    "conditioning_lyrics",
+    "conditioning_mt5xl",
+    "num_layers_stacked",
+    "num_tokens",
+    "pooled_output",
+    "t5xxl_ids",
+    "t5xxl_weights",
+)
+"""What text encoders put into CONDITIONING, and other nodes do not."""
 
 
 def _entry(tokens: torch.Tensor, extra: dict, carried: Entry) -> Entry:

@@ -181,7 +181,7 @@ def test_targets_of_the_configuration_come_first(model: SD3Model) -> None:
 @pytest.mark.parametrize("target", ["attn.to_qq", "o_q", "attn"])
 def test_targets_that_match_nothing_are_bad_input(model: SD3Model, target: str) -> None:
     base = predict(model.module)
-    with pytest.raises(BadInput, match=f"'{target}' matches no linear layer"):
+    with pytest.raises(BadInput, match=f"'{target}' matches no linear or convolution layer"):
         inject(model, LoraConfig(targets=["attn.to_q", target]))
     assert torch.equal(predict(model.module), base)
     assert not lora.parameters(model.module)

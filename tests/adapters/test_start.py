@@ -109,13 +109,30 @@ def test_half_precision_and_1x1_convolutions_are_read(tmp_path: Path) -> None:
     assert all(value.dtype == torch.float32 for value in started.values())
 
 
+def test_a_convolutions_lora_is_read_at_another_rank(tmp_path: Path) -> None:
+    name, module = plain_key("conv1"), "conv1"
+    first, second = torch.randn(2, IN, 3, 3), torch.randn(OUT, 2, 1, 1)
+    tensors = {f"{name}.lora_down.weight": first, f"{name}.lora_up.weight": second, f"{name}.alpha": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    untrained = {f"{module}.lora_A.default.weight": torch.randn(RANK, IN, 3, 3)}
+    untrained[f"{module}.lora_B.default.weight"] = torch.zeros(OUT, RANK, 1, 1)
+    config = LoraConfig(rank=RANK, alpha=ALPHA, start_from=str(tmp_path / "a.safetensors"))
+    started = start_weights(config, [module], plain_key, lambda module: [], untrained)
+    assert {key: value.shape for key, value in started.items()} == {key: v.shape for key, v in untrained.items()}
+    down, up = started.values()
+    images = torch.randn(2, IN, 8, 8)
+    ours = torch.nn.functional.conv2d(torch.nn.functional.conv2d(images, down), up) * ALPHA / RANK
+    theirs = torch.nn.functional.conv2d(torch.nn.functional.conv2d(images, first), second) * 3.0 / 2
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def pair(name: str, rank: int = 2, width: int = IN) -> dict[str, Tensor]:
     return {f"{name}.lora_A.weight": torch.ones(rank, width), f"{name}.lora_B.weight": torch.ones(OUT, rank)}
 
 
 GOOD = pair(plain_key(MODULES[0]))
 REFUSED = {
-    "no LoRA": ({"weight": torch.ones(2, 2)}, "holds 'weight', which is not part of a LoRA of linear layers"),
+    "no LoRA": ({"weight": torch.ones(2, 2)}, "holds 'weight', which is not part of a plain LoRA or LoCon"),
     "nothing": ({}, "holds no LoRA"),
     "DoRA": (GOOD | {"transformer.a.dora_scale": torch.ones(2)}, "holds 'transformer.a.dora_scale', which is not"),
     "one matrix": ({"transformer.a.lora_A.weight": torch.ones(2, IN)}, "holds one matrix of layer 'transformer.a'"),
@@ -126,7 +143,8 @@ REFUSED = {
     "NaN": (GOOD | {next(iter(GOOD)): torch.full((2, IN), float("nan"))}, "is not a finite matrix"),
     "integers": (GOOD | {next(iter(GOOD)): torch.ones(2, IN, dtype=torch.int64)}, "is not a finite matrix"),
     "ranks": (GOOD | {next(iter(GOOD)): torch.ones(3, IN)}, "have different ranks"),
-    "convolution": (GOOD | {next(iter(GOOD)): torch.ones(2, IN, 3, 3)}, "is not a finite matrix"),
+    "convolution": (GOOD | {next(iter(GOOD)): torch.ones(2, IN, 3, 3)}, "maps 54 to 5, not 6 to 5"),
+    "Tucker": (GOOD | {"transformer.a.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "which is not part of a plain LoRA"),
 }
 
 

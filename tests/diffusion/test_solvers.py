@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainer.diffusion.process import FLOW, VP, Process
+from trainer.diffusion.process import FLOW, VP, VP_V, Process
 from trainer.diffusion.schedules import sigma_schedule
 from trainer.diffusion.solvers import SOLVERS, DPMSolver2M, Euler, Solver
 
-BOTH = pytest.mark.parametrize("process", [FLOW, VP], ids=repr)
+EVERY = pytest.mark.parametrize("process", [FLOW, VP, VP_V], ids=repr)
 MEAN, STD = 0.7, 0.4
 """Of the images, pixel by pixel normal: the best prediction is linear, and the ODE has a closed form."""
 
@@ -41,7 +41,7 @@ def error(kind: type[Solver], process: Process, first: float, last: float, steps
     return (solve(kind(process), levels, start) - end).abs().max().item()
 
 
-@BOTH
+@EVERY
 def test_2m_converges_with_order_two_and_euler_with_order_one(process: Process) -> None:
     for kind, order in ((Euler, 1), (DPMSolver2M, 2)):
         errors = [error(kind, process, 0.9, 0.3, steps) for steps in (10, 20, 40)]
@@ -49,20 +49,24 @@ def test_2m_converges_with_order_two_and_euler_with_order_one(process: Process) 
         assert found == pytest.approx([order, order], abs=0.1)
 
 
-@BOTH
+@EVERY
 def test_2m_is_nearer_from_noise_to_image_too(process: Process) -> None:
     first = 1.0 if process is FLOW else 0.99
     for steps in (10, 20, 40):
         assert error(DPMSolver2M, process, first, 0.0, steps) < error(Euler, process, first, 0.0, steps) / 4
 
 
-@BOTH
+@EVERY
 def test_2m_equals_diffusers(process: Process) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     levels = sigma_schedule(8, 3.0) if process is FLOW else [0.998, 0.98, 0.93, 0.8, 0.6, 0.35, 0.1, 0.04, 0.0]
-    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if process is FLOW else {}
-    scheduler = DPMSolverMultistepScheduler(final_sigmas_type="zero", **flow)
+    kinds = {
+        FLOW: {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+        VP: {"prediction_type": "epsilon"},
+        VP_V: {"prediction_type": "v_prediction"},
+    }
+    scheduler = DPMSolverMultistepScheduler(final_sigmas_type="zero", **kinds[process])
     scheduler.set_timesteps(8)
     scheduler.sigmas = torch.tensor([sigma * process.k_scale(sigma) for sigma in levels])
     theirs = mine = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -74,7 +78,7 @@ def test_2m_equals_diffusers(process: Process) -> None:
     assert mine.std() > 0.1
 
 
-@BOTH
+@EVERY
 def test_the_first_step_and_the_one_to_zero_are_eulers(process: Process) -> None:
     latents, prediction = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     solver, euler = DPMSolver2M(process), Euler(process)

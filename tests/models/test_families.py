@@ -281,7 +281,7 @@ def uneven(folder: Path, **settings: dict) -> RunConfig:
     )
 
 
-IN_TWO = [name for name in CASES if name not in ("sd-v", "wan-image", "hunyuanvideo-image")]
+IN_TWO = [name for name in CASES if name not in ("sd-v", "sd-zero-snr", "wan-image", "hunyuanvideo-image")]
 UNEVEN = {
     "plain": {},
     "updates, KL, guard": {"objective": {"updates": 3, "kl_weight": 0.5, "ratio": "guard"}},

@@ -114,14 +114,19 @@ def test_missing_text_encoder_is_named_before_encoding(flux: Path) -> None:
         family.encode(config, ["a circle", ""], CPU)
 
 
-def test_zero_snr_and_unknown_predictions_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_zero_snr_with_a_prediction_of_noise_and_unknown_predictions_are_refused(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(folders["sd"], tmp_path / "sd")
     file = folder / "scheduler" / "scheduler_config.json"
     plain = json.loads(file.read_text())
-    for change, words in (({"prediction_type": "sample"}, "'sample'"), ({"rescale_betas_zero_snr": True}, "zero_snr")):
+    zero_snr = {"rescale_betas_zero_snr": True}
+    for change, words in (({"prediction_type": "sample"}, "'sample'"), (zero_snr, "zero_snr with .* epsilon")):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(BadInput, match=words):
             model_class(config_of("sd", folder))
+    file.write_text(json.dumps(plain | zero_snr | {"prediction_type": "v_prediction"}))
+    model_class(config_of("sd", folder))
 
 
 def trainer(model: dict, rollout: dict, prompts: dict) -> Trainer:
@@ -236,7 +241,7 @@ def hidden(path: Path) -> Iterator[None]:
 
 def test_every_family_names_a_target_that_matches_nothing(family: str, fitting: ModelConfig) -> None:
     kind = model_class(fitting)
-    with pytest.raises(BadInput, match="lora.targets: 'attn.nothing' matches no linear layer of this model, such as"):
+    with pytest.raises(BadInput, match="lora.targets: 'attn.nothing' matches no linear or convolution layer of"):
         kind.check_targets(fitting, ["to_q", "attn.nothing"])
     kind.check_targets(fitting, list(kind.default_targets))
 

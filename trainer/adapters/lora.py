@@ -34,8 +34,8 @@ def inject(
     """
     import peft
 
-    wanted = config.targets or list(targets)
-    matching(module, wanted)
+    # Their full names: an ending such as `skip_connection` names other modules too, which peft would refuse.
+    wanted = sorted(set(matching(module, config.targets or list(targets))))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(

@@ -23,7 +23,10 @@ _PAIRS = (
 _ALPHA = ".alpha"
 
 Layer = tuple[Tensor, Tensor, float]
-"""Down projection `[r, in]`, up projection `[out, r]`, and the factor that their product has."""
+"""Down projection `[r, in]`, up projection `[out, r]`, and the factor that their product has.
+
+Of a convolution, `in` counts every weight of a filter.
+"""
 
 
 def check_start(config: LoraConfig) -> None:
@@ -178,7 +181,7 @@ def _layer_names(names: list[str], what: str) -> dict[str, tuple[str, str]]:
         base = name.removesuffix(pair[0]).removesuffix(pair[1])
         layers[base] = (base + pair[0], base + pair[1])
     if rest:
-        raise BadInput(f"{what} holds {shorten(rest[0])}, which is not part of a LoRA of linear layers")
+        raise BadInput(f"{what} holds {shorten(rest[0])}, which is not part of a plain LoRA or LoCon")
     if not layers:
         raise BadInput(f"{what} holds no LoRA")
     for base, (down, up) in layers.items():
@@ -203,9 +206,9 @@ def _read_layers(path: Path, what: str) -> dict[str, Layer]:
 
 
 def _matrix(tensor: Tensor, what: str, name: str) -> Tensor:
-    """A projection as a float32 matrix; 1 x 1 convolutions are matrices."""
-    if tensor.ndim == 4 and tuple(tensor.shape[2:]) == (1, 1):
-        tensor = tensor[:, :, 0, 0]
+    """A projection as a float32 matrix, a row for each filter of a convolution."""
+    if tensor.ndim > 2:
+        tensor = tensor.flatten(1)
     if tensor.ndim != 2 or not tensor.is_floating_point() or not tensor.isfinite().all() or not tensor.numel():
         raise BadInput(f"{what}: {shorten(name)} is not a finite matrix")
     return tensor.float()
@@ -239,16 +242,17 @@ def _fitted(layer: Layer, down: Tensor, up: Tensor, config: LoraConfig, what: st
     """The layer as weights of the run's own rank and alpha.
 
     Args:
-        down, up: the fresh weights, `[rank, in]` and `[out, rank]`.
+        down, up: the fresh weights, `[rank, in]` and `[out, rank]`, or those of a convolution.
     """
     new_down, new_up, factor = layer
     rank = new_down.shape[0]
-    if new_down.shape[1] != down.shape[1] or new_up.shape[0] != up.shape[0]:
-        sizes = f"{new_down.shape[1]} to {new_up.shape[0]}, not {down.shape[1]} to {up.shape[0]}"
+    width = down[0].numel()
+    if new_down.shape[1] != width or new_up.shape[0] != up.shape[0]:
+        sizes = f"{new_down.shape[1]} to {new_up.shape[0]}, not {width} to {up.shape[0]}"
         raise BadInput(f"{what} maps {sizes}: it belongs to another model")
     if rank > config.rank:
         raise BadInput(f"{what} has rank {rank}, which is above lora.rank {config.rank}: raise lora.rank to {rank}")
     down, up = down.detach().clone(), torch.zeros_like(up)
-    down[:rank] = new_down.to(down.device)
-    up[:, :rank] = (new_up * (factor / (config.alpha / config.rank))).to(up.device)
+    down[:rank] = new_down.to(down.device).view_as(down[:rank])
+    up[:, :rank] = (new_up * (factor / (config.alpha / config.rank))).to(up.device).view_as(up[:, :rank])
     return down, up

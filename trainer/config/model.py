@@ -18,6 +18,7 @@ class GraphSampling(Section):
     multiplier: Annotated[float, Field(gt=0, le=100_000)] | None = Field(
         None, description="Factor from sigma to the timestep that the network gets."
     )
+    zsnr: bool = Field(False, description="Of kind noise: no signal is left at the highest level (zero terminal SNR).")
 
 
 class GraphLora(Section):

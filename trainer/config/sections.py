@@ -124,9 +124,13 @@ class LoraConfig(Section):
     """The LoRA that is trained."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(16, description="Rank of the LoRA.")
-    alpha: Annotated[float, Field(gt=0, le=100_000)] = Field(32.0, description="The scale of the LoRA is alpha / rank.")
-    targets: list[str] | None = Field(None, min_length=1, description="Suffixes of module names; null for defaults.")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Decay of a moving average; 0 is off.")
+    alpha: Annotated[float, Field(gt=0, le=100_000)] = Field(32.0, description="Scale of the LoRA is alpha / rank.")
+    targets: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Endings of the names of linear and convolution layers; null for the family's own, its attention.",
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Moving average of the LoRA; 0 is off.")
     start_from: str | None = Field(
         None,
         description="LoRA file to continue training from (.safetensors, with ComfyUI's key names for this model); its "

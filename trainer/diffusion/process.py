@@ -7,6 +7,7 @@ Notation: sigma is the noise level, from 1 (noise) to 0 (image); the noised late
 x = signal(sigma) image + sigma noise.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ Level = float | Tensor
 
 
 class Process(ABC):
-    """How images are noised, and what the network predicts. Stateless; the two instances are `FLOW` and `VP`."""
+    """How images are noised, and what a network that undoes it predicts. Stateless: `FLOW`, `VP` and `VP_V`."""
 
     name: ClassVar[str]
 
@@ -32,7 +33,7 @@ class Process(ABC):
 
         Args:
             latents, prediction: `[B, ...]`.
-            sigma: a number or `[B]`, in [0, 1] for FLOW and [0, 1) for VP.
+            sigma: in [0, 1], but for VP in [0, 1); a number or `[B]`.
 
         Returns:
             the estimate, shaped as `latents`.
@@ -47,6 +48,10 @@ class Process(ABC):
         """The training target for `noised(image, noise, sigma)`: the velocity for FLOW, the noise for VP."""
 
     @abstractmethod
+    def predicting(self, latents: Tensor, image: Tensor, sigma: Level) -> Tensor:
+        """The prediction whose image estimate is `image`, at sigma in (0, 1]: the inverse of `image`."""
+
+    @abstractmethod
     def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients of the latents and of the prediction in the deterministic first-order step.
 
@@ -58,8 +63,8 @@ class Process(ABC):
     def k_scale(self, sigma: Level) -> Level:
         """The factor that converts latents to the scale of k-diffusion and ComfyUI at the same noise level.
 
-        In that scale, latents of diffusion models are image + s noise with s = k_scale sigma; those of flow models are
-        unchanged. In both cases, (latents - image estimate) / s is the prediction of the process.
+        There, diffusion models have latents image + s noise with s = k_scale sigma, and flow models the same as here.
+        Infinite where diffusion models have no signal.
         """
 
     @abstractmethod
@@ -96,6 +101,9 @@ class RectifiedFlow(Process):
     def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
         return noise - image
 
+    def predicting(self, latents: Tensor, image: Tensor, sigma: Level) -> Tensor:
+        return (latents - image) / column(sigma, latents)
+
     def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma), sigma_next - sigma
 
@@ -126,20 +134,49 @@ class VariancePreserving(Process):
     def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
         return noise
 
+    def predicting(self, latents: Tensor, image: Tensor, sigma: Level) -> Tensor:
+        return (latents - column(self.signal(sigma), latents) * image) / column(sigma, latents)
+
     def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar, alpha_bar_next = 1 - sigma**2, 1 - sigma_next**2
         scale = (alpha_bar_next / alpha_bar).sqrt()
         return scale, (1 - alpha_bar_next).sqrt() - scale * (1 - alpha_bar).sqrt()
 
     def k_scale(self, sigma: Level) -> Level:
-        return (1 - sigma**2) ** -0.5
+        return 1 / (1 - sigma**2) ** 0.5 if isinstance(sigma, Tensor) or sigma < 1 else math.inf
 
     def from_k_sigma(self, s: float) -> float:
         return s / (1 + s**2) ** 0.5
 
 
+class VariancePreservingVelocity(VariancePreserving):
+    """The same noised latents; the prediction is v = sqrt(1 - sigma^2) noise - sigma image (arXiv 2202.00512).
+
+    Unlike the noise it says something at sigma 1 too, where the latents hold no signal.
+    """
+
+    name = "vp-v"
+
+    def image(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        return column(self.signal(sigma), latents) * latents - column(sigma, latents) * prediction
+
+    def noise(self, latents: Tensor, prediction: Tensor, sigma: Level) -> Tensor:
+        return column(sigma, latents) * latents + column(self.signal(sigma), latents) * prediction
+
+    def target(self, image: Tensor, noise: Tensor, sigma: Level) -> Tensor:
+        return column(self.signal(sigma), image) * noise - column(sigma, image) * image
+
+    def predicting(self, latents: Tensor, image: Tensor, sigma: Level) -> Tensor:
+        return (column(self.signal(sigma), latents) * latents - image) / column(sigma, latents)
+
+    def euler(self, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
+        signal, signal_next = self.signal(sigma), self.signal(sigma_next)
+        return signal_next * signal + sigma_next * sigma, sigma_next * signal - signal_next * sigma
+
+
 FLOW = RectifiedFlow()
 VP = VariancePreserving()
+VP_V = VariancePreservingVelocity()
 
 
 def column(value: Level, latents: Tensor) -> Level:

@@ -20,6 +20,8 @@ MAX_DECODE_BATCH = 32
 """Largest default of `decode_batch_size`, which is as many images as make a megapixel."""
 
 
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that a LoRA can be put on; one on convolutions is known as LoCon."""
 ENCODED_AT_ONCE = 16
 """Batch size of text encoding."""
 
@@ -347,16 +349,18 @@ def require_files(folder: Path, names: list[str], family: str) -> None:
 
 
 def matching(module: nn.Module, targets: list[str]) -> list[str]:
-    """Names of the linear layers that match the targets, which are suffixes of names.
+    """Names of the linear and convolution layers that targets, endings of names, choose.
 
     Raises:
         BadInput: a target matches nothing.
     """
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    names = [name for name, child in module.named_modules() if isinstance(child, ADAPTABLE)]
     chosen = []
     for target in targets:
         found = [name for name in names if name == target or name.endswith(f".{target}")]
         if not found:
-            raise BadInput(f"lora.targets: {target!r} matches no linear layer of this model, such as {names[0]!r}")
+            raise BadInput(
+                f"lora.targets: {target!r} matches no linear or convolution layer of this model, such as {names[0]!r}"
+            )
         chosen += found
     return chosen

@@ -70,4 +70,5 @@ class Actions:
             self.sigma_next[self.row_of],
             self.experience.plan.eta,
             next_sample=self.next_samples,
+            process=self.model.process,
         )

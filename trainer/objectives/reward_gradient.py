@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..diffusion import kernels
+from ..diffusion.solvers import Euler
 from ..rollout import Plan
 from ..utils.errors import BadInput
 from ..utils.section import Positive
@@ -171,7 +171,7 @@ class RewardGradient(Objective):
             if self.options.method == "refl":
                 latents = model.process.image(before, prediction, sigma)
             else:
-                latents = kernels.step("ode", before, prediction, sigma, sigma_next, 0.0).next_sample
+                latents = Euler(model.process).step(before, prediction, sigma, sigma_next)
         return latents, distance, forwards
 
     def _noise(self, experience: Experience, item: Item) -> Tensor:

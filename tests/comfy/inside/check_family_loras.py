@@ -581,6 +581,13 @@ def test_every_key_of_the_real_architecture_is_known(
 
 
 def test_output_with_the_lora_is_the_trained_one(case: Case, pack: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    compare_output(case, pack, caplog)
+
+
+def compare_output(
+    case: Case, pack: Callable, caplog: pytest.LogCaptureFixture, targets: list[str] | None = None
+) -> None:
+    """Core's network with the exported LoRA against diffusers' with the trained one."""
     core = core_model(case, case.tiny[0], "cpu")
     network = core.diffusion_model.float().eval()
     weights = {}
@@ -593,7 +600,7 @@ def test_output_with_the_lora_is_the_trained_one(case: Case, pack: Callable, cap
     with torch.no_grad():
         theirs, ours = case.call(network, trained)
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
-        lora = exported(pack, family_model(pack, case, trained))
+        lora = exported(pack, family_model(pack, case, trained), targets)
         patcher = comfy.model_patcher.ModelPatcher(core, torch.device("cpu"), torch.device("cpu"))
         patches = load(core, lora, caplog)
         assert set(patcher.add_patches(patches)) == set(patches)
@@ -601,6 +608,40 @@ def test_output_with_the_lora_is_the_trained_one(case: Case, pack: Callable, cap
         patched, learned = case.call(patcher.model.diffusion_model, trained)
     assert (learned - ours).abs().max() > 1e-3
     torch.testing.assert_close(patched, learned, rtol=0, atol=1e-4)
+
+
+UNETS = [case for case in CASES if case.family in ("sd", "sdxl")]
+
+
+@pytest.mark.parametrize("case", UNETS, ids=lambda case: case.family)
+def test_every_convolution_of_a_unet_has_a_key(case: Case, pack: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    core = core_model(case, case.real[0], "meta")
+    with torch.device("meta"):
+        model = family_model(pack, case, getattr(diffusers, case.network)(**case.real[1]))
+    convolutions = {n: c for n, c in model.module.named_modules() if isinstance(c, torch.nn.Conv2d)}
+    assert len(convolutions) > 40
+    keys = {model.lora_key(name): layer for name, layer in convolutions.items()}
+    assert len(keys) == len(convolutions)
+    shapes = {name: value.shape for name, value in core.state_dict().items()}
+    assert {key: shapes[f"{key}.weight"] for key in keys} == {key: c.weight.shape for key, c in keys.items()}
+    assert keys.keys() == {
+        name.removesuffix(".weight")
+        for name, shape in shapes.items()
+        if name.startswith("diffusion_model.") and name.endswith(".weight") and len(shape) == 4
+    }
+    lora = {}
+    for key, layer in keys.items():
+        lora |= {f"{key}.lora_A.weight": torch.zeros(1, *layer.weight.shape[1:])}
+        lora |= {f"{key}.lora_B.weight": torch.zeros(len(layer.weight), 1, 1, 1), f"{key}.alpha": torch.tensor(1.0)}
+    assert len(load(core, lora, caplog)) == len(keys)
+
+
+LOCON = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out", "to_q"]
+
+
+@pytest.mark.parametrize("case", UNETS, ids=lambda case: case.family)
+def test_output_with_a_locon_is_the_trained_one(case: Case, pack: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    compare_output(case, pack, caplog, LOCON)
 
 
 def test_odd_numbers_of_qwen_tokens_are_placed_nearer_to_the_text_in_comfyui() -> None:

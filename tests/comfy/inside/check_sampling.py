@@ -142,7 +142,7 @@ def test_every_step_is_reported_and_an_interrupt_ends_it(sampler, sample, noise)
 # ------------------------------------------------------------------------------------- epsilon and v-prediction models
 
 
-@pytest.fixture(scope="module", params=["eps", "v_prediction"])
+@pytest.fixture(scope="module", params=["eps", "v_prediction", "zero_snr"])
 def diffusion(request: pytest.FixtureRequest) -> object:
     """`run(sampler)` samples from a random model of Stable Diffusion 1.5's class."""
     torch.manual_seed(0)
@@ -166,7 +166,9 @@ def diffusion(request: pytest.FixtureRequest) -> object:
             "legacy": False,
         }
     )
-    if request.param == "v_prediction":
+    if request.param == "zero_snr":
+        config.sampling_settings = {"zsnr": True}
+    if request.param != "eps":
         config.model_type = lambda *unused: comfy.model_base.ModelType.V_PREDICTION
     model = config.get_model({}, "", device="cpu").float()
     for parameter in model.parameters():
@@ -183,13 +185,17 @@ def diffusion(request: pytest.FixtureRequest) -> object:
         start = noise[images]
         return guider.sample(start, torch.zeros_like(start), sampler, sigmas, disable_pbar=True, seed=1)
 
-    return SimpleNamespace(run=run)
+    # With zero terminal SNR core's own first latents are rounded at 4519 times their size.
+    return SimpleNamespace(run=run, rounding=3e-4 if request.param == "zero_snr" else 1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["ddim", "ode"])
 def test_without_eta_it_is_cores_ddim(sampler, diffusion, kernel) -> None:
     expected = diffusion.run(comfy.samplers.sampler_object("ddim"))
-    assert largest(diffusion.run(sampler(kernel=kernel, eta=0.0)), expected) < 1e-5 * expected.abs().max().item()
+    assert (
+        largest(diffusion.run(sampler(kernel=kernel, eta=0.0)), expected)
+        < diffusion.rounding * expected.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
@@ -208,7 +214,10 @@ def test_ddims_eta_is_the_ancestral_step_of_k_diffusion(pack, sampler, diffusion
         return x
 
     expected = diffusion.run(comfy.samplers.KSAMPLER(ancestral))
-    assert largest(diffusion.run(sampler(kernel="ddim", eta=eta)), expected) < 1e-5 * expected.abs().max().item()
+    assert (
+        largest(diffusion.run(sampler(kernel="ddim", eta=eta)), expected)
+        < diffusion.rounding * expected.abs().max().item()
+    )
 
 
 def test_an_image_of_a_diffusion_model_does_not_depend_on_its_batch(sampler, diffusion) -> None:

@@ -32,25 +32,27 @@ def step(
     *,
     noise: Tensor | None = None,
     next_sample: Tensor | None = None,
+    process: Process | None = None,
 ) -> Step:
     """One step from noise level sigma to sigma_next.
 
     Args:
         kernel: one of `KERNELS`, by name or itself.
         sample: latents `[B, ...]` of any rank.
-        prediction: of a model of the kernel's process, shaped as `sample`.
+        prediction: of a model of `process`, shaped as `sample`.
         sigma, sigma_next: noise levels, 1 >= sigma > sigma_next >= 0; floats or `[B]`.
         eta: strength of the kernel's noise, >= 0, in its own scale (in `dance` a diffusion coefficient, not the [0, 1]
             eta of ancestral samplers); float or `[B]`.
         noise: standard normal, shaped as `sample`, to take the step.
         next_sample: a stored outcome, to score it.
+        process: the model's; None for the kernel's own.
 
     Raises:
-        ValueError: unknown kernel, or not exactly one of `noise` and `next_sample` (neither is needed for a
-            deterministic kernel, or with eta 0).
+        ValueError: unknown kernel, or one for other processes, or not exactly one of `noise` and `next_sample`
+            (neither is needed for a deterministic kernel, or with eta 0).
     """
     kernel = named(kernel) if isinstance(kernel, str) else kernel
-    return transition(kernel, sample, prediction, sigma, sigma_next, eta, noise, next_sample)
+    return transition(kernel, sample, prediction, sigma, sigma_next, eta, noise, next_sample, process)
 
 
 def named(name: str) -> Kernel:
@@ -66,7 +68,7 @@ def named(name: str) -> Kernel:
 
 def stochastic(process: Process | None = None) -> list[str]:
     """Names of the kernels that add noise, of one process or of all: what a run can be trained with."""
-    return [k.name for k in KERNELS.values() if not k.deterministic and process in (None, k.process)]
+    return [k.name for k in KERNELS.values() if not k.deterministic and (process is None or k.fits(process))]
 
 
 __all__ = ["KERNELS", "LARGEST_ETA", "Coefficients", "Kernel", "Step", "log_prob", "named", "step", "stochastic"]

@@ -1,8 +1,8 @@
 """What a transition kernel is, and the Gaussian step that all of them share."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Kernel:
             image and noise estimates, and for VP a and a' stand for alpha_bar at both levels.
         summary: what it is, in a line.
         source: where it is published.
+        also: coefficients for models of further processes.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Kernel:
     std: str
     summary: str
     source: str = ""
+    also: Mapping[Process, Callable[[Tensor, Tensor, Tensor], Coefficients]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.default_eta <= self.largest_eta <= LARGEST_ETA:
@@ -56,6 +58,10 @@ class Kernel:
     def deterministic(self) -> bool:
         """Whether it takes no noise at all."""
         return self.largest_eta == 0
+
+    def fits(self, process: Process) -> bool:
+        """Whether models of this process can be sampled by it."""
+        return process is self.process or process in self.also
 
     def check_eta(self, eta: float) -> None:
         """Raise ValueError for an eta outside the kernel's range; a deterministic kernel ignores eta."""
@@ -106,6 +112,7 @@ def transition(
     eta: Level,
     noise: Tensor | None,
     next_sample: Tensor | None,
+    process: Process | None,
 ) -> Step:
     """`kernels.step` of a kernel that has been looked up."""
     if noise is not None and next_sample is not None:
@@ -113,7 +120,9 @@ def transition(
     if noise is None and next_sample is None and not kernel.deterministic and not _is_zero(eta):
         raise ValueError("give exactly one of noise (to take a step) and next_sample (to score one)")
     levels = [per_row(value, sample) for value in (sigma, sigma_next, eta)]
-    coefficients = kernel.coefficients(*levels)
+    if process is not None and not kernel.fits(process):
+        raise ValueError(f"kernel {kernel.name} does not fit models of process {process.name}")
+    coefficients = kernel.also.get(process, kernel.coefficients)(*levels)
     sample, prediction = sample.float(), prediction.float()
     mean = column(coefficients.on_sample, sample) * sample + column(coefficients.on_prediction, sample) * prediction
     std = coefficients.std.float()

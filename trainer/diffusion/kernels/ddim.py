@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..process import VP
+from ..process import VP, VP_V
 from .base import Coefficients, Kernel
 
 
@@ -15,10 +15,20 @@ def ddim(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> Coefficients:
     return Coefficients(scale, direction - scale * (1 - alpha_bar).sqrt(), std)
 
 
+def ddim_of_v(sigma: Tensor, sigma_next: Tensor, eta: Tensor) -> Coefficients:
+    """The same for a prediction of v, and from a level without signal as well: sigma 1 is allowed."""
+    alpha_bar, alpha_bar_next = 1 - sigma**2, 1 - sigma_next**2
+    std = eta * ((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)).sqrt()
+    signal, signal_next = alpha_bar.sqrt(), alpha_bar_next.sqrt()
+    direction = (sigma_next**2 - std**2).clamp(min=0).sqrt()
+    return Coefficients(signal_next * signal + direction * sigma, direction * signal - signal_next * sigma, std)
+
+
 DDIM = Kernel(
     name="ddim",
     process=VP,
     coefficients=ddim,
+    also={VP_V: ddim_of_v},
     default_eta=1.0,
     largest_eta=1.0,
     mean="√a' x0 + √(1 - a' - std²) x1",

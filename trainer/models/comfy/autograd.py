@@ -78,3 +78,49 @@ def _checkpointed(forward: Callable) -> Callable:
         return checkpoint(run, *arguments, use_reentrant=False, **keywords)
 
     return outer
+
+
+_ROTARY = ("apply_rope_split_half", "apply_rope_split_half1", "rms_rope", "rms_rope1")
+_ROTARY += ("rms_rope_split_half", "rms_rope_split_half1")
+"""Fused kernels that some networks (Ernie-Image, JoyImage) call in training as well."""
+
+
+def differentiate_kernels() -> None:
+    """Give ComfyUI's fused rotary kernels a backward pass: that of the plain formula, which is computed again.
+
+    Their forward pass stays what it is in sampling. Kernels that have a backward pass, or do not exist in the installed
+    version, are left alone.
+    """
+    try:
+        from comfy_kitchen.backends.eager import rope
+    except ImportError:
+        return
+    from torch._library.custom_ops import OPDEFS
+
+    for name in _ROTARY:
+        kernel, formula = OPDEFS.get(f"comfy_kitchen::{name}"), getattr(rope, name, None)
+        if kernel is not None and formula is not None and kernel._backward_fn is None:
+            kernel.register_autograd(_backward_of(formula), setup_context=_keep_inputs)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.tensors_at = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+
+
+def _backward_of(formula: Callable) -> Callable:
+    """The backward pass of a kernel that computes what `formula` does of the same arguments."""
+
+    def backward(context: Any, *gradients: Tensor) -> tuple:
+        inputs, needed = list(context.others), context.needs_input_grad  # without arguments left at their default
+        for i, value in zip(context.tensors_at, context.saved_tensors, strict=True):
+            inputs[i] = value.detach().requires_grad_(needed[i])
+        with torch.enable_grad():
+            outputs = formula(*inputs)
+        wanted = [value for value, is_needed in zip(inputs, needed, strict=False) if is_needed]
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        found = iter(torch.autograd.grad(outputs, wanted, gradients))
+        return tuple(next(found) if is_needed else None for is_needed in needed)
+
+    return backward

@@ -16,7 +16,7 @@ import torch
 from ...config import GraphModel, ModelConfig
 from ...shapes import WEIGHTS
 from ...utils.errors import BadInput
-from .load import attention_layers, check_vae, describe_sampling, latent_shape, process_of, require_version
+from .load import attention_layers, check_task, check_vae, describe_sampling, latent_shape, process_of, require_version
 
 LORA_LOADERS = ("LoraLoader", "LoraLoaderModelOnly")
 REPEATABLE = "connect core's Load Diffusion Model or Load Checkpoint (and Load VAE), or choose a diffusers folder"
@@ -53,6 +53,7 @@ def describe(
     loader, file, options = _network(model)
     vae_loader, vae_file = _vae(vae, vae_node)
     _refuse_other_patches(model)
+    check_task(model.model)
     sampling = model.get_model_object("model_sampling")
     process_of(sampling, comfy.model_sampling)
     attention_layers(model.model.diffusion_model)

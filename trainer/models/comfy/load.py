@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import GraphModel, GraphSampling, ModelConfig
-from ...diffusion.process import FLOW, VP, Process
+from ...diffusion.process import FLOW, VP, VP_V, Process
 from ...utils.errors import BadInput
 
 
@@ -100,7 +100,8 @@ _PREDICTS = {"flow": "CONST", "noise": "EPS", "v": "V_PREDICTION"}
 def build_sampling(description: GraphSampling, model_config: Any, kinds: ModuleType) -> Any:
     """Create a `model_sampling` as core's ModelSampling nodes do."""
     kind, predicts = getattr(kinds, _KINDS[description.kind]), getattr(kinds, _PREDICTS[description.predicts])
-    sampling = type("GraphSampling", (kind, predicts), {})(model_config)
+    options = {"zsnr": description.zsnr} if description.kind == "noise" else {}
+    sampling = type("GraphSampling", (kind, predicts), {})(model_config, **options)
     given = {"shift": description.shift, "multiplier": description.multiplier}
     given = {name: value for name, value in given.items() if value is not None}
     if given:
@@ -123,26 +124,63 @@ def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
     for name in ("shift", "multiplier"):
         if hasattr(sampling, name):
             found[name] = float(getattr(sampling, name))
-    return found
+    return found | ({"zsnr": bool(sampling.zsnr)} if known[0] == "noise" else {})
 
 
 # ------------------------------------------------------------------------------------------------------- what fits
 
 
 def process_of(sampling: Any, kinds: ModuleType) -> Process:
-    """The process of a `model_sampling`: FLOW for flow models, VP for models with latents x0 + s noise.
+    """The process of a `model_sampling`: FLOW for a flow model; for one of noise levels x0 + s noise VP_V where the
+    network predicts v, else VP.
 
     Raises:
         BadInput: it is neither of them.
     """
-    names = [kind.__name__ for kind in type(sampling).__mro__]
-    if getattr(sampling, "noise_scale", 1.0) != 1.0 or getattr(sampling, "zsnr", False):
-        raise BadInput(f"models with scaled noise or zero terminal SNR cannot be trained ({names[1]})")
+    names = [kind.__name__ for kind in type(sampling).__mro__ if kind.__module__ == kinds.__name__]
+    if getattr(sampling, "noise_scale", 1.0) != 1.0:
+        raise BadInput(f"the model's noise is scaled by {sampling.noise_scale:g}, which training cannot follow yet")
     if isinstance(sampling, kinds.CONST) and "IMG_TO_IMG_FLOW" not in names and "ModelSamplingAV" not in names:
         return FLOW
-    if isinstance(sampling, kinds.EPS) and "IMG_TO_IMG" not in names:
-        return VP
-    raise BadInput(f"the model ({', '.join(names[1:3])}) is neither a flow nor an epsilon or v-prediction model")
+    if not isinstance(sampling, kinds.EPS) or "IMG_TO_IMG" in names:
+        raise BadInput(f"the model's sampling ({', '.join(names)}) is neither that of flow nor of noise prediction")
+    if isinstance(sampling, kinds.V_PREDICTION):
+        return VP_V
+    if getattr(sampling, "zsnr", False):
+        raise BadInput(
+            "the model predicts noise and has zero signal at its end, where noise says nothing: set zsnr off, or "
+            "sampling to v_prediction if the model predicts that, in core's ModelSamplingDiscrete"
+        )
+    return VP
+
+
+_OTHER_TASKS = {
+    "ACEStep": "makes music",
+    "DepthAnything3": "measures depth",
+    "LTXAV": "makes videos with sound",
+    "RT_DETR_v4": "finds objects",
+    "SAM3": "finds objects",
+    "SeedVR2": "enlarges pictures and videos",
+    "Trellis2": "makes 3D models",
+    "TripoSplat": "makes 3D models",
+}
+"""Core's classes whose latents look like those of an image or a video, and what they do instead."""
+
+
+def check_task(base: Any) -> None:
+    """
+    Args:
+        base: ComfyUI's `BaseModel`.
+
+    Raises:
+        BadInput: the model makes neither images nor silent videos from a text.
+    """
+    name = next((kind.__name__ for kind in type(base).__mro__ if kind.__name__ in _OTHER_TASKS), None)
+    if name is not None:
+        raise BadInput(
+            f"the model ({name}) {_OTHER_TASKS[name]}, and training takes models of images and silent videos: connect "
+            "another one"
+        )
 
 
 def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
@@ -167,8 +205,8 @@ def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
     return (latent_format.latent_channels, (config.frames - 1) // frame_step + 1, *size)
 
 
-ZEROS_ARE_INPUT = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled")
-"""Core's classes whose extra input channels are zeros without a first frame, as in their original training."""
+ZEROS_ARE_INPUT = ("HunyuanVideo15", "HunyuanVideo15_SR_Distilled", "Kandinsky5")
+"""Core's classes whose extra input channels are zeros where there is no first frame, in training as well."""
 
 
 def check_extra_channels(base: Any, conds: list[dict], given: set[str]) -> None:

@@ -15,12 +15,13 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from .autograd import OutOfPlace, checkpoint_blocks
+from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels
 from .conditions import EntryConditions
 from .load import (
     attention_layers,
     check_extra_channels,
     check_offload,
+    check_task,
     check_vae,
     decodes_with_noise,
     latent_shape,
@@ -32,13 +33,15 @@ from .load import (
 )
 
 WEIGHT_FILES = (".safetensors", ".sft")
+LARGEST_SIGMA = 1000.0
+"""Levels of noise models (in ComfyUI's scale) up to here are taken as they are, also above the model's own."""
 
 
 class ComfyModel(DiffusionModel):
     """An image or video model of ComfyUI (`BaseModel`).
 
-    Flow models use the process FLOW; models that predict noise, v or the image use VP. ComfyUI's latents of the latter
-    are x0 + s noise; this pack divides them by `VP.k_scale`.
+    Flow models are of the process FLOW, models that predict v of VP_V, those that predict noise or the image of VP.
+    ComfyUI holds the latents of the two latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
 
     Args:
         patcher: ComfyUI's `ModelPatcher`, loaded, without patches.
@@ -57,7 +60,9 @@ class ComfyModel(DiffusionModel):
         self.patcher, self.vae, self.config = patcher, vae, config
         self.base, self.module = patcher.model, patcher.model.diffusion_model
         self.comfy = _modules()
-        self.comfy.management.in_training = True  # disables fused kernels that have no backward pass
+        check_task(self.base)
+        differentiate_kernels()
+        self.comfy.management.in_training = True  # fused kernels without a backward pass are left out, always
         self.process = process_of(self.base.model_sampling, self.comfy.model_sampling)
         self.module.requires_grad_(False)
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
@@ -70,6 +75,7 @@ class ComfyModel(DiffusionModel):
             vae.first_stage_model.requires_grad_(False)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
+        self._largest_sigma = max(float(self.base.model_sampling.sigma_max), LARGEST_SIGMA)
         self._is_resident = False
         patcher.pre_run()
 
@@ -130,15 +136,21 @@ class ComfyModel(DiffusionModel):
         return self.guided(positive, self._predict(latents, sigma, alone, "negative"), guidance_scale)
 
     def _predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, branch: str) -> Tensor:
-        level = sigma.float().double()
+        level = self._with_signal(sigma.float().double())
         scale = self.process.k_scale(level)
         sigmas = (level * scale).float()
-        noisy = latents * _column(scale.float(), latents)
+        noisy = latents * _column(scale, latents).to(latents.dtype)
         self._make_resident()
         groups = [(rows.to(latents.device), entry) for rows, entry in conditions.groups()]
         parts = [self._denoised(noisy[rows], sigmas[rows], entry, branch) for rows, entry in groups]
         order = torch.cat([rows for rows, _ in groups]).argsort()
-        return ((noisy - torch.cat(parts)[order]) / _column(sigmas, noisy)).float()
+        return self.process.predicting(latents, torch.cat(parts)[order], level).float()
+
+    def _with_signal(self, level: Tensor) -> Tensor:
+        """ComfyUI has a little signal at the highest level of models with zero terminal SNR; float32 rounds it to 0."""
+        if self.process is FLOW:
+            return level
+        return level.clamp(max=self.process.from_k_sigma(self._largest_sigma))
 
     def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
         """ComfyUI's estimate of the clean latents (x0)."""

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x and 2.x, and SDXL: UNets that predict noise or v, sampled with DDIM."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...diffusion.process import VP
+from ...diffusion.process import VP, VP_V
 from ...utils.errors import BadInput
 from ..base import Conditions
 from .family import DiffusersModel
@@ -17,7 +18,10 @@ from .vae import vae_scale
 
 
 class StableDiffusionModel(DiffusersModel):
-    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752). A noise level is sqrt(1 - alpha_bar) of a training timestep."""
+    """Stable Diffusion 1.x and 2.x (arXiv 2112.10752). A noise level is sqrt(1 - alpha_bar) of a training timestep.
+
+    Instances that predict v are of process VP_V.
+    """
 
     family = "sd"
     pipelines = ("StableDiffusionPipeline",)
@@ -38,7 +42,7 @@ class StableDiffusionModel(DiffusersModel):
         self.scheduler = _scheduler(self.folder(config))
         levels = (1 - self.scheduler.alphas_cumprod.double()).sqrt()
         self._levels = levels.to(next(module.parameters()).device)
-        self._predicts_v = self.scheduler.config.prediction_type == "v_prediction"
+        self.process = VP_V if self.scheduler.config.prediction_type == "v_prediction" else VP
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
@@ -49,8 +53,12 @@ class StableDiffusionModel(DiffusersModel):
             raise BadInput(
                 f"model.path: the scheduler's prediction_type is {kind!r}, and only epsilon and v_prediction are known"
             )
-        if scheduler.get("rescale_betas_zero_snr"):
-            raise BadInput("model.path: the scheduler has rescale_betas_zero_snr, whose first level ddim cannot leave")
+        if scheduler.get("rescale_betas_zero_snr") and kind == "epsilon":
+            raise BadInput(
+                "model.path: the scheduler has rescale_betas_zero_snr with prediction_type epsilon, and a predicted "
+                "noise says nothing at a level without signal: set prediction_type to v_prediction if the model "
+                "predicts that"
+            )
 
     @classmethod
     def check_channels(cls, config: ModelConfig, network: dict[str, Any], vae: dict[str, Any]) -> None:
@@ -82,24 +90,21 @@ class StableDiffusionModel(DiffusersModel):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         timestep = (sigma.double()[:, None] - self._levels).abs().argmin(1)
-        output = self.module(
+        return self.module(
             latents.to(self.dtype),
             timestep,
             encoder_hidden_states=conditions.tensors["embeds"].to(self.dtype),
             added_cond_kwargs=self.added_conditions(conditions),
             return_dict=False,
         )[0].float()
-        if not self._predicts_v:
-            return output
-        level = self._levels[timestep].view(-1, 1, 1, 1)
-        return ((1 - level**2).sqrt() * output + level * latents).float()
 
     def added_conditions(self, conditions: Conditions) -> dict[str, Tensor] | None:
         """What the UNet takes beside the text."""
         return None
 
     def lora_key(self, module_name: str) -> str:
-        native = native_name(module_name, self.module.config.layers_per_block)
+        upsampled_after = [len(getattr(block, "attentions", ())) > 0 for block in self.module.up_blocks]
+        native = native_name(module_name, self.module.config.layers_per_block, upsampled_after)
         if native is None:
             raise BadInput(f"lora.targets: ComfyUI has no name for {module_name!r} of this UNet")
         return f"diffusion_model.{native}"
@@ -136,14 +141,20 @@ class SDXLModel(StableDiffusionModel):
 
 
 def _scheduler(folder: Path) -> Any:
+    """DDIM with the folder's settings; with zero terminal SNR, from the level without signal on, as ComfyUI samples."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler.from_config(read_json(folder / "scheduler" / "scheduler_config.json"))
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    trailing = {"timestep_spacing": "trailing"} if config.get("rescale_betas_zero_snr") else {}
+    return DDIMScheduler.from_config(config | trailing)
 
 
 _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(attentions|resnets)\.(\d+)\.(.+)")
+_RESIZE = re.compile(r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv")
 _MIDDLE = re.compile(r"mid_block\.(attentions|resnets)\.(\d+)\.(.+)")
 _FIXED = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
@@ -151,11 +162,21 @@ _FIXED = {
 }
 
 
-def native_name(name: str, layers: int) -> str | None:
-    """The original name of a linear layer of diffusers' UNet, which ComfyUI uses; None where it has none.
+_INNER = {
+    "time_emb_proj": "emb_layers.1",
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+"""Layers of a residual block."""
+
+
+def native_name(name: str, layers: int, attends: Sequence[bool]) -> str | None:
+    """The original name of a linear or convolution layer of diffusers' UNet, which ComfyUI uses; None without one.
 
     Args:
         layers: residual layers per block of the UNet's way down; its way up has one more.
+        attends: whether each block of its way up has attention.
     """
     if name in _FIXED:
         return _FIXED[name]
@@ -165,12 +186,13 @@ def native_name(name: str, layers: int) -> str | None:
             block_name = f"input_blocks.{1 + int(block) * (layers + 1) + int(layer)}"
         else:
             block_name = f"output_blocks.{int(block) * (layers + 1) + int(layer)}"
-        return f"{block_name}.{int(kind == 'attentions')}.{_inner(rest)}"
+        return f"{block_name}.{int(kind == 'attentions')}.{_INNER.get(rest, rest)}"
+    if match := _RESIZE.fullmatch(name):
+        way, block = match[1], int(match[2])
+        if way == "down":
+            return f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
+        return f"output_blocks.{block * (layers + 1) + layers}.{2 if attends[block] else 1}.conv"
     if match := _MIDDLE.fullmatch(name):
         kind, layer, rest = match.groups()
-        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_inner(rest)}"
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{_INNER.get(rest, rest)}"
     return None
-
-
-def _inner(name: str) -> str:
-    return "emb_layers.1" if name == "time_emb_proj" else name
