@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = (ROOT / "requirements.txt").read_text().split()
-HOST = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "trainer"}
+HOST = {"comfy", "comfy_kitchen", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server", "trainer"}
 CORE_OF_PYDANTIC = "pydantic-core"
 IMPORTED_BY_DIFFUSERS = {"ftfy"}
 """The pipelines of Wan clean prompts with it."""

@@ -74,7 +74,7 @@ def test_base_model_knows_the_world_and_often_errs() -> None:
     model = SD3Model.load(config.model, CPU)
     rows = torch.arange(len(texts) - 1)
     prompting = Prompting(conditions.rows(rows), conditions.rows(torch.tensor([len(rows)])))
-    steps = config.evaluation.steps
+    steps = config.rollout.steps
     sigmas = sigma_schedule(steps, config.rollout.shift)
     plan = Plan("ode", 0.0, sigmas, [False] * steps, False, config.rollout.guidance_scale)
     initial = torch.stack([noise(model.latent_shape, 1, text) for text in texts[:-1]])
