@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..trainer.evaluation.comparison import compared, text_table
+from ..trainer.evaluation.comparison import compared, summary, text_table
 from ..trainer.evaluation.sheet import contact_sheet
 from ..trainer.prompts.text import check_prompts, prompt_lines
 from ..trainer.rewards.files import read_weights
@@ -88,7 +88,7 @@ class CompareLoRAs(io.ComfyNode):
             models = comparing.judged(parts, sampling, texts, reward, loras, cls.hidden.unique_id)
         record = compared(models)
         text, sheet = text_table(record), to_tensor(contact_sheet(models)).movedim(0, -1)[None]
-        progress.say(text, cls.hidden.unique_id)
+        progress.say(summary(record), cls.hidden.unique_id)
         data = {**record, "seed": sampling.seed, "prompt_texts": texts}
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,), results.DATA: (results.jsonable(data),)}
         return io.NodeOutput(sheet, text, ui=shown)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.cli import main
 from trainer.config import parse_config
+from trainer.evaluation.comparison import summary
 from trainer.loop import Trainer
 from trainer.runs.directory import RunDirectory
 from trainer.utils.distributed import Processes
@@ -85,6 +86,10 @@ def test_table_and_contact_sheet_name_every_model(trained: Path, tmp_path: Path)
     assert "3 prompts, 1 images each" in text
     assert "  base" in text and "  my run" in text
     assert "diversity within a prompt" in text
+    record = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    base, lora = summary(record).splitlines()
+    assert base.startswith("base: ") and "wins" not in base
+    assert lora.startswith("my run: ") and "brightness" in lora and "wins" in lora
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > 2 * 192 and sheet.height > 192
 

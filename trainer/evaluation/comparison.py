@@ -82,6 +82,28 @@ def text_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(record: dict) -> str:
+    """A line per model: every mean, its change, and the share of wins.
+
+    Args:
+        record: of `compared`.
+    """
+    lines = []
+    for model in record["models"]:
+        parts = [f"{name} {_short(block)}" for name, block in model["rewards"].items()]
+        lines.append(f"{model['name']}: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _short(block: dict) -> str:
+    mean = block["estimate"]["mean"]
+    if mean is None:
+        return "-"
+    if block.get("change", {}).get("mean") is None:
+        return f"{mean:.3g}"
+    return f"{mean:.3g} ({block['change']['mean']:+.2g}, wins {block['win_rate']['mean']:.0%})"
+
+
 def _heading(name: str, width: int, wins: bool, changes: bool) -> str:
     columns = [f"{name:{width}s} {'mean':28s}"]
     columns += [f"{'against the base':30s}"] if changes else []
