@@ -69,3 +69,18 @@ def test_every_model_of_the_paper_has_a_preset_for_one_gpu() -> None:
     paper = {described(name).model.family for name in PAPER}
     single = {described(name).model.family for name in preset_names() if name.startswith("one-gpu")}
     assert single == paper
+
+
+def test_baselines_have_the_numbers_of_their_reference_code() -> None:
+    """DDPO: TRL's configuration and trainer. DPOK: train_online_pg.py, whose loss has a factor of 100 beside the KL."""
+    ddpo, dpok = described("ddpo"), described("dpok")
+    for config, guidance in ((ddpo, 5.0), (dpok, 7.5)):
+        rollout = config.rollout
+        assert (rollout.kernel, rollout.eta, rollout.steps, rollout.guidance_scale) == ("ddim", 1.0, 50, guidance)
+        assert not rollout.shared_noise
+        assert (config.objective.train_steps, config.objective.clip_range) == ("all", 1e-4)
+    assert (ddpo.advantage.normalize, ddpo.advantage.clip, ddpo.objective.clip) == ("global", 5.0, "pessimistic")
+    assert (ddpo.optimizer.learning_rate, ddpo.optimizer.weight_decay, ddpo.optimizer.max_grad_norm) == (3e-4, 1e-4, 1)
+    assert (dpok.objective.clip, dpok.objective.updates, dpok.lora.rank) == ("plain", 5, 4)
+    assert dpok.objective.kl_weight == pytest.approx(0.01 / 100)
+    assert (dpok.optimizer.learning_rate, dpok.optimizer.max_grad_norm) == (1e-5, pytest.approx(0.1 / 100))
