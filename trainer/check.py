@@ -60,11 +60,11 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
 
 
 def _check_memory(
-    config: RunConfig, processes: int, family: type[DiffusionModel], judges: Mapping[str, Reward]
+    config: RunConfig, processes: int, family: type[DiffusionModel], all_rewards: Mapping[str, Reward]
 ) -> None:
     """Raise BadInput where weights, decoding and rewards cannot fit the memory; a host of its own finds room itself."""
     weights = 0 if config.model.graph is not None else weight_bytes(config.model, processes)
-    check_memory(config, processes, weights, family.decode_bytes(config.model), memory_together(judges.values()))
+    check_memory(config, processes, weights, family.decode_bytes(config.model), memory_together(all_rewards.values()))
 
 
 def check_rewards(

@@ -74,8 +74,8 @@ class Trainer:
         self.prompting, self.held_out_prompting = self._encode(checked.family, run)
         self.model = checked.family.load(config.model, processes.device)
         check_kernel(self.model, config.model.family, config.rollout)
-        for judge in checked.all_rewards.values():
-            judge.register_memory_hook(self.model.make_room)
+        for reward in checked.all_rewards.values():
+            reward.register_memory_hook(self.model.make_room)
         self.policy = Policy(self.model, config, self.objective.keeps_old_weights)
         self.objective.setup(Resources(self.model, self.policy, checked.rewards, self.prompting, processes))
         weights = {reward.name: reward.weight for reward in config.rewards}
