@@ -23,7 +23,7 @@ from trainer.models.diffusers.latents import pack, unpack
 from trainer.rollout import Plan, Prompting, sample
 from trainer.runs.directory import RunDirectory
 from trainer.runs.launch import kill_tree
-from trainer.train import _quiet
+from trainer.utils.console import quiet_libraries
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 
@@ -103,7 +103,7 @@ def test_rollout_without_noise_is_the_pipelines_own(
 def test_loading_and_encoding_print_nothing(
     case: Case, folder: Path, config: ModelConfig, capfd: pytest.CaptureFixture
 ) -> None:
-    _quiet()  # as a run does first
+    quiet_libraries()  # as a run does first
     family = model_class(config)
     family.encode(config, [*TEXTS, ""], CPU, [*pictures(case, folder, len(TEXTS)), None])
     family.load(config, CPU)

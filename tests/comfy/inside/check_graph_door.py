@@ -216,7 +216,8 @@ def test_the_node_carries_files_shift_and_loras(pack, demo, files, loaded, base_
     graph = given["graph"]
     assert (given["family"], graph["file"], graph["vae_file"]) == ("comfy", files.network, files.vae)
     assert graph["loras"] == [{"file": str(files.folder / "loras" / "a.safetensors"), "strength": 0.5}]
-    assert graph["sampling"] == {"kind": "flow", "predicts": "flow", "shift": 5.0, "multiplier": 1000.0}
+    sampling = {"kind": "flow", "predicts": "flow", "shift": 5.0, "multiplier": 1000.0, "zsnr": False}
+    assert graph["sampling"] == sampling
     trained = pack("trainer.models").FAMILIES["comfy"].load(pack("trainer.config").ModelConfig(**given), CPU)
     sigmas = comfy.samplers.calculate_sigmas(changed.get_model_object("model_sampling"), "normal", 4)
     assert trained.sigmas(4, 3.0) == pytest.approx(sigmas.tolist(), abs=1e-7)
