@@ -43,7 +43,7 @@ def test_votes_with_a_winner_between_images_of_one_prompt_are_pairs_and_the_othe
         "2 pairs of fox; left out: 3 votes on a line that cannot be read or names an image that is missing, 1 ties, "
         "1 skipped pairs, 2 between images of different prompts"
     )
-    (fox.images / d).write_text("no sample image")
+    (fox.images / d).write_text("no picture")
     with pytest.raises(BadInput, match=r"1 pairs of fox; .*1 with an image that is missing.*at least 2 are needed"):
         read_pairs(fox.folder)
 

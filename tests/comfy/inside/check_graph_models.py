@@ -280,9 +280,7 @@ def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable,
         dry_run.refuse(blueprint, config, entries.of([wrong]))
     if case.text[1] is not None:
         wrong = entry(case, 1) | {"pooled_output": draw(1, case.text[1] - 8)}  # some cut off what is more
-        with pytest.raises(
-            pack("trainer.utils.errors").BadInput, match="clip or conditioning does"
-        ):
+        with pytest.raises(pack("trainer.utils.errors").BadInput, match="clip or conditioning does"):
             dry_run.refuse(blueprint, config, entries.of([wrong]))
 
 
