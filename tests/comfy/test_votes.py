@@ -341,8 +341,8 @@ def test_a_run_s_samples_are_sent_to_votes_from_the_panel(comfy: Server, root: P
             ({"run": "nobody"}, "no run named"),
             ({"run": 5}, "not text"),
             ({"run": "to vote on", "kind": "../x"}, "choose one of rollout, evaluation"),
-            ({"run": "to vote on", "iteration": -1}, "whole number, 0"),
-            ({"run": "to vote on", "iteration": 9}, "no picture of kind rollout at iteration 9: it has 3"),
+            ({"run": "to vote on", "iteration": -1}, "it must be a whole number, 0 or more"),
+            ({"run": "to vote on", "iteration": 9}, "no rollout samples at iteration 9: choose one of 3"),
         ]:
             assert says in refused(comfy, "/votes/next%20round/import", body)
     finally:

@@ -207,7 +207,7 @@ def test_the_collection_decides_which_objective_it_is(offline: dict, tiny_descri
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompts": {"texts": ["a"]}}, "objective.collection"),
+        ({"prompts": {"texts": ["a"]}}, "the prompts come from objective.collection: remove"),
         ({"rewards": [{"name": "brightness"}]}, "belong in evaluation.rewards"),
         ({"rollout": {"prompts_per_iteration": 4}, "objective.updates": 3}, "updates 3 does not divide"),
         ({"model.frames": 5}, "set it to 1"),

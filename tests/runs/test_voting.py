@@ -81,7 +81,7 @@ def test_a_second_round_trains_on_votes_on_the_first(
 @pytest.mark.parametrize(
     ("kind", "iteration", "says"),
     [
-        ("rollout", 1, "no picture of kind rollout at iteration 1: it has 0, 2"),
+        ("rollout", 1, "no rollout samples at iteration 1: choose one of 0, 2"),
         ("../x", None, "choose one of rollout, evaluation"),
     ],
 )

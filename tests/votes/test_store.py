@@ -186,7 +186,7 @@ def test_a_row_that_cannot_be_read_costs_that_row_with_a_sentence(fox: Collectio
         file.write(f"{c},{d},,,,10,\r\n{c},{d},,,,10,\n")
     ledger = fox.ledger()
     assert ledger.votes == [Vote(a, b, id="1"), Vote(c, d, id="10")]
-    reasons = ["not CSV", "6 columns, and the header 7", "tie and skip", "tie and skip", "the same",
+    reasons = ["not CSV", "6 columns, but the header has 7", "tie and skip", "tie and skip", "the same",
                r"no image '../../x.png'", "'a b' is not an id", "an undo row must have an id", "1 columns"]  # fmt: skip
     assert len(ledger.complaints) == len(reasons)
     for number, (complaint, reason) in enumerate(zip(ledger.complaints, reasons, strict=True), 3):
@@ -294,7 +294,7 @@ def test_collections_are_listed_deleted_and_brought_back(tmp_path: Path) -> None
     with pytest.raises(BadInput, match="'fox' has been deleted"):
         old.record([Vote("a.png", "b.png", id="1")])
     store.create(tmp_path, "fox").add([(picture(200), "", "")])
-    with pytest.raises(BadInput, match="named 'fox' already"):
+    with pytest.raises(BadInput, match="there is already a collection named 'fox'"):
         store.restore(tmp_path, "fox")
     store.delete(tmp_path, "fox")
     assert len(names(store.restore(tmp_path, "fox"))) == 1, "the one that was deleted last"

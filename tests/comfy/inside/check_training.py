@@ -270,9 +270,9 @@ def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
         ("model.path=/etc", "are set by other nodes"),
         ("prompts.file=/etc/passwd", "are set by other nodes"),
         ("rewards=[]", "are set by other nodes"),
-        ("evaluation.file=/etc/passwd", "evaluation.file is given on the node"),
-        ("evaluation={file: /etc/passwd}", "evaluation.file is given on the node"),
-        ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards is given on the node"),
+        ("evaluation.file=/etc/passwd", "evaluation.file cannot be set here: set it on GRPO Train LoRA"),
+        ("evaluation={file: /etc/passwd}", "evaluation.file cannot be set here: set it on GRPO Train LoRA"),
+        ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards cannot be set here: set it on GRPO Train LoRA"),
         ("rollout.steps=!!python/object/apply:os.system [ls]", "uses a YAML tag"),
     ],
 )
@@ -314,12 +314,12 @@ def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
     ("prompts", "held_out", "says"),
     [
         (" \n\n", "", "prompts is empty"),
-        ("a\nb\n a ", "", "prompts holds 'a' more than once"),
+        ("a\nb\n a ", "", "prompts contains 'a' more than once"),
         ("# a\n\ufeff\n", "", "prompts is empty"),
-        ("a b\nc", "# d\na  b", "held_out_prompts holds 'a b', which is also in prompts"),
-        ("a\nb \ud83e", "", "prompts holds 'b .ud83e', in which a surrogate is not part of a pair"),
-        ("a", "b\nb", "held_out_prompts holds 'b' more than once"),
-        ("a\nb", "b", "held_out_prompts holds 'b', which is also in prompts"),
+        ("a b\nc", "# d\na  b", "held_out_prompts: 'a b' is also in prompts"),
+        ("a\nb \ud83e", "", "prompts contains 'b .ud83e', which has an unpaired Unicode surrogate"),
+        ("a", "b\nb", "held_out_prompts contains 'b' more than once"),
+        ("a\nb", "b", "held_out_prompts: 'b' is also in prompts"),
     ],
 )
 def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: str) -> None:
@@ -400,11 +400,11 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
 def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
     host, model = pack("nodes.host.memory"), pack("trainer.config").ModelConfig()
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* take 0\.6 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* need 0\.6 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 8 * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* take 12\.3 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* need 12\.3 GiB"):
         host.require_memory(model, None, 20, on_cpu=False)
 
 
@@ -421,7 +421,7 @@ def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: (8 if device == gpu else 6) * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 6 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* take 12\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* need 12\.5 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
 
 
