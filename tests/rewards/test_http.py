@@ -265,7 +265,7 @@ def test_keys_go_to_their_own_host_only(stub: StubServer, monkeypatch: pytest.Mo
         monkeypatch.setenv(http.KEYS, keys)
         external(url=stub.url).load()
         assert stub.seen[-1][2].get("Authorization") == expected
-    with pytest.raises(BadInput, match="use the variable DANCEGRPO_KEYS") as caught:
+    with pytest.raises(BadInput, match="give keys in the variable DANCEGRPO_KEYS") as caught:
         external(url="http://me:secret@host/")
     assert "secret" not in str(caught.value)
 

@@ -264,8 +264,12 @@ def test_a_request_that_is_refused_for_its_content_is_no_score_and_if_all_are_th
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mllm-yes", {"instruction": "Is it good?"}, r"must contain \{prompt\}"),
-        ("mllm-yes", {"instruction": "{prompt.__class__}"}, r"and no placeholders other than \{prompt\}"),
+        ("mllm-yes", {"instruction": "Is it good?"}, r"has the placeholders none: use \{prompt\}"),
+        (
+            "mllm-yes",
+            {"instruction": "{prompt.__class__}"},
+            r"has the placeholders prompt.__class__: use .* none other than \{prompt\}",
+        ),
         ("mllm-yes", {"instruction": "{prompt:>999999999}"}, "may use no other format than :g"),
         ("mllm-yes", {"instruction": "{prompt}" * 10_000}, "instruction"),
         ("mllm-rubric", {"instruction": "{prompt"}, "cannot be filled in"),

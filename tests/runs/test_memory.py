@@ -100,4 +100,4 @@ def test_a_run_that_cannot_fit_claims_no_directory(tiny_description: dict, tmp_p
         assert f"{setting.split('=')[0]} is" in capsys.readouterr().err
     wild = ["--set", "optimizer.weight_decay=1000", "--set", "optimizer.learning_rate=0.01"]
     assert main(["train", str(file), "--output", str(tmp_path / "run"), *wild]) == 2
-    assert "weight_decay 1000 times learning_rate 0.01 is not below 1" in capsys.readouterr().err
+    assert "weight_decay 1000 times learning_rate 0.01 must be below 1: lower one of them" in capsys.readouterr().err

@@ -187,7 +187,8 @@ def test_a_row_that_cannot_be_read_costs_that_row_with_a_sentence(fox: Collectio
     ledger = fox.ledger()
     assert ledger.votes == [Vote(a, b, id="1"), Vote(c, d, id="10")]
     reasons = ["not CSV", "6 columns, but the header has 7", "tie and skip", "tie and skip", "the same",
-               r"no image '../../x.png'", "'a b' is not an id", "an undo row must have an id", "1 columns"]  # fmt: skip
+               r"no image '../../x.png'", "'a b' is not a valid id",
+               "an undo row must have an id", "1 columns"]  # fmt: skip
     assert len(ledger.complaints) == len(reasons)
     for number, (complaint, reason) in enumerate(zip(ledger.complaints, reasons, strict=True), 3):
         assert complaint.startswith(f"votes.csv, line {number} is ignored: ")

@@ -209,7 +209,8 @@ def files(pack, tmp_path_factory):
         for key in ("rewards", "clip_vision"):
             patch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], set()))
             folder_paths.filename_list_cache.pop(key, None)
-        patch.setattr(pack("nodes.host.reward_files"), "votes_folder", lambda: folder)
+        for module in ("reward_files", "vote_collections"):
+            patch.setattr(pack(f"nodes.host.{module}"), "votes_folder", lambda: folder)
         yield {
             name: {key: str(value).removeprefix(f"{folder}/") for key, value in options.items()}
             for name, options in written.items()

@@ -330,7 +330,7 @@ def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: s
 
 @pytest.mark.parametrize(
     ("text", "processes", "says"),
-    [("0,0", 2, "different"), ("0", 2, "2 processes"), ("a", 1, "numbers"), ("-1", 1, "numbers")],
+    [("0,0", 2, "different"), ("0", 2, "list 2 different GPUs"), ("a", 1, "numbers"), ("-1", 1, "numbers")],
 )
 def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -> None:
     with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
@@ -446,5 +446,5 @@ def test_a_folder_of_another_family_is_refused(pack, tmp_path: Path, monkeypatch
     values = {"family": "sd3", "width": 512, "height": 512, "dtype": "bfloat16"}
     with pytest.raises(error, match="sd3 folder: transformer/config.json is missing"):
         node.execute("thing", **values)
-    with pytest.raises(error, match="not in models/diffusers; there are thing"):
+    with pytest.raises(error, match="not in models/diffusers; choose one of: thing"):
         node.execute("../thing", **values)
