@@ -147,7 +147,7 @@ def test_a_run_without_rewards_learns_to_tell_the_pairs_apart_and_resumes_to_the
 ) -> None:
     offline["runtime"] |= {"iterations": 6, "checkpoint_every": 1}
     trainer, events = train(offline, tmp_path / "whole")
-    assert "dpo: 7 pairs of light; left out: 1 ties, 1 between images of different prompts" in capsys.readouterr().err
+    assert "dpo: 7 pairs of light; not used: 1 ties, 1 between images of different prompts" in capsys.readouterr().err
     records = [event["objective"] for event in events]
     assert [record["pairs"] for record in records] == [4] * 6
     assert records[0]["winner_error"] == records[0]["loser_error"] == 0, "the LoRA begins as the base model"
