@@ -86,4 +86,4 @@ def connected(value: object, kind: type, field: str) -> None:
         BadInput: the value was not made by a node of this pack.
     """
     if not isinstance(value, kind):
-        raise BadInput(f"{field} must be connected to a node of this pack; literal values are not accepted")
+        raise BadInput(f"{field} must be connected to a node of this pack; it is a {type(value).__name__} instead")

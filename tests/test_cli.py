@@ -205,7 +205,7 @@ def test_encoded_prompts_train_as_the_text_encoder_does(
     capsys.readouterr()
     more = "prompts.texts=[a red circle, a purple star]"
     assert main(["train", file, "--output", str(tmp_path / "c"), "--set", setting, "--set", more]) == 2
-    assert "no conditions for 'a purple star'" in capsys.readouterr().err
+    assert "c.safetensors does not contain 'a purple star': encode again" in capsys.readouterr().err
 
 
 def test_score_prints_a_line_per_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -110,11 +110,11 @@ CONFLICTS = {
     ),
     "updates that do not divide": (
         ["rollout.group_size=4", "rollout.prompts_per_iteration=3", "objective.updates=5"],
-        ["objective.updates 5", "prompts_per_iteration 3", "4 trained images"],
+        ["objective.updates is 5", "prompts_per_iteration (3)", "trained images of a group (4)"],
     ),
     "updates against best_of_n": (
         ["rollout.group_size=6", "rollout.prompts_per_iteration=5", "advantage.best_of_n=4", "objective.updates=3"],
-        ["objective.updates 3", "4 trained images"],
+        ["objective.updates is 3", "prompts_per_iteration (5)", "trained images of a group (4)"],
     ),
     "cps renoising more than all": (
         ["rollout.kernel=cps", "rollout.eta=2"],
@@ -168,8 +168,8 @@ def test_objective_is_told_by_its_name() -> None:
         ("{name: [grpo]}", "is unknown: choose one of grpo"),
         ("{clipping: 5}", "objective.clipping is not a setting"),
         ("{name: grpo, clip_range: 2}", "objective.clip_range is 2"),
-        ("grpo", "objective: it must be a section, not str"),
-        ("null", "objective: it must be a section, not NoneType"),
+        ("grpo", "objective: it must be a section such as {name: grpo}, not str"),
+        ("null", "objective: it must be a section such as {name: grpo}, not NoneType"),
     ):
         with pytest.raises(BadInput) as raised:
             parse_config(minimal(), [f"objective={value}"])
@@ -245,7 +245,10 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
         (b"rollout: [1", ["neither YAML nor JSON"]),
         (b"\xff\xfe\x00", ["is not UTF-8 text", "byte 1"]),
         (b"prompts: {shapes: 4, texts: &a [x], file: *a}", ["run.yaml", "YAML alias in line 1, *a"]),
-        (b"prompts: {shapes: 4}\nrewards: []\nprompts: {shapes: 5}\n", ["names 'prompts' twice, again in line 3"]),
+        (
+            b"prompts: {shapes: 4}\nrewards: []\nprompts: {shapes: 5}\n",
+            ["has the key 'prompts' twice, again in line 3"],
+        ),
         (b"", ["must be a mapping", "prompts"]),
         (b"- 1\n", ["must be a mapping", "prompts"]),
         (b"prompts: {texts: [2020-01-01, 3]}\nrewards: [{name: a}]\n", ["prompts.texts.1 is 3", "valid string"]),
@@ -268,7 +271,7 @@ def test_a_json_description_is_read_as_json(tmp_path: Path) -> None:
     assert read_config(file).prompts.texts == ["a 🦊"]
     assert read_config(file, ['prompts.texts=["a \\ud83e\\udd8a fox"]']).prompts.texts == ["a 🦊 fox"]
     assert read_config(file, ["prompts.texts=[no, 12:30, 2020-01-01]"]).prompts.texts == ["no", "12:30", "2020-01-01"]
-    with pytest.raises(BadInput, match=r"'a \\ud83e', in which a surrogate is not part of a pair"):
+    with pytest.raises(BadInput, match=r"'a \\ud83e', which has an unpaired Unicode surrogate"):
         parse_config(minimal(prompts={"texts": ["a \ud83e"]}))
 
 

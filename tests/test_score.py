@@ -167,7 +167,7 @@ def test_a_message_with_a_huge_image_is_refused_by_the_reward_server() -> None:
     buffer = io.BytesIO()
     Image.new("1", (13_000, 13_000)).save(buffer, "PNG")
     body = json.dumps({"images": [base64.b64encode(buffer.getvalue()).decode()], "prompts": ["a"]}).encode()
-    with pytest.raises(ValueError, match="an image of the message has 13000 x 13000 pixels: at most 67 million"):
+    with pytest.raises(ValueError, match="an image of the request has 13000 x 13000 pixels: at most 67 million"):
         read_message(body, "image")
 
 

@@ -289,7 +289,7 @@ def _collect(args: argparse.Namespace) -> int:
     folder = args.collection.absolute()
     collection = store.create(folder.parent, folder.name)
     done = import_run(collection, RunDirectory.attach(args.directory), args.kind, args.iteration)
-    print(f"{done.new} images added to {folder}, {done.known} were there")
+    print(f"{done.new} images added to {folder}, {done.known} already in it")
     return FINISHED
 
 

@@ -134,4 +134,4 @@ def single(values: list, field: str) -> object:
 
 
 def _not_linked(value: object, field: str, socket: str) -> BadInput:
-    return BadInput(f"{field} must be connected to an output of type {socket}; it got another kind of value")
+    return BadInput(f"{field} must be connected to an output of type {socket}; it is a {type(value).__name__} instead")

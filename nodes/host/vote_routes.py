@@ -154,11 +154,13 @@ def _import(request: web.Request, body: dict) -> dict:
 def _import_run(request: web.Request, body: dict) -> dict:
     iteration = body.get("iteration")
     if iteration is not None and (isinstance(iteration, bool) or not isinstance(iteration, int) or iteration < 0):
-        raise BadInput(f"iteration is {str(iteration)[:40]!r}: give a whole number from 0 on, or null for the newest")
+        raise BadInput(
+            f"iteration is {str(iteration)[:40]!r}: it must be a whole number, 0 or more, or null for the newest"
+        )
     run = find_run(body["run"])
     collection = store.create(votes_folder(), request.match_info["name"])
     done = import_run(collection, run, body.get("kind", "rollout"), iteration)
-    added = f"{done.new} images of run {run.path.name} added to {collection.name}, {done.known} were there"
+    added = f"{done.new} images of run {run.path.name} added to {collection.name}, {done.known} already in it"
     return {"message": added, "warnings": []}
 
 

@@ -44,7 +44,7 @@ def test_figures_are_in_the_history_as_text_picture_and_data(comfy: Server) -> N
     assert set(lora) == {"estimate", "change", "win_rate"}
     assert outputs["compare"]["images"]
     assert outputs["sheet"]["images"]
-    assert "win rate" in outputs["compare"]["text"][0]
+    assert "wins against the base" in outputs["compare"]["text"][0]
     assert outputs["table"]["text"][0] == outputs["compare"]["text"][0]
 
 

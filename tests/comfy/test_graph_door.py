@@ -130,7 +130,7 @@ def test_a_graph_of_core_loaders_trains_and_uses_the_lora(comfy: Server, files: 
 
 
 def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) -> None:
-    with pytest.raises(PromptFailed, match="model.frames is 5: this model makes images"):
+    with pytest.raises(PromptFailed, match="model.frames is 5: it must be 1, because this model generates images"):
         comfy.run(graph("graph_door_frames", frames=5))
     prompt = graph("graph_door_vae", vae=["demo", 2])
     with pytest.raises(PromptFailed, match="VAE comes from a loader that training does not support"):

@@ -65,10 +65,10 @@ def test_nodes_are_found_by_the_words_people_search_for(info: dict) -> None:
 def test_a_dtype_that_is_not_used_says_so(comfy: Server, info: dict) -> None:
     node = info["DanceGRPO_BaseModel"]
     for name, loaded in (("dtype", "model"), ("vae_dtype", "VAE")):
-        assert f"Ignored if a model{loaded} is connected" in node["input"]["required"][name][1]["tooltip"]
+        assert f"Ignored if a {loaded} is connected" in node["input"]["required"][name][1]["tooltip"]
     assert "folder, family, dtype and vae_dtype are ignored" in node["description"]
     page = comfy.fetch(f"/extensions/{PACK}/docs/DanceGRPO_BaseModel.md").decode()
-    assert "**folder, family, dtype and vae_dtype are not used** then" in page
+    assert "**folder, family, dtype and vae_dtype are then ignored**" in page
 
 
 def test_scripts_are_loaded_by_the_interface_and_put_text_in_as_text(comfy: Server) -> None:
@@ -160,7 +160,7 @@ def test_an_empty_prompt_is_refused_before_anything_runs(comfy: Server) -> None:
 
 def test_prompts_that_do_not_match_the_images_are_one_sentence(comfy: Server) -> None:
     text = refusal(comfy, scoring(score__prompt="a red circle\na blue square"))
-    assert "prompt has 2 lines for 3 images: give one line for all, or one for each" in text
+    assert "prompt has 2 lines for 3 images: use one line for all, or one line each" in text
 
 
 def test_an_unknown_reward_is_refused(comfy: Server) -> None:
@@ -234,7 +234,7 @@ def test_no_pickle_is_run(comfy: Server, tmp_path: Path) -> None:
         "lora": {"class_type": "DanceGRPO_ApplyLoRAOverSigmas", "inputs": lora},
         "shown": {"class_type": "PreviewAny", "inputs": {"source": ["lora", 0]}},
     }
-    assert "trap.pt is damaged or holds more than plain weights" in refusal(comfy, prompt)
+    assert "trap.pt is damaged or contains more than weights" in refusal(comfy, prompt)
     for name in ("trap.pth", "trap.safetensors"):
         prompt = scoring(reward__reward="pickscore")
         prompt["reward"]["inputs"] |= PICKSCORE | {"reward.path": name}
@@ -284,7 +284,7 @@ def test_two_numbers_that_do_not_fit_are_one_report_before_the_model_is_made(com
     with pytest.raises(PromptFailed) as failed:
         comfy.run(prompt)
     (fault,) = failed.value.faults
-    assert (fault.node, fault.text) == ("lora", "start_percent is 0.9 and end_percent 0.5: start must be below end")
+    assert (fault.node, fault.text) == ("lora", "start_percent 0.9 must be below end_percent 0.5")
     (error,) = [body for kind, body in failed.value.details if kind == "execution_error"]
     assert "model" not in error["executed"]
 
@@ -292,10 +292,10 @@ def test_two_numbers_that_do_not_fit_are_one_report_before_the_model_is_made(com
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step 2: start must not be above end"),
+        ({"start_step": 5, "end_step": 2}, "start_step is 5 and end_step is 2: use"),
         ({"kernel": "cps", "eta": 2.5}, "eta 2.5 is outside the range of kernel cps: 0 to 1"),
         ({"kernel": "ddim", "eta": 1.5}, "eta 1.5 is outside the range of kernel ddim: 0 to 1"),
-        ({"eta": -0.1}, "eta"),
+        ({"eta": -0.1}, "eta is -0.1: it must be between 0 and 10"),
         ({"eta": float("nan")}, "eta is nan"),
         ({"kernel": "heun"}, "kernel: 'heun' not in"),
     ],
@@ -363,7 +363,7 @@ def test_an_interrupt_ends_sampling_at_once(comfy: Server) -> None:
 
 
 def test_a_kernel_for_other_models_is_one_sentence(comfy: Server) -> None:
-    assert "kernel is 'ddim', and this is a flow model: choose one of dance" in refusal(comfy, sampling(3, "ddim"))
+    assert "kernel 'ddim' is not for flow models: choose one of dance" in refusal(comfy, sampling(3, "ddim"))
 
 
 def test_a_new_lora_file_is_listed_and_used_without_a_restart(comfy: Server) -> None:

@@ -262,7 +262,7 @@ def test_in_the_background_other_prompts_run_and_the_run_is_watched_stopped_resu
     done = iterations(comfy, "two")
     (conditions,) = folder(comfy, "two").glob("conditions-*.safetensors")
     hidden = conditions.rename(conditions.with_suffix(".hidden"))
-    assert f"lacks {conditions.name}" in error_of(comfy, look("two", "resume"))
+    assert f"has lost its file of encoded prompts, {conditions.name}" in error_of(comfy, look("two", "resume"))
     assert processes_of(comfy, "two") == []
     hidden.rename(conditions)
     comfy.run(look("two", "resume"))
@@ -300,7 +300,7 @@ def test_each_action_is_carried_out_every_time_it_is_queued(comfy: Server) -> No
 def test_a_run_that_does_not_exist_is_one_sentence(comfy: Server) -> None:
     assert "there is no run named 'nobody'" in error_of(comfy, look("nobody"))
     assert not folder(comfy, "nobody").exists()
-    assert "enter a name" in error_of(comfy, look(""))
+    assert "no run is given: connect a run, or enter its name" in error_of(comfy, look(""))
 
 
 # --------------------------------------------------------------------------------------------------------- cancel
@@ -493,7 +493,7 @@ def test_a_list_of_prompts_is_used_as_a_whole(comfy: Server) -> None:
         "DanceGRPO_ScoreImages", reward=["reward", 0], images=["image", 0], prompt="a", batch="images"
     )
     prompt["image"] = node("EmptyImage", width=16, height=16, batch_size=2, color=0)
-    assert "reward is connected to a list of 2 values: connect one" in error_of(comfy, prompt)
+    assert "reward is connected to a list of 2 values: connect a single value" in error_of(comfy, prompt)
     assert not folder(comfy, "listed twice").exists()
 
 
@@ -513,10 +513,10 @@ def test_many_prompts_do_not_stop_the_server_from_answering(comfy: Server) -> No
     listener.start()
     try:
         repeated = graph("many", prompts="\n".join([*lines, lines[7]]), held_out_prompts="")
-        assert error_of(comfy, repeated).startswith("prompts holds 'a red circle number 7' more than once")
+        assert error_of(comfy, repeated).startswith("prompts contains 'a red circle number 7' more than once")
         accepted = graph("many", wait=False, prompts="\n".join(lines), held_out_prompts="\n".join(lines[::-1]))
         said = error_of(comfy, accepted)
-        assert said.startswith("held_out_prompts holds 'a red circle number ")
+        assert said.startswith("held_out_prompts: 'a red circle number ")
         assert "is also in prompts" in said
         accepted["train"]["inputs"] |= {"held_out_prompts": "a blue square", "prompts": "\n".join(lines)}
         del accepted["train"]["inputs"]["clip"]
@@ -562,11 +562,11 @@ def test_other_bad_input_is_one_sentence_and_starts_nothing(comfy: Server, input
     ("inputs", "says"),
     [
         ({"prompts": ""}, "prompts is empty: enter one prompt per line"),
-        ({"prompts": "a\nb\na"}, "prompts holds 'a' more than once"),
-        ({"held_out_prompts": "a blue square"}, "held_out_prompts holds 'a blue square', which is also in prompts"),
-        ({"gpus": "0,0", "processes": 2}, "gpus is '0,0': 2 processes take 2 different GPUs"),
+        ({"prompts": "a\nb\na"}, "prompts contains 'a' more than once"),
+        ({"held_out_prompts": "a blue square"}, "held_out_prompts: 'a blue square' is also in prompts"),
+        ({"gpus": "0,0", "processes": 2}, "gpus is '0,0': list 2 different GPUs, one per process"),
         ({"processes": 5}, "5 processes are more than the 4 images of an iteration"),
-        ({"settings": {"a": 1}}, "settings must be connected to a node of this pack; it holds dict data"),
+        ({"settings": {"a": 1}}, "settings must be connected to a node of this pack; it is a dict instead"),
     ],
 )
 def test_what_is_wrong_without_the_model_is_said_before_the_model_is_made(

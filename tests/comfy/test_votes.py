@@ -216,7 +216,7 @@ def test_an_image_of_a_hundred_megapixels_is_left_out_with_a_sentence(comfy: Ser
     Image.new("1", (12_000, 9_000)).save(folder / "large.png")
     save_picture(folder / "small.png", to_picture(picture(0.5)))
     answer = comfy.post("/dancegrpo/votes/sizes/import", {"base": "input", "folder": "large"})
-    assert answer["message"] == "1 images added, 0 were there, 1 files were left out"
+    assert answer["message"] == "1 images added, 0 already in the collection, 1 files skipped"
     assert "large.png has 12000 x 9000 pixels: at most 67 million" in answer["warnings"][0]
     shutil.rmtree(root / "sizes")
 
@@ -335,14 +335,14 @@ def test_a_run_s_samples_are_sent_to_votes_from_the_panel(comfy: Server, root: P
         made = store.find(root, "next round")
         assert {item.prompt for item in made.items()[0]} == {"a red circle"}
         answer = comfy.post("/dancegrpo/votes/next%20round/import", {"run": "to vote on", "iteration": 3})
-        assert answer["message"] == "0 images of run to vote on added to next round, 4 were there"
+        assert answer["message"] == "0 images of run to vote on added to next round, 4 already in it"
         for body, says in [
             ({"run": "../x"}, "cannot be used"),
             ({"run": "nobody"}, "no run named"),
             ({"run": 5}, "not text"),
             ({"run": "to vote on", "kind": "../x"}, "choose one of rollout, evaluation"),
-            ({"run": "to vote on", "iteration": -1}, "whole number, 0"),
-            ({"run": "to vote on", "iteration": 9}, "no picture of kind rollout at iteration 9: it has 3"),
+            ({"run": "to vote on", "iteration": -1}, "it must be a whole number, 0 or more"),
+            ({"run": "to vote on", "iteration": 9}, "no rollout samples at iteration 9: choose one of 3"),
         ]:
             assert says in refused(comfy, "/votes/next%20round/import", body)
     finally:

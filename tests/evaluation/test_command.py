@@ -114,7 +114,7 @@ def test_bad_input_is_told_in_one_sentence_before_anything_is_loaded(
     monkeypatch.setattr("trainer.models.diffusers.family.DiffusersModel.load", None)
     monkeypatch.setattr("trainer.evaluation.command.conditions_for", None)
     (tmp_path / "empty run").mkdir()
-    (tmp_path / "text.safetensors").write_text("reading weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
     foreign = {"diffusion_model.blocks.0.q.lora_A.weight": torch.zeros(2, 4)}
     save_file(foreign | {"diffusion_model.blocks.0.q.lora_B.weight": torch.zeros(4, 2)}, tmp_path / "other.safetensors")
     out = ("--output", tmp_path / "out")

@@ -54,13 +54,18 @@ def config_of(family: str, path: Path, **settings: object) -> ModelConfig:
     ("family", "folder", "settings", "words"),
     [
         ("flux", "sd", {}, "transformer/config.json is missing"),
-        ("wan", "flux", {}, "holds a FluxPipeline, and family wan takes WanPipeline or WanImageToVideoPipeline"),
-        ("sdxl", "sd", {}, "holds a StableDiffusionPipeline, and family sdxl takes StableDiffusionXLPipeline"),
+        ("wan", "flux", {}, "is a FluxPipeline, but family wan needs WanPipeline or WanImageToVideoPipeline"),
+        ("sdxl", "sd", {}, "is a StableDiffusionPipeline, but family sdxl needs StableDiffusionXLPipeline"),
         ("flux", "flux", {"width": 24}, None),
-        ("flux", "flux", {"frames": 5}, "model.frames is 5: this model takes 1, an image"),
-        ("wan", "wan", {"frames": 6}, "model.frames is 6: this model takes 1 more than a multiple of 4"),
-        ("wan", "wan", {"height": 24}, "model.height is 24: this model takes multiples of 16"),
-        ("wan", "wan", {"embedded_guidance": 3.0}, "model.embedded_guidance is 3.0: this model takes none"),
+        ("flux", "flux", {"frames": 5}, "model.frames is 5: for this model it must be 1, because it generates images"),
+        ("wan", "wan", {"frames": 6}, "model.frames is 6: for this model it must be a multiple of 4, plus 1"),
+        ("wan", "wan", {"height": 24}, "model.height is 24: it must be a multiple of 16 for this model"),
+        (
+            "wan",
+            "wan",
+            {"embedded_guidance": 3.0},
+            "model.embedded_guidance is 3.0, but this model has no guidance input: use null",
+        ),
         ("flux", "flux", {"network_file": "nowhere.safetensors"}, "model.network_file is 'nowhere.safetensors'"),
         ("flux", "flux", {"network_file": "model.ckpt"}, "give a .safetensors file that exists"),
     ],
@@ -96,7 +101,7 @@ def rename_class(folder: Path) -> None:
         (without("vae"), "vae/config.json is missing"),
         (without("scheduler"), "scheduler/scheduler_config.json is missing"),
         (unlink_weights, "transformer holds no .safetensors weights"),
-        (rename_class, "holds a ChromaTransformer2DModel, and family flux takes FluxTransformer2DModel"),
+        (rename_class, "is a ChromaTransformer2DModel, but family flux needs FluxTransformer2DModel"),
         (lambda folder: (folder / "model_index.json").write_text("{"), "cannot be read as JSON"),
     ],
 )
@@ -164,8 +169,8 @@ def test_pictures_are_asked_for_and_refused(folders: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"embeds": torch.zeros(2, 3, 8), "pooled": torch.zeros(2, 16)}, "'embeds' are 8 wide, and .* takes 16"),
-        ({"embeds": torch.zeros(2, 3, 16)}, "hold embeds, and family flux in .* takes embeds, pooled"),
+        ({"embeds": torch.zeros(2, 3, 8), "pooled": torch.zeros(2, 16)}, "'embeds' have width 8, but .* needs 16"),
+        ({"embeds": torch.zeros(2, 3, 16)}, "has embeds, but family flux in .* needs embeds, pooled: encode"),
     ],
 )
 def test_conditions_of_another_model_are_refused(
@@ -212,11 +217,12 @@ def test_every_family_names_what_does_not_fit_it(
     kind = model_class(fitting)
     other = folders["sd" if kind.component == "transformer" else "flux"]
     refused(fitting.model_copy(update={"path": str(other)}), str(other), f"{kind.component}/config.json is missing")
-    step, _ = kind.size_step(kind.network_config(fitting), kind.vae_config(fitting))
+    step, every = kind.size_step(kind.network_config(fitting), kind.vae_config(fitting))
     for size in ("height", "width"):
         odd = fitting.model_copy(update={size: 8 * step + 1})
-        refused(odd, f"model.{size} is {8 * step + 1}", f"multiples of {step}")
-    refused(fitting.model_copy(update={"frames": 6}), "model.frames is 6", "takes 1")
+        refused(odd, f"model.{size} is {8 * step + 1}", f"multiple of {step}")
+    accepted = "1, because it generates images" if every is None else f"a multiple of {every}, plus 1"
+    refused(fitting.model_copy(update={"frames": 6}), f"model.frames is 6: for this model it must be {accepted}")
     copy = shutil.copytree(whole, tmp_path / "copy")
     spoiled = fitting.model_copy(update={"path": str(copy)})
     for part in ("vae/config.json", "scheduler/scheduler_config.json", f"{kind.component}/config.json"):
@@ -255,11 +261,13 @@ def test_every_family_names_conditions_that_do_not_fit_it(family: str, whole: Pa
     masks = {name for name in conditions.tensors if name.endswith("mask")}
     for name in set(conditions.tensors) - masks:
         wider = conditions.tensors | {name: conditions.tensors[name].repeat_interleave(3, -1)}
-        with pytest.raises(BadInput, match=f"'{name}' are"):
+        with pytest.raises(BadInput, match=f"'{name}' have"):
             kind.check_conditions(fitting, Conditions(wider))
     for name in conditions.tensors:
         fewer = {key: value for key, value in conditions.tensors.items() if key != name}
-        with pytest.raises(BadInput, match=f"prompts.conditions has.*but family{family} in .* takes"):
+        with pytest.raises(
+            BadInput, match=f"prompts.conditions has .*, but family {family} in .* needs .*: encode the prompts again"
+        ):
             kind.check_conditions(fitting, Conditions(fewer))
     if family not in ("qwen-image-edit",) and count == 2:
         with pytest.raises(BadInput, match="for this model.height, width and frames: encode the prompts again"):
@@ -289,11 +297,11 @@ def test_every_family_refuses_networks_with_other_inputs(
         for prefix in ("", "model.diffusion_model."):
             save_file({f"{prefix}{n}": w.contiguous() for n, w in weights.items()}, copy / "one.safetensors")
             wrong = fitting.model_copy(update={"network_file": str(copy / "one.safetensors")})
-            refused(wrong, "one.safetensors", f"takes {other}input channels, but family{family} gives it {given}")
+            refused(wrong, "one.safetensors", f"has {other} input channels, but family {family} uses {given}")
         return
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": other}))
     wrong = fitting.model_copy(update={"path": str(copy)})
-    refused(wrong, str(copy / kind.component), f"takes {other}input channels, but family{family} gives it {given}")
+    refused(wrong, str(copy / kind.component), f"has {other} input channels, but family {family} uses {given}")
     assert "inpainting" in str(pytest.raises(BadInput, model_class, wrong).value)
 
 
@@ -312,7 +320,9 @@ def test_unets_that_take_more_than_the_text_are_refused(
     config = copy / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     ((name, value),) = change.items()
-    refused(config_of(family, copy), f"{name} {value!r}: its network takes an input that family {family} does not give")
+    refused(
+        config_of(family, copy), f"{name} {value!r}: its network takes an input that family {family} does not give it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,7 +333,7 @@ def test_a_vae_of_another_kind_is_refused(folders: dict[str, Path], family: str,
     copy = shutil.copytree(folders[family], tmp_path / "copy")
     config = copy / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_class_name": name}))
-    refused(config_of(family, copy), f"names {name!r}but family{family} takes Autoencoder")
+    refused(config_of(family, copy), f"names {name!r}, and family {family} takes Autoencoder")
 
 
 def test_odd_token_numbers_of_qwen_are_warned_of(tmp_path: Path) -> None:
@@ -360,7 +370,7 @@ def test_single_files_of_something_else_are_refused(
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "one.safetensors").write_bytes(b"reading weights")
+    (tmp_path / "one.safetensors").write_bytes(b"no weights")
     with pytest.raises(BadInput, match="is not a safetensors file"):
         network_weights(tmp_path / "one.safetensors")
 
@@ -389,9 +399,9 @@ def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("p.csv", "text\na\n", "has the columns text: it takes prompt"),
+        ("p.csv", "text\na\n", "has the columns text: it needs prompt"),
         ("p.csv", "prompt,image\na\n", "line 2 does not have 2 columns"),
-        ("p.csv", 'prompt\n""\n', "'prompt' must be a non-empty"),
+        ("p.csv", 'prompt\n""\n', "'prompt' must be a non-empty string"),
         ("p.csv", "prompt,image\na,b.png\n", "there is no image"),
         ("p.jsonl", '{"prompt": "a", "image": 3}', "'category' and 'image' must be strings"),
         ("p.csv", "prompt\na\na\n", "repeats the prompt 'a'"),

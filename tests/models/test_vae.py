@@ -181,7 +181,9 @@ def test_gradients_flow_through_decoding(model: DiffusersModel) -> None:
 
 def test_images_of_another_size_are_refused(model: DiffusersModel) -> None:
     images = draw_images(model, 1)
-    with pytest.raises(BadInput, match=r"images to encode have size.*3 x 16 x 16.*3 x 32 x 16: resize"):
+    with pytest.raises(
+        BadInput, match="images to encode have size .*3 x 16 x 16, but the model needs .*3 x 32 x 16: resize"
+    ):
         model.encode_image(images[..., :16, :])
 
 

@@ -243,7 +243,9 @@ def test_nft_warns_of_a_dead_contrast_and_measures_a_live_one(tiny_description: 
     dead["objective"] = {"name": "nft", "old_decay_delay": 100}
     trainer, events = train(dead)
     assert [event["objective"]["contrast"] for event in events] == [0.0, 0.0, 0.0]
-    assert "no contrast" in trainer.objective.warning(events[-1]["objective"])
+    assert "the implicit policies do not differ: raise objective.old_decay_growth" in trainer.objective.warning(
+        events[-1]["objective"]
+    )
     live = described(tiny_description, "nft")
     trainer, events = train(live)
     assert events[0]["objective"]["contrast"] == 0.0

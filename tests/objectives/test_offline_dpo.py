@@ -154,7 +154,7 @@ def test_a_run_without_rewards_learns_to_tell_the_pairs_apart_and_resumes_to_the
 ) -> None:
     offline["runtime"] |= {"iterations": 6, "checkpoint_every": 1}
     trainer, events = train(offline, tmp_path / "whole")
-    assert "dpo: 7 pairs of light; left out: 1 ties, 1 between images of different prompts" in capsys.readouterr().err
+    assert "dpo: 7 pairs of light; not used: 1 ties, 1 between images of different prompts" in capsys.readouterr().err
     records = [event["objective"] for event in events]
     assert [record["pairs"] for record in records] == [4] * 6
     assert records[0]["winner_error"] == records[0]["loser_error"] == 0, "the LoRA begins as the base model"
@@ -214,7 +214,7 @@ def test_the_collection_decides_which_objective_it_is(offline: dict, tiny_descri
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompts": {"texts": ["a"]}}, "objective.collection"),
+        ({"prompts": {"texts": ["a"]}}, "the prompts come from objective.collection: remove"),
         ({"rewards": [{"name": "brightness"}]}, "belong in evaluation.rewards"),
         ({"rollout": {"prompts_per_iteration": 4}, "objective.updates": 3}, "updates 3 does not divide"),
         ({"model.frames": 5}, "set it to 1"),

@@ -40,10 +40,10 @@ def test_votes_with_a_winner_between_images_of_one_prompt_are_pairs_and_the_othe
     found = read_pairs(fox.folder)
     assert [(p.better.name, p.worse.name, p.prompt) for p in found.pairs] == [(a, b, "a fox"), (d, c, "a fox")]
     assert found.sentence() == (
-        "2 pairs of fox; left out: 3 votes on a line that cannot be read or names an image that is missing, 1 ties, "
+        "2 pairs of fox; not used: 3 votes on a line that cannot be read or names an image that is missing, 1 ties, "
         "1 skipped pairs, 2 between images of different prompts"
     )
-    (fox.images / d).write_text("no sample image")
+    (fox.images / d).write_text("no picture")
     with pytest.raises(BadInput, match=r"1 pairs of fox; .*1 with an image that is missing.*at least 2 are needed"):
         read_pairs(fox.folder)
 
@@ -69,7 +69,7 @@ def test_a_table_of_image_files_and_prompts_is_a_set_of_pairs(tmp_path: Path) ->
     assert [p.prompt for p in found.pairs] == ["a fox", "a cat"] == found.prompts
     assert len(found.files) == 3
     assert found.sentence() == (
-        "2 pairs of pairs.csv; left out: 1 with an image that is missing or cannot be read, 1 without a prompt"
+        "2 pairs of pairs.csv; not used: 1 with an image that is missing or cannot be read, 1 without a prompt"
     )
     for content, says in [
         ("better,worse\na,b\n", "must have the columns"),

@@ -159,10 +159,12 @@ def test_size_is_said_before_the_start_and_a_full_disk_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200 * 2**30))
     with pytest.raises(ValueError, match="48 rows of conditions for 50000 prompts"):
         encode_into(tmp_path / "c.safetensors", sd3, SD3Model, wanted, CPU)
-    assert "encoding 50000 prompts: their conditions take about 195.3 GiB in" in capsys.readouterr().err
+    assert "encoding 50000 prompts, which take about 195.3 GiB of disk space in" in capsys.readouterr().err
     made.clear()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100 * 2**30))
-    with pytest.raises(BadInput, match="50000 prompts take about 195.3 GiB, and .* has 100.0 GiB free"):
+    with pytest.raises(
+        BadInput, match="50000 encoded prompts need about 195.3 GiB of disk space, but .* has 100.0 GiB free"
+    ):
         encode_into(tmp_path / "c.safetensors", sd3, SD3Model, wanted, CPU)
     assert made == [16], "said after the first prompts, not after all"
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +206,7 @@ def test_each_picture_of_an_instruction_has_its_own_conditions(tmp_path: Path) -
     assert not torch.equal(read.tensors["picture_latents"][0], read.tensors["picture_latents"][1])
     # Another picture under the same name: the file holds nothing for it.
     write_picture(tmp_path / "b.png", 3)
-    with pytest.raises(BadInput, match="holds no conditions for 'make it blue' with image .*b.png: encode again"):
+    with pytest.raises(BadInput, match="does not contain 'make it blue' with image .*b.png: encode again"):
         conditions_for(file, family, *read_prompts(file), Processes("cpu"), None)
 
 
@@ -215,7 +217,7 @@ def test_a_file_that_lacks_the_negative_prompt_says_so(sd3: RunConfig, tmp_path:
     config = parse_config(sd3.model_dump(mode="json"), settings)
     assert conditions_for(config, SD3Model, *prompts, Processes("cpu"), None).unconditional is None
     guided = parse_config(sd3.model_dump(mode="json"), [*settings, "rollout.guidance_scale=2"])
-    with pytest.raises(BadInput, match="holds no conditions for the negative prompt 'blurry'"):
+    with pytest.raises(BadInput, match="does not contain the negative prompt 'blurry'"):
         conditions_for(guided, SD3Model, *prompts, Processes("cpu"), None)
 
 

@@ -64,7 +64,7 @@ def test_prompts_in_a_description_are_cleaned() -> None:
     config = run({"texts": ["a cat ", "\ufeffa dog\x85"], "negative": " blurry\n"}, {"texts": ["a fox\u2028"]})
     assert (config.prompts.texts, config.prompts.negative) == (["a cat", "a dog"], "blurry")
     assert config.evaluation.texts == ["a fox"]
-    with pytest.raises(BadInput, match="texts holds 'a cat' more than once"):
+    with pytest.raises(BadInput, match="texts contains 'a cat' more than once"):
         run({"texts": ["a cat", "a cat "]})
 
 
@@ -74,8 +74,8 @@ def test_prompts_in_a_description_are_cleaned() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("p.txt", "", "has no prompts"),
-        ("p.txt", "# only\n# comments\n", "has no prompts"),
+        ("p.txt", "", "contains no prompts"),
+        ("p.txt", "# only\n# comments\n", "contains no prompts"),
         ("p.txt", "a fox\na dog\na  fox \n", "repeats the prompt 'a fox' (entries 1 and 3)"),
         ("p.txt", '[\n  "a",\n  "b"\n]', "contains JSON: rename it to .json"),
         ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}', "contains JSON"),
@@ -93,23 +93,23 @@ def test_prompts_in_a_description_are_cleaned() -> None:
         ("p.json", '{"prompts": ["a"]}', "is not a JSON list of prompts"),
         ("p.json", '["a", 3]', "entry 2 is not a JSON object with 'prompt'"),
         ("p.json", '["a",]', "is not JSON"),
-        ("p.json", '["a \\ud83e"]', "has an unpaired Unicode surrogate"),
-        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "names 'prompt' twice"),
-        ("p.json", "[]", "has no prompts"),
+        ("p.json", '["a \\ud83e"]', "contains 'a \\ud83e', which has an unpaired Unicode surrogate"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "has the key 'prompt' twice"),
+        ("p.json", "[]", "contains no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n[]\n', "line 2 is not a JSON object with 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 is not a JSON object with 'prompt'"),
-        ("p.jsonl", '{"prompt": "a \\ud83e"}', "line 1 holds 'a \\ud83e', in which a surrogate"),
+        ("p.jsonl", '{"prompt": "a \\ud83e"}', "line 1 contains 'a \\ud83e', which has an unpaired Unicode surrogate"),
         ("p.jsonl", '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 nests lists and mappings"),
-        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1 holds a number of 5000 digits"),
-        ("p.jsonl", '{"prompt": "a", "weight": ' + "9" * 5000 + "}", "line 1 holds a number of 5000 digits"),
-        ("p.jsonl", '{"prompt": " "}', "'prompt' must be a non-empty"),
+        ("p.jsonl", '{"prompt": ' + "9" * 5000 + "}", "line 1 contains a number of 5000 digits"),
+        ("p.jsonl", '{"prompt": "a", "weight": ' + "9" * 5000 + "}", "line 1 contains a number of 5000 digits"),
+        ("p.jsonl", '{"prompt": " "}', "'prompt' must be a non-empty string"),
         ("p.csv", '"prompt"x,category\na,b\n', "line 1 is not CSV"),
         ("p.csv", 'prompt,category\n"a"x,b\n', "line 2 is not CSV"),
         ("p.csv", "prompt\n" + "a" * 200_000, "line 2 is not CSV: field larger than"),
         ("p.csv", "prompt,prompt\na,b\n", "has the columns prompt, prompt"),
         ("p.csv", "prompt;category\na;b\n", "has the columns prompt;category"),
-        ("p.csv", "", "has the columns (none): it takes prompt"),
-        ("p.csv", "prompt\n", "has no prompts"),
+        ("p.csv", "", "has the columns (none): it needs prompt"),
+        ("p.csv", "prompt\n", "contains no prompts"),
         ("p.csv", "prompt,image\na,none.png\n", "line 2: there is no image"),
         ("p.csv", "prompt,image\na,p.csv\n", "line 2: image"),
         ("p.jsonl", '{"prompt": "a", "image": "a\\u0000b"}', "line 1: there is no image"),
@@ -125,7 +125,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "folder.txt").mkdir()
     for name in ("pipe.txt", "folder.txt"):
-        with pytest.raises(BadInput, match=f"{name}or is not a conditions"):
+        with pytest.raises(BadInput, match=f"{name} is not a file"):
             read(tmp_path / name)
 
 
@@ -184,7 +184,7 @@ def test_rewards_get_the_words_without_weights_where_a_clip_has_applied_them() -
         {"texts": ["(" * 200 + "a" + ")" * 200]},
         {"texts": ["a"], "negative": "(" * 200 + "a" + ")" * 200},
     ):
-        with pytest.raises(BadInput, match="nests parentheses more than 100 deep"):
+        with pytest.raises(BadInput, match="has parentheses nested more than 100 deep"):
             read_prompts(run({**section, "weight_syntax": True}))
 
 

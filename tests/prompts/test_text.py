@@ -41,15 +41,15 @@ def test_half_a_character_is_refused_and_named(text: str) -> None:
     for check in (lambda: check_text(text, "prompts"), lambda: check_prompts(["a", text], "prompts")):
         with pytest.raises(BadInput) as raised:
             check()
-        assert str(raised.value).startswith(f"prompts{text!r}which has an unpaired Unicode surrogate")
+        assert str(raised.value).startswith(f"prompts contains {text!r}, which has an unpaired Unicode surrogate")
         str(raised.value).encode()  # it can be printed
     check_text("a \U0001f98a fox", "prompts")
 
 
 def test_empty_and_repeated_prompts_are_refused() -> None:
-    with pytest.raises(BadInput, match="texts holds an empty prompt"):
+    with pytest.raises(BadInput, match="texts contains an empty prompt"):
         check_prompts(["a", ""], "texts")
-    with pytest.raises(BadInput, match="texts holds 'a b' more than once"):
+    with pytest.raises(BadInput, match="texts contains 'a b' more than once"):
         check_prompts(["a b", "c", "a  b"], "texts")
     check_prompts(["a", "b"], "texts")
     assert first_repeated("abcb") == (1, 3)
@@ -101,7 +101,7 @@ def test_weights_are_taken_out_as_comfyui_does(text: str, words: str) -> None:
 def test_nesting_has_a_limit() -> None:
     deep = MAX_NESTING
     assert without_weights("(" * deep + "fox" + ")" * deep) == "fox"
-    with pytest.raises(BadInput, match=r"prompt '\(+\.\.\. nests parentheses more than 100 deep"):
+    with pytest.raises(BadInput, match=r"prompt '\(+\.\.\. has parentheses nested more than 100 deep"):
         without_weights("(" * 5000 + "fox" + ")" * 5000)
     assert without_weights("(" * 100_000) == "(" * 100_000
     assert without_weights("(a:1.1) " * 20_000) == "a " * 20_000

@@ -361,15 +361,15 @@ def test_transformers_and_open_clip_agree_on_the_layout(tmp_path: Path) -> None:
 def test_other_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
     wider = {**TINY, "vision_cfg": {**TINY["vision_cfg"], "layers": 3}}
     for shapes, words in {
-        "lacks": {k: v for k, v in open_clip_shapes(TINY).items() if k != "visual.proj"},
-        "does not belong": open_clip_shapes(wider),
+        "missing keys visual.proj": {k: v for k, v in open_clip_shapes(TINY).items() if k != "visual.proj"},
+        "unexpected keys": open_clip_shapes(wider),
         "has the shape": open_clip_shapes({**TINY, "embed_dim": 21}),
     }.items():
         torch.save(random_weights(words), tmp_path / "HPS.pt")
         with pytest.raises(BadInput, match=f"HPS.pt is not HPS-v2.1, a CLIP tiny-h: .*{shapes}"):
             reward("hps-v2.1", path=str(tmp_path / "HPS.pt")).load()
     save_file(random_weights(open_clip_shapes(TINY)), tmp_path / "model.safetensors")
-    with pytest.raises(BadInput, match="is not PickScore.* which does not belong there"):
+    with pytest.raises(BadInput, match="is not PickScore.*: unexpected keys"):
         reward("pickscore", path=str(tmp_path / "model.safetensors")).load()
     tested = aesthetic(tmp_path)
     save_file(to_transformers(WEIGHTS), tmp_path / "clip.safetensors")

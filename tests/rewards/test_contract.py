@@ -331,5 +331,5 @@ def test_a_text_must_be_there_and_the_original(
         reward(name, {**options[name], option: str(tmp_path / "none.txt")})
     changed = tmp_path / "changed.txt"
     changed.write_bytes(Path(options[name][option]).read_bytes().rstrip() + b"\n")
-    with pytest.raises(BadInput, match=r"changed.txt is not the original: its sha256 is \w+..., expected"):
+    with pytest.raises(BadInput, match=r"changed.txt is not the original file: sha256 \w+..., expected"):
         reward(name, {**options[name], option: str(changed)})

@@ -208,5 +208,5 @@ def test_wrong_files_are_bad_input(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "detector").mkdir()
     with pytest.raises(BadInput, match="detector is not a Mask2Former"):
         reward(folder, detector=str(tmp_path / "detector")).load()
-    with pytest.raises(BadInput, match="has the wrong file type"):
+    with pytest.raises(BadInput, match="is a file, but a folder is expected"):
         reward(folder, detector=str(folder / "clip.safetensors"))

@@ -58,7 +58,7 @@ def test_the_model_must_be_served(stub: StubServer) -> None:
     stub.answer = lambda path, message: (200, {"data": [{"id": "judge"}, {"id": "other"}]})
     reward(stub, "mllm-rubric").load()
     assert stub.seen[-1][:2] == ("/v1/models", None)
-    with pytest.raises(BadInput, match="model 'best' is not served by .*; it has judge, other"):
+    with pytest.raises(BadInput, match="/v1/models does not list model 'best'; it has judge, other"):
         reward(stub, "mllm-rubric", model="best").load()
     with pytest.raises(BadInput, match="'mllm-yes': model is empty"):
         reward(stub, "mllm-yes", model="")
@@ -209,7 +209,7 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_then_no_score(
     assert sorted(set(tries), key=str) == [(0, None), (0.7, 1), (0.7, 2)]
     questions = 1 if name == "mllm-pairwise" else 2
     assert len(tries) == 3 * questions
-    assert f"'{name}' got no usable answer to {questions} of {questions} questions: the server" in (
+    assert f"'{name}' got no valid answer to {questions} of {questions} questions: the server" in (
         capsys.readouterr().err
     )
 
@@ -241,7 +241,7 @@ def test_one_image_without_an_answer_leaves_the_scores_of_the_others(stub: StubS
 def test_only_a_server_that_is_away_ends_the_run(stub: StubServer, name: str) -> None:
     for bad in ((500, b"out of memory"), (503, b"busy"), (429, b"slowly"), (401, b"key"), (404, b"no such model")):
         stub.answer = lambda path, message, bad=bad: bad
-        with pytest.raises(RunFailed, match=f"Mask2Former detector of{bad[0]} .*{bad[1].decode()}"):
+        with pytest.raises(RunFailed, match=f"answered {bad[0]} .*{bad[1].decode()}"):
             score(reward(stub, name, retries=0), IMAGES[:2], ["a", "a"])
 
 
@@ -264,9 +264,13 @@ def test_a_request_that_is_refused_for_its_content_is_no_score_and_if_all_are_th
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("mllm-yes", {"instruction": "Is it good?"}, r"must contain\{prompt\}"),
-        ("mllm-yes", {"instruction": "{prompt.__class__}"}, r"may use\{prompt\}, not"),
-        ("mllm-yes", {"instruction": "{prompt:>999999999}"}, "may use no other format"),
+        ("mllm-yes", {"instruction": "Is it good?"}, r"has the placeholders none: use \{prompt\}"),
+        (
+            "mllm-yes",
+            {"instruction": "{prompt.__class__}"},
+            r"has the placeholders prompt.__class__: use .* none other than \{prompt\}",
+        ),
+        ("mllm-yes", {"instruction": "{prompt:>999999999}"}, "may use no other format than :g"),
         ("mllm-yes", {"instruction": "{prompt}" * 10_000}, "instruction"),
         ("mllm-rubric", {"instruction": "{prompt"}, "cannot be filled in"),
         ("mllm-rubric", {"aspects": ["two words"]}, "aspects: aspects must be single words"),

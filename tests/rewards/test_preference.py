@@ -52,7 +52,7 @@ def test_a_taste_is_found_in_new_images(folder: Path, capsys: pytest.CaptureFixt
     assert concordance(found) > 0.9
     assert -0.5 < found.mean() < 0.5
     said = capsys.readouterr().err
-    assert "preference: 40 votes of light: enough to train on: agrees with " in said
+    assert "preference: 40 votes of light: enough to train on: predicts " in said
     turned = score(reward(folder, [pair[::-1] for pair in PAIRS]), pictures(seed=1), ["x"] * 40)
     torch.testing.assert_close(turned, -found, rtol=1e-3, atol=1e-4)
 
@@ -108,12 +108,12 @@ def test_the_same_votes_give_the_same_scores_in_any_batch(folder: Path) -> None:
 def test_votes_at_random_are_reported_as_such(folder: Path, capsys: pytest.CaptureFixture) -> None:
     flips = torch.rand(len(PAIRS), generator=torch.Generator().manual_seed(1)) < 0.5
     score(reward(folder, [p if f else p[::-1] for p, f in zip(PAIRS, flips, strict=True)]), pictures()[:1], ["x"])
-    assert "not yet better than guessing: agrees with " in capsys.readouterr().err
+    assert "not yet better than guessing: predicts " in capsys.readouterr().err
 
 
 def test_a_line_that_cannot_be_read_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
     score(reward(folder, [*PAIRS, (99, 1)]), pictures()[:1], ["x"])
-    assert "warning: light: votes.csv, line 42 is left out: there is no image '99.png'" in capsys.readouterr().err
+    assert "warning: light: votes.csv, line 42 is ignored: there is no image '99.png'" in capsys.readouterr().err
 
 
 @pytest.fixture

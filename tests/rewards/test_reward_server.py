@@ -143,9 +143,9 @@ def test_the_server_says_what_is_wrong(serving: Callable, monkeypatch: pytest.Mo
         b'{"images": [], "prompts": [1]}': "no list 'prompts' of strings",
         b'{"images": ["?"], "prompts": ["a"]}': "not a file in base64",
         b'{"images": [7], "prompts": ["a"]}': "not a file in base64",
-        b'{"images": ["aGVsbG8="], "prompts": ["a"]}': "an image of the message is not a PNG, JPEG or WebP image",
+        b'{"images": ["aGVsbG8="], "prompts": ["a"]}': "an image of the request is not a PNG, JPEG or WebP image",
         b'{"images": [], "prompts": ["a"]}': "0 images but 1 prompts",
-        json.dumps({"images": [damaged], "prompts": ["a red circle"]}).encode(): "message cannot be read",
+        json.dumps({"images": [damaged], "prompts": ["a red circle"]}).encode(): "request cannot be read",
         json.dumps({"images": [good], "prompts": ["a" * 20_000]}).encode(): "more than 10000 characters",
     }.items():
         code, text = post(url, body)
@@ -169,8 +169,8 @@ def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(serving: Ca
     url = serving(reward("brightness"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for side, words in {
-        13_000: "an image of the message has 13000 x 13000 pixels",
-        4_100: "an image has 4100 x 4100 pixels; 16777216 in all is the most",
+        13_000: "an image of the request has 13000 x 13000 pixels",
+        4_100: "an image has 4100 x 4100 pixels; at most 16777216 pixels are accepted",
     }.items():
         code, text = post(url, {"images": [bomb(side)] * 6, "prompts": ["a"] * 6})
         assert (code, words in text) == (400, True), text
@@ -183,7 +183,11 @@ def test_pixels_and_images_of_a_message_are_limited_together(
     monkeypatch.setattr(message, "MOST_PIXELS_TOGETHER", 200)
     monkeypatch.setattr(message, "MOST_IMAGES", 4)
     url, file = serving(reward("brightness")), bomb(10)
-    for count, words in {2: None, 3: "more than 200 pixels together: send fewer", 5: "5 images; 4 is the most"}.items():
+    for count, words in {
+        2: None,
+        3: "more than 200 pixels in total: send fewer",
+        5: "5 images; at most 4 are accepted",
+    }.items():
         code, text = post(url, {"images": [file] * count, "prompts": ["a"] * count})
         assert (code == 200) == (words is None), text
         assert words is None or words in text
@@ -230,7 +234,7 @@ def test_a_request_in_drops_is_hung_up_on(serving: Callable, monkeypatch: pytest
 def test_a_length_must_be_given_and_is_limited(serving: Callable, length: bytes) -> None:
     answer = talk(serving(reward("brightness")), b"POST /score HTTP/1.1\r\n" + length + b"\r\n")
     assert b" 400 " in answer
-    assert b"Content-Length must be given, from 0 to 536870912" in answer
+    assert b"Content-Length is required: give a number of bytes from 0 to 536870912" in answer
 
 
 def test_a_message_that_is_cut_short_is_not_scored(serving: Callable) -> None:

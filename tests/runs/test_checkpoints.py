@@ -204,7 +204,7 @@ def test_damaged_files_of_a_run_cost_no_more_than_they_held(finished: Path, prog
     assert (code, json.loads(output)) == (0, {"live": False})
     code, output = program.run("resume", run.path)
     assert code == 0, output
-    assert "warning: events.jsonl held 2 damaged lines, which are left out" in output
+    assert "warning: events.jsonl had 2 damaged lines, which were removed" in output
     assert run.events_file.read_bytes() == lines[0] + b"\n" + lines[2] + b"\n"
     assert run.is_finished()
     assert_same_tensors(lora_of(run.path), lora_of(finished / "run"))

@@ -139,7 +139,7 @@ def test_another_description_is_refused_with_what_changed(run: RunDirectory, tin
     assert not launch.is_running(run), "the lock was given back"
 
 
-@pytest.mark.parametrize("content", ["", "a: [1", "- 1", "description: 5", b"\xff\xfe\x00", "settings{}"])
+@pytest.mark.parametrize("content", ["", "a: [1", "- 1", "description: 5", b"\xff\xfe\x00", "description: {}"])
 def test_damaged_description_is_named(run: RunDirectory, config: RunConfig, content: str | bytes) -> None:
     run.release()
     (run.path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -224,7 +224,7 @@ def test_a_deleted_directory_stays_deleted(run: RunDirectory) -> None:
     run.write_status("running")
     shutil.rmtree(run.path)
     for write in everything_that_writes(run):
-        with pytest.raises(RunFailed, match="was deleted while this run was going on"):
+        with pytest.raises(RunFailed, match="was deleted during the run"):
             write()
     assert not run.path.exists()
     run.release()
@@ -238,7 +238,7 @@ def test_a_directory_that_another_run_has_taken_is_left_alone(run: RunDirectory,
     other.write_status("running", iteration=1)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     for write in everything_that_writes(run):
-        with pytest.raises(RunFailed, match="was replaced by another run while this run was going on"):
+        with pytest.raises(RunFailed, match="was taken over by another process during the run"):
             write()
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     run.release()

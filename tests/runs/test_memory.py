@@ -87,7 +87,7 @@ def test_an_iteration_that_cannot_fit_is_refused_with_its_size(monkeypatch: pyte
     need = iteration_bytes(config(), 2)
     monkeypatch.setattr(memory, "_memory_bytes", lambda device, processes: need)
     check_iteration(config(), 2)
-    with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 hold"):
+    with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 need"):
         check_iteration(config(), 1)
 
 
@@ -132,11 +132,11 @@ def test_a_run_that_cannot_fit_claims_no_directory(tiny_description: dict, tmp_p
     tiny_description["rollout"] |= {"group_size": 10_000, "prompts_per_iteration": 1_000_000}
     file.write_text(json.dumps(tiny_description))
     assert main(["train", str(file), "--output", str(tmp_path / "run")]) == 2
-    assert "GiB per process" in capsys.readouterr().err
+    assert "GiB per process, but it has" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     for setting in ("rollout.group_size=100000000", "rollout.batch_size=1e21", "lora.alpha=1e308"):
         assert main(["train", str(file), "--output", str(tmp_path / "run"), "--set", setting]) == 2
         assert f"{setting.split('=')[0]} is" in capsys.readouterr().err
     wild = ["--set", "optimizer.weight_decay=1000", "--set", "optimizer.learning_rate=0.01"]
     assert main(["train", str(file), "--output", str(tmp_path / "run"), *wild]) == 2
-    assert "weight_decay 1000 times learning_rate 0.01 is not below 1" in capsys.readouterr().err
+    assert "weight_decay 1000 times learning_rate 0.01 must be below 1: lower one of them" in capsys.readouterr().err

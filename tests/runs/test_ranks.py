@@ -102,7 +102,7 @@ def test_a_failure_in_one_rank_ends_all_and_is_named(stubs: Stubs) -> None:
 def test_the_first_cause_is_named_and_not_what_follows_from_it(stubs: Stubs) -> None:
     """The other rank notices that its peer is gone, and says so."""
     code, line = stubs.end("die,collective")
-    sentence = "rank 1 was ended by SIGKILL, as the system does when memory runs out"
+    sentence = "rank 1 was killed by SIGKILL; the system does this when memory runs out"
     assert (code, line) == (1, f"failed: {sentence}")
     assert (stubs.run.status()["state"], stubs.run.status()["error"]) == ("failed", sentence)
 

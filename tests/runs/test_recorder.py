@@ -106,6 +106,6 @@ def test_a_run_that_lost_its_directory_writes_nothing(run: RunDirectory) -> None
         lambda: recorder_.begin(0),
         lambda: recorder_.finish("finished", 1, 1.0, [], None),
     ):
-        with pytest.raises(RunFailed, match="was deleted while this run was going on"):
+        with pytest.raises(RunFailed, match="was deleted during the run"):
             write()
     assert not run.path.exists()

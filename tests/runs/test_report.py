@@ -99,7 +99,7 @@ def test_the_end_of_a_run(tmp_path: Path) -> None:
     summary = {"state": "finished", "iterations": 2, "seconds": 65.0, "eval": {"before": None, "after": None}}
     assert closing(summary, run, lambda events: [f"{len(events)} events"]).splitlines() == [
         "finished: 2 iterations in 1 min 05 s, 2.00 s each",
-        "network forward passes per image 6.00",
+        "forward passes of the network per image 6.00",
         "2 events",
         f"LoRA      {run.lora_file}",
     ]

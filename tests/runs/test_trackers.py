@@ -158,7 +158,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     monkeypatch.setitem(TRACKERS, "memory", Broken)
     description = config("memory")
     record(RunDirectory.open(tmp_path / "run", description, []), description)
-    warning = "warning: tracker memory failed (no route to host); the run goes on without it\n"
+    warning = "warning: tracker memory failed (no route to host); the run continues without it\n"
     assert capsys.readouterr().err == warning, "once"
     assert Memory.kept == [("open", "run", 2)]
 
@@ -168,5 +168,5 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_refused(monkeypatch: pyte
     with pytest.raises(BadInput, match=r"^runtime.trackers: 'tensorbord' is unknown; choose from tensorboard, wandb$"):
         check_trackers(config("tensorbord"))
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"^runtime.trackers: wandb needs the package wandb; install it with pip$"):
+    with pytest.raises(BadInput, match=r"^runtime.trackers: wandb needs the package wandb: run `pip install wandb`$"):
         check_trackers(config("wandb"))

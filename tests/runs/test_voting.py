@@ -81,7 +81,7 @@ def test_a_second_round_trains_on_votes_on_the_first(
 @pytest.mark.parametrize(
     ("kind", "iteration", "says"),
     [
-        ("rollout", 1, "no picture of kind rollout at iteration 1: it has 0, 2"),
+        ("rollout", 1, "no rollout samples at iteration 1: choose one of 0, 2"),
         ("../x", None, "choose one of rollout, evaluation"),
     ],
 )
@@ -98,5 +98,7 @@ def test_cells_that_lie_outside_their_picture_are_left_out(finished: RunDirector
     copy = RunDirectory(Path(shutil.copytree(finished.path, tmp_path / "copy")))
     cells = copy.path / "samples" / "rollout_000002.json"
     cells.write_text('{"cells": [{"prompt": "x", "seed": "1", "scores": {}, "box": [0, 0, 100000000, 100000000]}]}')
-    with pytest.raises(BadInput, match="is missing or damaged: choose another"):
+    with pytest.raises(
+        BadInput, match="rollout_000002.png of run 'copy' is missing or damaged: choose another iteration"
+    ):
         import_run(store.create(tmp_path, "mine"), copy)

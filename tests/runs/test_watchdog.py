@@ -44,7 +44,8 @@ def test_iterations_without_an_optimizer_step_are_counted_in_a_row() -> None:
 
 def test_the_reason_is_another_where_no_image_had_a_reward() -> None:
     assert reasons([event(mean=None, skipped=0, dropped=4)] * 2, max_idle=2)[1] == (
-        "nothing was trained for 2 iterations in a row: no image had a finite reward; see the log of the reward"
+        "nothing was trained for 2 iterations in a row: no image had a finite reward; "
+        "check the log for warnings of the reward"
     )
 
 

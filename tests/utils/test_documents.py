@@ -66,22 +66,22 @@ REFUSED = {
     "[&a [lol, lol], &b [*a, *a], [*b, *b]]": "uses a YAML alias in line 1, *a",
     "!!python/object/apply:os.system [ls]": "uses a YAML tag in line 1, 'tag:yaml.org,2002:python/object",
     "a: !!timestamp 2020-01-01": "uses a YAML tag in line 1",
-    "a: 1\nb: 2\na: 3": "names 'a' twice, again in line 3",
-    '{"a": 1, "b": {"c": 1, "c": 2}}': "names 'c' twice",
+    "a: 1\nb: 2\na: 3": "has the key 'a' twice, again in line 3",
+    '{"a": 1, "b": {"c": 1, "c": 2}}': "has the key 'c' twice",
     "1: 2": "has the key 1 in line 1, which is not text",
     "[1]: 2": "has the key [1] in line 1",
-    "9" * 5000: "holds a number of 5000 digits",
-    "0x" + "f" * 5000: "holds a number of 5002 digits",
-    '{"a": ' + "9" * 5000 + "}": "holds a number of 5000 digits",
-    "1e999": "holds 1e999, which is too large for a number",
-    '{"a": -1e999}': "holds -1e999, which is too large",
-    '{"a": NaN}': "holds NaN, which is not a number",
+    "9" * 5000: "contains a number of 5000 digits",
+    "0x" + "f" * 5000: "contains a number of 5002 digits",
+    '{"a": ' + "9" * 5000 + "}": "contains a number of 5000 digits",
+    "1e999": "contains 1e999, which is too large for a number",
+    '{"a": -1e999}': "contains -1e999, which is too large",
+    '{"a": NaN}': "contains NaN, which is not a number",
     "[" * 100_000: f"nests lists and mappings more than {MAX_DEPTH} deep",
     '{"a":' * 100_000: f"nests lists and mappings more than {MAX_DEPTH} deep",
     "- " * 200 + "a": f"nests lists and mappings more than {MAX_DEPTH} deep",
     "[" * 51 + "]" * 51: f"nests lists and mappings more than {MAX_DEPTH} deep",
-    '["a \\ud83e"]': "holds 'a \\ud83e', in which a surrogate is not part of a pair",
-    '{"\\udd8a": 1}': "holds '\\udd8a', in which a surrogate",
+    '["a \\ud83e"]': "contains 'a \\ud83e', which has an unpaired Unicode surrogate",
+    '{"\\udd8a": 1}': "contains '\\udd8a', which has an unpaired Unicode surrogate",
     "a: [1": "is neither YAML nor JSON",
     "a: b: c": "is neither YAML nor JSON: mapping values are not allowed",
     "a\0b": "is neither YAML nor JSON",
@@ -160,9 +160,9 @@ def test_files(tmp_path: Path) -> None:
 
 def test_data_from_elsewhere() -> None:
     check_data({"a": ["🦊", 1, None, {"b": 2.5}]}, "it")
-    with pytest.raises(BadInput, match=r"^it holds 'a \\udd8a', in which a surrogate"):
+    with pytest.raises(BadInput, match=r"^it contains 'a \\udd8a', which has an unpaired Unicode surrogate"):
         check_data({"a": [{"b": "a \udd8a"}]}, "it")
-    with pytest.raises(BadInput, match=r"^it holds '\\udd8a'"):
+    with pytest.raises(BadInput, match=r"^it contains '\\udd8a'"):
         check_data({"\udd8a": 1}, "it")
 
 

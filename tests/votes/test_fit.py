@@ -136,11 +136,9 @@ def test_votes_on_one_pair_are_left_out_together(features: np.ndarray) -> None:
 def test_whether_it_is_enough_is_said_in_words() -> None:
     assert enough(None, 4) == "too few votes to tell: 4 with a winner, and at least 10 are needed"
     assert enough(Agreement(36, 40, 2), 40).startswith(
-        "enough to train on: agrees with 90% of the votes left out (77% "
+        "enough to train on: predicts 90% of held-out votes (95% interval 77% "
     )
-    assert enough(Agreement(28, 40, 2), 40).startswith(
-        "better than guessing, and more votes will help: agrees with 70%"
-    )
+    assert enough(Agreement(28, 40, 2), 40).startswith("better than guessing, and more votes will help: predicts 70%")
     assert enough(Agreement(22, 40, 2), 40).startswith("not yet better than guessing")
     assert "try another backbone" in enough(Agreement(60, 110, 0), 110)
 

@@ -63,7 +63,7 @@ def test_files_that_cannot_be_read_are_left_out_with_a_sentence(fox: Collection,
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
     found = import_folder(fox, folder)
     assert found.new == 1
-    assert [complaint.split(" is left out")[0] for complaint in found.complaints] == ["cut.png", "huge.png", "text.png"]
+    assert [complaint.split(" was skipped")[0] for complaint in found.complaints] == ["cut.png", "huge.png", "text.png"]
     assert "10000 x 10000 pixels" in found.complaints[1]
 
 
@@ -71,10 +71,10 @@ def test_nothing_to_import_is_one_sentence(fox: Collection, tmp_path: Path) -> N
     with pytest.raises(BadInput, match="no folder 'pictures'"):
         import_folder(fox, tmp_path / "pictures")
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(BadInput, match=r"'pictures' holds no images: \.png"):
+    with pytest.raises(BadInput, match=r"'pictures' has no images: \.png"):
         import_folder(fox, tmp_path / "pictures")
     (tmp_path / "pictures" / "a.png").write_text("x")
-    with pytest.raises(BadInput, match=r"no image of 'pictures' can be read: a\.png is left out"):
+    with pytest.raises(BadInput, match=r"no image of 'pictures' can be read: a\.png was skipped"):
         import_folder(fox, tmp_path / "pictures")
 
 
@@ -100,7 +100,7 @@ def test_favourites_become_balanced_votes_once(fox: Collection, tmp_path: Path) 
     again = import_favourites(fox, liked, others)
     assert (again.new, again.known, again.votes) == (0, 15, 0)
     assert fox.ledger().votes == votes
-    with pytest.raises(BadInput, match="have 6 images in common"):
+    with pytest.raises(BadInput, match="6 images are in both liked and liked"):
         import_favourites(fox, liked, liked)
     with pytest.raises(BadInput, match="no folder 'nowhere'"):
         import_favourites(fox, liked, tmp_path / "nowhere")

@@ -155,7 +155,7 @@ def test_an_id_names_one_vote(fox: Collection) -> None:
         fox.undo("2")
     with pytest.raises(BadInput, match="'u' belongs to another vote"):
         fox.undo("u", "2")
-    with pytest.raises(BadInput, match="no vote of the id 'u'"):
+    with pytest.raises(BadInput, match="no vote with the id 'u'"):
         fox.undo("u2", "u")
     assert len(fox.votes_file.read_text().splitlines()) == 4
     with pytest.raises(BadInput, match="two different images"):
@@ -186,11 +186,12 @@ def test_a_row_that_cannot_be_read_costs_that_row_with_a_sentence(fox: Collectio
         file.write(f"{c},{d},,,,10,\r\n{c},{d},,,,10,\n")
     ledger = fox.ledger()
     assert ledger.votes == [Vote(a, b, id="1"), Vote(c, d, id="10")]
-    reasons = ["not CSV", "6 columns, and the header 7", "tie and skip", "tie and skip", "the same",
-               r"no image '../../x.png'", "'a b' is not an id", "an undo row must have an id", "1 columns"]  # fmt: skip
+    reasons = ["not CSV", "6 columns, but the header has 7", "tie and skip", "tie and skip", "the same",
+               r"no image '../../x.png'", "'a b' is not a valid id",
+               "an undo row must have an id", "1 columns"]  # fmt: skip
     assert len(ledger.complaints) == len(reasons)
     for number, (complaint, reason) in enumerate(zip(ledger.complaints, reasons, strict=True), 3):
-        assert complaint.startswith(f"votes.csv, line {number}is ignored")
+        assert complaint.startswith(f"votes.csv, line {number} is ignored: ")
         assert reason in complaint
     assert fox.record([Vote(b, c, id="11")]) == 1
     assert fox.ledger().votes[-1] == Vote(b, c, id="11")
@@ -202,7 +203,7 @@ def test_a_broken_header_costs_nothing_else(fox: Collection) -> None:
     fox.votes_file.write_text(fox.votes_file.read_text().replace("better", "b\x00tter"))
     ledger = fox.ledger()
     assert ledger.votes == [Vote(a, b, id="1")]
-    assert "line 1 is left out" in ledger.complaints[0]
+    assert "line 1 is ignored" in ledger.complaints[0]
 
 
 def test_a_broken_line_of_the_items_costs_the_prompt_of_that_image(fox: Collection) -> None:
@@ -214,7 +215,7 @@ def test_a_broken_line_of_the_items_costs_the_prompt_of_that_image(fox: Collecti
     items, complaints = fox.items()
     assert [(item.image, item.prompt) for item in items] == [(a, "a fox"), (b, "a fox"), (d, "a fox"), (c, "")]
     assert [complaint.split(":")[0] for complaint in complaints] == [
-        f"items.jsonl, line {number} is left out" for number in range(3, 9)
+        f"items.jsonl, line {number} is ignored" for number in range(3, 9)
     ]
 
 
@@ -255,7 +256,7 @@ def test_a_hand_written_file_is_read_and_can_be_continued(tmp_path: Path) -> Non
     written = [Vote("fox 1.png", "fox 0.png"), Vote("fox 1.png", "fox 2.png")]
     ledger = collection.ledger()
     assert ledger.votes == written
-    assert ledger.complaints == ["votes.csv, line 4 is left out: there is no image 'fox 9.png'"]
+    assert ledger.complaints == ["votes.csv, line 4 is ignored: there is no image 'fox 9.png'"]
     assert collection.undo("u") is None
     collection.record([Vote("fox 0.png", "fox 2.png", id="1")])
     assert collection.ledger().votes == [*written, Vote("fox 0.png", "fox 2.png", id="1")]
@@ -281,11 +282,11 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path: Path, name: object) -> 
 def test_collections_are_listed_deleted_and_brought_back(tmp_path: Path) -> None:
     for name in ("fox", "Über mich 2"):
         fill(store.create(tmp_path, name))
-    (tmp_path / "not a collection").mkdir()
+    (tmp_path / "something else").mkdir()
     assert store.names(tmp_path) == ["fox", "Über mich 2"]
     assert len(names(store.create(tmp_path, "fox"))) == 4, "making it again opens it"
-    with pytest.raises(BadInput, match="'something else' cannot be made"):
-        store.create(tmp_path, "not a collection")
+    with pytest.raises(BadInput, match="'something else' cannot be created"):
+        store.create(tmp_path, "something else")
     with pytest.raises(BadInput, match="no collection named 'cat'; there are: fox, Über mich 2"):
         store.delete(tmp_path, "cat")
     old = store.find(tmp_path, "fox")
@@ -294,7 +295,7 @@ def test_collections_are_listed_deleted_and_brought_back(tmp_path: Path) -> None
     with pytest.raises(BadInput, match="'fox' has been deleted"):
         old.record([Vote("a.png", "b.png", id="1")])
     store.create(tmp_path, "fox").add([(picture(200), "", "")])
-    with pytest.raises(BadInput, match="named 'fox' already"):
+    with pytest.raises(BadInput, match="there is already a collection named 'fox'"):
         store.restore(tmp_path, "fox")
     store.delete(tmp_path, "fox")
     assert len(names(store.restore(tmp_path, "fox"))) == 1, "the one that was deleted last"

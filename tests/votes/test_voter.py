@@ -106,5 +106,5 @@ def test_an_image_that_cannot_be_described_is_left_out_with_a_sentence(tmp_path:
     analyst = Analyst(lambda backbone: describe)
     state = analyst.state(collection, "pixels")
     assert (state["images"], state["described"]) == (4, 3)
-    assert state["warnings"][0].startswith("broken.png is left out: ")
+    assert state["warnings"][0].startswith("broken.png is ignored: ")
     assert len(analyst.next(collection, "pixels", count=9)) == 3

@@ -37,7 +37,7 @@ def _options(value: Any) -> Any:
     if isinstance(value, ObjectiveOptions):
         return value
     if not isinstance(value, dict):
-        raise ValueError("it must be a section, such as {name: grpo}")
+        raise ValueError(f"it must be a section such as {{name: grpo}}, not {type(value).__name__}")
     name = value.get("name", DEFAULT)
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")

@@ -227,7 +227,9 @@ def _read_csv(text: str, path: Path) -> list[_Entry]:
         table.fieldnames = columns
         if "prompt" not in columns or not set(columns) <= _COLUMNS or len(set(columns)) < len(columns):
             names = cut(", ".join(columns), 200) or "(none)"
-            raise BadInput(f"{path} has the columns {names}: it needs prompt and, optionally, category and image")
+            raise BadInput(
+                f"{path} has the columns {names}: it needs prompt and, optionally, category and image, each once"
+            )
         rows = [(table.line_num, row) for row in table]
     except csv.Error as error:
         raise BadInput(f"{path} line {max(table.reader.line_num, 1)} is not CSV: {error}") from error

@@ -104,8 +104,10 @@ def check_files(options: Section, reward: str) -> None:
             raise BadInput(f"{setting} does not exist; {field.description}")
         if path.is_dir() and not rule.folder:
             raise BadInput(f"{setting} is a folder, but a file is expected: {', '.join(rule.suffixes)}")
+        if path.is_file() and not rule.suffixes:
+            raise BadInput(f"{setting} is a file, but a folder is expected")
         if path.is_file() and path.suffix.lower() not in rule.suffixes:
-            raise BadInput(f"{setting} has the wrong file type: {', '.join(rule.suffixes)} is expected")
+            raise BadInput(f"{setting} has the wrong file type: choose a file of type {', '.join(rule.suffixes)}")
 
 
 def check_sha256(path: Path, expected: str, what: str) -> None:

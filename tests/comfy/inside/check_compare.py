@@ -136,7 +136,7 @@ def test_bad_input_is_refused_before_any_model_is_asked_for(node, rewards) -> No
 
 def test_a_lora_of_another_model_is_named(node, sockets) -> None:
     foreign = {"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(4, 4)}
-    with pytest.raises(ValueError, match="'lora_model_1': lora: none of its 1 tensors fits this model"):
+    with pytest.raises(ValueError, match="'lora_model_1': lora: none of its 1 tensors fits the model"):
         node.execute(**sockets, **WIDGETS, lora_model_1=[foreign])
 
 

@@ -256,7 +256,8 @@ def test_guidance_of_the_description_replaces_that_of_the_conditions_and_is_refu
     assert relative(predicted(replace(flux, extra=dict), embedded_guidance=6.0), given) == 0
     assert relative(predicted(flux, embedded_guidance=1.0), given) > 1e-3
     with pytest.raises(
-        pack("trainer.utils.errors").BadInput, match="model.embedded_guidance is 2.0: this model takes none"
+        pack("trainer.utils.errors").BadInput,
+        match="model.embedded_guidance is 2.0, but the model has no such input: use null",
     ):
         predicted(sd3, embedded_guidance=2.0)
 
@@ -312,12 +313,15 @@ def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable,
     assert not comfy.model_management.in_training, "the user's own sampling goes on as it was"
     wrong = entry(case, 1) | {"cross_attn": draw(1, 6, case.text[0] + 8)}
     with pytest.raises(
-        pack("trainer.utils.errors").BadInput, match=f"{case.text[0]} numbers .* given {case.text[0] + 8}"
+        pack("trainer.utils.errors").BadInput, match=f"expects width {case.text[0]} and gets {case.text[0] + 8}"
     ):
         dry_run.refuse(blueprint, config, entries.of([wrong]))
     if case.text[1] is not None:
         wrong = entry(case, 1) | {"pooled_output": draw(1, case.text[1] - 8)}  # some cut off what is more
-        with pytest.raises(pack("trainer.utils.errors").BadInput, match="clip or conditioning does"):
+        with pytest.raises(
+            pack("trainer.utils.errors").BadInput,
+            match=r"clip or conditioning does not match the model \(.*belongs to the model",
+        ):
             dry_run.refuse(blueprint, config, entries.of([wrong]))
 
 
@@ -334,13 +338,13 @@ def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: 
         refuse(*described(pack, flux, patcher, rollout={"kernel": "ddim"}), None)
     with pytest.raises(bad, match="lora.targets: 'attention.qkv' matches no linear or convolution layer"):
         refuse(*described(pack, flux, patcher, lora={"targets": ["attention.qkv"]}), None)
-    with pytest.raises(bad, match="there are 3 sigmas, and 6 steps take 7"):
+    with pytest.raises(bad, match="there are 3 sigmas, but 6 steps need 7"):
         refuse(*described(pack, flux, patcher, [1.0, 0.5, 0.0], rollout={"kernel": "dance", "steps": 6}), None)
     ltxv = next(case for case in CASES if case.core == "LTXV")
     lacking = {"cross_attn": draw(1, 6, 16)}
-    with pytest.raises(bad, match="needs something that clip does not give .*'attention_mask'"):
+    with pytest.raises(bad, match="clip and conditioning lack an input of the model .*'attention_mask'"):
         refuse(*described(pack, ltxv, new_patcher(ltxv)), entries.EntryConditions.of([lacking]))
-    with pytest.raises(bad, match=r"needs something that clip does not give \('pooled_output'\)"):
+    with pytest.raises(bad, match=r"clip and conditioning lack an input of the model \('pooled_output'\)"):
         refuse(*described(pack, sdxl, new_patcher(sdxl)), entries.EntryConditions.of([lacking]))
 
 

@@ -88,7 +88,7 @@ def test_images_of_the_embedded_model_are_encoded_as_through_the_other_door(pack
     core = comfy_nodes.VAEEncode().encode(demo.vae, images.movedim(1, -1))[0]["samples"]
     assert (latents - demo.model.model.process_latent_in(core)).abs().max() < 1e-5
     assert (ours.decode(latents) - theirs.decode(latents)).abs().max() < 1e-4
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match="images to encode are 3 x 32 x 64"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match="images to encode have size 3 x 32 x 64"):
         ours.encode_image(images[:, :, :32])
 
 

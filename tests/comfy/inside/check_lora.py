@@ -103,7 +103,7 @@ def test_the_plain_ksampler_takes_it_too(pack, demo, noise, lora) -> None:
 
 def test_a_lora_of_another_model_is_refused(pack, demo) -> None:
     foreign = {"lora_unet_single_blocks_0_linear1.lora_up.weight": torch.zeros(4, 4)}
-    with pytest.raises(ValueError, match="none of its 1 tensors fits this model"):
+    with pytest.raises(ValueError, match="none of its 1 tensors fits the model"):
         pack("nodes.lora").with_scheduled_lora(demo.model, foreign, 1.0, 0.0, 0.5)
 
 
@@ -111,7 +111,7 @@ def test_the_node_needs_a_lora(pack, demo) -> None:
     node = pack("nodes.lora").ApplyLoRAOverSigmas
     with pytest.raises(ValueError, match="connect a LORA_MODEL"):
         node.execute(demo.model, pack("nodes.lora").FROM_SOCKET, 1.0, 0.0, 0.8)
-    with pytest.raises(ValueError, match="start_percent is 0.8 and end_percent 0.2: start must be below end"):
+    with pytest.raises(ValueError, match="start_percent 0.8 must be below end_percent 0.2"):
         node.check_lazy_status(start_percent=0.8, end_percent=0.2)
     assert node.check_lazy_status(start_percent=0.2, end_percent=0.8) == ["model"]
     assert node.check_lazy_status(start_percent=0.2, end_percent=0.8, model=demo.model) == []

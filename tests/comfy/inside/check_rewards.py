@@ -97,13 +97,13 @@ def test_a_prompt_that_cannot_be_judged_is_said(pack, load) -> None:
 
 
 def test_what_cannot_be_combined_is_refused(nodes, load) -> None:
-    with pytest.raises(ValueError, match="'brightness' is combined more than once"):
+    with pytest.raises(ValueError, match="'brightness' is connected more than once"):
         weighed(nodes, (load("brightness"), 1.0), (load("brightness"), 2.0))
     both = weighed(nodes, (load("brightness"), 1.0), (load("sharpness"), 1.0))
-    with pytest.raises(ValueError, match="reward holds 2 rewards"):
+    with pytest.raises(ValueError, match="reward combines 2 rewards"):
         nodes.ThresholdReward.execute(both, 0.5)
     binary = nodes.ThresholdReward.execute(load("brightness"), 0.5).result[0]
-    with pytest.raises(ValueError, match="has the threshold 0.5 already"):
+    with pytest.raises(ValueError, match="already has a threshold \(0.5\)"):
         nodes.ThresholdReward.execute(binary, 0.7)
 
 

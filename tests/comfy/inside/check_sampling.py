@@ -288,8 +288,8 @@ def test_a_models_noise_scale_scales_latents_and_noise_alike(sampler, kernel) ->
 @pytest.mark.parametrize(
     ("kernel", "eta", "process", "words"),
     [
-        ("ddim", 0.5, "FLOW", "this is a flow model: choose one of dance, .*cps, ode$"),
-        ("dance", 0.3, "VP", "this model predicts epsilon or v: choose one of ddim, ode$"),
+        ("ddim", 0.5, "FLOW", "'ddim' is not for flow models: choose one of dance, .*cps, ode$"),
+        ("dance", 0.3, "VP", "'dance' is not for epsilon or v-prediction models: choose one of ddim, ode$"),
         ("ddim", 1.5, "VP", "eta 1.5 is outside the range of kernel ddim: 0 to 1"),
         ("cps", 2.0, "FLOW", "eta 2 is outside the range of kernel cps: 0 to 1"),
     ],

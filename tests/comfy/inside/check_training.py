@@ -266,12 +266,12 @@ def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
         ("rollout.etta=1", "rollout.etta is not a setting"),
         ("rollout.eta=99", "rollout.eta is 99"),
         ("rollout.eta", "not of the form"),
-        ("model.path=/etc", "have nodes of their own"),
-        ("prompts.file=/etc/passwd", "have nodes of their own"),
-        ("rewards=[]", "have nodes of their own"),
-        ("evaluation.file=/etc/passwd", "evaluation.file is given on the node"),
-        ("evaluation={file: /etc/passwd}", "evaluation.file is given on the node"),
-        ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards is given on the node"),
+        ("model.path=/etc", "are set by other nodes"),
+        ("prompts.file=/etc/passwd", "are set by other nodes"),
+        ("rewards=[]", "are set by other nodes"),
+        ("evaluation.file=/etc/passwd", "evaluation.file cannot be set here: set it on GRPO Train LoRA"),
+        ("evaluation={file: /etc/passwd}", "evaluation.file cannot be set here: set it on GRPO Train LoRA"),
+        ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards cannot be set here: set it on GRPO Train LoRA"),
         ("rollout.steps=!!python/object/apply:os.system [ls]", "uses a YAML tag"),
     ],
 )
@@ -313,12 +313,12 @@ def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
     ("prompts", "held_out", "says"),
     [
         (" \n\n", "", "prompts is empty"),
-        ("a\nb\n a ", "", "prompts holds 'a' more than once"),
+        ("a\nb\n a ", "", "prompts contains 'a' more than once"),
         ("# a\n\ufeff\n", "", "prompts is empty"),
-        ("a b\nc", "# d\na  b", "held_out_prompts holds 'a b', which is also in prompts"),
-        ("a\nb \ud83e", "", "prompts holds 'b .ud83e', in which a surrogate is not part of a pair"),
-        ("a", "b\nb", "held_out_prompts holds 'b' more than once"),
-        ("a\nb", "b", "held_out_prompts holds 'b', which is also in prompts"),
+        ("a b\nc", "# d\na  b", "held_out_prompts: 'a b' is also in prompts"),
+        ("a\nb \ud83e", "", "prompts contains 'b .ud83e', which has an unpaired Unicode surrogate"),
+        ("a", "b\nb", "held_out_prompts contains 'b' more than once"),
+        ("a\nb", "b", "held_out_prompts: 'b' is also in prompts"),
     ],
 )
 def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: str) -> None:
@@ -329,7 +329,7 @@ def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: s
 
 @pytest.mark.parametrize(
     ("text", "processes", "says"),
-    [("0,0", 2, "different"), ("0", 2, "2 processes"), ("a", 1, "numbers"), ("-1", 1, "numbers")],
+    [("0,0", 2, "different"), ("0", 2, "list 2 different GPUs"), ("a", 1, "numbers"), ("-1", 1, "numbers")],
 )
 def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -> None:
     with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
@@ -399,11 +399,11 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
 def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
     host, model = pack("nodes.host.memory"), pack("trainer.config").ModelConfig()
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* take 0\.6 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* need 0\.6 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 8 * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* take 12\.3 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 8\.0 GiB .* need 12\.3 GiB"):
         host.require_memory(model, None, 20, on_cpu=False)
 
 
@@ -420,7 +420,7 @@ def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: (8 if device == gpu else 6) * 2**30)
     host.require_memory(model, None, 1, on_cpu=False)
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 6 * 2**30)
-    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* take 12\.5 GiB"):
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"RAM has 12\.0 GiB .* need 12\.5 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
 
 
@@ -445,7 +445,7 @@ def test_a_folder_of_another_family_is_refused(pack, tmp_path: Path, monkeypatch
     values = {"family": "sd3", "width": 512, "height": 512, "dtype": "bfloat16"}
     with pytest.raises(error, match="sd3 folder: transformer/config.json is missing"):
         node.execute("thing", **values)
-    with pytest.raises(error, match="not in models/diffusers; there are thing"):
+    with pytest.raises(error, match="not in models/diffusers; choose one of: thing"):
         node.execute("../thing", **values)
 
 

@@ -97,7 +97,8 @@ def check_entry(entry: Entry) -> None:
                 walk(part, name)
         elif not (value is None or isinstance(value, Tensor | bool | int | float | str)):
             raise BadInput(
-                f"conditioning contains {name!r}, which cannot be stored for training: disconnect the node that adds it"
+                f"conditioning contains {name!r} ({type(value).__name__}), which cannot be stored for training: "
+                "disconnect the node that adds it"
             )
 
     for name, value in entry.items():

@@ -88,7 +88,9 @@ def check_url(url: str, reward: str) -> None:
             f"reward {reward!r}: url is {url[:100]!r}: give the address of its server, such as http://localhost:8100"
         )
     if parts.username or parts.password:
-        raise BadInput(f"reward {reward!r}: url contains a user name or password: use the variable {KEYS} instead")
+        raise BadInput(
+            f"reward {reward!r}: url contains a user name or password: give keys in the variable {KEYS} instead"
+        )
 
 
 def ask(url: str, body: Body, patience: Patience, check: Callable[[Any], Any]) -> Any:

@@ -55,7 +55,8 @@ class ChatOptions(Section):
             raise ValueError("instruction may use no other format than :g")
         if names - set(cls.fills) or "prompt" not in names:
             known = ", ".join(f"{{{name}}}" for name in cls.fills)
-            raise ValueError(f"instruction must contain {{prompt}} and no placeholders other than {known}")
+            found = ", ".join(sorted(names)) or "none"
+            raise ValueError(f"instruction has the placeholders {found}: use {{prompt}}, and none other than {known}")
         return text
 
 

@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
     def _length(self) -> int:
         text = self.headers.get("Content-Length", "")
         if not (text.isascii() and text.isdigit() and len(text) < 16 and int(text) <= LARGEST_BODY):
-            raise ValueError(f"Content-Length is required and must be at most {LARGEST_BODY}")
+            raise ValueError(f"Content-Length is required: give a number of bytes from 0 to {LARGEST_BODY}")
         return int(text)
 
     def _answer(self, code: int, content: dict[str, Any]) -> None:
