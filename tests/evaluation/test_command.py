@@ -121,7 +121,7 @@ def test_bad_input_is_told_in_one_sentence_before_anything_is_loaded(
     assert "there is no file" in refused(capsys, trained, tmp_path / "none.safetensors", *out)
     assert "without lora.safetensors" in refused(capsys, trained, tmp_path / "empty run", *out)
     assert "not a safetensors file" in refused(capsys, trained, tmp_path / "text.safetensors", *out)
-    assert "it belongs to another model" in refused(capsys, trained, tmp_path / "other.safetensors", *out)
+    assert "belongs to another model" in refused(capsys, trained, tmp_path / "other.safetensors", *out)
     assert "held-out prompts" in refused(capsys, trained, *out, "--set", "evaluation.texts=[]")
     assert not (tmp_path / "out").exists()
 
