@@ -215,7 +215,9 @@ class SDESampler(io.ComfyNode):
         except ValueError as error:
             raise BadInput(str(error)) from error
         if start_step > end_step:
-            raise BadInput(f"start_step is {start_step} and end_step {end_step}: start must not be above end")
+            raise BadInput(
+                f"start_step is {start_step} and end_step is {end_step}: use a start_step of at most end_step"
+            )
         options |= {"kernel": kernel, "eta": eta, "start_step": start_step, "end_step": end_step}
         return io.NodeOutput(KSAMPLER(sample_sde, extra_options=options))
 

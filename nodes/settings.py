@@ -103,8 +103,8 @@ def _lines(overrides: str) -> Iterator[str]:
         section = line.split("=")[0].split(".")[0].strip()
         if section not in SECTIONS:
             raise BadInput(
-                f"setting {shorten(line.strip())} cannot be given here: model, prompts and rewards have their own "
-                f"nodes, and the other sections are {', '.join(SECTIONS)}"
+                f"setting {shorten(line.strip())} cannot be set here: model, prompts and rewards are set by other "
+                f"nodes. The sections that can be set here are {', '.join(SECTIONS)}"
             )
         yield line.strip()
 

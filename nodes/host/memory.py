@@ -47,8 +47,8 @@ def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, o
 def _require(label: str, free: float, need: float) -> None:
     if free < need:
         raise BadInput(
-            f"{label} has {free / GIB:.1f} GiB of memory free after ComfyUI's models were unloaded, and the "
-            f"base model's weights with decoding or rewards take {need / GIB:.1f} GiB: close other programs, choose "
+            f"{label} has {free / GIB:.1f} GiB of free memory after ComfyUI's models were unloaded, but the "
+            f"base model's weights with decoding or rewards need {need / GIB:.1f} GiB: close other programs, choose "
             "bfloat16 or smaller rewards, or lower model.decode_batch_size"
         )
 
@@ -72,7 +72,7 @@ def parse_gpus(text: str, processes: int) -> list[int] | None:
     """
     gpus = gpu_numbers(text)
     if gpus and (len(set(gpus)) != len(gpus) or len(gpus) != processes):
-        raise BadInput(f"gpus is {shorten(text)}: {processes} processes take {processes} different GPUs")
+        raise BadInput(f"gpus is {shorten(text)}: list {processes} different GPUs, one per process, or leave it empty")
     return gpus or None
 
 

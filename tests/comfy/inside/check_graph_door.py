@@ -349,7 +349,7 @@ def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model
     def begin() -> None:
         runs.begin("x", data, Clip(100), "source", 1, None, blueprint=blueprint)
 
-    with refused(pack, "clip or conditioning does not match the model \(layer \S+ expects width \d+ and gets 100\)"):
+    with refused(pack, r"clip or conditioning does not match the model \(layer \S+ expects width \d+ and gets 100\)"):
         begin()
     file = Path(files.network)
     file.rename(file.with_suffix(".sft"))

@@ -103,7 +103,7 @@ def test_what_cannot_be_combined_is_refused(nodes, load) -> None:
     with pytest.raises(ValueError, match="reward combines 2 rewards"):
         nodes.ThresholdReward.execute(both, 0.5)
     binary = nodes.ThresholdReward.execute(load("brightness"), 0.5).result[0]
-    with pytest.raises(ValueError, match="already has a threshold \(0.5\)"):
+    with pytest.raises(ValueError, match=r"already has a threshold \(0.5\)"):
         nodes.ThresholdReward.execute(binary, 0.7)
 
 

@@ -315,7 +315,7 @@ def test_a_kernel_registered_in_the_trainer_is_a_choice_of_the_nodes_and_samples
     choice = pack("nodes.sampling").SDESampler.define_schema().inputs[0]
     assert choice.options == list(kernels.KERNELS)
     assert "renoise (flow): (1 - s') x0; std s'" in choice.tooltip
-    assert "renoise" in pack("nodes.settings").widget("rollout.kernel", advanced=False).options
+    assert "renoise" in pack("nodes.settings").widget("rollout.kernel").options
     image, x = torch.full((2, 4, 6, 6), 0.5), torch.randn(2, 4, 6, 6)
     model = stub(Flow(), lambda x, sigma: image)
 

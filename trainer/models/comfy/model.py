@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,9 +76,13 @@ class ComfyModel(DiffusionModel):
             vae.first_stage_model.requires_grad_(False)
         if config.gradient_checkpointing:
             checkpoint_blocks(self.module)
-        self._largest_sigma = max(float(self.base.model_sampling.sigma_max), LARGEST_SIGMA)
         self._is_resident = False
         patcher.pre_run()
+
+    @cached_property
+    def _largest_sigma(self) -> float:
+        """Read on first use: a network on the meta device, which only shapes are asked of, has none."""
+        return max(float(self.base.model_sampling.sigma_max), LARGEST_SIGMA)
 
     # ------------------------------------------------------------------------------------------------ loading
 
