@@ -12,7 +12,9 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
 import torch
-from graph_families import MORE
+from graph_families import FLUX as FLUX_SCHNELL
+from graph_families import HUNYUAN as HUNYUAN_15
+from graph_families import MORE, QWEN, VIDEO, WAN, draw
 from stages import engine_for
 from torch import Tensor
 
@@ -55,10 +57,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name or self.core
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 UNET = {
@@ -104,24 +102,8 @@ SD3 = {
     "qk_norm": "rms",
     "x_block_self_attn_layers": [],
 }
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "mlp_ratio": 4.0,
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "txt_ids_dims": [],
-    "hidden_size": 32,
-    "num_heads": 2,
-    "axes_dim": [4, 6, 6],
-    "context_in_dim": 16,
-    "vec_in_dim": 16,
-    "depth": 1,
-    "depth_single_blocks": 1,
-}
+FLUX = FLUX_SCHNELL | {"guidance_embed": True}
+HUNYUAN = HUNYUAN_15 | {"guidance_embed": True}
 FLUX2 = FLUX | {
     "image_model": "flux2",
     "in_channels": 128,
@@ -138,34 +120,6 @@ FLUX2 = FLUX | {
     "default_ref_method": "index",
     "ref_index_scale": 10.0,
     "txt_ids_dims": [3],
-}
-HUNYUAN = {key: value for key, value in FLUX.items() if key != "txt_ids_dims"} | {
-    "image_model": "hunyuan_video",
-    "patch_size": [1, 2, 2],
-    "theta": 256,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
-WAN = {
-    "image_model": "wan2.1",
-    "model_type": "t2v",
-    "dim": 24,
-    "ffn_dim": 16,
-    "freq_dim": 16,
-    "text_dim": 16,
-    "num_heads": 2,
-    "num_layers": 1,
-}
-QWEN = {
-    "image_model": "qwen_image",
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
 }
 LUMINA = {
     "image_model": "lumina2",
@@ -214,7 +168,6 @@ def wan_first_frame() -> dict:
     return first_frame() | {"clip_vision_output": {"penultimate_hidden_states": draw(1, 257, 1280, seed=8)}}
 
 
-VIDEO = (32, 48, 5)
 HEAD = {"hidden_size": 128, "num_heads": 1}
 FLUX_HEAD = HEAD | {"axes_dim": [16, 56, 56]}
 ONE_LEVEL = {

@@ -116,6 +116,24 @@ The second reward is a **threshold**: a picture that is light enough gets 1, and
 **For a real model:** put your own loaders in place of *Demo Model*'s MODEL, CLIP and VAE, and wire MODEL and VAE into *GRPO Base Model*, whose GRPO_MODEL goes into the training: exactly the model of your graph is trained. Choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts (at least some dozens; the more varied, the better), and choose a preset for your model. Examples for released models are beside this one."""
 
 
+def compare(add: Add, column: int, model: str, latent: str, reward: str, train: str, prompts: str | list) -> None:
+    """Compare LoRAs on the demo model, sampled as the demo samples."""
+    add(
+        column,
+        "DanceGRPO_CompareLoRAs",
+        model=[model, 0],
+        clip=[model, 1],
+        vae=[model, 2],
+        latent_image=[latent, 0],
+        reward=[reward, 0],
+        lora_model_1=[train, 0],
+        prompts=prompts,
+        steps=10,
+        sampler_name="euler",
+        scheduler="simple",
+    )
+
+
 def train_from_rewards(add: Add) -> None:
     model = add(1, "DanceGRPO_DemoModel")
     adherence = add(1, "DanceGRPO_LoadReward", reward="shapes")
@@ -136,20 +154,7 @@ def train_from_rewards(add: Add) -> None:
         prompts=PROMPTS,
         held_out_prompts=[held_out, 0],
     )
-    add(
-        4,
-        "DanceGRPO_CompareLoRAs",
-        model=[model, 0],
-        clip=[model, 1],
-        vae=[model, 2],
-        latent_image=[latent, 0],
-        reward=[reward, 0],
-        lora_model_1=[train, 0],
-        prompts=[held_out, 0],
-        steps=10,
-        sampler_name="euler",
-        scheduler="simple",
-    )
+    compare(add, 4, model, latent, reward, train, [held_out, 0])
 
 
 GRAPHS: dict[str, Callable[[Add], None]] = {"3 Train a LoRA from rewards": train_from_rewards}

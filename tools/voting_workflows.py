@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from .embedded_workflows import compare
 from .workflow_graph import Add, Layout
 
 WIDTHS = (440, 300, 320, 340, 360, 420, 420)
@@ -123,20 +124,7 @@ def judge(add: Add) -> None:
         prompts=[prompts, 0],
         held_out_prompts="",
     )
-    add(
-        6,
-        "DanceGRPO_CompareLoRAs",
-        model=[model, 0],
-        clip=[model, 1],
-        vae=[model, 2],
-        latent_image=[latent, 0],
-        reward=[reward, 0],
-        lora_model_1=[train, 0],
-        prompts=HELD_OUT,
-        steps=10,
-        sampler_name="euler",
-        scheduler="simple",
-    )
+    compare(add, 6, model, latent, reward, train, HELD_OUT)
 
 
 PAIR_OPTIONS = {"objective.collection": "my_votes", "objective.beta": 20.0, "objective.noise_levels": 2}

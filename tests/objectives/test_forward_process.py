@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from short_runs import assert_constant_changes_nothing, train
 from torch import Tensor
 
-from trainer.config import parse_config
 from trainer.diffusion.process import FLOW, VP
-from trainer.loop import Trainer
 from trainer.objectives.awm import awm_loss, log_likelihood
 from trainer.objectives.dpo import best_and_worst, dpo_loss
 from trainer.objectives.forward_process import ForwardProcessOptions, draw_levels, mean_square
 from trainer.objectives.nft import NftOptions, nft_loss, optimality
 from trainer.objectives.reward_gradient import reward_loss
-from trainer.rewards.brightness import Brightness
-from trainer.runs.directory import RunDirectory
-from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 from trainer.utils.seeds import generator
 
@@ -214,16 +210,6 @@ def described(description: dict, case: str, **runtime: object) -> dict:
     return data
 
 
-def train(data: dict, path: Path | None = None) -> tuple[Trainer, list[dict]]:
-    config, events = parse_config(data), []
-    run = None if path is None else RunDirectory.open(path, config, [])
-    trainer = Trainer(config, run, Processes("cpu"), events.append)
-    trainer.train()
-    if run is not None:
-        run.release()
-    return trainer, [event for event in events if "objective" in event]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_learns_records_and_resumes_to_the_bit(case: str, tiny_description: dict, tmp_path: Path) -> None:
     data = described(tiny_description, case)
@@ -267,11 +253,4 @@ def test_a_constant_added_to_all_rewards_changes_nothing(
     case: str, tiny_description: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = described(tiny_description, case)
-    plain, _ = train(data)
-    score = Brightness.score
-    monkeypatch.setattr(Brightness, "score", lambda self, *given: score(self, *given) + 16)
-    raised, events = train(data)
-    assert events[0]["rewards"]["brightness"]["mean"] > 16
-    for name, value in plain.policy.tensors().items():
-        if name.endswith("exp_avg"):
-            torch.testing.assert_close(raised.policy.tensors()[name], value, rtol=1e-2, atol=1e-5)
+    assert_constant_changes_nothing(data, monkeypatch)

@@ -4,14 +4,12 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import assert_same_tensors
+from short_runs import assert_constant_changes_nothing, train
 
 from trainer.config import parse_config
 from trainer.loop import Trainer
 from trainer.objectives.base import Experience
-from trainer.rewards.brightness import Brightness
-from trainer.runs.directory import RunDirectory
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 
@@ -35,16 +33,6 @@ def described(description: dict, case: str) -> dict:
     return data
 
 
-def train(data: dict, path: Path | None = None) -> tuple[Trainer, list[dict]]:
-    config, events = parse_config(data), []
-    run = None if path is None else RunDirectory.open(path, config, [])
-    trainer = Trainer(config, run, Processes("cpu"), events.append)
-    trainer.train()
-    if run is not None:
-        run.release()
-    return trainer, [event for event in events if "objective" in event]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_learns_and_resumes_to_the_bit(case: str, tiny_description: dict, tmp_path: Path) -> None:
     data = described(tiny_description, case)
@@ -62,14 +50,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(
     case: str, tiny_description: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = described(tiny_description, case)
-    plain, _ = train(data)
-    score = Brightness.score
-    monkeypatch.setattr(Brightness, "score", lambda self, *given: score(self, *given) + 16)
-    raised, events = train(data)
-    assert events[0]["rewards"]["brightness"]["mean"] > 16
-    for name, value in plain.policy.tensors().items():
-        if name.endswith("exp_avg"):
-            torch.testing.assert_close(raised.policy.tensors()[name], value, rtol=1e-2, atol=1e-5)
+    assert_constant_changes_nothing(data, monkeypatch)
 
 
 def test_images_of_a_prompt_share_a_window_and_prompts_do_not(tiny_description: dict) -> None:
