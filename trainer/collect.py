@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .adapters.merge import sampling
 from .check import Checked
 from .config import RunConfig
 from .models import DiffusionModel
@@ -59,7 +60,7 @@ class Collector:
                 return self.objective.collect(iteration)
         remote = {name: reward for name, reward in (self.rewards | self.watching).items() if reward.remote}
         with Background(remote if self.objective.needs_advantages else {}) as background:
-            with self.objective.acting():
+            with self.objective.acting(), sampling(self.config, self.model.module):
                 experience, images = self._rollout(iteration, background, clock)
             if not self.objective.needs_advantages:
                 return experience
