@@ -1,9 +1,9 @@
-"""A released model at its full size with random weights, trained for one tiny iteration on a CPU through both doors.
+"""A released model at its full size with random weights, trained for one tiny iteration on a CPU through both backends.
 
     python benchmarks/full_size.py sd15 --comfyui ~/ComfyUI
 
 Nothing is downloaded. The network, VAE and text encoder are written as one checkpoint in the released layout (float16),
-beside a diffusers folder whose network is read from that file. The graph door is taken as a graph takes it: one process
+beside a diffusers folder whose network is read from that file. The graph backend runs as in a graph: one process
 loads the checkpoint by core's own node, describes it and encodes the prompts, another one trains. Each process reports
 its own peak memory, which includes pages of the files that it maps.
 """
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the files go and stay; default a temporary one (6 GB)")
     parser.add_argument("--size", type=int, default=256, help="height and width")
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--doors", nargs="+", choices=["diffusers", "graph"], default=["diffusers", "graph"])
+    parser.add_argument("--backends", nargs="+", choices=["diffusers", "graph"], default=["diffusers", "graph"])
     parser.add_argument("--stage", choices=["make", "host", *STAGES], help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.comfyui = args.comfyui.expanduser().resolve()
@@ -50,10 +50,10 @@ def main() -> None:
         if not (args.folder / CHECKPOINT).exists():
             in_a_process(args, "make")
         results = {}
-        for door in args.doors:
-            if door == "graph":
+        for backend in args.backends:
+            if backend == "graph":
                 results["host"] = in_a_process(args, "host")
-            results[door] = in_a_process(args, door)
+            results[backend] = in_a_process(args, backend)
         print(table(results))
 
 
@@ -203,9 +203,9 @@ def host(args: argparse.Namespace) -> dict:
     described = time.perf_counter()
     with torch.no_grad():
         scheduled = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in [*PROMPTS, ""]]
-    pieces = (EntryConditions.of([{"cross_attn": tokens, **extra}]) for tokens, extra in scheduled)
+    batches = (EntryConditions.of([{"cross_attn": tokens, **extra}]) for tokens, extra in scheduled)
     keys = [(text, "") for text in [*PROMPTS, ""]]
-    write_conditions(args.folder / "conditions.safetensors", keys, pieces)
+    write_conditions(args.folder / "conditions.safetensors", keys, batches)
     parse_config(data)
     (args.folder / "graph_run.json").write_text(json.dumps(data))
     seconds = {"load": loaded - started, "describe": described - loaded, "encode": time.perf_counter() - described}
@@ -319,13 +319,13 @@ def train(data: dict) -> dict:
 
 
 def table(results: dict[str, dict]) -> str:
-    """The doors side by side."""
-    doors = {name: found for name, found in results.items() if name != "host"}
-    phases = list(dict.fromkeys(phase for found in doors.values() for phase in found["seconds"]))
-    lines = [f"| | {' | '.join(doors)} |", f"|---|{'---|' * len(doors)}"]
+    """The backends side by side."""
+    backends = {name: found for name, found in results.items() if name != "host"}
+    phases = list(dict.fromkeys(phase for found in backends.values() for phase in found["seconds"]))
+    lines = [f"| | {' | '.join(backends)} |", f"|---|{'---|' * len(backends)}"]
 
     def line(title: str, cell: Callable[[dict], str]) -> None:
-        lines.append(f"| {title} | {' | '.join(cell(found) for found in doors.values())} |")
+        lines.append(f"| {title} | {' | '.join(cell(found) for found in backends.values())} |")
 
     for phase in phases:
         line(f"{phase}, s", lambda found, phase=phase: f"{found['seconds'].get(phase, 0.0):.1f}")
@@ -340,7 +340,7 @@ def table(results: dict[str, dict]) -> str:
     if "host" in results:
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in results["host"]["seconds"].items())
         lines.append(
-            f"\nComfyUI's process of the graph door: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB."
+            f"\nComfyUI's process of the graph backend: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB."
         )
     return "\n".join(lines)
 

@@ -43,7 +43,7 @@ def _darker(scene: Scene) -> Scene:
 
 def liking(scene: Scene) -> float:
     """What the voter goes by: the area of blue things, relative to a large one, and the brightness of the ground."""
-    blue = sum(item.radius**2 for item in scene.items if item.color == "blue")
+    blue = sum(item.radius**2 for item in scene.objects if item.color == "blue")
     return blue / 15**2 + sum(scene.background) / 3
 
 

@@ -44,7 +44,7 @@ from trainer.utils.distributed import Processes
 from trainer.utils.media import read_image, to_picture
 from trainer.utils.seeds import noise
 from trainer.votes import store
-from trainer.votes.analysis import Analyst
+from trainer.votes.analysis import VoteAnalyzer
 from trainer.votes.pixels import PixelFeatures
 from trainer.votes.records import Vote
 from trainer.votes.store import Collection
@@ -158,13 +158,13 @@ def vote(collection: Collection, count: int, mode: str) -> Iterator[tuple[int, d
     features = PixelFeatures()
     pictures = {item.image: read_image(collection.images / item.image) for item in collection.items()[0]}
     likes = dict(zip(pictures, liking(torch.stack(list(pictures.values()))).tolist(), strict=True))
-    analyst = Analyst(lambda backbone: lambda path: features(pictures[path.name][None])[0].double().numpy())
+    analyzer = VoteAnalyzer(lambda backbone: lambda path: features(pictures[path.name][None])[0].double().numpy())
     for number in range(1, count + 1):
-        ((left, right),) = analyst.next(collection, "pixels", mode=mode)
+        ((left, right),) = analyzer.next(collection, "pixels", mode=mode)
         difference = likes[left.image] - likes[right.image]
         better, worse = (left.image, right.image) if difference > 0 else (right.image, left.image)
         collection.record([Vote(better, worse, "tie" if abs(difference) <= MARGIN else "winner", f"{number}")])
-    yield from [(count, analyst.state(collection, "pixels"))]
+    yield from [(count, analyzer.state(collection, "pixels"))]
 
 
 # ------------------------------------------------------------------------------------------------------- one case

@@ -12,7 +12,7 @@ from ..trainer.models.comfy import describe
 from ..trainer.utils.errors import BadInput
 from .host import inputs, progress
 from .host.folders import diffusers_folders
-from .types import CATEGORY, Blueprint, Model, ModelType
+from .types import CATEGORY, Model, ModelSpec, ModelType
 
 NO_FOLDER = "(none in models/diffusers)"
 BY_SHIFT = "by shift"
@@ -157,7 +157,7 @@ class BaseModel(io.ComfyNode):
             f"using the connected model ({graph['weights'] or 'quantized'}); ignored: {', '.join(FOR_FOLDERS)}",
             cls.hidden.unique_id,
         )
-        return io.NodeOutput(Model(config.model_dump(mode="json"), Blueprint.of(model)))
+        return io.NodeOutput(Model(config.model_dump(mode="json"), ModelSpec.of(model)))
 
     @classmethod
     def _of_folder(cls, folder: str, values: dict) -> io.NodeOutput:

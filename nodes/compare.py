@@ -85,7 +85,7 @@ class CompareLoRAs(io.ComfyNode):
                 negative=inputs.text(_optional(given, "negative", ""), "negative"),
             )
             parts = comparing.Parts(*_parts(given))
-            models = comparing.judged(parts, sampling, texts, reward, loras, cls.hidden.unique_id)
+            models = comparing.score_models(parts, sampling, texts, reward, loras, cls.hidden.unique_id)
         record = compared(models)
         text, sheet = text_table(record), to_tensor(contact_sheet(models)).movedim(0, -1)[None]
         progress.say(summary(record), cls.hidden.unique_id)

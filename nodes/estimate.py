@@ -74,7 +74,7 @@ class Estimate(io.ComfyNode):
                     raise BadInput("conditioning goes with a connected clip: connect it, or disconnect conditioning")
             data, (processes, gpus) = training.description(given, model.section), training.processes_of(given)
             with preset_is_named(training.optional(given, "settings"), model):
-                found = estimating.estimate(data, clip, conditioning, processes, gpus, model.blueprint, node_id)
+                found = estimating.estimate(data, clip, conditioning, processes, gpus, model.spec, node_id)
         text = found.pop("text")
         progress.say(text, node_id)
         shown = {"text": (text,), results.DATA: (results.jsonable(found),)}

@@ -212,8 +212,8 @@ _OF_THE_MODEL = ("lora.targets", "rollout.kernel")
 def _general_presets(model: types.Model) -> list[str]:
     """Presets for one GPU that name no layers and have a kernel of the model's process."""
     process = None
-    if model.blueprint is not None:
-        process = FLOW if isinstance(model.blueprint.sampling, CONST) else VP
+    if model.spec is not None:
+        process = FLOW if isinstance(model.spec.sampling, CONST) else VP
     elif model.section.get("family") in FAMILIES:
         process = FAMILIES[model.section["family"]].process
     known = kernels.stochastic(process)

@@ -79,7 +79,7 @@ class TrainLoRA(io.ComfyNode):
                 inputs.conditioning(conditioning, "conditioning")
             data, (processes, gpus) = description(given, model.section), processes_of(given)
             with preset_is_named(optional(given, "settings"), model):
-                run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.blueprint)
+                run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.spec)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
                 progress.wait_or_cancel(run, name, bar)

@@ -23,7 +23,7 @@ RunType = io.Custom("GRPO_RUN")
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSpec:
     """What is needed to rebuild a connected MODEL without its weights.
 
     Attributes:
@@ -37,7 +37,7 @@ class Blueprint:
     sampling: Any
 
     @classmethod
-    def of(cls, model: Any) -> "Blueprint":
+    def of(cls, model: Any) -> "ModelSpec":
         return cls(type(model.model), model.model.model_config, model.get_model_object("model_sampling"))
 
 
@@ -47,11 +47,11 @@ class Model:
 
     Attributes:
         section: the `model` section of a run description, such as `{"family": "sd3", "path": "embedded"}`.
-        blueprint: for a connected MODEL; None for a diffusers folder or the demo model.
+        spec: for a connected MODEL; None for a diffusers folder or the demo model.
     """
 
     section: dict
-    blueprint: Blueprint | None = None
+    spec: ModelSpec | None = None
 
 
 class Settings(dict):

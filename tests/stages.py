@@ -1,4 +1,4 @@
-"""Objectives and their engine around any model, without a run: for tests that look at gradients."""
+"""Objectives and their updater around any model, without a run: for tests that look at gradients."""
 
 import importlib
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Load = Callable[[str], ModuleType]
 
 
-def engine_for(model: Any, options: dict, load: Load = importlib.import_module, **sections: dict) -> Any:
-    """An engine whose policy has put a LoRA into the model.
+def updater_for(model: Any, options: dict, load: Load = importlib.import_module, **sections: dict) -> Any:
+    """An updater whose policy has put a LoRA into the model.
 
     Args:
         options: of the section `objective`.
@@ -28,18 +28,18 @@ def engine_for(model: Any, options: dict, load: Load = importlib.import_module, 
     resources = load("trainer.objectives.base").Resources(model, policy, {}, None, processes)
     objective.setup(resources)
     execution = load("trainer.rollout").Execution()
-    return load("trainer.objectives.engine").Engine(objective, model, policy, processes, execution)
+    return load("trainer.objectives.updater").Updater(objective, model, policy, processes, execution)
 
 
-def with_options(engine: Any, options: dict, load: Load = importlib.import_module) -> Any:
-    """The engine with other options of its objective, on the same policy."""
-    objective = engine.objective
+def with_options(updater: Any, options: dict, load: Load = importlib.import_module) -> Any:
+    """The updater with other options of its objective, on the same policy."""
+    objective = updater.objective
     kind = type(objective.options)
     objective.options = kind.model_validate(objective.options.model_dump() | options)
-    return engine
+    return updater
 
 
-def experience_of(
+def rollout_of(
     plan: Any,
     prompting: Any,
     trajectories: Any,
@@ -60,7 +60,7 @@ def experience_of(
     for member, value in zip(members, advantages, strict=True):
         values[member] = value
     base = load("trainer.objectives.base")
-    return base.Experience(
+    return base.RolloutBatch(
         iteration=0,
         plan=plan,
         prompting=prompting,
@@ -76,16 +76,16 @@ def experience_of(
     )
 
 
-def items_of(experience: Any, pairs: list[tuple[int, int]], load: Load = importlib.import_module) -> list:
+def items_of(rollout: Any, pairs: list[tuple[int, int]], load: Load = importlib.import_module) -> list:
     """Items for (index of an image in this process, step)."""
-    item = load("trainer.objectives.base").Item
-    return [item(experience.members[i], step) for i, step in pairs]
+    item = load("trainer.objectives.base").TrainingItem
+    return [item(rollout.members[i], step) for i, step in pairs]
 
 
-def gradients_of(engine: Any) -> dict[str, Tensor]:
+def gradients_of(updater: Any) -> dict[str, Tensor]:
     """The gradients that have been accumulated, taken away from the parameters."""
     found = {}
-    for name, parameter in engine.policy.parameters.items():
+    for name, parameter in updater.policy.parameters.items():
         found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         parameter.grad = None
     return found

@@ -196,7 +196,7 @@ def test_encoded_prompts_train_as_the_text_encoder_does(
     def fail(*_: object) -> None:
         raise AssertionError("a text encoder was loaded")
 
-    monkeypatch.setattr(SD3Model, "encode_pieces", fail)
+    monkeypatch.setattr(SD3Model, "encode_batches", fail)
     setting = f"prompts.conditions={conditions}"
     assert main(["train", file, "--output", str(tmp_path / "b"), "--set", setting]) == 0
     assert_same_tensors(lora_of(tmp_path / "a"), lora_of(tmp_path / "b"))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer.config import parse_config
 from trainer.loop import Trainer
-from trainer.objectives.base import Experience
+from trainer.objectives.base import RolloutBatch
 from trainer.rewards.brightness import Brightness
 from trainer.runs.metrics import Clock
 from trainer.utils.distributed import Processes
@@ -21,7 +21,7 @@ OBJECTIVES = {
 }
 
 
-def collected(description: dict) -> tuple[Experience, dict[str, float]]:
+def collected(description: dict) -> tuple[RolloutBatch, dict[str, float]]:
     trainer = Trainer(parse_config(description), None, Processes("cpu"))
     clock = Clock()
     return trainer.collector.collect(0, clock), clock.seconds
@@ -81,10 +81,10 @@ def test_the_next_images_are_sampled_while_a_server_scores_the_last_ones(
     monkeypatch.setattr(Brightness, "remote", True)
     monkeypatch.setattr(Brightness, "score", slow)
     monkeypatch.setattr(trainer.model, "decode", watch)
-    experience = trainer.collector.collect(0, Clock())
+    rollout = trainer.collector.collect(0, Clock())
     assert decoded == [8, 8], "two parts, each decoded once"
     assert waited == [True, True], "the first part's scores came after the second part had been sampled"
-    assert experience.scores["brightness"].isfinite().all()
+    assert rollout.scores["brightness"].isfinite().all()
 
 
 def test_a_server_that_fails_ends_the_iteration_with_its_own_words(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import engine_for, experience_of, gradients_of, items_of, with_options
+from stages import gradients_of, items_of, rollout_of, updater_for, with_options
 from torch import Tensor
 
 from trainer.adapters import lora
@@ -16,7 +16,7 @@ from trainer.diffusion.solvers import DPMSolver2M
 from trainer.models import DiffusionModel
 from trainer.models.diffusers.sd3 import SD3Model
 from trainer.objectives.base import Totals
-from trainer.objectives.engine import Engine
+from trainer.objectives.updater import Updater
 from trainer.rollout import Execution, Plan, Prompting, Trajectories, sample
 from trainer.utils.errors import StopRequested
 
@@ -47,12 +47,12 @@ def prompting(description: ModelConfig) -> Prompting:
 
 
 @pytest.fixture
-def engine(description: ModelConfig) -> Engine:
+def updater(description: ModelConfig) -> Updater:
     """The model with a LoRA that does something, and what trains it."""
     model = SD3Model.load(description, CPU)
-    engine = engine_for(model, {"name": "grpo"}, lora={"rank": 2, "alpha": 4})
+    updater = updater_for(model, {"name": "grpo"}, lora={"rank": 2, "alpha": 4})
     nudge(model, 0.1, seed=1)
-    return engine
+    return updater
 
 
 def nudge(model: DiffusionModel, size: float, seed: int) -> None:
@@ -288,25 +288,25 @@ Grads = dict[str, Tensor]
 
 
 def update(
-    engine: Engine, plan: Plan, prompting: Prompting, kept: Trajectories, optimizer_steps: int = 1, **options: object
+    updater: Updater, plan: Plan, prompting: Prompting, kept: Trajectories, optimizer_steps: int = 1, **options: object
 ) -> tuple[Grads, Totals]:
     """Gradients and totals of all actions of a rollout."""
-    experience = experience_of(plan, prompting, kept, PROMPT_OF, ADVANTAGES, optimizer_steps=optimizer_steps)
+    rollout = rollout_of(plan, prompting, kept, PROMPT_OF, ADVANTAGES, optimizer_steps=optimizer_steps)
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in kept.steps]
-    totals = with_options(engine, options).accumulate(items_of(experience, pairs), experience)
-    return gradients_of(engine), totals
+    totals = with_options(updater, options).accumulate(items_of(rollout, pairs), rollout)
+    return gradients_of(updater), totals
 
 
 @pytest.mark.parametrize("settings", [{}, {"ratio": "guard"}, {"kl_weight": 0.1}])
 @pytest.mark.parametrize(("stochastic", "predictions"), [(ALL, 2 + 3 * 6), (WINDOW, 2 + 6)])
 def test_sharing_the_first_stochastic_step_gives_the_same_gradient(
-    engine: Engine, prompting: Prompting, stochastic: list[bool], predictions: int, settings: dict
+    updater: Updater, prompting: Prompting, stochastic: list[bool], predictions: int, settings: dict
 ) -> None:
     plan = plan_of(stochastic)
-    kept = roll(engine.model, plan, prompting, means=True)
-    nudge(engine.model, 0.005, seed=2)
-    shared, with_sharing = update(engine, plan, prompting, kept, clip_range=0.5, **settings)
-    alone, without = update(engine, replace(plan, shared_noise=False), prompting, kept, clip_range=0.5, **settings)
+    kept = roll(updater.model, plan, prompting, means=True)
+    nudge(updater.model, 0.005, seed=2)
+    shared, with_sharing = update(updater, plan, prompting, kept, clip_range=0.5, **settings)
+    alone, without = update(updater, replace(plan, shared_noise=False), prompting, kept, clip_range=0.5, **settings)
     models = 2 if "kl_weight" in settings else 1  # the base model predicts too
     assert with_sharing.forwards == predictions * models
     assert with_sharing.items == without.items == 6 * sum(stochastic)
@@ -321,10 +321,10 @@ def test_sharing_the_first_stochastic_step_gives_the_same_gradient(
 
 @pytest.mark.parametrize("kernel", ["dance", "dance-exact", "flow", "flow-exact", "cps"])
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
-def test_every_ratio_is_one_before_the_update(engine: Engine, prompting: Prompting, kernel: str, ratio: str) -> None:
+def test_every_ratio_is_one_before_the_update(updater: Updater, prompting: Prompting, kernel: str, ratio: str) -> None:
     plan = plan_of(ALL, kernel=kernel, guidance=2.0)
-    kept = roll(engine.model, plan, prompting, means=True)
-    _, totals = update(engine, plan, prompting, kept, ratio=ratio, batch_size=5)
+    kept = roll(updater.model, plan, prompting, means=True)
+    _, totals = update(updater, plan, prompting, kept, ratio=ratio, batch_size=5)
     assert totals.peaks["deviation"] <= 1e-6
     assert totals.sums["clipped"] == 0
     assert totals.items == 24
@@ -332,22 +332,22 @@ def test_every_ratio_is_one_before_the_update(engine: Engine, prompting: Prompti
 
 @pytest.mark.parametrize("change", [lambda plan: replace(plan, eta=0.55), lambda plan: replace(plan, kernel="flow")])
 def test_another_kernel_or_eta_in_replay_would_be_seen(
-    engine: Engine, prompting: Prompting, change: Callable[[Plan], Plan]
+    updater: Updater, prompting: Prompting, change: Callable[[Plan], Plan]
 ) -> None:
     plan = plan_of(ALL)
-    kept = roll(engine.model, plan, prompting)
-    _, totals = update(engine, change(plan), prompting, kept)
+    kept = roll(updater.model, plan, prompting)
+    _, totals = update(updater, change(plan), prompting, kept)
     assert totals.peaks["deviation"] > 1e-3
 
 
-def test_base_is_the_reference_of_the_kl(engine: Engine, model: SD3Model, prompting: Prompting) -> None:
-    kept = roll(engine.model, plan_of(WINDOW), prompting)
-    _, totals = update(engine, plan_of(WINDOW), prompting, kept, kl_weight=0.1)
+def test_base_is_the_reference_of_the_kl(updater: Updater, model: SD3Model, prompting: Prompting) -> None:
+    kept = roll(updater.model, plan_of(WINDOW), prompting)
+    _, totals = update(updater, plan_of(WINDOW), prompting, kept, kl_weight=0.1)
     expected = 0.0
     with torch.no_grad():
         for index, step in enumerate(kept.steps):
             rows, sigma = prompting.conditions.rows(PROMPT_OF), torch.full((6,), SIGMAS[step])
-            velocities = [m.predict(kept.samples[index], sigma, rows) for m in (engine.model, model)]
+            velocities = [m.predict(kept.samples[index], sigma, rows) for m in (updater.model, model)]
             expected += (velocities[0] - velocities[1]).square().mean((1, 2, 3)).sum().item()
     assert expected > 1e-3
     assert totals.sums["kl"] == pytest.approx(expected, rel=1e-4)
@@ -360,21 +360,21 @@ def same_gradients(ours: Grads, theirs: Grads, tolerance: float) -> None:
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_the_first_optimizer_step_is_on_policy_whatever_the_batches_of_the_rollout_rounded_to(
-    engine: Engine, prompting: Prompting, ratio: str
+    updater: Updater, prompting: Prompting, ratio: str
 ) -> None:
     plan = plan_of(ALL, guidance=2.0)
-    kept = roll(engine.model, plan, prompting, means=True)
-    expected, _ = update(engine, plan, prompting, kept, ratio=ratio, clip_range=0.5)
+    kept = roll(updater.model, plan, prompting, means=True)
+    expected, _ = update(updater, plan, prompting, kept, ratio=ratio, clip_range=0.5)
     # A rollout whose log-probabilities are off by more than the clip range, some up and some down.
     off = 0.01 * torch.randn(kept.log_probs.shape, generator=torch.Generator().manual_seed(2))
     rough = replace(kept, log_probs=kept.log_probs + off, means=None)
-    gradients, totals = update(engine, plan, prompting, rough, ratio=ratio, clip_range=1e-4, optimizer_steps=0)
+    gradients, totals = update(updater, plan, prompting, rough, ratio=ratio, clip_range=1e-4, optimizer_steps=0)
     assert totals.sums["ratio"] == totals.items
     assert totals.peaks["deviation"] == totals.sums["clipped"] == 0
     assert totals.peaks["rollout_deviation"] == pytest.approx(off.neg().exp().sub(1).abs().max().item(), rel=1e-3)
     same_gradients(gradients, expected, 1e-5)
     # In later steps, ratios to such log-probabilities clip gradients away that should be there.
-    spoilt, totals = update(engine, plan, prompting, replace(rough, means=kept.means), ratio=ratio, clip_range=1e-4)
+    spoilt, totals = update(updater, plan, prompting, replace(rough, means=kept.means), ratio=ratio, clip_range=1e-4)
     assert totals.sums["clipped"] > 0
     with pytest.raises(AssertionError):
         same_gradients(spoilt, expected, 1e-2)
@@ -382,16 +382,16 @@ def test_the_first_optimizer_step_is_on_policy_whatever_the_batches_of_the_rollo
 
 @pytest.mark.parametrize("ratio", ["plain", "guard"])
 def test_later_steps_may_score_the_old_policy_again_in_their_own_batches(
-    engine: Engine, prompting: Prompting, ratio: str
+    updater: Updater, prompting: Prompting, ratio: str
 ) -> None:
     plan = plan_of(WINDOW)
-    kept = roll(engine.model, plan, prompting, means=True)
-    engine.policy.old = {name: p.detach().clone() for name, p in engine.policy.parameters.items()}
-    nudge(engine.model, 0.005, seed=2)
+    kept = roll(updater.model, plan, prompting, means=True)
+    updater.policy.old = {name: p.detach().clone() for name, p in updater.policy.parameters.items()}
+    nudge(updater.model, 0.005, seed=2)
     options = {"ratio": ratio, "clip_range": 0.5, "updates": 2}
-    expected, stored = update(engine, plan, prompting, kept, **options)
+    expected, stored = update(updater, plan, prompting, kept, **options)
     bare = replace(kept, log_probs=kept.log_probs + 1, means=None)
-    again, totals = update(engine, plan, prompting, bare, **options, old_log_prob="update")
+    again, totals = update(updater, plan, prompting, bare, **options, old_log_prob="update")
     assert totals.forwards == 2 * stored.forwards
     assert stored.peaks["deviation"] > 2e-5
     assert totals.peaks["deviation"] == pytest.approx(stored.peaks["deviation"], rel=0.02)

@@ -15,7 +15,7 @@ import torch
 from graph_families import FLUX as FLUX_SCHNELL
 from graph_families import HUNYUAN as HUNYUAN_15
 from graph_families import MORE, QWEN, VIDEO, WAN, draw
-from stages import engine_for
+from stages import updater_for
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -303,7 +303,7 @@ class Trained:
     plan: Any
     prompting: Any
     noise: Tensor
-    engine: Any
+    updater: Any
 
     def wake(self, scale: float = 0.2) -> None:
         """Give the LoRA weights that do something."""
@@ -329,11 +329,11 @@ def graph_model(
     model = schedule.ComfyModel(patcher, vae, config)
     sections = {"objective": {"batch_size": 4, "clip_range": 0.99}} | (sections or {})
     lora = {"rank": 2, "alpha": 6} | sections.pop("lora", {})
-    engine = engine_for(model, sections.pop("objective"), pack, lora=lora, **sections)
+    updater = updater_for(model, sections.pop("objective"), pack, lora=lora, **sections)
     kernel = pack("trainer.diffusion.kernels").stochastic(model.process)[0]
     sigmas = model.sigmas(STEPS, None)
     plan = rollout.Plan(kernel, 0.3, sigmas, [True] * (STEPS - 1) + [False], False, 2.0)
     conditions = models.EntryConditions.of([entry(case, 1), entry(case, 2)])
     prompting = rollout.Prompting(conditions, models.EntryConditions.of([entry(case, 3)]))
     noise = torch.stack([draw(*model.latent_shape, seed=4), draw(*model.latent_shape, seed=5)])
-    return Trained(case, model, pack("trainer.adapters.lora"), plan, prompting, noise, engine)
+    return Trained(case, model, pack("trainer.adapters.lora"), plan, prompting, noise, updater)

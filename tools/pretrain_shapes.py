@@ -113,17 +113,17 @@ def random_scenes(count: int, rng: random.Random) -> list[Scene]:
 
 def describe(scene: Scene, rng: random.Random) -> Prompt:
     """One of the prompts a scene fits; without a relation the shapes are named as one reads, from the top left."""
-    shapes = [item.shape for item in scene.items]
+    shapes = [item.shape for item in scene.objects]
     if len(set(shapes)) < len(shapes):
         return Prompt("", (Phrase(shapes[0], count=len(shapes)),))
-    items = sorted(scene.items, key=lambda item: item.x + item.y)
-    plain, colored = (tuple(Phrase(i.shape, i.color if c else None) for i in items) for c in (False, True))
-    if len(items) == 1:
+    objects = sorted(scene.objects, key=lambda item: item.x + item.y)
+    plain, colored = (tuple(Phrase(i.shape, i.color if c else None) for i in objects) for c in (False, True))
+    if len(objects) == 1:
         return Prompt("", rng.choice((plain, colored, colored)))
     kind = rng.choices(("plain", "colored", "related"), (1, 3, 3))[0]
     if kind != "related":
         return Prompt("", plain if kind == "plain" else colored)
-    first, second = rng.sample(items, 2)
+    first, second = rng.sample(objects, 2)
     relation = next(r for r in RELATIONS if relation_holds(r, (first.x, first.y), (second.x, second.y)))
     return Prompt("", (Phrase(first.shape), Phrase(second.shape)), relation)
 

@@ -14,7 +14,7 @@ from .utils.errors import BadInput
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedRun:
     """What a description stands for; no weights are loaded.
 
     Attributes:
@@ -33,7 +33,7 @@ class Checked:
     all_rewards: dict[str, Reward]
 
 
-def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) -> Checked:
+def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) -> CheckedRun:
     """Look at all of a description: model, prompts, rewards, objective, and whether they fit each other.
 
     Args:
@@ -56,7 +56,7 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     _check_memory(config, processes, family, all_rewards)
     if config.prompts.conditions is not None and conditions_exist:
         check_conditions(config, family, prompts, held_out)
-    return Checked(family, objective, prompts, held_out, rewards, all_rewards)
+    return CheckedRun(family, objective, prompts, held_out, rewards, all_rewards)
 
 
 def _check_memory(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .check import Checked
+from .check import CheckedRun
 from .config import RunConfig
 from .models import DiffusionModel
 from .objectives.advantage import Advantages, active_images, advantages_of
-from .objectives.base import Experience, Member
+from .objectives.base import Member, RolloutBatch
 from .rollout import Execution, Plan, Prompting, Trajectories, sample
 from .runs.metrics import Clock
 from .runs.pictures import Sample
@@ -39,7 +39,7 @@ class Collector:
     def __init__(
         self,
         config: RunConfig,
-        checked: Checked,
+        checked: CheckedRun,
         model: DiffusionModel,
         prompting: Prompting,
         processes: Processes,
@@ -52,27 +52,29 @@ class Collector:
         watching = checked.all_rewards if checked.objective.needs_watching else {}
         self.watching = {name: reward for name, reward in watching.items() if name not in checked.rewards}
 
-    def collect(self, iteration: int, clock: Clock) -> Experience:
+    def collect(self, iteration: int, clock: Clock) -> RolloutBatch:
         """Sample and, where the objective needs advantages, score the images of an iteration."""
         if not self.objective.needs_rollout:
             with clock("rollout"):
                 return self.objective.collect(iteration)
         remote = {name: reward for name, reward in (self.rewards | self.watching).items() if reward.remote}
-        with Background(remote if self.objective.needs_advantages else {}) as background:
-            with self.objective.acting():
-                experience, images = self._rollout(iteration, background, clock)
+        with BackgroundScoring(remote if self.objective.needs_advantages else {}) as background:
+            with self.objective.rollout_weights():
+                rollout, images = self._rollout(iteration, background, clock)
             if not self.objective.needs_advantages:
-                return experience
-            table = self._score(experience, images, background, clock)
-        experience.scores = {name: table[name] for name in self.rewards}
-        experience.watched = {name: table[name] for name in self.watching}
+                return rollout
+            table = self._score(rollout, images, background, clock)
+        rollout.scores = {name: table[name] for name in self.rewards}
+        rollout.watched = {name: table[name] for name in self.watching}
         config = self.config.advantage
         weights = {reward.name: reward.weight for reward in self.config.rewards}
-        experience.advantages = advantages_of(experience.scores, weights, config)
-        experience.active = active_images(experience.advantages, config)
-        return experience
+        rollout.advantages = advantages_of(rollout.scores, weights, config)
+        rollout.active = active_images(rollout.advantages, config)
+        return rollout
 
-    def _rollout(self, iteration: int, background: Background, clock: Clock) -> tuple[Experience, list[Tensor]]:
+    def _rollout(
+        self, iteration: int, background: BackgroundScoring, clock: Clock
+    ) -> tuple[RolloutBatch, list[Tensor]]:
         """This process's trajectories; scores and advantages are still to come.
 
         Returns:
@@ -108,7 +110,7 @@ class Collector:
                 with clock("decode"):
                     images.append(self.model.decode(sampled.final))
                 background.ask(images[-1], [texts[row] for row in rows], [slot for slot, _ in part])
-        experience = Experience(
+        rollout = RolloutBatch(
             iteration=iteration,
             plan=plan,
             prompting=prompting,
@@ -119,7 +121,7 @@ class Collector:
             advantages=Advantages.none(count, group),
             active=torch.ones(count, group, dtype=torch.bool),
         )
-        return experience, images
+        return rollout, images
 
     def _parts(self, members: list[Member], plan: Plan, wanted: bool) -> list[list[int]]:
         """Rows that are sampled together: all, or where parts are wanted, groups that fill a batch.
@@ -146,44 +148,44 @@ class Collector:
         return torch.stack([noise(shape, seed, use, iteration, *key) for key in keys]).to(self.processes.device)
 
     def _score(
-        self, experience: Experience, parts: list[Tensor], background: Background, clock: Clock
+        self, rollout: RolloutBatch, parts: list[Tensor], background: BackgroundScoring, clock: Clock
     ) -> dict[str, Tensor]:
         """Scores of all processes' images, `[P, G]` float64 per reward, those that only watch included."""
         self.execution.report("decode", 0, 1)
         with clock("decode"):
-            images = torch.cat(parts) if parts else self.model.decode(experience.trajectories.final)
+            images = torch.cat(parts) if parts else self.model.decode(rollout.trajectories.final)
         with clock("reward"):
-            columns, slots = {}, [slot for slot, _ in experience.members]
+            columns, slots = {}, [slot for slot, _ in rollout.members]
             every = self.rewards | self.watching
             for number, (name, reward) in enumerate(every.items()):
                 self.execution.report("reward", number, len(every))
                 columns[name] = (
                     background.scores(name)
                     if name in background.rewards
-                    else score_by_group(reward, images, experience.texts, slots).tolist()
+                    else score_by_group(reward, images, rollout.texts, slots).tolist()
                 )
             for reward in every.values():
                 reward.idle()
-        self.recorder.rollout_picture(images, experience.iteration, self._samples(experience, columns))
+        self.recorder.rollout_picture(images, rollout.iteration, self._samples(rollout, columns))
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
-        shape = experience.active.shape
+        shape = rollout.active.shape
         return {name: values[:, i].reshape(shape) for i, name in enumerate(columns)}
 
-    def _samples(self, experience: Experience, columns: dict[str, list[float]]) -> list[Sample]:
+    def _samples(self, rollout: RolloutBatch, columns: dict[str, list[float]]) -> list[Sample]:
         """What is known of this process's images, for people."""
-        seed, iteration = self.config.runtime.seed, experience.iteration
+        seed, iteration = self.config.runtime.seed, rollout.iteration
         return [
             Sample(
                 text,
                 f"{seed}/{iteration}/{slot}/{member}",
                 {name: column[row] if math.isfinite(column[row]) else None for name, column in columns.items()},
             )
-            for row, (text, (slot, member)) in enumerate(zip(experience.texts, experience.members, strict=True))
+            for row, (text, (slot, member)) in enumerate(zip(rollout.texts, rollout.members, strict=True))
         ]
 
 
-class Background:
+class BackgroundScoring:
     """Has servers score images while the next ones are sampled; a context that ends with nothing left to be asked.
 
     Args:
@@ -195,7 +197,7 @@ class Background:
         self._pools = {name: ThreadPoolExecutor(1, f"reward {name}") for name in rewards}  # one request at a time
         self._asked: dict[str, list[Future[Tensor]]] = {name: [] for name in rewards}
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> BackgroundScoring:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .check import Checked
+from .check import CheckedRun
 from .config import RunConfig
 from .evaluation.looks import Embed, Look, looks, tabulate
 from .models import DiffusionModel
@@ -75,7 +75,7 @@ class Evaluator:
     def __init__(
         self,
         config: RunConfig,
-        checked: Checked,
+        checked: CheckedRun,
         model: DiffusionModel,
         prompting: Prompting,
         processes: Processes,

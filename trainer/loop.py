@@ -10,7 +10,7 @@ import torch
 
 from . import preflight
 from .adapters.start import check_start
-from .check import Checked, check_run
+from .check import CheckedRun, check_run
 from .collect import Collector, gather_scores
 from .config import RunConfig
 from .estimate.pace import Pace
@@ -18,8 +18,8 @@ from .evaluate import Evaluator
 from .models import check_kernel
 from .models.distilled import distilled_notes
 from .objectives.advantage import mean_group_std
-from .objectives.base import Experience, Resources
-from .objectives.engine import Engine, Update
+from .objectives.base import Resources, RolloutBatch
+from .objectives.updater import Update, Updater
 from .policy import Policy
 from .prompts.conditions import conditions_for
 from .rollout import Execution, Prompting, unmatched
@@ -91,13 +91,13 @@ class Trainer:
         unconditional = None if found.unconditional is None else found.unconditional.to(self.processes.device)
         return Prompting(found.training, unconditional), Prompting(found.held_out, unconditional)
 
-    def _assemble(self, checked: Checked) -> None:
-        """Create the collector, the engine and the evaluator."""
+    def _assemble(self, checked: CheckedRun) -> None:
+        """Create the collector, the updater and the evaluator."""
         config, processes = self.config, self.processes
         match = processes.most if config.model.sharded else unmatched
         execution = Execution(config.rollout.batch_size, match, self._report)
         self.collector = Collector(config, checked, self.model, self.prompting, processes, execution, self.recorder)
-        self.engine = Engine(self.objective, self.model, self.policy, processes, execution)
+        self.updater = Updater(self.objective, self.model, self.policy, processes, execution)
         self.evaluator = Evaluator(config, checked, self.model, self.held_out_prompting, processes, execution)
         self.pace = Pace(self, checked)
 
@@ -113,7 +113,7 @@ class Trainer:
         self.recorder.status("running", self.iteration)
         try:
             if self.model.needs_opening_check:
-                preflight.check(self.engine, self.prompting, self.prompts.texts)
+                preflight.check(self.updater, self.prompting, self.prompts.texts)
             self.pace.begin()
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()
@@ -139,24 +139,24 @@ class Trainer:
         self.updates_before = self.policy.updates
         if self.recorder.writes:
             self.sampled = self.policy.result()  # the LoRA that this rollout samples with
-        experience = self.collector.collect(self.iteration, clock)
+        rollout = self.collector.collect(self.iteration, clock)
         with clock("update"):
-            update = self.engine.update(experience)
+            update = self.updater.update(rollout)
         self.objective.after_iteration(self.iteration)
         if not self.objective.needs_advantages:
-            experience.scores = gather_scores(experience.scores, self.processes)
-            spread = mean_group_std(experience.scores)
-            experience.advantages = replace(experience.advantages, spread=spread)
+            rollout.scores = gather_scores(rollout.scores, self.processes)
+            spread = mean_group_std(rollout.scores)
+            rollout.advantages = replace(rollout.advantages, spread=spread)
         self.iteration += 1
         self.seconds += clock.total
-        return without_nan(self._event(experience, update, clock))
+        return without_nan(self._event(rollout, update, clock))
 
-    def _event(self, experience: Experience, update: Update, clock: Clock) -> dict:
-        advantages, every = experience.advantages, update.every
-        forwards = sum(self.processes.gather([experience.trajectories.forwards + every.forwards]))
+    def _event(self, rollout: RolloutBatch, update: Update, clock: Clock) -> dict:
+        advantages, every = rollout.advantages, update.every
+        forwards = sum(self.processes.gather([rollout.trajectories.forwards + every.forwards]))
         return {
             "iteration": self.iteration,
-            "rewards": reward_record(experience.scores, advantages),
+            "rewards": reward_record(rollout.scores, advantages),
             "advantage_std": advantages.values.std().item(),
             "objective": self.objective.record(every, update.first),
             "loss": every.loss / max(every.items, 1),
@@ -217,7 +217,7 @@ class Trainer:
             "evaluations": self.evaluations,
             "watchdog": self.watchdog.state(),
             "objective": self.objective.state(),
-            "engine": self.engine.state(),
+            "updater": self.updater.state(),
             "prompts": self._prompts_digest(),
         }
         self.recorder.newest(self.iteration, state)
@@ -244,7 +244,7 @@ class Trainer:
         self.iteration, self.seconds, self.evaluations = state["iteration"], state["seconds"], state["evaluations"]
         self.watchdog.restore(state["watchdog"])
         self.objective.restore(state["objective"])
-        self.engine.restore(state["engine"])
+        self.updater.restore(state["updater"])
 
     def _prompts_digest(self) -> str:
         return hashlib.sha256(json.dumps([self.prompts.keys, self.held_out.keys]).encode()).hexdigest()

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .models import DiffusionModel
 from .objectives.advantage import Advantages
-from .objectives.base import Experience
-from .objectives.engine import TRIES, Engine
+from .objectives.base import RolloutBatch
+from .objectives.updater import TRIES, Updater
 from .rollout import Plan, Prompting, sample
 from .utils.errors import RunFailed
 from .utils.seeds import noise
@@ -21,7 +21,7 @@ LARGER = 64.0
 LEAST_COSINE = 0.99
 
 
-def check(engine: Engine, prompting: Prompting, texts: list[str]) -> None:
+def check(updater: Updater, prompting: Prompting, texts: list[str]) -> None:
     """One prediction with and without gradient, the gradient of the run's own loss, and what the objective looks at.
 
     Args:
@@ -31,12 +31,12 @@ def check(engine: Engine, prompting: Prompting, texts: list[str]) -> None:
         RunFailed: the two predictions differ; no gradient reaches the LoRA, or one that rounding has spoilt; or the
             objective cannot train the model.
     """
-    objective, model = engine.objective, engine.model
+    objective, model = updater.objective, updater.model
     plan, prompting = objective.plan(model, 0), prompting.rows(torch.zeros(1, dtype=torch.long)).to(model.device)
     _check_prediction(model, plan, prompting)
-    experience = _experience(engine, plan, prompting, texts[0])
-    _check_gradient(engine, experience, plan)
-    objective.preflight(experience)
+    rollout = _rollout(updater, plan, prompting, texts[0])
+    _check_gradient(updater, rollout, plan)
+    objective.preflight(rollout)
 
 
 def _draw(model: DiffusionModel, *name: object) -> Tensor:
@@ -62,12 +62,12 @@ def _check_prediction(model: DiffusionModel, plan: Plan, prompting: Prompting) -
         )
 
 
-def _experience(engine: Engine, plan: Plan, prompting: Prompting, text: str) -> Experience:
+def _rollout(updater: Updater, plan: Plan, prompting: Prompting, text: str) -> RolloutBatch:
     """An iteration of which this process has two images of one prompt.
 
     They are sampled in one step: the first that is stochastic, or all deterministic ones as one.
     """
-    objective, model = engine.objective, engine.model
+    objective, model = updater.objective, updater.model
     if not objective.needs_rollout:
         return objective.collect(0)
     first = next((i for i, flag in enumerate(plan.stochastic) if flag), None)
@@ -77,12 +77,12 @@ def _experience(engine: Engine, plan: Plan, prompting: Prompting, text: str) -> 
     step = replace(plan, sigmas=levels, stochastic=flags, shared_noise=False, stop=None, windows=None)
     prompt_of = torch.zeros(2, dtype=torch.long, device=model.device)
     draw = lambda name: torch.stack([_draw(model, name, i) for i in range(2)])  # noqa: E731
-    trajectories = sample(model, step, prompting, prompt_of, draw("start"), lambda _: draw("step"), engine.execution)
+    trajectories = sample(model, step, prompting, prompt_of, draw("start"), lambda _: draw("step"), updater.execution)
     config = objective.config.rollout
     advantages = Advantages.none(config.prompts_per_iteration, config.group_size)
     advantages.values[:, 0::2], advantages.values[:, 1::2] = 1.0, -1.0
     only = [i == first for i in range(len(plan.stochastic))]
-    return Experience(
+    return RolloutBatch(
         iteration=0,
         plan=replace(plan, stochastic=only, shared_noise=False, windows=None),
         prompting=prompting,
@@ -95,16 +95,16 @@ def _experience(engine: Engine, plan: Plan, prompting: Prompting, text: str) -> 
     )
 
 
-def _check_gradient(engine: Engine, experience: Experience, plan: Plan) -> None:
+def _check_gradient(updater: Updater, rollout: RolloutBatch, plan: Plan) -> None:
     """The gradient under the loss scale of the run, against that under a larger one: rounding would tell them apart."""
-    items = next(iter(engine.objective.items(experience)), [])
+    items = next(iter(updater.objective.items(rollout)), [])
     if not items:
         return
-    total = len(next(iter(engine.objective.items(replace(experience, plan=plan)))))  # as in the run, with all its steps
-    scale = engine.first_scale(total)
+    total = len(next(iter(updater.objective.items(replace(rollout, plan=plan)))))  # as in the run, with all its steps
+    scale = updater.first_scale(total)
 
     def gradient(scale: float) -> Tensor:
-        return torch.cat([g.flatten() for g in engine.gradient(items, experience, scale, total)]).double() / scale
+        return torch.cat([g.flatten() for g in updater.gradient(items, rollout, scale, total)]).double() / scale
 
     for _ in range(TRIES):
         found = gradient(scale)

@@ -145,8 +145,8 @@ def predict(
 ) -> Tensor:
     """Predictions for all rows, in batches of `Execution.batch_size`; row i has prompt `index[i]`."""
     parts, chunks = [], torch.arange(len(latents), device=latents.device).split(execution.batch_size)
-    spare = [chunks[0][:1]] * (execution.match(len(chunks)) - len(chunks))
-    for rows in [*chunks, *spare]:
+    dummies = [chunks[0][:1]] * (execution.match(len(chunks)) - len(chunks))
+    for rows in [*chunks, *dummies]:
         levels = torch.full((len(rows),), sigma, device=latents.device)
         conditions = prompting.conditions.rows(index[rows])
         parts.append(
@@ -155,7 +155,7 @@ def predict(
     return torch.cat(parts[: len(chunks)])
 
 
-class Lane:
+class PartialTrajectories:
     """Trajectories that have the same stochastic steps, on their way.
 
     With shared noise, all images of a group have the same latents until the first stochastic step, so up to and
@@ -225,56 +225,61 @@ def sample(
         execution: its phase is reported as `rollout`, before every step.
         slots: U prompt slots, where the plan has windows of their own for them.
     """
-    lanes = _lanes(plan, prompt_of, initial, slots)
-    solvers = [SOLVERS[plan.solver](model.process) for _ in lanes]
+    partials = _partials(plan, prompt_of, initial, slots)
+    solvers = [SOLVERS[plan.solver](model.process) for _ in partials]
     step_noise, forwards = cache(step_noise), 0
     steps = len(plan.stochastic[: plan.stop])
     for i in range(steps):
         execution.report("rollout", i, steps, aligned=True)
-        latents = torch.cat([lane.latents for lane in lanes])
-        index = torch.cat([lane.index for lane in lanes])
+        latents = torch.cat([partial.latents for partial in partials])
+        index = torch.cat([partial.index for partial in partials])
         predictions = predict(model, latents, plan.sigmas[i], prompting, index, plan, execution)
         forwards += len(latents)
-        parts = predictions.split([len(lane.latents) for lane in lanes])
-        for lane, part, solver in zip(lanes, parts, solvers, strict=True):
-            lane.advance(i, part, solver, step_noise)
+        parts = predictions.split([len(partial.latents) for partial in partials])
+        for partial, part, solver in zip(partials, parts, solvers, strict=True):
+            partial.advance(i, part, solver, step_noise)
         step_noise.cache_clear()
-    kept = [i for i in range(steps) if any(i in lane.kept for lane in lanes)]
+    kept = [i for i in range(steps) if any(i in partial.kept for partial in partials)]
     return Trajectories(
-        final=_together(lanes, [lane.per_image(lane.latents) for lane in lanes]),
+        final=_together(partials, [partial.per_image(partial.latents) for partial in partials]),
         steps=kept,
-        samples=_stacked(lanes, kept, "samples"),
-        next_samples=_stacked(lanes, kept, "next_samples"),
-        log_probs=_stacked(lanes, kept, "log_probs"),
-        means=_stacked(lanes, kept, "means") if plan.keep_means else None,
+        samples=_stacked(partials, kept, "samples"),
+        next_samples=_stacked(partials, kept, "next_samples"),
+        log_probs=_stacked(partials, kept, "log_probs"),
+        means=_stacked(partials, kept, "means") if plan.keep_means else None,
         forwards=forwards,
     )
 
 
-def _lanes(plan: Plan, prompt_of: Tensor, initial: Tensor, slots: list[int] | None) -> list[Lane]:
+def _partials(plan: Plan, prompt_of: Tensor, initial: Tensor, slots: list[int] | None) -> list[PartialTrajectories]:
     """All trajectories, divided by their stochastic steps."""
     if plan.windows is None or slots is None:
         rows = torch.arange(len(prompt_of), device=prompt_of.device)
-        return [Lane(plan, plan.stochastic, rows, prompt_of, initial)]
+        return [PartialTrajectories(plan, plan.stochastic, rows, prompt_of, initial)]
     flags = [tuple(plan.windows[slot]) for slot in slots]
-    lanes = []
+    partials = []
     for window in sorted(set(flags), reverse=True):
         inside = torch.tensor([each == window for each in flags], device=prompt_of.device)
-        lanes.append(Lane(plan, list(window), inside[prompt_of].nonzero().flatten(), prompt_of, initial))
-    return lanes
+        partials.append(
+            PartialTrajectories(plan, list(window), inside[prompt_of].nonzero().flatten(), prompt_of, initial)
+        )
+    return partials
 
 
-def _stacked(lanes: list[Lane], steps: list[int], name: str) -> Tensor:
+def _stacked(partials: list[PartialTrajectories], steps: list[int], name: str) -> Tensor:
     """What was kept of each stochastic step, `[S, B, ...]`."""
-    parts = [_together(lanes, [lane.kept[i][name] if i in lane.kept else None for lane in lanes]) for i in steps]
+    parts = [
+        _together(partials, [partial.kept[i][name] if i in partial.kept else None for partial in partials])
+        for i in steps
+    ]
     return torch.stack(parts) if parts else torch.empty(0)
 
 
-def _together(lanes: list[Lane], parts: list[Tensor | None]) -> Tensor:
-    """`[B, ...]` in the order of the trajectories; 0 for lanes without a part."""
+def _together(partials: list[PartialTrajectories], parts: list[Tensor | None]) -> Tensor:
+    """`[B, ...]` in the order of the trajectories; 0 where one has none."""
     known = next(part for part in parts if part is not None)
-    whole = known.new_zeros(sum(len(lane.rows) for lane in lanes), *known.shape[1:])
-    for lane, part in zip(lanes, parts, strict=True):
+    whole = known.new_zeros(sum(len(partial.rows) for partial in partials), *known.shape[1:])
+    for partial, part in zip(partials, parts, strict=True):
         if part is not None:
-            whole[lane.rows] = part
+            whole[partial.rows] = part
     return whole

@@ -1,4 +1,4 @@
-"""Images of one model after the other by ComfyUI's own samplers, and how rewards judge them."""
+"""Images of one model after the other by ComfyUI's own samplers, and how rewards score them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from comfy.utils import ProgressBar
 from torch import Tensor
 
-from ...trainer.evaluation.comparison import Judged
+from ...trainer.evaluation.comparison import ModelScores
 from ...trainer.evaluation.embedding import embedder
 from ...trainer.evaluation.looks import looks, tabulate
 from ...trainer.runs.pictures import Sample
@@ -19,7 +19,7 @@ from ..lora import load_patches
 from ..types import Rewards
 from .encoding import TEXT
 from .progress import check_interrupt, say
-from .scoring import Judge, load_judges
+from .scoring import LoadedReward, load_rewards
 
 SAMPLING = ("images_per_prompt", "seed", "steps", "cfg", "sampler_name", "scheduler", "strength")
 SHOWN = 24
@@ -53,14 +53,14 @@ class Parts:
     sigmas: Tensor | None
 
 
-def judged(
+def score_models(
     parts: Parts,
     sampling: Sampling,
     texts: list[str],
     reward: Rewards,
     loras: dict[str, dict[str, Tensor]],
     node_id: str | None,
-) -> list[Judged]:
+) -> list[ModelScores]:
     """The base model first, then the LoRAs in their order.
 
     Raises:
@@ -72,7 +72,7 @@ def judged(
         model.add_patches(_patches(model, name, lora), sampling.strength)
         patched[name] = model
     device = comfy.model_management.get_torch_device()
-    judges = load_judges(reward, texts, lambda size: comfy.model_management.free_memory(size, device))
+    loaded = load_rewards(reward, texts, lambda size: comfy.model_management.free_memory(size, device))
     positive, negative = [_encoded(parts, text) for text in texts], _encoded(parts, sampling.negative)
     bar, found = ProgressBar(len(patched) * len(texts), node_id=node_id), []
     for name, model in patched.items():
@@ -81,7 +81,7 @@ def judged(
             say(f"{name}: prompt {number + 1} of {len(texts)}", node_id)
             images.append(_images(model, parts, sampling, positive[number], negative, text))
             bar.update(1)
-        found.append(_judged(name, images, texts, judges, reward, sampling, device))
+        found.append(_scores_of(name, images, texts, loaded, reward, sampling, device))
     return found
 
 
@@ -131,24 +131,24 @@ def _images(model: Any, parts: Parts, sampling: Sampling, positive: list, negati
     return pixels[:, 0] if pixels.ndim == 5 and pixels.shape[1] == 1 else pixels
 
 
-def _judged(
+def _scores_of(
     name: str,
     images: list[Tensor],
     texts: list[str],
-    judges: list[Judge],
+    loaded: list[LoadedReward],
     reward: Rewards,
     sampling: Sampling,
     device: torch.device,
-) -> Judged:
+) -> ModelScores:
     count, scores, rows = sampling.images_per_prompt, {}, []
-    embed = embedder({judge.name: judge.model for judge in judges})
+    embed = embedder({one.name: one.model for one in loaded})
     for p, batch in enumerate(images):
         found = looks(batch) if embed is None else looks(batch.to(device), embed)
         rows += [(p, k, look) for k, look in enumerate(found)]
-    for judge in judges:
-        values = [judge.score(batch, [text] * count, device) for batch, text in zip(images, texts, strict=True)]
-        scores[judge.name] = torch.stack(values).double()
-        judge.model.idle()
+    for one in loaded:
+        values = [one.score(batch, [text] * count, device) for batch, text in zip(images, texts, strict=True)]
+        scores[one.name] = torch.stack(values).double()
+        one.model.idle()
     if len(reward.rewards) > 1:
         scores[TOTAL] = sum(config.weight * scores[config.name] for config in reward.rewards)
     shown = torch.linspace(0, len(texts) - 1, min(SHOWN, len(texts))).round().int().tolist()
@@ -157,4 +157,4 @@ def _judged(
         for p in shown
     ]
     table = tabulate(rows, len(texts), count)
-    return Judged(name, scores, table, torch.stack([images[p][0] for p in shown]), samples)
+    return ModelScores(name, scores, table, torch.stack([images[p][0] for p in shown]), samples)

@@ -20,12 +20,12 @@ from ...trainer.models import EntryConditions, check_kernel
 from ...trainer.models.comfy.conditions import Entry
 from ...trainer.models.comfy.model import ComfyModel
 from ...trainer.utils.errors import BadInput
-from ..types import Blueprint
+from ..types import ModelSpec
 
 META = torch.device("meta")
 
 
-class Shell(ComfyModel):
+class MetaModel(ComfyModel):
     """The trainer's model on the meta device: it computes shapes only."""
 
     def _make_resident(self) -> None:
@@ -66,7 +66,7 @@ def _attention(_: Any, *arguments: Any, **keywords: Any) -> Tensor:
 WANTED = "connect the CLIP that belongs to the model and, if it needs more than text, conditioning"
 
 
-def refuse(blueprint: Blueprint, config: RunConfig, conditions: EntryConditions | None) -> None:
+def refuse(spec: ModelSpec, config: RunConfig, conditions: EntryConditions | None) -> None:
     """
     Args:
         conditions: text embeddings of the run's prompts; None if they were encoded earlier.
@@ -76,30 +76,30 @@ def refuse(blueprint: Blueprint, config: RunConfig, conditions: EntryConditions 
     """
     training = comfy.model_management.in_training
     try:
-        shell = _shell(blueprint, config)
-        if shell is None:
+        meta_model = _meta_model(spec, config)
+        if meta_model is None:
             return
-        check_kernel(shell, config.model.family, config.rollout)
-        shell.sigmas(config.rollout.steps, config.rollout.shift)
+        check_kernel(meta_model, config.model.family, config.rollout)
+        meta_model.sigmas(config.rollout.steps, config.rollout.shift)
         if conditions is not None:
-            _refuse_conditions(shell, conditions)
+            _refuse_conditions(meta_model, conditions)
         with META:
-            for name in lora.inject(shell.module, config.lora, shell.default_targets, seed=0):
-                shell.lora_key(name)
+            for name in lora.inject(meta_model.module, config.lora, meta_model.default_targets, seed=0):
+                meta_model.lora_key(name)
     finally:
         comfy.model_management.in_training = training
 
 
-def _shell(blueprint: Blueprint, config: RunConfig) -> Shell | None:
+def _meta_model(spec: ModelSpec, config: RunConfig) -> MetaModel | None:
     """The model without weights; None if it cannot be built from its configuration alone."""
-    description = object.__new__(type(blueprint.config))  # its own attribute look-up is in the way of copy.copy
-    vars(description).update(vars(blueprint.config), unet_config=dict(blueprint.config.unet_config), quant_config=None)
+    description = object.__new__(type(spec.config))  # its own attribute look-up is in the way of copy.copy
+    vars(description).update(vars(spec.config), unet_config=dict(spec.config.unet_config), quant_config=None)
     with _with_shapes():
         base = description.get_model({}, "", device=META)
-    if type(base) is not blueprint.kind:
+    if type(base) is not spec.kind:
         return None
-    base.model_sampling = blueprint.sampling
-    return Shell(comfy.model_patcher.ModelPatcher(base, META, META), None, config.model)
+    base.model_sampling = spec.sampling
+    return MetaModel(comfy.model_patcher.ModelPatcher(base, META, META), None, config.model)
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _with_shapes() -> Iterator[None]:
         settings.aimdo_enabled = dynamic
 
 
-def _refuse_conditions(shell: Shell, conditions: EntryConditions) -> None:
+def _refuse_conditions(meta_model: MetaModel, conditions: EntryConditions) -> None:
     wrong: list[str] = []
 
     def look(name: str, width: int) -> Any:
@@ -124,19 +124,19 @@ def _refuse_conditions(shell: Shell, conditions: EntryConditions) -> None:
 
         return hook
 
-    for name, layer in shell.module.named_modules():
+    for name, layer in meta_model.module.named_modules():
         width = getattr(layer, "in_features", None) or (getattr(layer, "normalized_shape", None) or (None,))[-1]
         if isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm) and width is not None:
             layer.register_forward_pre_hook(look(name, width))
-    sampling = shell.base.model_sampling
-    shell.base.model_sampling = copy.deepcopy(sampling).to(META)
+    sampling = meta_model.base.model_sampling
+    meta_model.base.model_sampling = copy.deepcopy(sampling).to(META)
     try:
-        shell.take(conditions.entries[0])
+        meta_model.take(conditions.entries[0])
     except BadInput:
         raise
     except Exception as error:  # noqa: BLE001 - some networks need values, which the trainer will have
         logging.debug("the dry run of the model ended early: %s", error)
     finally:
-        shell.base.model_sampling = sampling
+        meta_model.base.model_sampling = sampling
     if wrong:
         raise BadInput(f"clip or conditioning does not match the model ({wrong[0]}): {WANTED}")

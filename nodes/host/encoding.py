@@ -52,11 +52,11 @@ def write(path: Path, clip: object, config: RunConfig, conditioning: list | None
     texts = [text for text, _ in keys]
     if config.model.graph is not None:
         carried = _carried(conditioning)
-        pieces = (EntryConditions.of([_entry(*_encoded(clip, text), carried)]) for text in texts)
+        batches = (EntryConditions.of([_entry(*_encoded(clip, text), carried)]) for text in texts)
     else:
         family = model_class(config.model)
-        pieces = (_row(family, config, *_encoded(clip, text)) for text in texts)
-    write_conditions(path, keys, pieces, announce=announcer(path, len(keys)))
+        batches = (_row(family, config, *_encoded(clip, text)) for text in texts)
+    write_conditions(path, keys, batches, announce=announcer(path, len(keys)))
 
 
 def first_row(path: Path) -> Conditions:

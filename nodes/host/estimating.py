@@ -12,7 +12,7 @@ from comfy.model_management import InterruptProcessingException
 from ...trainer.config import parse_config
 from ...trainer.runs import launch
 from ...trainer.utils.errors import BadInput, RunFailed
-from ..types import Blueprint
+from ..types import ModelSpec
 from . import dry_run, runs
 from .encoding import applies_weights, encoded_prompts, first_row
 from .progress import POLL, check_interrupt, say
@@ -26,14 +26,14 @@ def estimate(
     conditioning: list | None,
     processes: int,
     gpus: list[int] | None,
-    blueprint: Blueprint | None,
+    spec: ModelSpec | None,
     node_id: str | None,
 ) -> dict:
     """The record of `python -m trainer estimate` for a description, with its `text`.
 
     Args:
         data: plain data of the description.
-        clip, conditioning, blueprint: as in `runs.begin`.
+        clip, conditioning, spec: as in `runs.begin`.
 
     Raises:
         BadInput: something cannot be accepted.
@@ -50,8 +50,8 @@ def estimate(
             more = {"conditions": str(encoded), "weight_syntax": applies_weights(clip)}
             config = parse_config({**data, "prompts": {**data["prompts"], **more}})
         runs.check(config, processes, gpus)
-        if blueprint is not None:
-            dry_run.refuse(blueprint, config, None if clip is None else first_row(encoded))
+        if spec is not None:
+            dry_run.refuse(spec, config, None if clip is None else first_row(encoded))
         runs.make_room(config, processes, gpus)
         description, answer, log = folder / "run.yaml", folder / "answer.json", folder / "log.txt"
         description.write_text(config.to_yaml(), encoding="utf-8")

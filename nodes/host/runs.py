@@ -16,7 +16,7 @@ from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.files import move_file
-from ..types import Blueprint, Rewards
+from ..types import ModelSpec, Rewards
 from . import dry_run, memory
 from .encoding import applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
@@ -139,7 +139,7 @@ def begin(
     processes: int,
     gpus: list[int] | None,
     conditioning: list | None = None,
-    blueprint: Blueprint | None = None,
+    spec: ModelSpec | None = None,
 ) -> RunDirectory:
     """The run of this name, started, resumed or extended as needed; unchanged if it is running or finished.
 
@@ -148,7 +148,7 @@ def begin(
         clip: ComfyUI's text encoders; None if the trainer encodes the prompts.
         clip_source: digest of what `clip` and `conditioning` are connected to.
         conditioning: CONDITIONING that is added to every prompt, without its text.
-        blueprint: of a connected model.
+        spec: of a connected model.
 
     Raises:
         BadInput: an input is invalid; nothing has been started.
@@ -174,8 +174,8 @@ def begin(
         encoded = None
         if clip is not None and not file.exists():
             encoded = stack.enter_context(encoded_prompts(clip, config, conditioning))
-        if blueprint is not None:
-            dry_run.refuse(blueprint, config, encoded and first_row(encoded))
+        if spec is not None:
+            dry_run.refuse(spec, config, encoded and first_row(encoded))
         make_room(config, processes, gpus)
         run = RunDirectory.open(folder, config, ["ComfyUI", name])
         stack.callback(run.release)

@@ -54,12 +54,12 @@ def score_all(
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
     """
-    judges = load_judges(reward, prompts, make_room)
-    return {judge.name: judge.score(items, prompts, device) for judge in judges}
+    loaded = load_rewards(reward, prompts, make_room)
+    return {one.name: one.score(items, prompts, device) for one in loaded}
 
 
 @dataclass(frozen=True)
-class Judge:
+class LoadedReward:
     """A reward that is ready to score, with its weights in memory."""
 
     name: str
@@ -84,7 +84,7 @@ class Judge:
             self.model.idle()
 
 
-def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], object]) -> list[Judge]:
+def load_rewards(reward: Rewards, prompts: list[str], make_room: Callable[[int], object]) -> list[LoadedReward]:
     """The rewards with their weights in memory.
 
     Args:
@@ -93,7 +93,7 @@ def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], 
     Raises:
         BadInput: a file is missing or damaged, or a reward cannot score a prompt.
     """
-    judges = []
+    loaded = []
     for config in reward.rewards:
         check_interrupt()
         model = reward_models.load_reward(config)
@@ -104,8 +104,8 @@ def load_judges(reward: Rewards, prompts: list[str], make_room: Callable[[int], 
         model.register_memory_hook(lambda size, _: make_room(size))
         with interruptible(check_interrupt):
             model.load()
-        judges.append(Judge(config.name, model))
-    return judges
+        loaded.append(LoadedReward(config.name, model))
+    return loaded
 
 
 def score_table(parts: dict[str, Tensor], total: Tensor, prompts: list[str]) -> str:

@@ -11,9 +11,9 @@ from ...trainer.rewards.preference import PIXELS, load_backbone
 from ...trainer.runs.voting import import_run
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
-from ...trainer.votes.analysis import Analyst
+from ...trainer.votes.analysis import VoteAnalyzer
 from ...trainer.votes.importing import export, import_favourites, import_folder
-from ...trainer.votes.records import Item, Vote
+from ...trainer.votes.records import CollectedImage, Vote
 from .folders import votes_folder
 from .reward_files import backbone_file
 from .routes import Routes
@@ -62,7 +62,7 @@ class _Backbones(dict):
         return self[backbone]
 
 
-_analyst = Analyst(_Backbones().__getitem__)
+_analyzer = VoteAnalyzer(_Backbones().__getitem__)
 
 
 def _collection(request: web.Request) -> store.Collection:
@@ -76,11 +76,11 @@ def _backbone(request: web.Request) -> str:
 
 def _list(request: web.Request, body: None) -> dict:
     found = [store.Collection(votes_folder() / name) for name in store.names(votes_folder())]
-    return {"collections": [{"name": one.name, "images": len(one.files()), **one.ledger().counts()} for one in found]}
+    return {"collections": [{"name": one.name, "images": len(one.files()), **one.vote_log().counts()} for one in found]}
 
 
 def _state(request: web.Request, body: None) -> dict:
-    return _analyst.state(_collection(request), _backbone(request))
+    return _analyzer.state(_collection(request), _backbone(request))
 
 
 def _pair(request: web.Request, body: None) -> dict:
@@ -92,14 +92,14 @@ def _next_pair(request: web.Request) -> dict | None:
     if mode not in ("active", "random"):
         raise BadInput(f"mode is {mode[:40]!r}: choose active or random")
     repeat = request.query.get("repeat") == "true"
-    found = _analyst.next(_collection(request), _backbone(request), mode=mode, repeat=repeat)
+    found = _analyzer.next(_collection(request), _backbone(request), mode=mode, repeat=repeat)
     if not found:
         return None
     left, right = found[0]
     return {"id": uuid.uuid4().hex, "left": _shown(left), "right": _shown(right)}
 
 
-def _shown(item: Item) -> dict:
+def _shown(item: CollectedImage) -> dict:
     return {"image": item.image, "prompt": item.prompt}
 
 
@@ -133,7 +133,7 @@ def _undo(request: web.Request, body: dict) -> dict:
 
 
 def _after(request: web.Request, collection: store.Collection) -> dict:
-    return {"state": _analyst.state(collection, _backbone(request)), "pair": _next_pair(request)}
+    return {"state": _analyzer.state(collection, _backbone(request)), "pair": _next_pair(request)}
 
 
 def _import(request: web.Request, body: dict) -> dict:

@@ -10,7 +10,7 @@ from torch import Tensor
 from trainer.adapters.lora import comfy_weights
 from trainer.adapters.start import check_start, start_weights
 from trainer.config import LoraConfig
-from trainer.models.base import Rows
+from trainer.models.base import FusedRows
 from trainer.utils.errors import BadInput
 
 IN, OUT, RANK, ALPHA = 6, 5, 4, 8.0
@@ -57,7 +57,7 @@ def test_the_file_of_the_export_gives_the_weights_back(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_comfyui_keeps_in_one_piece_is_divided_again(tmp_path: Path) -> None:
-    rows = {module: Rows("diffusion_model.blocks.0.qkv", OUT * i, 2 * OUT) for i, module in enumerate(MODULES)}
+    rows = {module: FusedRows("diffusion_model.blocks.0.qkv", OUT * i, 2 * OUT) for i, module in enumerate(MODULES)}
     weights = learned()
     save_file(comfy_weights(weights, ALPHA, rows.__getitem__), tmp_path / "a.safetensors")
     started = start(tmp_path / "a.safetensors", rows.__getitem__)

@@ -105,7 +105,7 @@ def test_votes_over_the_routes_are_understood_and_can_be_taken_back(
         pair = answer["pair"]
     assert answer["state"]["votes"] == {"winners": 30, "ties": 0, "skips": 0}
     assert answer["state"]["agreement"]["share"] > 0.8
-    assert len({frozenset((one.better, one.worse)) for one in collection.ledger().votes}) == 30, "no pair comes twice"
+    assert len({frozenset((one.better, one.worse)) for one in collection.vote_log().votes}) == 30, "no pair comes twice"
     again = vote(comfy, collection, pair)
     assert vote(comfy, collection, pair)["state"]["votes"] == again["state"]["votes"], "a repeated id counts once"
     assert comfy.post("/dancegrpo/votes/by%20rule/undo", {"id": "u1"})["undone"] == pair["id"]
@@ -123,8 +123,8 @@ def test_two_clients_vote_at_once_and_nothing_is_lost(comfy: Server, collection:
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(cast, [*range(40), *range(40)]))
-    assert collection.ledger().counts() == {"winners": 0, "ties": 40, "skips": 0}
-    assert collection.ledger().complaints == []
+    assert collection.vote_log().counts() == {"winners": 0, "ties": 40, "skips": 0}
+    assert collection.vote_log().complaints == []
 
 
 def test_what_cannot_be_a_vote_is_refused(comfy: Server, collection: store.Collection) -> None:
@@ -138,7 +138,7 @@ def test_what_cannot_be_a_vote_is_refused(comfy: Server, collection: store.Colle
         ({"id": None}, "id"),
     ]:
         assert says in refused(comfy, "/votes/by%20rule/vote", {**good, **change})
-    assert collection.ledger().votes == []
+    assert collection.vote_log().votes == []
     assert "no collection named" in refused(comfy, "/votes/nowhere/vote", good)
     assert "not inside ComfyUI's output folder" in refused(comfy, "/votes/new/import", {"folder": "../models"})
     assert "choose output or input" in refused(comfy, "/votes/new/import", {"base": "/", "folder": "etc"})
@@ -207,7 +207,7 @@ def test_votes_of_another_site_s_page_are_refused(comfy: Server, collection: sto
         with pytest.raises(urllib.error.HTTPError) as error:
             send(comfy, "/votes/by%20rule/vote", body, **headers)
         assert error.value.code in (400, 403)
-    assert collection.ledger().votes == []
+    assert collection.vote_log().votes == []
 
 
 def test_an_image_of_a_hundred_megapixels_is_left_out_with_a_sentence(comfy: Server, root: Path) -> None:
@@ -263,7 +263,7 @@ def test_forty_votes_are_cast_by_keyboard(comfy: Server, collection: store.Colle
         page.wait_for_function("document.querySelector('.dg-vote-state').textContent.includes('1 skipped')")
         assert page.evaluate("window.hacked") is None
         assert MARKUP in page.locator(".dg-stage").inner_text()
-    assert collection.ledger().counts() == {"winners": 39, "ties": 0, "skips": 1}
+    assert collection.vote_log().counts() == {"winners": 39, "ties": 0, "skips": 1}
     assert comfy.get("/dancegrpo/votes/by%20rule")["agreement"]["share"] > 0.8
 
 
@@ -277,19 +277,19 @@ def test_two_browsers_vote_at_once_and_a_reload_in_the_middle_loses_nothing(
             page, other = pages[number % 2], pages[1 - number % 2]
             page.keyboard.press("ArrowLeft")
             other.keyboard.press("ArrowRight")  # while the first vote is on its way
-            wait_for(lambda: len(collection.ledger().votes) == 2 * number + 2)  # noqa: B023
+            wait_for(lambda: len(collection.vote_log().votes) == 2 * number + 2)  # noqa: B023
             for one in pages:
                 one.wait_for_function(f"document.querySelectorAll('.dg-choice img').length === 2 && {IDLE}")
             if number == 4:
                 pages[0].keyboard.press("ArrowDown")
                 open_panel(pages[0], comfy)  # before the answer came
-                wait_for(lambda: len(collection.ledger().votes) in (10, 11))
-                collection.undo("reload") if len(collection.ledger().votes) == 11 else None
+                wait_for(lambda: len(collection.vote_log().votes) in (10, 11))
+                collection.undo("reload") if len(collection.vote_log().votes) == 11 else None
                 open_votes(pages[0])
-    ledger = collection.ledger()
-    assert len(ledger.votes) == 20
-    assert ledger.complaints == []
-    assert len({one.id for one in ledger.votes}) == 20, "nothing counts twice"
+    vote_log = collection.vote_log()
+    assert len(vote_log.votes) == 20
+    assert vote_log.complaints == []
+    assert len({one.id for one in vote_log.votes}) == 20, "nothing counts twice"
 
 
 def test_a_server_that_is_killed_between_two_votes_has_lost_none(tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_server_that_is_killed_between_two_votes_has_lost_none(tmp_path: Path)
         for _ in range(3):
             last, pair = pair, vote(server, made, pair)["pair"]
         server.kill()
-        assert made.ledger().counts()["winners"] == 3
+        assert made.vote_log().counts()["winners"] == 3
         server.start()
         assert server.get("/dancegrpo/votes/by%20rule")["votes"]["winners"] == 3
         assert vote(server, made, last)["state"]["votes"]["winners"] == 3, "sent again, since no answer came: once"
@@ -319,7 +319,7 @@ def test_the_votes_view_works_on_a_window_of_a_phone(comfy: Server, collection: 
         width = page.evaluate("document.querySelector('.dg-overlay').scrollWidth")
         assert width <= 400, "nothing is cut off at the side"
         page.locator(".dg-overlay .dg-choice").first.tap()
-        wait_for(lambda: collection.ledger().counts()["winners"] == 1)
+        wait_for(lambda: collection.vote_log().counts()["winners"] == 1)
 
 
 def test_a_run_s_samples_are_sent_to_votes_from_the_panel(comfy: Server, root: Path) -> None:
@@ -385,7 +385,7 @@ def cast_by_keyboard(page: Any, collection: store.Collection, count: int) -> Non
         left, right = (blueness(collection.image_file(name)) for name in shown.split())
         page.keyboard.press("ArrowLeft" if left > right else "ArrowRight")
         page.wait_for_function(f"document.querySelector('.dg-vote-state').textContent.startsWith('{number} vote')")
-        assert collection.ledger().counts()["winners"] == number
+        assert collection.vote_log().counts()["winners"] == number
 
 
 SHOWN = "[...document.querySelectorAll('.dg-choice img')].map((i) => i.src.split('/').pop()).join(' ')"

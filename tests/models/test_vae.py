@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trainer.config import ModelConfig
 from trainer.models import FAMILIES
 from trainer.models.diffusers.family import DiffusersModel
-from trainer.shapes.world import Item, Scene, render
+from trainer.shapes.world import Scene, SceneObject, render
 from trainer.utils.errors import BadInput
 
 CPU = torch.device("cpu")
@@ -189,7 +189,9 @@ def test_images_of_another_size_are_refused(model: DiffusersModel) -> None:
 
 def test_the_embedded_autoencoder_gives_images_back() -> None:
     model = without_network(ModelConfig())
-    images = render([Scene((Item("circle", "red", 20, 30, 12), Item("square", "blue", 45, 40, 10)), (0.9, 0.9, 0.9))])
+    images = render(
+        [Scene((SceneObject("circle", "red", 20, 30, 12), SceneObject("square", "blue", 45, 40, 10)), (0.9, 0.9, 0.9))]
+    )
     latents = model.encode_image(images)
     assert latents.shape == (1, 16, 8, 8)
     assert 0.5 < latents.std() < 2, "latents of the network's scale"

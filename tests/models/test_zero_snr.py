@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import InFloat64, engine_for, experience_of, gradients_of, items_of
+from stages import InFloat64, gradients_of, items_of, rollout_of, updater_for
 from tiny_families import CASES, build_sd
 from torch import Tensor
 
 from trainer.config import ModelConfig
 from trainer.diffusion import kernels
 from trainer.models.diffusers.stable_diffusion import StableDiffusionModel
-from trainer.objectives.engine import Engine
+from trainer.objectives.updater import Updater
 from trainer.rollout import Plan, Prompting, sample
 
 STEPS, GUIDANCE = 4, 2.0
@@ -52,27 +52,27 @@ def test_the_gradient_of_the_first_step_is_that_of_finite_differences(folder: Pa
     prompting = Prompting(conditions.rows(torch.tensor([0, 1])), conditions.rows(torch.tensor([2])))
     model = StableDiffusionModel.load(config, torch.device("cpu"))
     options = {"batch_size": 4, "clip_range": 0.99, "old_log_prob": "rollout"}
-    engine = engine_for(model, options, rollout={"kernel": "ddim"}, lora={"rank": 2, "alpha": 6})
+    updater = updater_for(model, options, rollout={"kernel": "ddim"}, lora={"rank": 2, "alpha": 6})
     model.module.double()
     plan = Plan("ddim", 0.5, model.sigmas(STEPS, None)[:3], [True, True], False, GUIDANCE)
     with InFloat64():
-        compare_gradient(engine, prompting, plan)
+        compare_gradient(updater, prompting, plan)
 
 
-def compare_gradient(engine: Engine, prompting: Prompting, plan: Plan) -> None:
-    model, prompt_of = engine.model, torch.arange(2)
+def compare_gradient(updater: Updater, prompting: Prompting, plan: Plan) -> None:
+    model, prompt_of = updater.model, torch.arange(2)
     noise = torch.stack([draw(*model.latent_shape, seed=i) for i in (1, 2)])
     kept = sample(model, plan, prompting, prompt_of, noise, lambda step: draw(*noise.shape, seed=10 + step))
-    sampled = experience_of(plan, prompting, kept, prompt_of, ADVANTAGES, dtype=torch.float64)
-    first = engine.accumulate(items_of(sampled, ACTIONS), sampled)
+    sampled = rollout_of(plan, prompting, kept, prompt_of, ADVANTAGES, dtype=torch.float64)
+    first = updater.accumulate(items_of(sampled, ACTIONS), sampled)
     assert first.peaks["deviation"] < 1e-6, "before an update the ratio is 1"
-    gradients_of(engine)
-    parameters = engine.policy.parameters
+    gradients_of(updater)
+    parameters = updater.policy.parameters
     for i, parameter in enumerate(parameters.values()):
         parameter.data = 0.02 * draw(*parameter.shape, seed=20 + i)
-    engine.accumulate(items_of(sampled, ACTIONS), sampled)
+    updater.accumulate(items_of(sampled, ACTIONS), sampled)
     directions = {name: draw(*p.shape, seed=50 + i) for i, (name, p) in enumerate(parameters.items())}
-    slope = sum((g * directions[name]).sum() for name, g in gradients_of(engine).items()).item()
+    slope = sum((g * directions[name]).sum() for name, g in gradients_of(updater).items()).item()
     values = []
     for sign in (1, -2):
         for name, parameter in parameters.items():

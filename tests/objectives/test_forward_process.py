@@ -36,24 +36,24 @@ def parts() -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- NFT
 
 
-def nft_transcription(v: np.ndarray, old: np.ndarray, parts: dict, quality: list[float], mix: float) -> np.ndarray:
+def nft_transcription(v: np.ndarray, old: np.ndarray, parts: dict, quality: list[float], beta: float) -> np.ndarray:
     """The reference's lines for one sample after another, in numpy."""
     values = []
     for i, s in enumerate(parts["sigma"].tolist()):
         x_t, x0 = parts["latents"][i].numpy(), parts["image"][i].numpy()
-        positive, negative = mix * v[i] + (1 - mix) * old[i], (1 + mix) * old[i] - mix * v[i]
+        positive, negative = beta * v[i] + (1 - beta) * old[i], (1 + beta) * old[i] - beta * v[i]
         x_plus, x_minus = x_t - s * positive, x_t - s * negative
         w_plus, w_minus = (max(1e-5, np.abs(x - x0).mean()) for x in (x_plus, x_minus))
         plus, minus = ((x_plus - x0) ** 2).mean() / w_plus, ((x_minus - x0) ** 2).mean() / w_minus
-        values.append((quality[i] * plus + (1 - quality[i]) * minus) / mix)
+        values.append((quality[i] * plus + (1 - quality[i]) * minus) / beta)
     return np.array(values)
 
 
-@pytest.mark.parametrize("mix", [1.0, 0.1])
-def test_nft_is_its_transcription(parts: dict, mix: float) -> None:
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+def test_nft_is_its_transcription(parts: dict, beta: float) -> None:
     v, old, quality = draw(2), draw(3), torch.tensor([0.0, 0.7, 1.0], dtype=torch.float64)
-    value = nft_loss(v, old, parts["image"], parts["latents"], parts["sigma"], quality, mix, FLOW)
-    np.testing.assert_allclose(value.numpy(), nft_transcription(v.numpy(), old.numpy(), parts, quality.tolist(), mix))
+    value = nft_loss(v, old, parts["image"], parts["latents"], parts["sigma"], quality, beta, FLOW)
+    np.testing.assert_allclose(value.numpy(), nft_transcription(v.numpy(), old.numpy(), parts, quality.tolist(), beta))
 
 
 def test_nft_gradient_is_that_of_the_loss_with_its_weights_held(parts: dict) -> None:

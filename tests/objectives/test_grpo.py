@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from stages import engine_for, experience_of, gradients_of, items_of
+from stages import gradients_of, items_of, rollout_of, updater_for
 from torch import Tensor, nn
 
 from trainer.models import Conditions, DiffusionModel
-from trainer.objectives.base import Experience, Totals, split_updates
-from trainer.objectives.engine import Engine
+from trainer.objectives.base import RolloutBatch, Totals, split_updates
 from trainer.objectives.grpo import GrpoOptions
+from trainer.objectives.updater import Updater
 from trainer.rollout import Execution, Plan, Prompting, Trajectories, sample
 
 WIDTH, PROMPTS, GROUP, ETA = 4, 2, 3, 0.6
@@ -38,7 +38,7 @@ class LinearModel(DiffusionModel):
         torch.manual_seed(0)
         self.module = nn.ModuleDict({"proj": nn.Linear(WIDTH, WIDTH, bias=False)}).requires_grad_(False)
 
-    check = load = encode_pieces = classmethod(lambda cls, *_: None)
+    check = load = encode_batches = classmethod(lambda cls, *_: None)
     latent_shape = (WIDTH,)
     decode = None
     lora_key = lambda self, name: name  # noqa: E731
@@ -49,16 +49,16 @@ class LinearModel(DiffusionModel):
 
 @dataclass
 class Scene:
-    engine: Engine
-    experience: Experience
+    updater: Updater
+    rollout: RolloutBatch
     pairs: list[tuple[int, int]]
 
 
 def scene(kernel: str, shared_noise: bool = True, **options: object) -> Scene:
     """A rollout with a LoRA on W, after which the LoRA has moved on a little."""
     generator = torch.Generator().manual_seed(3)
-    engine = engine_for(LinearModel(), {"clip_range": 0.5, **options}, lora={"rank": 2, "alpha": 4})
-    model, parameters = engine.model, engine.policy.parameters.values()
+    updater = updater_for(LinearModel(), {"clip_range": 0.5, **options}, lora={"rank": 2, "alpha": 4})
+    model, parameters = updater.model, updater.policy.parameters.values()
     for parameter in parameters:
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     plan = Plan(kernel, ETA, SIGMAS, [True, True, True, False], shared_noise, keep_means=True)
@@ -76,21 +76,21 @@ def scene(kernel: str, shared_noise: bool = True, **options: object) -> Scene:
     )
     for parameter in parameters:
         parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    experience = experience_of(plan, prompting, kept, prompt_of, [1.5, -0.5, -1.0, 0.7, 0.9, -1.6])
+    rollout = rollout_of(plan, prompting, kept, prompt_of, [1.5, -0.5, -1.0, 0.7, 0.9, -1.6])
     pairs = [(t, s) for t in range(PROMPTS * GROUP) for s in range(3) if (t + s) % 4]
-    return Scene(engine, experience, pairs)
+    return Scene(updater, rollout, pairs)
 
 
-def weights(engine: Engine) -> dict[str, np.ndarray]:
-    return {name: p.detach().double().numpy() for name, p in engine.policy.parameters.items()}
+def weights(updater: Updater) -> dict[str, np.ndarray]:
+    return {name: p.detach().double().numpy() for name, p in updater.policy.parameters.items()}
 
 
 def reference_loss(
     stage: Scene, moved: dict[str, np.ndarray], kernel: str, config: GrpoOptions
 ) -> tuple[float, list[float], int]:
     """The loss of the stored actions under other weights, in plain float64 sums; every ratio; actions dropped."""
-    kept: Trajectories = stage.experience.trajectories
-    base = stage.engine.model.module["proj"].base_layer.weight.double().numpy()
+    kept: Trajectories = stage.rollout.trajectories
+    base = stage.updater.model.module["proj"].base_layer.weight.double().numpy()
     down, up = (next(v for k, v in moved.items() if part in k) for part in ("lora_A", "lora_B"))
     current = base + 4 / 2 * up @ down
     total, ratios, dropped = 0.0, [], 0
@@ -98,7 +98,7 @@ def reference_loss(
         sigma, after = SIGMAS[s], SIGMAS[s + 1]
         dt = after - sigma
         x, stored = kept.samples[s, t].double().numpy(), kept.next_samples[s, t].double().numpy()
-        shift = sigma * stage.experience.prompting.conditions.tensors["c"][t // GROUP].double().numpy()
+        shift = sigma * stage.rollout.prompting.conditions.tensors["c"][t // GROUP].double().numpy()
         v, v_base = current @ x + shift, base @ x + shift
         x0, x1 = x - sigma * v, x + (1 - sigma) * v
         if kernel == "dance":
@@ -114,7 +114,7 @@ def reference_loss(
             difference, scale = (difference + drift) * std, 1 / -dt
         ratio = math.exp(difference)
         ratios.append(ratio)
-        advantage = stage.experience.advantages.values[divmod(t, GROUP)].item()
+        advantage = stage.rollout.advantages.values[divmod(t, GROUP)].item()
         if config.step_weights == "flash":
             slope = -sigma * (1 - after) + math.sqrt(after**2 - std**2) * (1 - sigma)
             scale = std / abs(slope)
@@ -132,9 +132,9 @@ def reference_loss(
 
 
 def trained(stage: Scene) -> tuple[dict[str, np.ndarray], Totals]:
-    """The gradient of all actions, and what the engine counts."""
-    totals = stage.engine.accumulate(items_of(stage.experience, stage.pairs), stage.experience)
-    return {name: g.double().numpy() for name, g in gradients_of(stage.engine).items()}, totals
+    """The gradient of all actions, and what the updater counts."""
+    totals = stage.updater.accumulate(items_of(stage.rollout, stage.pairs), stage.rollout)
+    return {name: g.double().numpy() for name, g in gradients_of(stage.updater).items()}, totals
 
 
 @pytest.mark.parametrize("shared_noise", [True, False])
@@ -155,7 +155,7 @@ def trained(stage: Scene) -> tuple[dict[str, np.ndarray], Totals]:
 )
 def test_gradient_of_the_update_equals_finite_differences(kernel: str, settings: dict, shared_noise: bool) -> None:
     stage = scene(kernel, shared_noise, **settings, batch_size=3)
-    config, start = stage.engine.objective.options, weights(stage.engine)
+    config, start = stage.updater.objective.options, weights(stage.updater)
     loss, ratios, dropped = reference_loss(stage, start, kernel, config)
     deviations = np.abs(np.array(ratios) - 1)
     assert deviations.max() > 1e-3
@@ -190,7 +190,7 @@ def test_update_does_not_depend_on_the_size_of_its_batches() -> None:
 
 def test_steps_to_the_objective_raise_it() -> None:
     stage = scene("dance")
-    config, before = stage.engine.objective.options, weights(stage.engine)
+    config, before = stage.updater.objective.options, weights(stage.updater)
     gradients, _ = trained(stage)
     after = {name: before[name] - 1e-3 * value for name, value in gradients.items()}
     assert reference_loss(stage, after, "dance", config)[0] < reference_loss(stage, before, "dance", config)[0]

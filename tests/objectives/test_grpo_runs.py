@@ -9,7 +9,7 @@ from short_runs import assert_constant_changes_nothing, train
 
 from trainer.config import parse_config
 from trainer.loop import Trainer
-from trainer.objectives.base import Experience
+from trainer.objectives.base import RolloutBatch
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 
@@ -73,9 +73,9 @@ def test_weights_of_steps_average_to_one_over_an_optimizer_step(tiny_description
     losses = []
     real = trainer.objective.loss
 
-    def loss(model: object, experience: Experience, batch: object) -> object:
-        found = real(model, experience, batch)
-        losses.extend((found.value / -experience.advantages_of(batch.items)).tolist())
+    def loss(model: object, rollout: RolloutBatch, batch: object) -> object:
+        found = real(model, rollout, batch)
+        losses.extend((found.value / -rollout.advantages_of(batch.items)).tolist())
         return found
 
     trainer.objective.loss = loss

@@ -88,9 +88,9 @@ def test_the_gradient_is_that_of_a_transcription_in_float64(offline: dict, tiny_
     parameters = trainer.policy.parameters
     for parameter in parameters.values():
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    experience = trainer.objective.collect(0)
-    (items,) = trainer.objective.items(experience)
-    found = trainer.engine.gradient(items, experience, 1.0, len(items))
+    rollout = trainer.objective.collect(0)
+    (items,) = trainer.objective.items(rollout)
+    found = trainer.updater.gradient(items, rollout, 1.0, len(items))
 
     module = SD3Transformer2DModel.from_pretrained(tiny_sd3 / "transformer").double()
     learned = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
@@ -98,10 +98,10 @@ def test_the_gradient_is_that_of_a_transcription_in_float64(offline: dict, tiny_
     for name in {name.split(".lora_")[0] for name in learned}:
         down, up = (learned[f"{name}.lora_{part}.default.weight"] for part in "AB")
         adapted[f"{name}.weight"] = module.get_parameter(f"{name}.weight") + 8 / 4 * up @ down
-    (batch,) = trainer.objective.batches(items, experience)
+    (batch,) = trainer.objective.batches(items, rollout)
     total = 0.0
     for row in range(4):
-        text = {name: value[row].double() for name, value in experience.prompting.conditions.tensors.items()}
+        text = {name: value[row].double() for name, value in rollout.prompting.conditions.tensors.items()}
         noise, sigma = batch.noise[row].double(), batch.sigma[row].double().item()
         images = [getattr(batch, side)[row].double() for side in SIDES]
         live, base = (
@@ -132,9 +132,9 @@ def test_winner_and_loser_are_the_voted_images_of_one_prompt_at_one_noise(
     assert len(pairs) == 7
     seen = set()
     for iteration in range(7):
-        experience = trainer.objective.collect(iteration)
-        (items,) = trainer.objective.items(experience)
-        (batch,) = trainer.objective.batches(items, experience)
+        rollout = trainer.objective.collect(iteration)
+        (items,) = trainer.objective.items(rollout)
+        (batch,) = trainer.objective.batches(items, rollout)
         assert len(batch.winner) == len(batch.sigma) == len(batch.noise) == 4
         for row in range(4):
             seen.add((number_of(trainer, batch.winner[row]), number_of(trainer, batch.loser[row])))
@@ -242,7 +242,7 @@ def test_more_processes_than_pairs_and_a_missing_collection_are_refused(offline:
 
 
 def test_an_image_that_is_damaged_behind_its_header_is_named(offline: dict, collection: Collection) -> None:
-    name = collection.ledger().votes[0].better
+    name = collection.vote_log().votes[0].better
     file = collection.images / name
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(BadInput, match=f"objective.collection: .*{name}"):

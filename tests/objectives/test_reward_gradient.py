@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import engine_for, experience_of, items_of
+from stages import items_of, rollout_of, updater_for
 from tiny_families import CASES
 
 from trainer.config import ModelConfig
@@ -23,17 +23,17 @@ def test_draft_ends_where_a_rollout_without_gradient_would(name: str, tmp_path: 
     model = family.load(config, CPU)
     kernel = case.rollout.get("kernel", "dance")
     options = {"name": "reward-gradient", "method": "draft", "gradient_steps": 2}
-    engine = engine_for(model, options, rollout={"kernel": kernel, "steps": 4})
+    updater = updater_for(model, options, rollout={"kernel": kernel, "steps": 4})
     plan = Plan(kernel, 0.0, model.sigmas(4, 3.0), [False] * 4, shared_noise=False)
     prompting, prompt_of = Prompting(conditions.rows(torch.tensor([0]))), torch.zeros(2, dtype=torch.long)
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     whole, begun = (
         sample(model, p, prompting, prompt_of, noise, lambda step: noise)
-        for p in (plan, engine.objective.plan(model, 0))
+        for p in (plan, updater.objective.plan(model, 0))
     )
-    experience = experience_of(engine.objective.plan(model, 0), prompting, begun, prompt_of, [0.0, 0.0])
-    batch = engine.objective.batches(items_of(experience, [(0, 0), (1, 0)]), experience)[0]
-    final, _, forwards = engine.objective._sample(model, experience, batch)
+    rollout = rollout_of(updater.objective.plan(model, 0), prompting, begun, prompt_of, [0.0, 0.0])
+    batch = updater.objective.batches(items_of(rollout, [(0, 0), (1, 0)]), rollout)[0]
+    final, _, forwards = updater.objective._sample(model, rollout, batch)
     assert final.requires_grad
     assert forwards == 4
     torch.testing.assert_close(final.detach(), whole.final, rtol=1e-4, atol=1e-4)

@@ -16,7 +16,16 @@ from trainer.diffusion import kernels
 from trainer.loop import Trainer
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.advantage import Advantages
-from trainer.objectives.base import Batch, Experience, Item, Loss, Objective, ObjectiveOptions, Totals, split_updates
+from trainer.objectives.base import (
+    Batch,
+    Loss,
+    Objective,
+    ObjectiveOptions,
+    RolloutBatch,
+    Totals,
+    TrainingItem,
+    split_updates,
+)
 from trainer.prompts.sets import PromptSet
 from trainer.rollout import Plan, Trajectories
 from trainer.runs.directory import RunDirectory
@@ -40,18 +49,18 @@ class Plain(Objective):
         # Without noise on the way, images that start from one noise would all be the same.
         return Plan("ode", 0.0, model.sigmas(config.steps, config.shift), [False] * config.steps, shared_noise=False)
 
-    def spare(self, experience: Experience) -> Item:
-        return Item(experience.members[0])
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
+        return TrainingItem(rollout.members[0])
 
-    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
-        return [Rows(items, torch.tensor([experience.row_of[item.member] for item in items]))] if items else []
+    def batches(self, items: list[TrainingItem], rollout: RolloutBatch) -> list[Batch]:
+        return [Rows(items, torch.tensor([rollout.row_of[item.member] for item in items]))] if items else []
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
-        for members in split_updates(experience.active_groups(), self.options.updates):
-            yield [Item(member, draw) for member in members for draw in range(2)]
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
+        for members in split_updates(rollout.active_groups(), self.options.updates):
+            yield [TrainingItem(member, draw) for member in members for draw in range(2)]
 
-    def velocity(self, experience: Experience, rows: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
-        conditions = experience.prompting.conditions.rows(experience.prompt_of[rows])
+    def velocity(self, rollout: RolloutBatch, rows: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+        conditions = rollout.prompting.conditions.rows(rollout.prompt_of[rows])
         return self.model.predict_guided(latents, sigma, conditions)
 
     def record(self, every: Totals, first: Totals) -> dict:
@@ -70,19 +79,19 @@ class Matching(Plain):
     Options = MatchingOptions
     keeps_old_weights = True
 
-    def acting(self) -> AbstractContextManager:
+    def rollout_weights(self) -> AbstractContextManager:
         return self.policy.using("old")
 
-    def loss(self, model: object, experience: Experience, batch: Rows) -> Loss:
-        final = experience.trajectories.final[batch.rows]
-        drawn = [noise(final.shape[1:], 5, experience.iteration, *item.member, item.step) for item in batch.items]
+    def loss(self, model: object, rollout: RolloutBatch, batch: Rows) -> Loss:
+        final = rollout.trajectories.final[batch.rows]
+        drawn = [noise(final.shape[1:], 5, rollout.iteration, *item.member, item.step) for item in batch.items]
         eps, sigma = torch.stack(drawn), torch.tensor([(0.3, 0.7)[item.step] for item in batch.items])
         column = sigma[:, None, None, None]
         noised = (1 - column) * final + column * eps
         with self.policy.using("old"):
-            old = self.velocity(experience, batch.rows, noised, sigma)
-        live = self.velocity(experience, batch.rows, noised, sigma)
-        advantages = experience.advantages_of(batch.items)
+            old = self.velocity(rollout, batch.rows, noised, sigma)
+        live = self.velocity(rollout, batch.rows, noised, sigma)
+        advantages = rollout.advantages_of(batch.items)
         value = advantages * (live - (eps - final)).square().flatten(1).mean(1)
         contrast = (live - old).detach().square().flatten(1).mean(1).double()
         return Loss(value, {"contrast": contrast.sum()}, {"largest": contrast.max()}, 2 * len(final))
@@ -113,12 +122,12 @@ class Pairs(Plain):
     def training_prompts(self) -> PromptSet:
         return PromptSet(self.data, [""] * len(self.data))
 
-    def collect(self, iteration: int) -> Experience:
+    def collect(self, iteration: int) -> RolloutBatch:
         pairs = len(self.data)
         members = [(pair, side) for pair in range(pairs) for side in range(2)]
         final = torch.stack([noise(self.model.latent_shape, 1, *member) for member in members])
         nothing = torch.empty(0)
-        return Experience(
+        return RolloutBatch(
             iteration=iteration,
             plan=self.plan(self.model, iteration),
             prompting=self.prompting,
@@ -130,18 +139,18 @@ class Pairs(Plain):
             active=torch.ones(pairs, 2, dtype=torch.bool),
         )
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
-        yield [Item((pair, 0), other=(pair, 1)) for pair in range(len(experience.active))]
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
+        yield [TrainingItem((pair, 0), other=(pair, 1)) for pair in range(len(rollout.active))]
 
-    def loss(self, model: object, experience: Experience, batch: Rows) -> Loss:
-        losers = torch.tensor([experience.row_of[item.other] for item in batch.items])
+    def loss(self, model: object, rollout: RolloutBatch, batch: Rows) -> Loss:
+        losers = torch.tensor([rollout.row_of[item.other] for item in batch.items])
         eps = torch.stack([noise(self.model.latent_shape, 2, *item.member) for item in batch.items])
         both, sigma = torch.cat([batch.rows, losers]), torch.full((2 * len(losers),), 0.5)
-        final, eps = experience.trajectories.final[both], torch.cat([eps, eps])
+        final, eps = rollout.trajectories.final[both], torch.cat([eps, eps])
         noised = 0.5 * final + 0.5 * eps
 
         def error() -> Tensor:
-            return (self.velocity(experience, both, noised, sigma) - (eps - final)).square().flatten(1).mean(1)
+            return (self.velocity(rollout, both, noised, sigma) - (eps - final)).square().flatten(1).mean(1)
 
         with self.policy.using("base"):
             reference = error()
@@ -170,14 +179,14 @@ class Gradient(Plain):
         plan = super().plan(model, iteration)
         return Plan(plan.kernel, 0.0, plan.sigmas, plan.stochastic, plan.shared_noise, stop=len(plan.stochastic) - 1)
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
-        yield [member for group in experience.active_groups() for member in map(Item, group)]
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
+        yield [member for group in rollout.active_groups() for member in map(TrainingItem, group)]
 
-    def loss(self, model: object, experience: Experience, batch: Rows) -> Loss:
-        latents, sigma = experience.trajectories.final[batch.rows], experience.plan.sigmas[-2]
-        velocity = self.velocity(experience, batch.rows, latents, torch.full((len(latents),), sigma))
+    def loss(self, model: object, rollout: RolloutBatch, batch: Rows) -> Loss:
+        latents, sigma = rollout.trajectories.final[batch.rows], rollout.plan.sigmas[-2]
+        velocity = self.velocity(rollout, batch.rows, latents, torch.full((len(latents),), sigma))
         scores = kernels.step("ode", latents, velocity, sigma, 0.0, 0.0).next_sample.flatten(1).mean(1)
-        table = experience.scores.setdefault("brightness", torch.full(experience.active.shape, torch.nan).double())
+        table = rollout.scores.setdefault("brightness", torch.full(rollout.active.shape, torch.nan).double())
         for item, score in zip(batch.items, scores.tolist(), strict=True):
             table[item.member] = score
         return Loss(-scores, {}, {}, len(latents))

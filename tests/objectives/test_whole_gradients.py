@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from stages import engine_for, experience_of, gradients_of
+from stages import gradients_of, rollout_of, updater_for
 from torch import Tensor, nn
 
 from trainer.models import Conditions, DiffusionModel
-from trainer.objectives.base import Experience
-from trainer.objectives.engine import Engine
+from trainer.objectives.base import RolloutBatch
+from trainer.objectives.updater import Updater
 from trainer.rewards import load_reward
 from trainer.rollout import Plan, Prompting, Trajectories
 
@@ -27,7 +27,7 @@ class LinearModel(DiffusionModel):
     """velocity = W x + sigma c; its pictures are grey, of 2 x 2 pixels."""
 
     default_targets = ("proj",)
-    check = load = encode_pieces = classmethod(lambda cls, *_: None)
+    check = load = encode_batches = classmethod(lambda cls, *_: None)
     latent_shape = (WIDTH,)
     lora_key = lambda self, name: name  # noqa: E731
 
@@ -43,12 +43,12 @@ class LinearModel(DiffusionModel):
 
 
 class Scene:
-    """Images of two prompts, and an engine whose live, old and base weights differ."""
+    """Images of two prompts, and an updater whose live, old and base weights differ."""
 
     def __init__(self, options: dict, stop: int | None = None) -> None:
         draw = torch.Generator().manual_seed(3)
-        self.engine: Engine = engine_for(LinearModel(), {"batch_size": 4, **options}, lora={"rank": 2, "alpha": 4})
-        policy, self.objective = self.engine.policy, self.engine.objective
+        self.updater: Updater = updater_for(LinearModel(), {"batch_size": 4, **options}, lora={"rank": 2, "alpha": 4})
+        policy, self.objective = self.updater.policy, self.updater.objective
         self.objective.rewards = {"brightness": load_reward(self.objective.config.rewards[0])}
         for name, parameter in policy.parameters.items():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
@@ -60,24 +60,24 @@ class Scene:
         plan = Plan("dance", 0.0, SIGMAS, [False] * 4, shared_noise=False, stop=stop)
         kept = Trajectories(final, [], nothing, nothing, nothing, None, 0)
         prompting = Prompting(Conditions({"c": self.context}))
-        self.experience: Experience = experience_of(plan, prompting, kept, prompt_of, ADVANTAGES, optimizer_steps=0)
-        self.items = next(self.objective.items(self.experience))
-        self.batches = self.objective.batches(self.items, self.experience)
+        self.rollout: RolloutBatch = rollout_of(plan, prompting, kept, prompt_of, ADVANTAGES, optimizer_steps=0)
+        self.items = next(self.objective.items(self.rollout))
+        self.batches = self.objective.batches(self.items, self.rollout)
 
     def weights(self, which: str = "live") -> Weights:
-        source = self.engine.policy.old if which == "old" else self.engine.policy.parameters
+        source = self.updater.policy.old if which == "old" else self.updater.policy.parameters
         found = {name: value.detach().double().numpy() for name, value in source.items()}
         return {name: 0 * value for name, value in found.items()} if which == "base" else found
 
     def velocity(self, weights: Weights, latents: np.ndarray, sigma: np.ndarray, rows: Tensor) -> np.ndarray:
-        base = self.engine.model.module["proj"].base_layer.weight.double().numpy()
+        base = self.updater.model.module["proj"].base_layer.weight.double().numpy()
         down, up = (next(v for k, v in weights.items() if part in k) for part in ("lora_A", "lora_B"))
-        context = self.context.double().numpy()[self.experience.prompt_of[rows].numpy()]
+        context = self.context.double().numpy()[self.rollout.prompt_of[rows].numpy()]
         return latents @ (base + 4 / 2 * up @ down).T + sigma[:, None] * context
 
     def noised(self, batch: object) -> tuple[np.ndarray, ...]:
         """Images, noise and levels of a batch, and the images noised."""
-        image = self.experience.trajectories.final[batch.rows].double().numpy()
+        image = self.rollout.trajectories.final[batch.rows].double().numpy()
         eps, sigma = batch.noise.double().numpy(), batch.sigma.double().numpy()
         return image, eps, sigma, (1 - sigma[:, None]) * image + sigma[:, None] * eps
 
@@ -133,7 +133,7 @@ def dpo(stage: Scene, live: Weights, held: Weights) -> float:
 
 def draft(stage: Scene, live: Weights, held: Weights) -> float:
     def path(weights: Weights, rows: Tensor) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        x, states, velocities = stage.experience.trajectories.final[rows].double().numpy(), [], []
+        x, states, velocities = stage.rollout.trajectories.final[rows].double().numpy(), [], []
         for now, after in zip(SIGMAS[2:-1], SIGMAS[3:], strict=True):
             states.append(x)
             velocities.append(stage.velocity(weights, x, np.full(len(x), now), rows))
@@ -152,7 +152,7 @@ def draft(stage: Scene, live: Weights, held: Weights) -> float:
 
 
 CASES: dict[str, tuple[Callable, dict, int | None]] = {
-    "nft": (nft, {"name": "nft", "mix": 0.5, "kl_weight": 0.3}, None),
+    "nft": (nft, {"name": "nft", "beta": 0.5, "kl_weight": 0.3}, None),
     "awm": (awm, {"name": "awm", "trust_weight": 0.2, "kl_weight": 0.3}, None),
     "dpo": (dpo, {"name": "dpo", "beta": 3.0, "winner_weight": 0.1, "noise_levels": 3}, None),
     "draft": (draft, {"name": "reward-gradient", "gradient_steps": 2, "kl_weight": 0.1}, 2),
@@ -164,9 +164,9 @@ def test_gradient_of_the_update_equals_central_differences(case: str) -> None:
     transcription, options, stop = CASES[case]
     stage = Scene(options, stop)
     start = stage.weights()
-    totals = stage.engine.accumulate(stage.items, stage.experience)
+    totals = stage.updater.accumulate(stage.items, stage.rollout)
     assert totals.loss / len(stage.items) == pytest.approx(transcription(stage, start, start), rel=1e-4, abs=1e-5)
-    for name, found in gradients_of(stage.engine).items():
+    for name, found in gradients_of(stage.updater).items():
         expected = np.zeros(found.shape)
         for place in np.ndindex(*found.shape):
             sides = []

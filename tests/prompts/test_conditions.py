@@ -103,11 +103,11 @@ def test_processes_encode_a_share_each_and_read_all(
     training, held_out = read_prompts(config)
     encoded: list[int] = []
 
-    def encode_pieces(model: ModelConfig, texts: list, pictures: list, negative: str, device: object) -> Iterator:
+    def encode_batches(model: ModelConfig, texts: list, pictures: list, negative: str, device: object) -> Iterator:
         encoded.append(len(texts))
         yield from (numbered(texts[start : start + 16]) for start in range(0, len(texts), 16))
 
-    monkeypatch.setattr(SD3Model, "encode_pieces", encode_pieces)
+    monkeypatch.setattr(SD3Model, "encode_batches", encode_batches)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"texts": ["held 40"]})})
     training, held_out = read_prompts(config)
     (tmp_path / "encoded-7.safetensors").write_bytes(b"of a run of eight processes that was killed")
@@ -132,12 +132,12 @@ def test_a_fault_in_one_process_is_raised_in_all(
     config = parse_config(sd3.model_dump(mode="json") | {"prompts": {"texts": [f"prompt {n}" for n in range(40)]}})
     prompts = read_prompts(config)
 
-    def encode_pieces(model: ModelConfig, texts: list, *_: object) -> Iterator:
+    def encode_batches(model: ModelConfig, texts: list, *_: object) -> Iterator:
         if "prompt 20" in texts:
             raise BadInput("the second process cannot encode")
         yield numbered(texts)
 
-    monkeypatch.setattr(SD3Model, "encode_pieces", encode_pieces)
+    monkeypatch.setattr(SD3Model, "encode_batches", encode_batches)
     found = in_processes(2, lambda processes: conditions_for(config, SD3Model, *prompts, processes, tmp_path))
     assert [type(error) for error in found] == [BadInput, BadInput]
     assert {str(error) for error in found} == {"the second process cannot encode"}
@@ -149,12 +149,12 @@ def test_size_is_said_before_the_start_and_a_full_disk_is_refused(
     wanted = {(f"prompt {n}", ""): None for n in range(50_000)}
     made: list[int] = []
 
-    def encode_pieces(*_: object) -> Iterator[Conditions]:
+    def encode_batches(*_: object) -> Iterator[Conditions]:
         for _ in range(3):
             made.append(16)
             yield Conditions({"embeds": torch.zeros(16, 512, 4096).bfloat16()[:, :1].expand(16, 512, 4096)})
 
-    monkeypatch.setattr(SD3Model, "encode_pieces", encode_pieces)
+    monkeypatch.setattr(SD3Model, "encode_batches", encode_batches)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=200 * 2**30))
     with pytest.raises(ValueError, match="48 rows of conditions for 50000 prompts"):

@@ -21,7 +21,7 @@ def keys(count: int) -> list[tuple[str, str]]:
     return [(f"prompt {number} 🦊\u2028", "") for number in range(count)]
 
 
-def piece(rows: int, tokens: int, seed: int, mask: bool = False) -> Conditions:
+def batch(rows: int, tokens: int, seed: int, mask: bool = False) -> Conditions:
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         "embeds": torch.randn(rows, tokens, 5, generator=generator).bfloat16(),
@@ -30,11 +30,11 @@ def piece(rows: int, tokens: int, seed: int, mask: bool = False) -> Conditions:
     return Conditions(tensors | ({"mask": torch.ones(rows, tokens, dtype=torch.long)} if mask else {}))
 
 
-def test_rows_come_back_in_any_order_from_several_pieces_and_files(tmp_path: Path) -> None:
-    pieces = [piece(3, 4, 0), piece(3, 4, 1), piece(1, 4, 2)]
-    whole = {name: torch.cat([p.tensors[name] for p in pieces]) for name in ("embeds", "pooled")}
-    write_conditions(tmp_path / "a.safetensors", keys(6), pieces[:2])
-    write_conditions(tmp_path / "b.safetensors", [("last", "00ff")], pieces[2:])
+def test_rows_come_back_in_any_order_from_several_batches_and_files(tmp_path: Path) -> None:
+    batches = [batch(3, 4, 0), batch(3, 4, 1), batch(1, 4, 2)]
+    whole = {name: torch.cat([p.tensors[name] for p in batches]) for name in ("embeds", "pooled")}
+    write_conditions(tmp_path / "a.safetensors", keys(6), batches[:2])
+    write_conditions(tmp_path / "b.safetensors", [("last", "00ff")], batches[2:])
     stored = open_conditions(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert stored.keys == [*keys(6), ("last", "00ff")]
     index = torch.tensor([5, 0, 6, 0, 2])
@@ -73,8 +73,8 @@ def test_entries_of_a_graph_come_back_and_shared_tensors_are_there_once(tmp_path
         }
         for n in (5, 7)
     ]
-    pieces = (EntryConditions.of([entry | {"reference_latents": [shared.clone()]}]) for entry in entries)
-    write_conditions(tmp_path / "c.safetensors", [("a", ""), ("b", "")], pieces)
+    batches = (EntryConditions.of([entry | {"reference_latents": [shared.clone()]}]) for entry in entries)
+    write_conditions(tmp_path / "c.safetensors", [("a", ""), ("b", "")], batches)
     stored = open_conditions(tmp_path / "c.safetensors")
     assert stored.files[0].size == 4 * (5 * 8 + 7 * 8 + shared.numel())
     back = stored.rows(torch.tensor([1, 0, 1]))
@@ -91,12 +91,12 @@ def test_entries_of_a_graph_come_back_and_shared_tensors_are_there_once(tmp_path
 
 
 def test_masked_rows_are_filled_up_to_the_longest_of_all(tmp_path: Path) -> None:
-    pieces = [piece(2, 3, 0, mask=True), piece(1, 6, 1, mask=True)]
-    write_conditions(tmp_path / "c.safetensors", keys(3), pieces)
+    batches = [batch(2, 3, 0, mask=True), batch(1, 6, 1, mask=True)]
+    write_conditions(tmp_path / "c.safetensors", keys(3), batches)
     stored = open_conditions(tmp_path / "c.safetensors")
     read = stored.rows(torch.tensor([1]))
     assert read.tensors["embeds"].shape == (1, 6, 5)
-    assert torch.equal(read.tensors["embeds"][:, :3], pieces[0].tensors["embeds"][1:])
+    assert torch.equal(read.tensors["embeds"][:, :3], batches[0].tensors["embeds"][1:])
     assert not read.tensors["embeds"][:, 3:].any()
     assert read.tensors["mask"].tolist() == [[1, 1, 1, 0, 0, 0]]
     assert read.lengths is None
@@ -104,8 +104,8 @@ def test_masked_rows_are_filled_up_to_the_longest_of_all(tmp_path: Path) -> None
 
 
 def test_rows_without_a_mask_keep_their_lengths(tmp_path: Path) -> None:
-    pieces = [piece(2, 3, 0), piece(1, 6, 1)]
-    write_conditions(tmp_path / "c.safetensors", keys(3), pieces)
+    batches = [batch(2, 3, 0), batch(1, 6, 1)]
+    write_conditions(tmp_path / "c.safetensors", keys(3), batches)
     stored = open_conditions(tmp_path / "c.safetensors")
     assert stored.is_ragged
     alike = stored.rows(torch.tensor([1, 0]))
@@ -117,31 +117,31 @@ def test_rows_without_a_mask_keep_their_lengths(tmp_path: Path) -> None:
         ([0, 2], (2, 3, 5)),
         ([1, 3], (2, 6, 5)),
     ]
-    assert torch.equal(parts[0][1].tensors["embeds"], pieces[0].tensors["embeds"])
-    assert torch.equal(parts[0][1].tensors["pooled"], pieces[0].tensors["pooled"])
-    # A piece that has lengths is written without its filling.
+    assert torch.equal(parts[0][1].tensors["embeds"], batches[0].tensors["embeds"])
+    assert torch.equal(parts[0][1].tensors["pooled"], batches[0].tensors["pooled"])
+    # A batch that has lengths is written without its filling.
     write_conditions(tmp_path / "d.safetensors", keys(4), [read])
     again = open_conditions(tmp_path / "d.safetensors").rows(torch.arange(4))
     assert torch.equal(again.tensors["embeds"], read.tensors["embeds"])
     assert again.lengths.tolist() == [3, 6, 3, 6]
 
 
-def test_one_piece_is_in_memory_at_a_time_and_one_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_batch_is_in_memory_at_a_time_and_one_row_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[object] = []
     import weakref
 
-    def pieces() -> Iterator[Conditions]:
+    def batches() -> Iterator[Conditions]:
         for number in range(20):
-            assert sum(reference() is not None for reference in alive) <= 1, "the piece before is gone"
-            made = piece(4, 50, number)
+            assert sum(reference() is not None for reference in alive) <= 1, "the batch before is gone"
+            made = batch(4, 50, number)
             alive.append(weakref.ref(made.tensors["embeds"]))
             yield made
             del made
 
     announced: list[int] = []
-    write_conditions(tmp_path / "c.safetensors", keys(80), pieces(), announce=announced.append)
-    row = 50 * 5 * 2 + 4 + 3 * 4  # with 4 bytes of alignment in each piece
-    assert announced == [pytest.approx(80 * row, rel=0.02)], "said once, after the first piece"
+    write_conditions(tmp_path / "c.safetensors", keys(80), batches(), announce=announced.append)
+    row = 50 * 5 * 2 + 4 + 3 * 4  # with 4 bytes of alignment in each batch
+    assert announced == [pytest.approx(80 * row, rel=0.02)], "said once, after the first batch"
     stored = open_conditions(tmp_path / "c.safetensors")
     read: list[slice] = []
 
@@ -156,7 +156,7 @@ def test_one_piece_is_in_memory_at_a_time_and_one_row_is_read(tmp_path: Path, mo
 
 
 def test_it_is_a_plain_safetensors_file(tmp_path: Path) -> None:
-    write_conditions(tmp_path / "c.safetensors", keys(2), [piece(2, 4, 0)])
+    write_conditions(tmp_path / "c.safetensors", keys(2), [batch(2, 4, 0)])
     with safe_open(tmp_path / "c.safetensors", framework="pt") as file:
         assert set(file.keys()) == {"data", "index"}
         assert json.loads(file.get_tensor("index").numpy().tobytes())["keys"] == [list(key) for key in keys(2)]
@@ -164,24 +164,24 @@ def test_it_is_a_plain_safetensors_file(tmp_path: Path) -> None:
 
 def test_nothing_is_left_where_writing_fails(tmp_path: Path) -> None:
     def fails() -> Iterator[Conditions]:
-        yield piece(2, 4, 0)
+        yield batch(2, 4, 0)
         raise RuntimeError("the encoder failed")
 
     def refuse(size: int) -> None:
         raise BadInput("no room")
 
-    for pieces, announce, words in (
+    for batches, announce, words in (
         (fails(), lambda size: None, "the encoder failed"),
-        ([piece(2, 4, 0)], refuse, "no room"),
-        ([piece(2, 4, 0)], lambda size: None, "2 rows of conditions for 4 prompts"),
+        ([batch(2, 4, 0)], refuse, "no room"),
+        ([batch(2, 4, 0)], lambda size: None, "2 rows of conditions for 4 prompts"),
     ):
         with pytest.raises((RuntimeError, ValueError), match=words):
-            write_conditions(tmp_path / "c.safetensors", keys(4), pieces, announce=announce)
+            write_conditions(tmp_path / "c.safetensors", keys(4), batches, announce=announce)
         assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    write_conditions(tmp_path / "c.safetensors", keys(3), [piece(3, 4, 0)])
+    write_conditions(tmp_path / "c.safetensors", keys(3), [batch(3, 4, 0)])
     whole, other = (tmp_path / "c.safetensors").read_bytes(), tmp_path / "d.safetensors"
     with pytest.raises(BadInput, match="none.safetensors cannot be read"):
         open_conditions(tmp_path / "none.safetensors")

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from trainer.config import RewardConfig
 from trainer.rewards import Reward, load_reward, score
-from trainer.rewards.geneval_like import Found, GenEvalLike, cut_out, graded, relations, right
+from trainer.rewards.geneval_like import Detection, GenEvalLike, cut_out, graded, relations, right
 from trainer.utils.errors import BadInput
 
 
-def found(left: float, top: float, right_: float, bottom: float) -> Found:
+def found(left: float, top: float, right_: float, bottom: float) -> Detection:
     mask = torch.zeros(100, 100, dtype=torch.bool)
     mask[int(top) : int(bottom), int(left) : int(right_)] = True
-    return Found((left, top, right_, bottom), mask)
+    return Detection((left, top, right_, bottom), mask)
 
 
 A, B, C = found(0, 40, 20, 60), found(60, 40, 80, 60), found(5, 0, 25, 20)
@@ -79,7 +79,7 @@ def test_an_object_is_cut_out_on_grey() -> None:
     image, mask = torch.rand(3, 100, 100), torch.zeros(100, 100, dtype=torch.bool)
     mask[10:20, 30:50] = True
     mask[10, 30] = False
-    crop = cut_out(image, Found((30, 10, 50, 20), mask))
+    crop = cut_out(image, Detection((30, 10, 50, 20), mask))
     assert crop.shape == (3, 10, 20)
     assert torch.equal(crop[:, 5, 5], image[:, 15, 35])
     torch.testing.assert_close(crop[:, 0, 0], torch.full((3,), 0.6))

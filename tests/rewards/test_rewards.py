@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.config import RewardConfig
 from trainer.rewards import Reward, Threshold, load_reward, score
 from trainer.shapes.prompts import COLORS, SHAPES, Phrase, Prompt
-from trainer.shapes.world import Item, Scene, render
+from trainer.shapes.world import Scene, SceneObject, render
 from trainer.utils.errors import BadInput
 
 PROMPT = "a red circle"
@@ -26,9 +26,9 @@ def images(count: int = 4, height: int = 24, width: int = 32) -> Tensor:
 
 def pictures() -> tuple[Tensor, list[str]]:
     """Images of the shapes world, some right and some wrong."""
-    items = [Item(shape, color, 30.0, 34.0, 12.0) for shape in SHAPES for color in COLORS[:2]]
-    texts = [Prompt("", (Phrase("circle", "red"),)).phrases[0].text()] * len(items)
-    return render([Scene((item,), (0.93, 0.93, 0.93)) for item in items]), texts
+    objects = [SceneObject(shape, color, 30.0, 34.0, 12.0) for shape in SHAPES for color in COLORS[:2]]
+    texts = [Prompt("", (Phrase("circle", "red"),)).phrases[0].text()] * len(objects)
+    return render([Scene((item,), (0.93, 0.93, 0.93)) for item in objects]), texts
 
 
 def reward(name: str, **settings: object) -> Reward:

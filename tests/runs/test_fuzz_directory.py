@@ -210,16 +210,16 @@ def test_a_collection_with_a_damaged_file_keeps_the_rest(voted: Path, tmp_path: 
         damage(file, rng)
     before = file.read_bytes() if file.is_file() else None
     try:
-        ledger, (items, complaints) = collection.ledger(), collection.items()
-        assert all(len(text) < 400 for text in [*ledger.complaints, *complaints])
+        vote_log, (items, complaints) = collection.vote_log(), collection.items()
+        assert all(len(text) < 400 for text in [*vote_log.complaints, *complaints])
         with suppress(BadInput):  # too few pairs are left
             read_pairs(collection.folder)
         assert len(items) == len(collection.files()), "each image is there, whatever its line says"
         left = sorted(collection.files())
         new = Vote(left[-1], left[-2], "winner", f"after-{seed}")
         assert collection.record([new]) == 1
-        assert new in collection.ledger().votes
-        assert set(ledger.votes) <= set(collection.ledger().votes), "a vote got lost by another one"
+        assert new in collection.vote_log().votes
+        assert set(vote_log.votes) <= set(collection.vote_log().votes), "a vote got lost by another one"
         export(collection, tmp_path / "mine.zip")
     except (BadInput, RunFailed, OSError) as error:
         assert not hostile.traceback_in(str(error))

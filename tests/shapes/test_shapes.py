@@ -9,7 +9,7 @@ import torch
 from tools.pretrain_shapes import caption, corrupt, describe, meaning
 from trainer.shapes.checker import check, find_shapes
 from trainer.shapes.prompts import TASKS, TEMPLATES, Phrase, Prompt, balanced_prompts, parse, prompts
-from trainer.shapes.world import BACKGROUNDS, PALETTE, Item, Scene, make_scene, render
+from trainer.shapes.world import BACKGROUNDS, PALETTE, Scene, SceneObject, make_scene, render
 
 PER_TASK = 150
 
@@ -120,7 +120,7 @@ def test_balanced_prompts_take_the_same_number_of_each_task(held_out: bool) -> N
 
 
 def test_pictures_have_the_colours_they_are_made_of() -> None:
-    scene = Scene((Item("square", "blue", 20.0, 40.0, 10.0),), BACKGROUNDS[0])
+    scene = Scene((SceneObject("square", "blue", 20.0, 40.0, 10.0),), BACKGROUNDS[0])
     image = render([scene])[0]
     assert image.shape == (3, 64, 64)
     assert image[:, 40, 20].tolist() == pytest.approx(PALETTE["blue"])
@@ -128,16 +128,16 @@ def test_pictures_have_the_colours_they_are_made_of() -> None:
 
 
 def test_shapes_are_found_where_they_were_drawn() -> None:
-    items = (
-        Item("circle", "red", 16.0, 14.0, 9.0),
-        Item("triangle", "green", 46.0, 20.0, 9.0),
-        Item("square", "purple", 30.0, 48.0, 9.0),
+    objects = (
+        SceneObject("circle", "red", 16.0, 14.0, 9.0),
+        SceneObject("triangle", "green", 46.0, 20.0, 9.0),
+        SceneObject("square", "purple", 30.0, 48.0, 9.0),
     )
     for background in BACKGROUNDS:
-        image = render([Scene(items, background)])[0].permute(1, 2, 0).numpy()
+        image = render([Scene(objects, background)])[0].permute(1, 2, 0).numpy()
         found = {f.shape: f for f in find_shapes(image)}
         assert set(found) == {"circle", "triangle", "square"}
-        for item in items:
+        for item in objects:
             seen = found[item.shape]
             assert seen.color == item.color
             assert (seen.x, seen.y) == pytest.approx((item.x, item.y), abs=2.5)
@@ -212,17 +212,17 @@ def test_checker_passes_clean_pictures_and_fails_corrupted_ones(task: str) -> No
     assert {graded.dtype, right.dtype} == {torch.float32}
 
 
-def picture(*items: Item) -> torch.Tensor:
-    return render([Scene(items, BACKGROUNDS[0])])
+def picture(*objects: SceneObject) -> torch.Tensor:
+    return render([Scene(objects, BACKGROUNDS[0])])
 
 
-def verdict(text: str, *items: Item) -> tuple[float, bool]:
-    graded, right = check(picture(*items), [text])
+def verdict(text: str, *objects: SceneObject) -> tuple[float, bool]:
+    graded, right = check(picture(*objects), [text])
     return graded.item(), bool(right.item())
 
 
-RED_LEFT = Item("circle", "red", 16.0, 32.0, 10.0)
-BLUE_RIGHT = Item("square", "blue", 48.0, 32.0, 10.0)
+RED_LEFT = SceneObject("circle", "red", 16.0, 32.0, 10.0)
+BLUE_RIGHT = SceneObject("square", "blue", 48.0, 32.0, 10.0)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_verdicts_on_one_picture(text: str, expected: bool) -> None:
 
 
 def test_above_and_below() -> None:
-    top, bottom = Item("circle", "red", 32.0, 16.0, 10.0), Item("square", "blue", 32.0, 48.0, 10.0)
+    top, bottom = SceneObject("circle", "red", 32.0, 16.0, 10.0), SceneObject("square", "blue", 32.0, 48.0, 10.0)
     assert verdict("a circle above a square", top, bottom)[1]
     assert verdict("a square below a circle", top, bottom)[1]
     assert not verdict("a circle below a square", top, bottom)[1]
@@ -258,20 +258,20 @@ def test_above_and_below() -> None:
 
 def test_grade_rises_with_every_demand_that_is_met() -> None:
     text = "a red circle and a blue square"
-    nothing = verdict(text, Item("triangle", "green", 32.0, 32.0, 10.0))[0]
-    one = verdict(text, Item("circle", "green", 16.0, 32.0, 10.0))[0]
+    nothing = verdict(text, SceneObject("triangle", "green", 32.0, 32.0, 10.0))[0]
+    one = verdict(text, SceneObject("circle", "green", 16.0, 32.0, 10.0))[0]
     one_right = verdict(text, RED_LEFT)[0]
-    two = verdict(text, RED_LEFT, Item("square", "green", 48.0, 32.0, 10.0))[0]
+    two = verdict(text, RED_LEFT, SceneObject("square", "green", 48.0, 32.0, 10.0))[0]
     both = verdict(text, RED_LEFT, BLUE_RIGHT)[0]
     assert nothing == 0 < one < one_right < two < both <= 1
 
 
 def test_grade_of_a_count_falls_with_its_distance() -> None:
     places = [(14.0, 14.0), (50.0, 14.0), (14.0, 50.0), (50.0, 50.0)]
-    items = [Item("square", "red", x, y, 8.0) for x, y in places]
-    grades = [verdict("three squares", *items[:n])[0] for n in (1, 2, 3, 4)]
+    objects = [SceneObject("square", "red", x, y, 8.0) for x, y in places]
+    grades = [verdict("three squares", *objects[:n])[0] for n in (1, 2, 3, 4)]
     assert grades[0] < grades[1] < grades[2] > grades[3]
-    assert [verdict("three squares", *items[:n])[1] for n in (1, 2, 3, 4)] == [False, False, True, False]
+    assert [verdict("three squares", *objects[:n])[1] for n in (1, 2, 3, 4)] == [False, False, True, False]
 
 
 def test_further_shapes_cost() -> None:

@@ -95,11 +95,11 @@ def test_favourites_become_balanced_votes_once(fox: Collection, tmp_path: Path) 
     found = import_favourites(fox, liked, others, "a fox")
     assert (found.new, found.votes) == (15, 24)
     sources = {item.image: item.source.split()[0] for item in fox.items()[0]}
-    votes = fox.ledger().votes
+    votes = fox.vote_log().votes
     assert {(sources[vote.better], sources[vote.worse]) for vote in votes} == {("favourites", "others")}
     again = import_favourites(fox, liked, others)
     assert (again.new, again.known, again.votes) == (0, 15, 0)
-    assert fox.ledger().votes == votes
+    assert fox.vote_log().votes == votes
     with pytest.raises(BadInput, match="6 images are in both liked and liked"):
         import_favourites(fox, liked, liked)
     with pytest.raises(BadInput, match="no folder 'nowhere'"):
@@ -134,7 +134,7 @@ def test_export_holds_what_counts(fox: Collection, tmp_path: Path) -> None:
             [b, c, "1", "0", "a, fox"],
         ]
     copy = Collection(tmp_path / "unpacked")
-    assert [(v.better, v.worse, v.kind) for v in copy.ledger().votes] == [(a, b, "winner"), (b, c, "tie")]
+    assert [(v.better, v.worse, v.kind) for v in copy.vote_log().votes] == [(a, b, "winner"), (b, c, "tie")]
     assert copy.items() == fox.items()
     assert copy.image_file(a).read_bytes() == fox.image_file(a).read_bytes()
     assert [path.name for path in (tmp_path / "exports").iterdir()] == ["fox.zip"]

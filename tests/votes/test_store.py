@@ -112,10 +112,10 @@ def test_a_vote_is_a_row_and_a_repeated_id_is_counted_once(fox: Collection) -> N
         f"{a},{c},,1,,3",
         f"{c},{b},,,,4",
     ]
-    ledger = fox.ledger()
-    assert ledger.votes == [Vote(a, b, id="1"), Vote(b, c, "tie", "2"), Vote(a, c, "skip", "3"), Vote(c, b, id="4")]
-    assert ledger.counts() == {"winners": 2, "ties": 1, "skips": 1}
-    assert ledger.complaints == []
+    vote_log = fox.vote_log()
+    assert vote_log.votes == [Vote(a, b, id="1"), Vote(b, c, "tie", "2"), Vote(a, c, "skip", "3"), Vote(c, b, id="4")]
+    assert vote_log.counts() == {"winners": 2, "ties": 1, "skips": 1}
+    assert vote_log.complaints == []
 
 
 def test_undo_appends_a_row_and_a_late_repeat_of_the_vote_does_not_bring_it_back(fox: Collection) -> None:
@@ -126,11 +126,11 @@ def test_undo_appends_a_row_and_a_late_repeat_of_the_vote_does_not_bring_it_back
     assert fox.undo("u1") == "3"
     assert fox.undo("u2", "1") == "1"
     assert fox.record([votes[0]]) == 0
-    assert fox.ledger().votes == [votes[1]]
+    assert fox.vote_log().votes == [votes[1]]
     assert fox.undo("u3") == "2"
     assert fox.undo("u4") is None
     assert fox.record([Vote(c, b, id="5")]) == 1
-    assert fox.ledger().votes == [Vote(c, b, id="5")]
+    assert fox.vote_log().votes == [Vote(c, b, id="5")]
     assert len(fox.votes_file.read_text().splitlines()) == 1 + 3 + 3 + 1
 
 
@@ -184,26 +184,26 @@ def test_a_row_that_cannot_be_read_costs_that_row_with_a_sentence(fox: Collectio
     with fox.votes_file.open("a") as file:
         file.write("\n".join(broken) + "\n\n")
         file.write(f"{c},{d},,,,10,\r\n{c},{d},,,,10,\n")
-    ledger = fox.ledger()
-    assert ledger.votes == [Vote(a, b, id="1"), Vote(c, d, id="10")]
+    vote_log = fox.vote_log()
+    assert vote_log.votes == [Vote(a, b, id="1"), Vote(c, d, id="10")]
     reasons = ["not CSV", "6 columns, but the header has 7", "tie and skip", "tie and skip", "the same",
                r"no image '../../x.png'", "'a b' is not a valid id",
                "an undo row must have an id", "1 columns"]  # fmt: skip
-    assert len(ledger.complaints) == len(reasons)
-    for number, (complaint, reason) in enumerate(zip(ledger.complaints, reasons, strict=True), 3):
+    assert len(vote_log.complaints) == len(reasons)
+    for number, (complaint, reason) in enumerate(zip(vote_log.complaints, reasons, strict=True), 3):
         assert complaint.startswith(f"votes.csv, line {number} is ignored: ")
         assert reason in complaint
     assert fox.record([Vote(b, c, id="11")]) == 1
-    assert fox.ledger().votes[-1] == Vote(b, c, id="11")
+    assert fox.vote_log().votes[-1] == Vote(b, c, id="11")
 
 
 def test_a_broken_header_costs_nothing_else(fox: Collection) -> None:
     a, b, *_ = names(fox)
     fox.record([Vote(a, b, id="1")])
     fox.votes_file.write_text(fox.votes_file.read_text().replace("better", "b\x00tter"))
-    ledger = fox.ledger()
-    assert ledger.votes == [Vote(a, b, id="1")]
-    assert "line 1 is ignored" in ledger.complaints[0]
+    vote_log = fox.vote_log()
+    assert vote_log.votes == [Vote(a, b, id="1")]
+    assert "line 1 is ignored" in vote_log.complaints[0]
 
 
 def test_a_broken_line_of_the_items_costs_the_prompt_of_that_image(fox: Collection) -> None:
@@ -227,7 +227,7 @@ def test_a_row_that_was_cut_short_is_repeated_and_counted_once(fox: Collection, 
     content = fox.votes_file.read_bytes()
     fox.votes_file.write_bytes(content[:-cut])
     fox.record([Vote(b, c, id="second")])
-    assert fox.ledger().votes == [Vote(a, b, id="1"), Vote(b, c, id="second")]
+    assert fox.vote_log().votes == [Vote(a, b, id="1"), Vote(b, c, id="second")]
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(fox: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,15 +254,15 @@ def test_a_hand_written_file_is_read_and_can_be_continued(tmp_path: Path) -> Non
     mine.write_text("\ufeffworse, better\nfox 0.png,fox 1.png\n\nfox 1.png,fox 9.png\nfox 2.png, fox 1.png", "utf-8")
     collection = store.find(tmp_path, "mine")
     written = [Vote("fox 1.png", "fox 0.png"), Vote("fox 1.png", "fox 2.png")]
-    ledger = collection.ledger()
-    assert ledger.votes == written
-    assert ledger.complaints == ["votes.csv, line 4 is ignored: there is no image 'fox 9.png'"]
+    vote_log = collection.vote_log()
+    assert vote_log.votes == written
+    assert vote_log.complaints == ["votes.csv, line 4 is ignored: there is no image 'fox 9.png'"]
     assert collection.undo("u") is None
     collection.record([Vote("fox 0.png", "fox 2.png", id="1")])
-    assert collection.ledger().votes == [*written, Vote("fox 0.png", "fox 2.png", id="1")]
+    assert collection.vote_log().votes == [*written, Vote("fox 0.png", "fox 2.png", id="1")]
     assert mine.read_text().splitlines()[0] == "worse,better,tie,skip,undo,id,time"
     assert collection.undo("u") == "1"
-    assert collection.ledger().votes == written
+    assert collection.vote_log().votes == written
 
 
 # ------------------------------------------------------------------------------------------------------- names and bins
@@ -323,11 +323,11 @@ def test_processes_that_vote_at_once_lose_nothing_and_count_nothing_twice(fox: C
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    ledger = fox.ledger()
+    vote_log = fox.vote_log()
     expected = {f"{voter}-{number}" for voter in range(3) for number in range(1, count)}
     expected |= {f"shared-{number}" for number in range(count)}
-    assert sorted(vote.id for vote in ledger.votes) == sorted(expected)
-    assert ledger.complaints == []
+    assert sorted(vote.id for vote in vote_log.votes) == sorted(expected)
+    assert vote_log.complaints == []
 
 
 def _cast_until_killed(folder: Path, pipe: object) -> None:
@@ -355,9 +355,9 @@ def test_a_killed_process_has_on_disk_what_it_answered(fox: Collection) -> None:
                 answered = receive.recv()
             except EOFError:
                 break
-        ids = [int(vote.id) for vote in fox.ledger().votes]
+        ids = [int(vote.id) for vote in fox.vote_log().votes]
         assert ids == list(range(len(ids)))
         assert len(ids) >= answered + 1
-        assert fox.ledger().complaints == []
+        assert fox.vote_log().complaints == []
         with fox.lock():  # the dead process does not hold it
             pass

@@ -12,7 +12,7 @@ from trainer.rewards import load_reward, score
 from trainer.shapes.world import render
 from trainer.utils.media import read_image
 from trainer.votes import analysis, store
-from trainer.votes.analysis import Analyst
+from trainer.votes.analysis import VoteAnalyzer
 from trainer.votes.pixels import PixelFeatures
 from trainer.votes.records import Vote
 from trainer.votes.store import Collection
@@ -25,29 +25,29 @@ def describe(path: Path) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def voted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Collection, Analyst]:
+def voted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Collection, VoteAnalyzer]:
     """80 votes on 100 images, on pairs asked for four at a time."""
     pool = scenes(100, seed=0)
     collection = store.create(tmp_path_factory.mktemp("votes"), "blue")
     pictures = (render(pool) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     images = collection.add((Image.fromarray(one), "shapes", f"scene {i}") for i, one in enumerate(pictures)).names
     likes = {name: liking(scene) for name, scene in zip(images, pool, strict=True)}
-    analyst = Analyst(lambda backbone: describe)
+    analyzer = VoteAnalyzer(lambda backbone: describe)
     for _ in range(VOTES // 4):
-        for left, right in analyst.next(collection, "pixels", count=4):
+        for left, right in analyzer.next(collection, "pixels", count=4):
             difference = likes[left.image] - likes[right.image]
             better, worse = (left.image, right.image) if difference > 0 else (right.image, left.image)
             kind = "tie" if abs(difference) <= MARGIN else "winner"
             assert collection.record([Vote(better, worse, kind, f"{better[:20]}-{worse[:20]}")]) == 1
-    return collection, analyst
+    return collection, analyzer
 
 
-def test_eighty_votes_predict_more_than_four_of_five_left_out(voted: tuple[Collection, Analyst]) -> None:
-    collection, analyst = voted
-    state = analyst.state(collection, "pixels")
+def test_eighty_votes_predict_more_than_four_of_five_left_out(voted: tuple[Collection, VoteAnalyzer]) -> None:
+    collection, analyzer = voted
+    state = analyzer.state(collection, "pixels")
     assert state["images"] == state["described"] == 100
     assert state["votes"]["winners"] + state["votes"]["ties"] == VOTES
-    assert len({frozenset((v.better, v.worse)) for v in collection.ledger().votes}) == VOTES, "no pair came twice"
+    assert len({frozenset((v.better, v.worse)) for v in collection.vote_log().votes}) == VOTES, "no pair came twice"
     assert state["agreement"]["share"] > 0.8
     assert state["agreement"]["low"] < state["agreement"]["share"] < state["agreement"]["high"]
     assert state["enough"].startswith(("enough to train on", "better than guessing"))
@@ -55,7 +55,7 @@ def test_eighty_votes_predict_more_than_four_of_five_left_out(voted: tuple[Colle
 
 
 def test_the_judge_ranks_new_images_as_the_voter_does(
-    voted: tuple[Collection, Analyst], capsys: pytest.CaptureFixture
+    voted: tuple[Collection, VoteAnalyzer], capsys: pytest.CaptureFixture
 ) -> None:
     judge = load_reward(RewardConfig(name="preference", options={"collection": str(voted[0].folder)}))
     new = scenes(200, seed=1)
@@ -69,42 +69,42 @@ def test_the_judge_ranks_new_images_as_the_voter_does(
 
 
 def test_results_are_kept_until_the_votes_change(
-    voted: tuple[Collection, Analyst], monkeypatch: pytest.MonkeyPatch
+    voted: tuple[Collection, VoteAnalyzer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collection, analyst = voted
-    before = analyst.state(collection, "pixels"), analyst.next(collection, "pixels")
+    collection, analyzer = voted
+    before = analyzer.state(collection, "pixels"), analyzer.next(collection, "pixels")
     with monkeypatch.context() as patch:
         patch.setattr(analysis, "fit", None)
         patch.setattr(analysis, "agreement", None)
-        assert (analyst.state(collection, "pixels"), analyst.next(collection, "pixels")) == before
+        assert (analyzer.state(collection, "pixels"), analyzer.next(collection, "pixels")) == before
     assert collection.undo("undo") is not None
-    votes = analyst.state(collection, "pixels")["votes"]
+    votes = analyzer.state(collection, "pixels")["votes"]
     assert sum(votes.values()) == VOTES - 1
 
 
 def test_pairs_on_a_screen_and_pairs_that_were_skipped_do_not_come(tmp_path: Path) -> None:
     collection = store.create(tmp_path, "small")
     images = collection.add((Image.new("RGB", (8, 8), (60 * i, 90, 20)), "", "") for i in range(4)).names
-    analyst = Analyst(lambda backbone: describe)
-    found = analyst.next(collection, "pixels", count=9)
+    analyzer = VoteAnalyzer(lambda backbone: describe)
+    found = analyzer.next(collection, "pixels", count=9)
     assert len({frozenset((a.image, b.image)) for a, b in found}) == 6
     first = tuple(item.image for item in found[0])
-    others = analyst.next(collection, "pixels", count=9, exclude=[first[::-1], ("gone.png", images[0])])
+    others = analyzer.next(collection, "pixels", count=9, exclude=[first[::-1], ("gone.png", images[0])])
     assert {frozenset((a.image, b.image)) for a, b in others} == {frozenset((a.image, b.image)) for a, b in found[1:]}
     collection.record([Vote(*first, "skip", "1")])
-    assert len(analyst.next(collection, "pixels", count=9, mode="random")) == 5
-    assert len(analyst.next(collection, "pixels", count=9, repeat=True)) == 6
+    assert len(analyzer.next(collection, "pixels", count=9, mode="random")) == 5
+    assert len(analyzer.next(collection, "pixels", count=9, repeat=True)) == 6
     empty = store.create(tmp_path, "empty")
-    assert analyst.next(empty, "pixels") == []
-    assert analyst.state(empty, "pixels")["enough"].startswith("too few votes to tell: 0")
+    assert analyzer.next(empty, "pixels") == []
+    assert analyzer.state(empty, "pixels")["enough"].startswith("too few votes to tell: 0")
 
 
 def test_an_image_that_cannot_be_described_is_left_out_with_a_sentence(tmp_path: Path) -> None:
     collection = store.create(tmp_path, "broken")
     collection.add((Image.new("RGB", (8, 8), (60 * i, 90, 20)), "", "") for i in range(3))
     (collection.images / "broken.png").write_text("no image")
-    analyst = Analyst(lambda backbone: describe)
-    state = analyst.state(collection, "pixels")
+    analyzer = VoteAnalyzer(lambda backbone: describe)
+    state = analyzer.state(collection, "pixels")
     assert (state["images"], state["described"]) == (4, 3)
     assert state["warnings"][0].startswith("broken.png is ignored: ")
-    assert len(analyst.next(collection, "pixels", count=9)) == 3
+    assert len(analyzer.next(collection, "pixels", count=9)) == 3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..models.base import Rows, matching
+from ..models.base import FusedRows, matching
 from ..utils.files import write_atomically
 
 ADAPTER = "default"
@@ -68,7 +68,7 @@ def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str | Rows]) -> dict[str, Tensor]:
+def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str | FusedRows]) -> dict[str, Tensor]:
     """Weights under the names ComfyUI loads, with the `.alpha` without which it would apply scale 1.
 
     Args:
@@ -79,7 +79,7 @@ def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str],
     for name, value in weights.items():
         module, _, rest = name.partition(".lora_")
         plain.setdefault(module, {})[rest[0]] = value.detach().float().cpu().contiguous()
-    parts: dict[str, list[tuple[Rows, dict[str, Tensor]]]] = {}
+    parts: dict[str, list[tuple[FusedRows, dict[str, Tensor]]]] = {}
     result: dict[str, Tensor] = {}
     for module, pair in plain.items():
         native = key(module)
@@ -96,7 +96,7 @@ def _entries(key: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tens
     return {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up, f"{key}.alpha": torch.tensor(float(alpha))}
 
 
-def _fuse(parts: list[tuple[Rows, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
+def _fuse(parts: list[tuple[FusedRows, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
     """One LoRA for a layer made of several: the ranks add up, and each part reaches its own output rows alone."""
     rank = parts[0][1]["A"].shape[0]
     up = torch.zeros(parts[0][0].total, rank * len(parts))

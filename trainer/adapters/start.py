@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import LoraConfig
-from ..models.base import Rows
+from ..models.base import FusedRows
 from ..utils.errors import BadInput, cut, shorten
 
 _PAIRS = (
@@ -43,7 +43,7 @@ def check_start(config: LoraConfig) -> None:
 def start_weights(
     config: LoraConfig,
     modules: list[str],
-    key: Callable[[str], str | Rows],
+    key: Callable[[str], str | FusedRows],
     aliases: Callable[[str], list[str]],
     fresh: dict[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def fitted_weights(
     what: str,
     config: LoraConfig,
     modules: list[str],
-    key: Callable[[str], str | Rows],
+    key: Callable[[str], str | FusedRows],
     aliases: Callable[[str], list[str]],
     fresh: dict[str, Tensor],
 ) -> dict[str, Tensor]:
@@ -101,7 +101,11 @@ def fitted_weights(
 
 
 def changed_modules(
-    path: Path, what: str, modules: list[str], key: Callable[[str], str | Rows], aliases: Callable[[str], list[str]]
+    path: Path,
+    what: str,
+    modules: list[str],
+    key: Callable[[str], str | FusedRows],
+    aliases: Callable[[str], list[str]],
 ) -> list[str]:
     """Which of a model's linear layers a LoRA file changes; nothing large is read.
 
@@ -137,11 +141,11 @@ def highest_rank(path: Path, what: str) -> int:
 
 
 def _found(
-    module: str, key: Callable[[str], str | Rows], aliases: Callable[[str], list[str]], layers: dict[str, object]
+    module: str, key: Callable[[str], str | FusedRows], aliases: Callable[[str], list[str]], layers: dict[str, object]
 ) -> str | None:
     """The name under which a file holds a module's LoRA, if it does."""
     native = key(module)
-    names = _names(native.key if isinstance(native, Rows) else native, module) + aliases(module)
+    names = _names(native.key if isinstance(native, FusedRows) else native, module) + aliases(module)
     return next((name for name in names if name in layers), None)
 
 
@@ -230,7 +234,7 @@ def _names(key: str, module: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _part(layer: Layer, rows: Rows, count: int) -> Layer:
+def _part(layer: Layer, rows: FusedRows, count: int) -> Layer:
     """A module's part of a layer that ComfyUI keeps in one piece; columns that do not reach it are left out."""
     down, up, factor = layer
     own = up[rows.first : rows.first + count]

@@ -103,7 +103,7 @@ class ModelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _one_door(self) -> "ModelConfig":
+    def _graph_or_folder(self) -> "ModelConfig":
         if (self.family == "comfy") != (self.graph is not None):
             raise ValueError("model.graph is required for family 'comfy' and not allowed for other families")
         if self.graph is not None and (self.network_file or self.quantization):

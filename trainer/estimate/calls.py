@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..check import Checked
+from ..check import CheckedRun
 from ..collect import Collector
 from ..config import ModelConfig, RunConfig
 from ..diffusion.process import Process
 from ..models import Conditions, DiffusionModel
 from ..objectives import make_objective
 from ..objectives.base import Resources
-from ..objectives.engine import Engine
+from ..objectives.updater import Updater
 from ..policy import Policy
 from ..rewards import Reward
 from ..rollout import Execution, Prompting
@@ -46,7 +46,7 @@ class Call:
 Calls = Counter[Call]
 
 
-class StandIn(DiffusionModel):
+class CountingModel(DiffusionModel):
     """Takes and gives what a model does, on latents of a few numbers, and counts its calls.
 
     Args:
@@ -102,17 +102,17 @@ class StandIn(DiffusionModel):
         """There is nothing to look at."""
 
     @classmethod
-    def load(cls, config: ModelConfig, device: torch.device) -> "StandIn":
+    def load(cls, config: ModelConfig, device: torch.device) -> "CountingModel":
         raise NotImplementedError
 
     @classmethod
-    def encode_pieces(
+    def encode_batches(
         cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
         raise NotImplementedError
 
 
-class StandInJudge(Reward):
+class CountingReward(Reward):
     """Scores that differ from image to image, so that every group can be trained on; counts its calls."""
 
     name = "stand-in"
@@ -132,7 +132,7 @@ class StandInJudge(Reward):
 
 def iteration_calls(
     config: RunConfig,
-    checked: Checked,
+    checked: CheckedRun,
     process: Process,
     levels: Callable[[int, float | None], list[float]],
     processes: Processes,
@@ -146,26 +146,26 @@ def iteration_calls(
     calls: Calls = Counter()
     lora = config.lora.model_copy(update={"targets": ["0"], "rank": 1, "alpha": 1.0, "start_from": None})
     config = config.model_copy(update={"lora": lora})
-    model, objective = StandIn(process, levels, processes.device, calls), make_objective(config)
+    model, objective = CountingModel(process, levels, processes.device, calls), make_objective(config)
     checked = replace(checked, objective=objective, rewards=_judges(checked.rewards, calls))
     policy = Policy(model, config, objective.keeps_old_weights)
     prompting = _prompting(len(checked.prompts.texts))
     objective.setup(Resources(model, policy, checked.rewards, prompting, processes))
     execution, recorder = Execution(config.rollout.batch_size), Recorder(None, config, None, False)
-    experience = Collector(config, checked, model, prompting, processes, execution, recorder).collect(0, Clock())
-    Engine(objective, model, policy, processes, execution).update(experience)
+    rollout = Collector(config, checked, model, prompting, processes, execution, recorder).collect(0, Clock())
+    Updater(objective, model, policy, processes, execution).update(rollout)
     return calls
 
 
 def _judges(rewards: Mapping[str, Reward], calls: Calls) -> dict[str, Reward]:
-    return {name: StandInJudge(judge, name, calls) for name, judge in rewards.items()}
+    return {name: CountingReward(judge, name, calls) for name, judge in rewards.items()}
 
 
 def _prompting(count: int) -> Prompting:
     return Prompting(Conditions({"x": torch.zeros(count, 1)}), Conditions({"x": torch.zeros(1, 1)}))
 
 
-def evaluation_calls(config: RunConfig, checked: Checked, processes: Processes) -> Calls:
+def evaluation_calls(config: RunConfig, checked: CheckedRun, processes: Processes) -> Calls:
     """The calls that this process makes in one evaluation of the held-out prompts."""
     calls: Calls = Counter()
     images = len(processes.share(len(checked.held_out.texts) * config.evaluation.images_per_prompt))
@@ -181,7 +181,7 @@ def evaluation_calls(config: RunConfig, checked: Checked, processes: Processes) 
     return calls
 
 
-def evaluations(config: RunConfig, checked: Checked) -> int:
+def evaluations(config: RunConfig, checked: CheckedRun) -> int:
     """How many evaluations a whole run makes."""
     if not checked.held_out.texts:
         return 0

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..check import Checked, check_run
+from ..check import CheckedRun, check_run
 from ..config import RunConfig
 from ..rewards.threshold import Threshold
 from ..utils.console import quiet_libraries
@@ -48,7 +48,7 @@ def run_estimate(config: RunConfig, processes: int = 1) -> Forecast:
     return forecast
 
 
-def _computed(config: RunConfig, checked: Checked, processes: int, device: torch.device) -> Forecast:
+def _computed(config: RunConfig, checked: CheckedRun, processes: int, device: torch.device) -> Forecast:
     on_cpu = device.type == "cpu"
     parts = memory.parts(config, checked, processes, on_cpu)
     if config.model.graph is None:
@@ -60,7 +60,7 @@ def _computed(config: RunConfig, checked: Checked, processes: int, device: torch
     return Forecast(name, config.runtime.iterations, parts=parts, needed=needed, free=free, changes=found)
 
 
-def measure(forecast: Forecast, trainer: "Trainer", checked: Checked, processes: int, quick: bool = False) -> None:
+def measure(forecast: Forecast, trainer: "Trainer", checked: CheckedRun, processes: int, quick: bool = False) -> None:
     """Fill in the seconds, and the memory that making the calls took.
 
     Args:

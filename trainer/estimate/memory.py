@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from ..check import Checked
+from ..check import CheckedRun
 from ..config import RunConfig
 from ..models.diffusers.family import DiffusersModel
 from ..models.memory import BYTES, parameter_count, run_memory, weight_bytes
@@ -33,7 +33,7 @@ WORTH_IT = 0.02
 """A change is named if it saves at least this share of the peak."""
 
 
-def parts(config: RunConfig, checked: Checked, processes: int, on_cpu: bool) -> dict[str, int]:
+def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) -> dict[str, int]:
     """Bytes of one process by part. For ComfyUI's models, activations are known only once they are measured.
 
     The device's context, fragmentation and workspaces of kernels are not counted.
@@ -91,7 +91,7 @@ def measured_peak(device: torch.device) -> int:
 # -------------------------------------------------------------------------------------------------- what to change
 
 
-def changes(config: RunConfig, checked: Checked, processes: int, on_cpu: bool) -> list[tuple[str, int]]:
+def changes(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) -> list[tuple[str, int]]:
     """Settings that save memory, each alone, with the bytes it saves: what costs least comes first."""
     if not issubclass(checked.family, DiffusersModel):
         return []

@@ -4,7 +4,7 @@ import statistics
 import sys
 from typing import TYPE_CHECKING
 
-from ..check import Checked
+from ..check import CheckedRun
 from ..runs.memory import iteration_bytes
 from ..utils.errors import BadInput, RunFailed, StopRequested
 from . import memory
@@ -27,7 +27,7 @@ class Pace:
         checked: what its description stands for.
     """
 
-    def __init__(self, trainer: "Trainer", checked: Checked) -> None:
+    def __init__(self, trainer: "Trainer", checked: CheckedRun) -> None:
         self.trainer, self.checked = trainer, checked
         self.forecast: Forecast | None = None
         self.seen: list[float] = []

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from ..check import Checked, check_run
+from ..check import CheckedRun, check_run
 from ..config import RunConfig, parse_config, read_config
 from ..evaluate import Evaluator
 from ..paths import with_absolute_paths
@@ -15,7 +15,7 @@ from ..utils.distributed import Processes
 from ..utils.errors import BadInput
 from ..utils.files import write_atomically, write_json
 from ..utils.media import save_picture
-from .comparison import Judged, compared, text_table
+from .comparison import ModelScores, compared, text_table
 from .embedding import embedder
 from .files import BASE, Adapters, LoraFile, check_fit, lora_files
 from .sheet import contact_sheet
@@ -43,7 +43,7 @@ def read_description(path: Path, overrides: list[str], prompts: Path | None) -> 
 
 
 def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Callable[[str], None] = print) -> dict:
-    """Judge the base model and each LoRA, and write the table, the figures and the contact sheet.
+    """Score the base model and each LoRA, and write the table, the figures and the contact sheet.
 
     Args:
         paths: LoRA files, or directories of runs.
@@ -61,7 +61,7 @@ def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Call
     files = lora_files(paths)
     checked = check_run(config, 1)
     check_fit(checked.family, config, files)
-    models = judge(config, checked, files, say)
+    models = score_models(config, checked, files, say)
     record = {**compared(models), "seed": config.evaluation.seed}
     record["files"] = {file.name: str(file.path.resolve()) for file in files}
     table = text_table(record)
@@ -72,7 +72,9 @@ def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Call
     return record
 
 
-def judge(config: RunConfig, checked: Checked, files: list[LoraFile], say: Callable[[str], None]) -> list[Judged]:
+def score_models(
+    config: RunConfig, checked: CheckedRun, files: list[LoraFile], say: Callable[[str], None]
+) -> list[ModelScores]:
     """The base model, then the LoRAs."""
     processes, held_out = Processes(config.runtime.device), checked.held_out
     for reward in checked.all_rewards.values():
@@ -89,6 +91,6 @@ def judge(config: RunConfig, checked: Checked, files: list[LoraFile], say: Calla
         result = evaluator.evaluate(first)
         first = first or result.record()
         name = BASE if file is None else file.name
-        models.append(Judged(name, result.scores, result.looks, result.images, result.samples))
+        models.append(ModelScores(name, result.scores, result.looks, result.images, result.samples))
         say(f"{name}: " + ", ".join(f"{n} {v:.4f}" for n, v in result.rewards.items() if v is not None))
     return models

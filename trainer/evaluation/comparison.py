@@ -17,7 +17,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Judged:
+class ModelScores:
     """What one model made of the held-out prompts.
 
     Attributes:
@@ -35,7 +35,7 @@ class Judged:
     samples: list[Sample] = field(default_factory=list)
 
 
-def compared(models: list[Judged]) -> dict:
+def compared(models: list[ModelScores]) -> dict:
     """All figures as plain data; the first model is the base that the others are measured against."""
     base, shape = models[0], next(iter(models[0].scores.values())).shape
     return {
@@ -46,7 +46,7 @@ def compared(models: list[Judged]) -> dict:
     }
 
 
-def _figures(model: Judged, base: Judged | None) -> dict:
+def _figures(model: ModelScores, base: ModelScores | None) -> dict:
     rewards = {name: {"estimate": bootstrap(values).record()} for name, values in model.scores.items()}
     looks = {name: {"estimate": bootstrap(values).record()} for name, values in model.looks.items()}
     if base is not None:

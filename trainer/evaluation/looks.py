@@ -1,4 +1,4 @@
-"""What images look like, without a judge: brightness, saturation, and how much the images of a prompt differ.
+"""What images look like, without a reward model: brightness, saturation, and how much the images of a prompt differ.
 
 Diversity within a prompt is the mean, over all pairs of its images, of a distance: without CLIP the root mean square
 difference of their thumbnails, 0 to 1, which sees layout and colour; with CLIP 1 - cosine of their image embeddings,

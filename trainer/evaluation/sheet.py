@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ..runs.pictures import CELL, arranged, block, checker_of, score_lines
 from ..runs.report import magnification
 from ..utils.media import to_picture
-from .comparison import Judged
+from .comparison import ModelScores
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -17,13 +17,13 @@ WIDTH = 1500
 """Prompts go side by side up to this width."""
 
 
-def contact_sheet(models: list[Judged]) -> "Image":
+def contact_sheet(models: list[ModelScores]) -> "Image":
     """Where a reward gives 0 or 1 only, images are marked right or wrong by it.
 
     Args:
         models: with images of the same prompts, in the same order.
     """
-    judge = checker_of([sample.scores for model in models for sample in model.samples])
+    checker = checker_of([sample.scores for model in models for sample in model.samples])
     small = max(models[0].images.shape[-2:]) < CELL
     strips = []
     for number, sample in enumerate(models[0].samples):
@@ -32,12 +32,12 @@ def contact_sheet(models: list[Judged]) -> "Image":
         blocks = []
         for model, cell in zip(models, cells, strict=True):
             scores = model.samples[number].scores
-            verdict = None if judge is None else bool(scores[judge])
+            verdict = None if checker is None else bool(scores[checker])
             blocks.append(block([(verdict, cell)], model.name, score_lines(scores), width))
         strips.append(arranged(blocks, len(blocks), sample.prompt))
     columns = max(1, min(len(strips), WIDTH // strips[0].width))
     rule = "The same noise for every model" if len(models) > 1 else models[0].name
-    return arranged(strips, columns, rule if judge is None else f"{rule}. Marks: right or wrong by {judge}.")
+    return arranged(strips, columns, rule if checker is None else f"{rule}. Marks: right or wrong by {checker}.")
 
 
 def _cell(image: "Tensor", small: bool) -> "Image":

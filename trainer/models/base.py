@@ -133,10 +133,10 @@ class DiffusionModel(ABC):
 
     @classmethod
     @abstractmethod
-    def encode_pieces(
+    def encode_batches(
         cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
-        """Load the text encoders, encode, and free them; yields conditions on the CPU in pieces of a few prompts.
+        """Load the text encoders, encode, and free them; yields conditions on the CPU in batches of a few prompts.
 
         Args:
             pictures: first frame or source image of each prompt, or None.
@@ -151,11 +151,11 @@ class DiffusionModel(ABC):
     def encode(
         cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
     ) -> Conditions:
-        """`encode_pieces` in one piece; the last prompt is the negative prompt."""
+        """`encode_batches` at once; the last prompt is the negative prompt."""
         pictures = list(pictures or [None] * len(prompts))
         pictures[-1] = pictures[-1] or pictures[0]
-        pieces = [piece.tensors for piece in cls.encode_pieces(config, prompts, pictures, prompts[-1], device)]
-        return Conditions({name: stacked([piece[name] for piece in pieces]) for name in pieces[0]})
+        batches = [batch.tensors for batch in cls.encode_batches(config, prompts, pictures, prompts[-1], device)]
+        return Conditions({name: stacked([batch[name] for batch in batches]) for name in batches[0]})
 
     @classmethod  # noqa: B027 - a family may accept all
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
@@ -249,7 +249,7 @@ class DiffusionModel(ABC):
         return 0
 
     @abstractmethod
-    def lora_key(self, module_name: str) -> "str | Rows":
+    def lora_key(self, module_name: str) -> "str | FusedRows":
         """ComfyUI's LoRA key for a submodule of `module`, or its part of a fused layer.
 
         Raises:
@@ -325,7 +325,7 @@ class DiffusionModel(ABC):
 
 
 @dataclass(frozen=True)
-class Rows:
+class FusedRows:
     """The part of a module in a layer that is fused in ComfyUI, such as qkv.
 
     Attributes:

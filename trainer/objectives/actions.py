@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import kernels
-from .base import Batch, Experience
+from .base import Batch, RolloutBatch
 
 if TYPE_CHECKING:
     from ..models import DiffusionModel
@@ -40,16 +40,16 @@ class Actions:
         step_size: `[N]` float32, sigma minus the next sigma.
     """
 
-    def __init__(self, model: DiffusionModel, experience: Experience, batch: ActionBatch) -> None:
-        self.model, self.experience = model, experience
-        device, plan, kept = experience.device, experience.plan, experience.trajectories
+    def __init__(self, model: DiffusionModel, rollout: RolloutBatch, batch: ActionBatch) -> None:
+        self.model, self.rollout = model, rollout
+        device, plan, kept = rollout.device, rollout.plan, rollout.trajectories
         trajectory, step = batch.rows.to(device).unbind(1)
         self.row_of = batch.row_of.to(device)
         levels = torch.tensor(plan.sigmas, dtype=torch.float64, device=device)
         self.sigma, self.sigma_next = levels[step], levels[step + 1]
         index = torch.tensor([kept.steps.index(s) for s in batch.rows[:, 1].tolist()], device=device)
         self.latents = kept.samples[index, trajectory]
-        self.conditions = experience.prompting.conditions.rows(experience.prompt_of[trajectory])
+        self.conditions = rollout.prompting.conditions.rows(rollout.prompt_of[trajectory])
         action = index[self.row_of], batch.trajectory.to(device)
         self.next_samples, self.log_probs = kept.next_samples[action], kept.log_probs[action]
         self.means = None if kept.means is None else kept.means[action]
@@ -57,18 +57,18 @@ class Actions:
 
     def predict(self) -> Tensor:
         """Predictions under the weights in use, `[R, ...]`."""
-        guidance, negative = self.experience.plan.guidance_scale, self.experience.prompting.unconditional
+        guidance, negative = self.rollout.plan.guidance_scale, self.rollout.prompting.unconditional
         return self.model.predict_guided(self.latents, self.sigma.float(), self.conditions, guidance, negative)
 
     def score(self, prediction: Tensor) -> kernels.Step:
         """The actions under a prediction, N of them."""
         return kernels.step(
-            self.experience.plan.kernel,
+            self.rollout.plan.kernel,
             self.latents[self.row_of],
             prediction.index_select(0, self.row_of),  # its backward pass adds in a fixed order
             self.sigma[self.row_of],
             self.sigma_next[self.row_of],
-            self.experience.plan.eta,
+            self.rollout.plan.eta,
             next_sample=self.next_samples,
             process=self.model.process,
         )

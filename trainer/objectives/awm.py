@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Experience, Loss, Totals
+from .base import Loss, RolloutBatch, Totals
 from .forward_process import ForwardProcessObjective, ForwardProcessOptions, NoisedBatch, mean_square
 
 if TYPE_CHECKING:
@@ -52,20 +52,20 @@ class Awm(ForwardProcessObjective):
     def keeps_old_weights(self) -> bool:
         return self.options.trust_weight > 0
 
-    def loss(self, model: DiffusionModel, experience: Experience, batch: NoisedBatch) -> Loss:
-        image = experience.trajectories.final[batch.rows]
+    def loss(self, model: DiffusionModel, rollout: RolloutBatch, batch: NoisedBatch) -> Loss:
+        image = rollout.trajectories.final[batch.rows]
         latents = model.process.noised(image, batch.noise, batch.sigma)
         anchors = [("base", "kl", self.options.kl_weight), ("old", "trust", self.options.trust_weight)]
         anchors = [anchor for anchor in anchors if anchor[2]]
         predicted = {}
         for weights, name, _ in anchors:
             with self.policy.using(weights):
-                predicted[name] = self.predict(experience, latents, batch.sigma, batch.rows)
-        prediction = self.predict(experience, latents, batch.sigma, batch.rows)
+                predicted[name] = self.predict(rollout, latents, batch.sigma, batch.rows)
+        prediction = self.predict(rollout, latents, batch.sigma, batch.rows)
         error = mean_square(prediction - model.process.target(image, batch.noise, batch.sigma))
         log_prob = log_likelihood(error, batch.sigma, self.options.weighting, self.options.power)
         scale = self.options.advantage_scale / self.config.advantage.clip
-        value = awm_loss(log_prob, experience.advantages_of(batch.items) * scale)
+        value = awm_loss(log_prob, rollout.advantages_of(batch.items) * scale)
         sums = {"error": error.detach().sum()}
         for _, name, weight in anchors:
             distance = mean_square(prediction - predicted[name])

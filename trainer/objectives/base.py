@@ -29,7 +29,7 @@ Member = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Item:
+class TrainingItem:
     """One term of the loss.
 
     Attributes:
@@ -47,7 +47,7 @@ class Item:
 class Batch:
     """Items of one forward and backward pass. Objectives subclass it to add what their loss needs."""
 
-    items: list[Item]
+    items: list[TrainingItem]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Totals:
 
 
 @dataclass
-class Experience:
+class RolloutBatch:
     """The data that an iteration trains on: the images of this process, and the advantages of all images.
 
     Attributes:
@@ -146,7 +146,7 @@ class Experience:
         """Per prompt slot, the images that may be trained on."""
         return [[(slot, g) for g in row.nonzero().flatten().tolist()] for slot, row in enumerate(self.active)]
 
-    def advantages_of(self, items: list[Item]) -> Tensor:
+    def advantages_of(self, items: list[TrainingItem]) -> Tensor:
         """Advantages of the items' images, `[N]` float32 on the device."""
         slots, members = zip(*(item.member for item in items), strict=True)
         return self.advantages.values[list(slots), list(members)].to(self.device)
@@ -175,7 +175,7 @@ class Objective(ABC):
     """Defines the rollout, the terms that are trained, and their loss.
 
     The constructor loads nothing. `setup` passes the loaded models; `preflight` is called once after it. Then `plan`,
-    `acting`, `collect`, `items`, `batches`, `loss` and the two `after_` methods are called in every iteration.
+    `rollout_weights`, `collect`, `items`, `batches`, `loss` and the two `after_` methods are called in every iteration.
 
     Attributes:
         name: its name in run descriptions.
@@ -248,7 +248,7 @@ class Objective(ABC):
         self.model, self.policy, self.rewards = resources.model, resources.policy, resources.rewards
         self.prompting, self.processes = resources.prompting, resources.processes
 
-    def preflight(self, experience: Experience) -> None:  # noqa: B027
+    def preflight(self, rollout: RolloutBatch) -> None:  # noqa: B027
         """Check once, on two images sampled for this purpose, that the model works with this objective.
 
         Raises:
@@ -261,23 +261,23 @@ class Objective(ABC):
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
         """How the images of an iteration are sampled, and which parts of the trajectories are stored."""
 
-    def acting(self) -> AbstractContextManager:
+    def rollout_weights(self) -> AbstractContextManager:
         """Context in which the rollout samples: with the live weights, unless overridden."""
         return self.policy.using("live")
 
-    def collect(self, iteration: int) -> Experience:
+    def collect(self, iteration: int) -> RolloutBatch:
         """The training data of an iteration, for an objective with `needs_rollout` False."""
         raise NotImplementedError
 
     @abstractmethod
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
         """For each optimizer step, the items of all processes; every process must yield the same.
 
         The optimizer step is taken before the next list is requested.
         """
 
     @abstractmethod
-    def spare(self, experience: Experience) -> Item:
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
         """An item for dummy passes, which this process can compute at any time.
 
         With a sharded model all processes must make the same number of forward passes, so a process with fewer batches
@@ -285,11 +285,11 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
+    def batches(self, items: list[TrainingItem], rollout: RolloutBatch) -> list[Batch]:
         """Divide this process's items of one optimizer step into batches."""
 
     @abstractmethod
-    def loss(self, model: DiffusionModel, experience: Experience, batch: Batch) -> Loss:
+    def loss(self, model: DiffusionModel, rollout: RolloutBatch, batch: Batch) -> Loss:
         """The loss of a batch.
 
         Every batch must make the same forward passes in the same order, because they are collective if the model is

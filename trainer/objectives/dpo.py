@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..utils.section import Positive
-from .base import Batch, Experience, Item, Loss, Member, Objective, Totals
+from .base import Batch, Loss, Member, Objective, RolloutBatch, Totals, TrainingItem
 from .forward_process import ForwardProcessObjective, ForwardProcessOptions, mean_square
 
 if TYPE_CHECKING:
@@ -80,34 +80,32 @@ class Dpo(ForwardProcessObjective):
 
         return OfflineDpo if options.collection else cls
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
-        pairs = self._pairs(experience)
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
+        pairs = self._pairs(rollout)
         updates = min(self.options.updates, len(pairs))
         for update in range(updates):
             part = pairs[len(pairs) * update // updates : len(pairs) * (update + 1) // updates]
             draws = range(self.options.noise_levels)
-            yield [Item(best, draw, other=worst) for best, worst in part for draw in draws]
+            yield [TrainingItem(best, draw, other=worst) for best, worst in part for draw in draws]
 
-    def _pairs(self, experience: Experience) -> list[tuple[Member, Member]]:
+    def _pairs(self, rollout: RolloutBatch) -> list[tuple[Member, Member]]:
         """Better and worse image of each pair; sees to it that the latents of all of them are known."""
-        pairs = [pair for group in experience.active_groups() if (pair := best_and_worst(group, experience))]
-        self._latents = self._gather(experience, {member for pair in pairs for member in pair})
+        pairs = [pair for group in rollout.active_groups() if (pair := best_and_worst(group, rollout))]
+        self._latents = self._gather(rollout, {member for pair in pairs for member in pair})
         return pairs
 
-    def _gather(self, experience: Experience, members: set[Member]) -> dict[Member, Tensor]:
+    def _gather(self, rollout: RolloutBatch, members: set[Member]) -> dict[Member, Tensor]:
         """Final latents of all images in pairs; the two of a pair may have been sampled by different processes."""
-        here = [
-            (m, experience.trajectories.final[experience.row_of[m]].cpu()) for m in members if m in experience.row_of
-        ]
+        here = [(m, rollout.trajectories.final[rollout.row_of[m]].cpu()) for m in members if m in rollout.row_of]
         return dict(self.processes.gather(here))
 
-    def spare(self, experience: Experience) -> Item:
-        member = experience.members[0]
-        self._latents.setdefault(member, experience.trajectories.final[0].cpu())
-        return Item(member, 0, other=member)
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
+        member = rollout.members[0]
+        self._latents.setdefault(member, rollout.trajectories.final[0].cpu())
+        return TrainingItem(member, 0, other=member)
 
-    def _batch(self, items: list[Item], experience: Experience) -> PairBatch:
-        noised, device = super()._batch(items, experience), experience.device
+    def _batch(self, items: list[TrainingItem], rollout: RolloutBatch) -> PairBatch:
+        noised, device = super()._batch(items, rollout), rollout.device
         return PairBatch(
             items=items,
             rows=noised.rows,
@@ -117,15 +115,15 @@ class Dpo(ForwardProcessObjective):
             noise=noised.noise,
         )
 
-    def loss(self, model: DiffusionModel, experience: Experience, batch: PairBatch) -> Loss:
+    def loss(self, model: DiffusionModel, rollout: RolloutBatch, batch: PairBatch) -> Loss:
         images = torch.cat([batch.winner, batch.loser])
         eps, sigma, rows = batch.noise.repeat(2, *[1] * (images.ndim - 1)), batch.sigma.repeat(2), batch.rows.repeat(2)
         latents = model.process.noised(images, eps, sigma)
         target = model.process.target(images, eps, sigma)
         with self.policy.using("base"):
-            reference = self.predict(experience, latents, sigma, rows)
+            reference = self.predict(rollout, latents, sigma, rows)
         base = mean_square(reference - target)
-        prediction = self.predict(experience, latents, sigma, rows)
+        prediction = self.predict(rollout, latents, sigma, rows)
         error = mean_square(prediction - target)
         winner, loser = error.chunk(2)
         gains = (error - base).detach().chunk(2)
@@ -174,11 +172,11 @@ RISING = 1.0
 """Warn when the winner's error exceeds the base model's by more than this / beta."""
 
 
-def best_and_worst(group: list[Member], experience: Experience) -> tuple[Member, Member] | None:
+def best_and_worst(group: list[Member], rollout: RolloutBatch) -> tuple[Member, Member] | None:
     """The images with the highest and the lowest advantage; None if all are equal."""
     if len(group) < 2:
         return None
-    value = experience.advantages.values
+    value = rollout.advantages.values
     best, worst = max(group, key=lambda m: value[m].item()), min(group, key=lambda m: value[m].item())
     return None if value[best] == value[worst] else (best, worst)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..rollout import Plan
 from ..utils.section import Positive
 from ..utils.seeds import generator, noise
-from .base import Batch, Experience, Item, Member, Objective, ObjectiveOptions, split_updates
+from .base import Batch, Member, Objective, ObjectiveOptions, RolloutBatch, TrainingItem, split_updates
 
 if TYPE_CHECKING:
     from ..models import DiffusionModel
@@ -72,46 +72,46 @@ class ForwardProcessObjective(Objective):
             solver=rollout.solver,
         )
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
-        for members in split_updates(experience.active_groups(), self.options.updates):
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
+        for members in split_updates(rollout.active_groups(), self.options.updates):
             if members:
-                yield [Item(member, draw) for member in members for draw in range(self.options.noise_levels)]
+                yield [TrainingItem(member, draw) for member in members for draw in range(self.options.noise_levels)]
 
-    def spare(self, experience: Experience) -> Item:
-        return Item(experience.members[0])
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
+        return TrainingItem(rollout.members[0])
 
-    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
+    def batches(self, items: list[TrainingItem], rollout: RolloutBatch) -> list[Batch]:
         size = self.options.batch_size
-        return [self._batch(items[start : start + size], experience) for start in range(0, len(items), size)]
+        return [self._batch(items[start : start + size], rollout) for start in range(0, len(items), size)]
 
-    def _batch(self, items: list[Item], experience: Experience) -> NoisedBatch:
-        device = experience.device
+    def _batch(self, items: list[TrainingItem], rollout: RolloutBatch) -> NoisedBatch:
+        device = rollout.device
         return NoisedBatch(
             items=items,
-            rows=torch.tensor([experience.row_of[item.member] for item in items], device=device),
-            sigma=torch.tensor([self._level(experience, item) for item in items], device=device),
-            noise=torch.stack([self._noise(experience, item) for item in items]).to(device),
+            rows=torch.tensor([rollout.row_of[item.member] for item in items], device=device),
+            sigma=torch.tensor([self._level(rollout, item) for item in items], device=device),
+            noise=torch.stack([self._noise(rollout, item) for item in items]).to(device),
         )
 
-    def _level(self, experience: Experience, item: Item) -> float:
+    def _level(self, rollout: RolloutBatch, item: TrainingItem) -> float:
         """The noise level of an item. The draws of one image have different levels if the schedule has enough."""
-        rng = self._rng(experience, "levels", item.member)
-        levels = draw_levels(experience.plan.sigmas, self.options, self.options.noise_levels, rng)
+        rng = self._rng(rollout, "levels", item.member)
+        levels = draw_levels(rollout.plan.sigmas, self.options, self.options.noise_levels, rng)
         return levels[item.step]
 
-    def _rng(self, experience: Experience, use: str, member: Member) -> random.Random:
+    def _rng(self, rollout: RolloutBatch, use: str, member: Member) -> random.Random:
         seed = self.config.runtime.seed
-        return generator(seed, use, experience.iteration, experience.optimizer_steps, *member)
+        return generator(seed, use, rollout.iteration, rollout.optimizer_steps, *member)
 
-    def _noise(self, experience: Experience, item: Item) -> Tensor:
-        seed, step = self.config.runtime.seed, experience.optimizer_steps
-        return noise(self.model.latent_shape, seed, "renoise", experience.iteration, step, *item.member, item.step)
+    def _noise(self, rollout: RolloutBatch, item: TrainingItem) -> Tensor:
+        seed, step = self.config.runtime.seed, rollout.optimizer_steps
+        return noise(self.model.latent_shape, seed, "renoise", rollout.iteration, step, *item.member, item.step)
 
-    def predict(self, experience: Experience, latents: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+    def predict(self, rollout: RolloutBatch, latents: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
         """Guided predictions for noised images of this process, `[N, ...]`."""
-        conditions = experience.prompting.conditions.rows(experience.prompt_of[rows])
-        negative = experience.prompting.unconditional
-        return self.model.predict_guided(latents, sigma, conditions, experience.plan.guidance_scale, negative)
+        conditions = rollout.prompting.conditions.rows(rollout.prompt_of[rows])
+        negative = rollout.prompting.unconditional
+        return self.model.predict_guided(latents, sigma, conditions, rollout.plan.guidance_scale, negative)
 
 
 def draw_levels(sigmas: list[float], options: ForwardProcessOptions, count: int, rng: random.Random) -> list[float]:

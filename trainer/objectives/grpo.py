@@ -17,7 +17,7 @@ from ..utils.section import Positive
 from ..utils.seeds import generator
 from .actions import ActionBatch, Actions
 from .advantage import Mixture
-from .base import Batch, Experience, Item, Loss, Objective, ObjectiveOptions, Totals, split_updates
+from .base import Batch, Loss, Objective, ObjectiveOptions, RolloutBatch, Totals, TrainingItem, split_updates
 from .likelihood import (
     beyond_divergence,
     clipped_objective,
@@ -127,13 +127,13 @@ class Grpo(Objective):
     def needs_watching(self) -> bool:
         return bool(self.options.kl_weight) and self.options.kl_share < 1
 
-    def preflight(self, experience: Experience) -> None:
+    def preflight(self, rollout: RolloutBatch) -> None:
         """Rounding keeps a ratio within the clip range, where it reaches one."""
         if self.options.updates == 1 or self.scores_again:
             return
-        step = experience.trajectories.steps[0]
-        batches = self.batches([Item(member, step) for member in experience.members], experience)
-        deviation = max(self.loss(self.model, experience, b).peaks["rollout_deviation"].item() for b in batches)
+        step = rollout.trajectories.steps[0]
+        batches = self.batches([TrainingItem(member, step) for member in rollout.members], rollout)
+        deviation = max(self.loss(self.model, rollout, b).peaks["rollout_deviation"].item() for b in batches)
         if deviation > self.options.clip_range:
             raise RunFailed(
                 f"the ratio of an action that is scored twice deviates from 1 by {deviation:.2g}, more than "
@@ -178,17 +178,17 @@ class Grpo(Objective):
             windows=windows,
         )
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
         if self.scores_again:
             self.policy.update_old()
         if self.moves_reference:
             self._renew_reference()
-        self._gate = self._suspicious(experience) if self.needs_watching else None
-        for members in split_updates(experience.active_groups(), self.options.updates):
+        self._gate = self._suspicious(rollout) if self.needs_watching else None
+        for members in split_updates(rollout.active_groups(), self.options.updates):
             if members:
-                items = [Item(member, step) for member in members for step in self._steps(experience, member)]
+                items = [TrainingItem(member, step) for member in members for step in self._steps(rollout, member)]
                 if self.options.step_weights == "flash":
-                    self._mean_weight = self._flash(experience.plan, [item.step for item in items]).mean().item()
+                    self._mean_weight = self._flash(rollout.plan, [item.step for item in items]).mean().item()
                 yield items
 
     @staticmethod
@@ -197,37 +197,37 @@ class Grpo(Objective):
         index = torch.tensor(steps)
         return flash_weight(plan.kernel, levels[index], levels[index + 1], plan.eta)
 
-    def _suspicious(self, experience: Experience) -> Tensor | None:
+    def _suspicious(self, rollout: RolloutBatch) -> Tensor | None:
         """`[P, G]` bool, the images that get the KL; None for all, where nothing has been scored (preflight)."""
-        if not experience.watched:
+        if not rollout.watched:
             return None
         weights = {reward.name: reward.weight for reward in self.config.rewards}
-        trained = Mixture(weights, experience.advantages.spread).of(experience.scores)
-        watching = [values.flatten() for values in experience.watched.values()]
+        trained = Mixture(weights, rollout.advantages.spread).of(rollout.scores)
+        watching = [values.flatten() for values in rollout.watched.values()]
         return most_suspicious(trained.flatten(), watching, self.options.kl_share).reshape(trained.shape)
 
-    def _steps(self, experience: Experience, member: tuple[int, int]) -> list[int]:
+    def _steps(self, rollout: RolloutBatch, member: tuple[int, int]) -> list[int]:
         """The trained steps of an image."""
-        rng = generator(self.config.runtime.seed, "steps", experience.iteration, *member)
+        rng = generator(self.config.runtime.seed, "steps", rollout.iteration, *member)
         mode = "all" if self.config.rollout.window else self.options.train_steps
-        return trained_steps(experience.plan.stochastic_of(member[0]), mode, self.options.step_fraction, rng)
+        return trained_steps(rollout.plan.stochastic_of(member[0]), mode, self.options.step_fraction, rng)
 
-    def spare(self, experience: Experience) -> Item:
-        member = experience.members[0]
-        return Item(member, experience.plan.stochastic_of(member[0]).index(True))
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
+        member = rollout.members[0]
+        return TrainingItem(member, rollout.plan.stochastic_of(member[0]).index(True))
 
-    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
+    def batches(self, items: list[TrainingItem], rollout: RolloutBatch) -> list[Batch]:
         """Batches of `batch_size` predictions.
 
         At the shared step all images of a prompt have the same latents, prediction and mean, so they share one row, and
         autograd sums their gradients.
         """
-        prompt_of = experience.prompt_of.tolist()
+        prompt_of = rollout.prompt_of.tolist()
         rows: dict[tuple, tuple[int, int]] = {}
-        users: dict[tuple, list[Item]] = {}
+        users: dict[tuple, list[TrainingItem]] = {}
         for item in items:
-            trajectory = experience.row_of[item.member]
-            is_shared = item.step == experience.plan.shared_step(item.member[0])
+            trajectory = rollout.row_of[item.member]
+            is_shared = item.step == rollout.plan.shared_step(item.member[0])
             key = ("prompt", prompt_of[trajectory]) if is_shared else (trajectory, item.step)
             rows.setdefault(key, (trajectory, item.step))
             users.setdefault(key, []).append(item)
@@ -239,24 +239,24 @@ class Grpo(Objective):
             ActionBatch(
                 items=[item for key in chunk for item in users[key]],
                 rows=torch.tensor([rows[key] for key in chunk]),
-                trajectory=torch.tensor([experience.row_of[item.member] for key in chunk for item in users[key]]),
+                trajectory=torch.tensor([rollout.row_of[item.member] for key in chunk for item in users[key]]),
                 row_of=torch.tensor([row for row, key in enumerate(chunk) for _ in users[key]]),
             )
             for chunk in chunks
         ]
 
-    def loss(self, model: DiffusionModel, experience: Experience, batch: ActionBatch) -> Loss:
-        actions = Actions(model, experience, batch)
+    def loss(self, model: DiffusionModel, rollout: RolloutBatch, batch: ActionBatch) -> Loss:
+        actions = Actions(model, rollout, batch)
         prediction = actions.predict()
         new = actions.score(prediction)
         old_log_prob, old_mean, passes = self._old(actions, new)
-        advantages = experience.advantages_of(batch.items)
+        advantages = rollout.advantages_of(batch.items)
         value, ratio, clipped = self._policy_loss(actions, new, old_log_prob, old_mean, advantages)
         if self.options.step_weights == "flash":
-            weight = self._flash(experience.plan, [item.step for item in batch.items]) / self._mean_weight
+            weight = self._flash(rollout.plan, [item.step for item in batch.items]) / self._mean_weight
             value = value * weight.float().to(value.device)
-        rollout = probability_ratio(new.log_prob.detach(), actions.log_probs)
-        sums, peaks = self._figures(ratio.detach(), clipped, rollout)
+        rollout_ratio = probability_ratio(new.log_prob.detach(), actions.log_probs)
+        sums, peaks = self._figures(ratio.detach(), clipped, rollout_ratio)
         if self.options.kl_weight:
             with self.policy.using("old" if self.moves_reference else "base"):
                 reference = actions.predict()
@@ -284,7 +284,7 @@ class Grpo(Objective):
         value = clipped_objective(ratio, advantages, options.clip_range, options.clip == "plain") * scale
         return value, ratio, (ratio.detach().double() - 1).abs() > options.clip_range
 
-    def _gated(self, items: list[Item], kl: Tensor) -> Tensor:
+    def _gated(self, items: list[TrainingItem], kl: Tensor) -> Tensor:
         """1 for the images that get the KL and 0 for the others, `[N]`."""
         if self._gate is None:
             return torch.ones_like(kl)
@@ -301,7 +301,7 @@ class Grpo(Objective):
         Returns:
             log-probabilities `[N]`; means `[N, ...]` or None; number of forward passes that were needed.
         """
-        if actions.experience.optimizer_steps == 0:
+        if actions.rollout.optimizer_steps == 0:
             return new.log_prob.detach(), new.mean.detach(), 0
         if self.scores_again:
             with self.policy.using("old"):
@@ -310,9 +310,9 @@ class Grpo(Objective):
         return actions.log_probs, actions.means, 0
 
     @staticmethod
-    def _figures(ratio: Tensor, clipped: Tensor, rollout: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _figures(ratio: Tensor, clipped: Tensor, rollout_ratio: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Sums and peaks: of the ratios, and of those to the log-probabilities that the rollout stored."""
-        deviation, rounding = (ratio.double() - 1).abs(), (rollout.double() - 1).abs()
+        deviation, rounding = (ratio.double() - 1).abs(), (rollout_ratio.double() - 1).abs()
         sums = {
             "ratio": ratio.double().sum(),
             "deviation": deviation.sum(),

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..diffusion.process import Process
-from .base import Experience, Loss, Totals
+from .base import Loss, RolloutBatch, Totals
 from .forward_process import ForwardProcessObjective, ForwardProcessOptions, NoisedBatch, mean_square
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ class NftOptions(ForwardProcessOptions):
     """DiffusionNFT: trains towards good images and away from bad ones, without a stochastic sampler."""
 
     name: Literal["nft"] = Field("nft", description="Name of the objective.")
-    mix: Annotated[float, Field(gt=0, le=10)] = Field(
+    beta: Annotated[float, Field(gt=0, le=10)] = Field(
         1.0,
-        description="The paper's beta: distance of the implicit policies from the old one; 0.1 for several rewards.",
+        description="Distance of the implicit policies from the old one; 0.1 for several rewards.",
     )
     old_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.5, description="Largest decay of the old LoRA: after an iteration, old = decay old + (1 - decay) new."
@@ -50,24 +50,26 @@ class Nft(ForwardProcessObjective):
     def keeps_old_weights(self) -> bool:
         return True
 
-    def acting(self) -> AbstractContextManager:
+    def rollout_weights(self) -> AbstractContextManager:
         return self.policy.using("old")
 
-    def loss(self, model: DiffusionModel, experience: Experience, batch: NoisedBatch) -> Loss:
-        image = experience.trajectories.final[batch.rows]
+    def loss(self, model: DiffusionModel, rollout: RolloutBatch, batch: NoisedBatch) -> Loss:
+        image = rollout.trajectories.final[batch.rows]
         latents = model.process.noised(image, batch.noise, batch.sigma)
         with self.policy.using("old"):
-            old = self.predict(experience, latents, batch.sigma, batch.rows)
+            old = self.predict(rollout, latents, batch.sigma, batch.rows)
         forwards = 2 * len(latents)
         reference = None
         if self.options.kl_weight:
             with self.policy.using("base"):
-                reference = self.predict(experience, latents, batch.sigma, batch.rows)
+                reference = self.predict(rollout, latents, batch.sigma, batch.rows)
             forwards += len(latents)
-        prediction = self.predict(experience, latents, batch.sigma, batch.rows)
+        prediction = self.predict(rollout, latents, batch.sigma, batch.rows)
         bound = self.config.advantage.clip
-        quality = optimality(experience.advantages_of(batch.items), bound)
-        value = bound * nft_loss(prediction, old, image, latents, batch.sigma, quality, self.options.mix, model.process)
+        quality = optimality(rollout.advantages_of(batch.items), bound)
+        value = bound * nft_loss(
+            prediction, old, image, latents, batch.sigma, quality, self.options.beta, model.process
+        )
         sums = {"contrast": mean_square(prediction.detach() - old).sum()}
         if reference is not None:
             kl = mean_square(prediction - reference)
@@ -121,20 +123,20 @@ def nft_loss(
     latents: Tensor,
     sigma: Tensor,
     quality: Tensor,
-    mix: float,
+    beta: float,
     process: Process,
 ) -> Tensor:
     """DiffusionNFT's loss with its adaptive weight (arXiv 2509.16117, eq. 5 and section 4).
 
-    The implicit policies are mix v + (1 - mix) v_old and (1 + mix) v_old - mix v; each image estimate's squared error
-    is divided by its mean absolute error, which is taken in float64 and gets no gradient.
+    The implicit policies are beta v + (1 - beta) v_old and (1 + beta) v_old - beta v; each image estimate's
+    squared error is divided by its mean absolute error, which is taken in float64 and gets no gradient.
 
     Args:
         prediction, old: of the new and the old policy, `[N, ...]`; `old` gets no gradient.
         image, latents: the clean and the noised latents, `[N, ...]`.
         sigma: `[N]`.
         quality: q in [0, 1], `[N]`.
-        mix: > 0.
+        beta: > 0.
 
     Returns:
         `[N]` float64, to be minimised.
@@ -142,10 +144,10 @@ def nft_loss(
     old = old.detach()
     total = 0
     for share, implicit in (
-        (quality, mix * prediction + (1 - mix) * old),
-        (1 - quality, (1 + mix) * old - mix * prediction),
+        (quality, beta * prediction + (1 - beta) * old),
+        (1 - quality, (1 + beta) * old - beta * prediction),
     ):
         error = (process.image(latents, implicit, sigma) - image).double()
         weight = error.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
         total = total + share * error.square().flatten(1).mean(1) / weight
-    return total / mix
+    return total / beta

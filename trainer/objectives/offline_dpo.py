@@ -17,7 +17,7 @@ from ..rollout import Trajectories
 from ..utils.errors import BadInput
 from ..utils.seeds import prompt_indices
 from .advantage import Advantages
-from .base import Experience, Item, Member, Resources
+from .base import Member, Resources, RolloutBatch, TrainingItem
 from .dpo import Dpo
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class OfflineDpo(Dpo):
 
     # ------------------------------------------------------------------------------------------ in every iteration
 
-    def collect(self, iteration: int) -> Experience:
+    def collect(self, iteration: int) -> RolloutBatch:
         count, seed = self.config.rollout.prompts_per_iteration, self.config.runtime.seed
         chosen = [self.data.pairs[i] for i in prompt_indices(len(self.data.pairs), count, iteration, seed)]
         self._latents = {(slot, 0): self._encoded[pair.better] for slot, pair in enumerate(chosen)}
@@ -113,7 +113,7 @@ class OfflineDpo(Dpo):
         mine = list(self.processes.share(count))
         rows = torch.tensor([self._row_of_prompt[chosen[slot].prompt] for slot in mine])
         device, nothing = self.processes.device, torch.empty(0)
-        return Experience(
+        return RolloutBatch(
             iteration=iteration,
             plan=self.plan(self.model, iteration),
             prompting=self.prompting.rows(rows).to(device),
@@ -125,12 +125,12 @@ class OfflineDpo(Dpo):
             active=torch.ones(count, 2, dtype=torch.bool),
         )
 
-    def _pairs(self, experience: Experience) -> list[tuple[Member, Member]]:
-        return [((slot, 0), (slot, 1)) for slot in range(len(experience.active))]
+    def _pairs(self, rollout: RolloutBatch) -> list[tuple[Member, Member]]:
+        return [((slot, 0), (slot, 1)) for slot in range(len(rollout.active))]
 
-    def spare(self, experience: Experience) -> Item:
-        slot, _ = experience.members[0]
-        return Item((slot, 0), 0, other=(slot, 1))
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
+        slot, _ = rollout.members[0]
+        return TrainingItem((slot, 0), 0, other=(slot, 1))
 
     # ---------------------------------------------------------------------------------------------------- resuming
 

@@ -106,9 +106,9 @@ def _is_sound(file: Path, known: dict[Path, bool]) -> bool:
 def _rows_of_collection(folder: Path) -> tuple[list[Pair], Counter]:
     collection = Collection(folder)
     prompts = {item.image: item.prompt for item in collection.items()[0]}
-    ledger, left_out, rows = collection.ledger(), Counter(), []
-    left_out["votes on a line that cannot be read or names an image that is missing"] = len(ledger.complaints)
-    for vote in ledger.votes:
+    vote_log, left_out, rows = collection.vote_log(), Counter(), []
+    left_out["votes on a line that cannot be read or names an image that is missing"] = len(vote_log.complaints)
+    for vote in vote_log.votes:
         if vote.kind != "winner":
             left_out["ties" if vote.kind == "tie" else "skipped pairs"] += 1
         elif prompts[vote.better] != prompts[vote.worse]:

@@ -16,7 +16,7 @@ from ..rollout import Plan
 from ..utils.errors import BadInput
 from ..utils.section import Positive
 from ..utils.seeds import generator, noise
-from .base import Batch, Experience, Item, Loss, Objective, ObjectiveOptions, Totals, split_updates
+from .base import Batch, Loss, Objective, ObjectiveOptions, RolloutBatch, Totals, TrainingItem, split_updates
 
 if TYPE_CHECKING:
     from ..config import RunConfig
@@ -107,32 +107,32 @@ class RewardGradient(Objective):
         late = max(1, round(steps * options.late_share))
         return generator(self.config.runtime.seed, "late step", iteration).randrange(steps - late, steps)
 
-    def items(self, experience: Experience) -> Iterator[list[Item]]:
+    def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
         copies = self.options.copies if self.options.method == "draft-lv" else 1
-        for members in split_updates(experience.active_groups(), self.options.updates):
+        for members in split_updates(rollout.active_groups(), self.options.updates):
             if members:
-                yield [Item(member, copy) for member in members for copy in range(copies)]
+                yield [TrainingItem(member, copy) for member in members for copy in range(copies)]
 
-    def spare(self, experience: Experience) -> Item:
-        return Item(experience.members[0])
+    def dummy_item(self, rollout: RolloutBatch) -> TrainingItem:
+        return TrainingItem(rollout.members[0])
 
-    def batches(self, items: list[Item], experience: Experience) -> list[Batch]:
+    def batches(self, items: list[TrainingItem], rollout: RolloutBatch) -> list[Batch]:
         size = self.options.batch_size
-        return [self._batch(items[start : start + size], experience) for start in range(0, len(items), size)]
+        return [self._batch(items[start : start + size], rollout) for start in range(0, len(items), size)]
 
     @staticmethod
-    def _batch(items: list[Item], experience: Experience) -> GradientBatch:
-        rows = [experience.row_of[item.member] for item in items]
-        return GradientBatch(items, torch.tensor(rows, device=experience.device))
+    def _batch(items: list[TrainingItem], rollout: RolloutBatch) -> GradientBatch:
+        rows = [rollout.row_of[item.member] for item in items]
+        return GradientBatch(items, torch.tensor(rows, device=rollout.device))
 
     # ----------------------------------------------------------------------------------------------------- the loss
 
-    def loss(self, model: DiffusionModel, experience: Experience, batch: GradientBatch) -> Loss:
-        latents, kl, forwards = self._sample(model, experience, batch)
+    def loss(self, model: DiffusionModel, rollout: RolloutBatch, batch: GradientBatch) -> Loss:
+        latents, kl, forwards = self._sample(model, rollout, batch)
         images = checkpoint(model.decode, latents, use_reentrant=False)
-        texts = [experience.texts[row] for row in batch.rows.tolist()]
+        texts = [rollout.texts[row] for row in batch.rows.tolist()]
         rewards = self._rewards(images, texts)
-        self._note(experience, batch, rewards)
+        self._note(rollout, batch, rewards)
         weights = {reward.name: reward.weight for reward in self.config.rewards}
         total = sum(weights[name] * values for name, values in rewards.items())
         finite = total.isfinite()
@@ -143,15 +143,13 @@ class RewardGradient(Objective):
             sums["kl"] = kl.detach().double().sum()
         return Loss(value, sums, {}, forwards)
 
-    def _sample(
-        self, model: DiffusionModel, experience: Experience, batch: GradientBatch
-    ) -> tuple[Tensor, Tensor, int]:
+    def _sample(self, model: DiffusionModel, rollout: RolloutBatch, batch: GradientBatch) -> tuple[Tensor, Tensor, int]:
         """Final latents with gradient, `[N, ...]`; mean KL of the steps with gradient, `[N]`; forward passes."""
-        plan, rows = experience.plan, batch.rows
-        latents = experience.trajectories.final[rows]
+        plan, rows = rollout.plan, batch.rows
+        latents = rollout.trajectories.final[rows]
         if self.options.method == "draft-lv":
             steps = [len(plan.sigmas) - 2]
-            noises = torch.stack([self._noise(experience, item) for item in batch.items]).to(latents.device)
+            noises = torch.stack([self._noise(rollout, item) for item in batch.items]).to(latents.device)
             latents = model.process.noised(latents, noises, plan.sigmas[steps[0]])
         else:
             steps = list(range(plan.stop, len(plan.sigmas) - 1))
@@ -161,11 +159,11 @@ class RewardGradient(Objective):
         for step in steps:
             sigma, sigma_next = plan.sigmas[step], plan.sigmas[step + 1]
             before = latents
-            prediction = self._predict(experience, before, sigma, rows)
+            prediction = self._predict(rollout, before, sigma, rows)
             forwards += len(before)
             if self.options.kl_weight:
                 with self.policy.using("base"):
-                    reference = self._predict(experience, before, sigma, rows)
+                    reference = self._predict(rollout, before, sigma, rows)
                 forwards += len(before)
                 distance = distance + (prediction - reference).square().flatten(1).mean(1) / len(steps)
             if self.options.method == "refl":
@@ -174,16 +172,16 @@ class RewardGradient(Objective):
                 latents = Euler(model.process).step(before, prediction, sigma, sigma_next)
         return latents, distance, forwards
 
-    def _noise(self, experience: Experience, item: Item) -> Tensor:
-        step = experience.optimizer_steps
+    def _noise(self, rollout: RolloutBatch, item: TrainingItem) -> Tensor:
+        step = rollout.optimizer_steps
         seed = self.config.runtime.seed
-        return noise(self.model.latent_shape, seed, "copy", experience.iteration, step, *item.member, item.step)
+        return noise(self.model.latent_shape, seed, "copy", rollout.iteration, step, *item.member, item.step)
 
-    def _predict(self, experience: Experience, latents: Tensor, sigma: float, rows: Tensor) -> Tensor:
-        conditions = experience.prompting.conditions.rows(experience.prompt_of[rows])
+    def _predict(self, rollout: RolloutBatch, latents: Tensor, sigma: float, rows: Tensor) -> Tensor:
+        conditions = rollout.prompting.conditions.rows(rollout.prompt_of[rows])
         levels = torch.full((len(latents),), sigma, device=latents.device)
-        negative = experience.prompting.unconditional
-        return self.model.predict_guided(latents, levels, conditions, experience.plan.guidance_scale, negative)
+        negative = rollout.prompting.unconditional
+        return self.model.predict_guided(latents, levels, conditions, rollout.plan.guidance_scale, negative)
 
     def _rewards(self, images: Tensor, texts: list[str]) -> dict[str, Tensor]:
         from ..rewards import differentiable_score
@@ -191,12 +189,10 @@ class RewardGradient(Objective):
         return {name: differentiable_score(reward, images, texts) for name, reward in self.rewards.items()}
 
     @staticmethod
-    def _note(experience: Experience, batch: GradientBatch, rewards: dict[str, Tensor]) -> None:
-        """Record the scores of this process's images in the experience."""
+    def _note(rollout: RolloutBatch, batch: GradientBatch, rewards: dict[str, Tensor]) -> None:
+        """Record the scores of this process's images in the rollout."""
         for name, values in rewards.items():
-            table = experience.scores.setdefault(
-                name, torch.full(experience.active.shape, torch.nan, dtype=torch.float64)
-            )
+            table = rollout.scores.setdefault(name, torch.full(rollout.active.shape, torch.nan, dtype=torch.float64))
             for item, value in zip(batch.items, values.detach().tolist(), strict=True):
                 table[item.member] = value
 

@@ -113,7 +113,7 @@ def encode_into(
     device: torch.device,
     announce_from: int = WORTH_MENTIONING,
 ) -> None:
-    """Encode prompts with the model's own text encoders, piece by piece, into a file of conditions.
+    """Encode prompts with the model's own text encoders, batch by batch, into a file of conditions.
 
     Args:
         announce_from: size of the file in bytes from which a message is printed before most prompts are encoded.
@@ -122,8 +122,8 @@ def encode_into(
         BadInput: the text encoders cannot be loaded, or the disk has too little free space.
     """
     texts, pictures = [text for text, _ in wanted], list(wanted.values())
-    pieces = family.encode_pieces(config.model, texts, pictures, config.prompts.negative, device)
-    write_conditions(path, list(wanted), pieces, announce=announcer(path, len(wanted), announce_from))
+    batches = family.encode_batches(config.model, texts, pictures, config.prompts.negative, device)
+    write_conditions(path, list(wanted), batches, announce=announcer(path, len(wanted), announce_from))
 
 
 def announcer(path: Path, count: int, announce_from: int = WORTH_MENTIONING) -> Callable[[int], None]:

@@ -2,7 +2,7 @@
 
 Such a file is a safetensors file with two uint8 tensors: `data` is the concatenation of all tensors, and `index` is
 JSON with the offset of each tensor and the prompt that it belongs to. A file of any size can therefore be written
-sequentially with one piece in memory, and a row can be read without the rest.
+sequentially with one batch in memory, and a row can be read without the rest.
 """
 
 import hashlib
@@ -37,28 +37,28 @@ _DTYPES = {
 
 
 def write_conditions(
-    path: Path, keys: list[Key], pieces: Iterable[Conditions], *, announce: Callable[[int], None] = lambda size: None
+    path: Path, keys: list[Key], batches: Iterable[Conditions], *, announce: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Write pieces of conditions while they are produced.
+    """Write batches of conditions while they are produced.
 
     Args:
-        path: the file, which is created once all pieces are written.
+        path: the file, which is created once all batches are written.
         keys: the prompt of each row.
-        pieces: iterable of `Conditions` or `EntryConditions`, with one row per key in total.
-        announce: called after the first piece with the estimated size of the file in bytes; may raise.
+        batches: iterable of `Conditions` or `EntryConditions`, with one row per key in total.
+        announce: called after the first batch with the estimated size of the file in bytes; may raise.
 
     Raises:
         OSError: the disk is full or not writable.
-        Exception: raised by `pieces`. In both cases no file is left behind.
+        Exception: raised by `batches`. In both cases no file is left behind.
     """
     with atomic_file(path) as file:
         writer = _Writer(file)
         rows = 0
-        for piece in pieces:
-            writer.add(piece)
+        for batch in batches:
+            writer.add(batch)
             if rows == 0:
-                announce(writer.size * len(keys) // len(piece))
-            rows += len(piece)
+                announce(writer.size * len(keys) // len(batch))
+            rows += len(batch)
         if rows != len(keys):
             raise ValueError(f"{rows} rows of conditions for {len(keys)} prompts")
         writer.finish(keys)
@@ -69,24 +69,24 @@ class _Writer:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.size = file, 0
-        self.pieces: list[dict[str, Any]] = []
+        self.batches: list[dict[str, Any]] = []
         self.known: dict[bytes, dict[str, Any]] = {}
         file.write(bytes(_HEADER))
 
-    def add(self, piece: Conditions) -> None:
-        if isinstance(piece, EntryConditions):
-            for number in piece.index.tolist():
-                self.pieces.append({"rows": 1, "entry": as_data(piece.entries[number], self._once)})
-        elif piece.lengths is None:
-            self._add_tensors(piece)
+    def add(self, batch: Conditions) -> None:
+        if isinstance(batch, EntryConditions):
+            for number in batch.index.tolist():
+                self.batches.append({"rows": 1, "entry": as_data(batch.entries[number], self._once)})
+        elif batch.lengths is None:
+            self._add_tensors(batch)
         else:
-            for row in range(len(piece)):
-                (_, alone), *_ = piece.rows(torch.tensor([row])).by_length()
+            for row in range(len(batch)):
+                (_, alone), *_ = batch.rows(torch.tensor([row])).by_length()
                 self._add_tensors(alone)
 
-    def _add_tensors(self, piece: Conditions) -> None:
-        tensors = {name: self._write(value) for name, value in piece.tensors.items()}
-        self.pieces.append({"rows": len(piece), "tensors": tensors})
+    def _add_tensors(self, batch: Conditions) -> None:
+        tensors = {name: self._write(value) for name, value in batch.tensors.items()}
+        self.batches.append({"rows": len(batch), "tensors": tensors})
 
     def _once(self, value: Tensor) -> dict[str, Any]:
         """Write a tensor unless an equal one was written, such as a reference image shared by all prompts."""
@@ -104,7 +104,7 @@ class _Writer:
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "start": start}
 
     def finish(self, keys: list[Key]) -> None:
-        index = json.dumps({"keys": keys, "pieces": self.pieces}).encode()
+        index = json.dumps({"keys": keys, "batches": self.batches}).encode()
         self.file.write(index)
         end = self.size + len(index)
         entries = {
@@ -143,10 +143,10 @@ class ConditionsFile:
             index = json.loads(self.file.get_tensor("index").numpy().tobytes())
             self.data = self.file.get_slice("data")
             self.keys: list[Key] = [(str(text), str(digest)) for text, digest in index["keys"]]
-            self.pieces: list[dict[str, Any]] = index["pieces"]
-            self.locations = [(piece, row) for piece, part in enumerate(self.pieces) for row in range(part["rows"])]
-            self.has_entries = any("entry" in piece for piece in self.pieces)
-            self.longest = _longest(self.pieces)
+            self.batches: list[dict[str, Any]] = index["batches"]
+            self.locations = [(batch, row) for batch, part in enumerate(self.batches) for row in range(part["rows"])]
+            self.has_entries = any("entry" in batch for batch in self.batches)
+            self.longest = _longest(self.batches)
             self.size = self.data.get_shape()[0]
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -160,13 +160,13 @@ class ConditionsFile:
         Args:
             known: cache of the tensors that have been read, by offset.
         """
-        data = self.pieces[self.locations[row][0]]["entry"]
+        data = self.batches[self.locations[row][0]]["entry"]
         return self._checked(lambda: from_data(data, lambda part: self._read_once(part, known)))
 
     def tensors(self, row: int) -> dict[str, Tensor]:
         """A row of conditions, `[1, ...]` by name."""
-        piece, number = self.locations[row]
-        parts = self.pieces[piece]["tensors"]
+        batch, number = self.locations[row]
+        parts = self.batches[batch]["tensors"]
         return self._checked(lambda: {name: self._read(part, number) for name, part in parts.items()})
 
     def _checked(self, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -196,10 +196,10 @@ class ConditionsFile:
         return self.data[start : start + size].clone().view(dtype).view(shape)
 
 
-def _longest(pieces: list[dict[str, Any]]) -> dict[str, int]:
+def _longest(batches: list[dict[str, Any]]) -> dict[str, int]:
     longest: dict[str, int] = {}
-    for piece in pieces:
-        for name, part in piece.get("tensors", {}).items():
+    for batch in batches:
+        for name, part in batch.get("tensors", {}).items():
             longest[name] = max(longest.get(name, 0), part["shape"][1])
     return longest
 
@@ -241,7 +241,7 @@ class StoredConditions:
     @property
     def is_ragged(self) -> bool:
         """Whether the model gets different numbers of tokens for different rows."""
-        shapes = {tuple(sorted(_longest([piece]).items())) for file in self.files for piece in file.pieces}
+        shapes = {tuple(sorted(_longest([batch]).items())) for file in self.files for batch in file.batches}
         return not self.is_masked and len(shapes) > 1
 
     def select(self, rows: list[int]) -> "StoredConditions":

@@ -32,7 +32,7 @@ UNUSED = r"relative_position_index$|^criterion\.empty_weight$"
 
 
 @dataclass(frozen=True)
-class Found:
+class Detection:
     """A detected object: left, top, right, bottom in pixels, and its mask `[H, W]` bool."""
 
     box: tuple[float, float, float, float]
@@ -112,7 +112,7 @@ class GenEvalLike(ModelReward):
         grade = graded if self.options.graded else right
         return grade(found, question, lambda objects, name: self.color(image, objects, name))
 
-    def detect(self, image: Tensor, least: float) -> dict[str, list[Found]]:
+    def detect(self, image: Tensor, least: float) -> dict[str, list[Detection]]:
         """Objects by name, the most confident first, at most 16 of each.
 
         Args:
@@ -132,14 +132,14 @@ class GenEvalLike(ModelReward):
         values = values * (masks.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
         full = interpolate((masks > 0).float()[None], image.shape[-2:], mode="nearest")[0].bool()
         names = self.module["detector"].config.id2label
-        found: dict[str, list[Found]] = {}
+        found: dict[str, list[Detection]] = {}
         for i in values.argsort(descending=True, stable=True).tolist():
             group = found.setdefault(names[labels[i].item()], [])
             if values[i] > least and full[i].any() and len(group) < MOST:
-                group.append(Found(_box(full[i]), full[i].cpu()))
+                group.append(Detection(_box(full[i]), full[i].cpu()))
         return found
 
-    def color(self, image: Tensor, objects: list[Found], name: str) -> list[str]:
+    def color(self, image: Tensor, objects: list[Detection], name: str) -> list[str]:
         """The colour of each object, by CLIP, on grey."""
         crops = [cut_out(image, found) for found in objects]
         pixels = torch.cat([normalize(shortest_and_crop(crop[None], self.size)) for crop in crops]).to(image.device)
@@ -202,7 +202,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def cut_out(image: Tensor, found: Found) -> Tensor:
+def cut_out(image: Tensor, found: Detection) -> Tensor:
     """The object alone on grey (#999), `[3, h, w]`."""
     left, top, right_, bottom = (int(side) for side in found.box)
     alone = torch.where(found.mask.to(image.device), image, 0x99 / 255)
@@ -217,13 +217,13 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
 # -------------------------------------------------------------------------------------------------------- the questions
 
 
-def right(found: dict[str, list[Found]], question: dict, color_of: Any) -> float:
+def right(found: dict[str, list[Detection]], question: dict, color_of: Any) -> float:
     """1 if everything asked for is there, by GenEval's rules, else 0.
 
     Args:
         color_of: the colours of objects of a name.
     """
-    groups: list[list[Found] | None] = []
+    groups: list[list[Detection] | None] = []
     for clause in question["include"]:
         objects = _of(found, clause)[: clause["count"]]
         fits = len(objects) >= clause["count"]
@@ -237,10 +237,10 @@ def right(found: dict[str, list[Found]], question: dict, color_of: Any) -> float
     return float(not too_many and None not in groups)
 
 
-def graded(found: dict[str, list[Found]], question: dict, color_of: Any) -> float:
+def graded(found: dict[str, list[Detection]], question: dict, color_of: Any) -> float:
     """Mean over what is asked for: counts and colours by how far off they are, positions right or wrong."""
     parts: list[float] = []
-    groups: list[list[Found]] = []
+    groups: list[list[Detection]] = []
     for clause in question["include"]:
         objects, count = _of(found, clause), clause["count"]
         parts.append(_nearness(len(objects), count))
@@ -255,7 +255,7 @@ def graded(found: dict[str, list[Found]], question: dict, color_of: Any) -> floa
     return sum(parts) / len(parts)
 
 
-def _of(found: dict[str, list[Found]], clause: dict) -> list[Found]:
+def _of(found: dict[str, list[Detection]], clause: dict) -> list[Detection]:
     return found.get(OTHER_NAMES.get(clause["class"], clause["class"]), [])
 
 
@@ -263,7 +263,7 @@ def _nearness(count: int, wanted: int) -> float:
     return max(0.0, 1 - abs(wanted - count) / wanted)
 
 
-def relations(first: Found, second: Found) -> set[str]:
+def relations(first: Detection, second: Detection) -> set[str]:
     """Where the first object lies relative to the second, with a margin of a tenth of their sizes (GenEval)."""
     offsets, moved = [], []
     for axis in (0, 1):

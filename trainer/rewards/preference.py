@@ -62,8 +62,8 @@ class Preference(ModelReward):
             raise BadInput("reward 'preference' needs a collection of votes, and collection is empty")
         check_backbone(self.options.backbone)
         self.collection = Collection(Path(self.options.collection))
-        self.ledger = self.collection.ledger()
-        winners = self.ledger.counts()["winners"]
+        self.vote_log = self.collection.vote_log()
+        winners = self.vote_log.counts()["winners"]
         if winners < FEWEST:
             raise BadInput(
                 f"collection {self.collection.name!r} holds {winners} votes with a winner; at least {FEWEST} are "
@@ -86,14 +86,14 @@ class Preference(ModelReward):
         return (self.module(images) - center) @ (weights / self.fitted.scale)
 
     def _fit(self, device: torch.device) -> Fit:
-        names, votes = comparisons(self.ledger)
+        names, votes = comparisons(self.vote_log)
         files = [self.collection.image_file(name) for name in names]
         with torch.no_grad():  # one by one, since they are of many sizes
             features = torch.cat([self.module(read_image(file)[None].to(device)).cpu() for file in files])
         table = features.double().numpy()
-        for complaint in self.ledger.complaints:
+        for complaint in self.vote_log.complaints:
             print(f"warning: {self.collection.name}: {complaint}", file=sys.stderr)
-        words = enough(agreement(table, votes), self.ledger.counts()["winners"])
+        words = enough(agreement(table, votes), self.vote_log.counts()["winners"])
         print(f"preference: {len(votes)} votes of {self.collection.name}: {words}", file=sys.stderr)
         return fit(table, votes)
 

@@ -21,7 +21,7 @@ _COLOR_VALUES = np.array(list(PALETTE.values()), dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundShape:
     """Something found in an image; without a colour of the palette and a clear outline its `shape` is None."""
 
     shape: str | None
@@ -56,7 +56,7 @@ def _classify_color(pixels: np.ndarray) -> str | None:
     return _COLOR_NAMES[best] if distance[best] < MAX_COLOR_DISTANCE else None
 
 
-def find_shapes(image: np.ndarray) -> list[Found]:
+def find_shapes(image: np.ndarray) -> list[FoundShape]:
     """Find the shapes of one image.
 
     Args:
@@ -79,7 +79,7 @@ def find_shapes(image: np.ndarray) -> list[Found]:
         is_shape = color is not None and mask.shape != labels.shape
         shape, clarity = _classify_shape(mask) if is_shape else (None, 0.0)
         found.append(
-            Found(
+            FoundShape(
                 shape=shape,
                 color=color,
                 x=float(columns.mean() + window[1].start + left),
@@ -101,7 +101,7 @@ def _outline(mask: np.ndarray, contrast: np.ndarray) -> tuple[np.ndarray, int, i
     return inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], int(rows[0]), int(columns[0])
 
 
-def _relation_margin(relation: str, first: Found, second: Found) -> float:
+def _relation_margin(relation: str, first: FoundShape, second: FoundShape) -> float:
     """How far, in pixels, the relation holds beyond the diagonal; negative where it does not."""
     dx, dy = second.x - first.x, second.y - first.y
     if relation in ("to the left of", "to the right of"):
@@ -109,7 +109,7 @@ def _relation_margin(relation: str, first: Found, second: Found) -> float:
     return (dy if relation == "above" else -dy) - abs(dx)
 
 
-def _relation_score(prompt: Prompt, found: list[Found]) -> float:
+def _relation_score(prompt: Prompt, found: list[FoundShape]) -> float:
     groups = [[f for f in found if f.shape == p.shape and p.color in (None, f.color)] for p in prompt.phrases[:2]]
     if any(len(group) != 1 for group in groups):
         return 0.0
@@ -117,7 +117,7 @@ def _relation_score(prompt: Prompt, found: list[Found]) -> float:
     return float(np.clip(0.5 + margin / 32, 0.0, 1.0))
 
 
-def graded_score(prompt: Prompt, found: list[Found]) -> float:
+def graded_score(prompt: Prompt, found: list[FoundShape]) -> float:
     """Mean over the prompt's demands of how nearly each is met, times the share of found shapes that were asked for.
 
     Demands: the number of each shape (weighted by its clarity), its colour where named, the relation where named.
@@ -139,7 +139,7 @@ def graded_score(prompt: Prompt, found: list[Found]) -> float:
     return float(np.mean(terms)) * surplus
 
 
-def is_right(prompt: Prompt, found: list[Found]) -> bool:
+def is_right(prompt: Prompt, found: list[FoundShape]) -> bool:
     """Whether the image shows exactly what the prompt says: every shape, count, colour and relation, nothing else."""
     if len(found) != sum(phrase.count for phrase in prompt.phrases):
         return False

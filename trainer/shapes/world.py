@@ -47,7 +47,7 @@ _GAP = 3.0  # pixels kept free between two shapes
 
 
 @dataclass(frozen=True)
-class Item:
+class SceneObject:
     """One shape of a scene: centre and radius in pixels."""
 
     shape: str
@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    items: tuple[Item, ...]
+    objects: tuple[SceneObject, ...]
     background: tuple[float, float, float]
 
 
@@ -98,11 +98,11 @@ def make_scene(prompt: Prompt, rng: random.Random) -> Scene:
     while centers is None:
         radii = [rng.uniform(low, high) for _ in phrases]
         centers = _place(radii, prompt.relation, rng)
-    items = tuple(
-        Item(p.shape, p.color or rng.choice(COLORS), x, y, r)
+    objects = tuple(
+        SceneObject(p.shape, p.color or rng.choice(COLORS), x, y, r)
         for p, (x, y), r in zip(phrases, centers, radii, strict=True)
     )
-    return Scene(items, rng.choice(BACKGROUNDS))
+    return Scene(objects, rng.choice(BACKGROUNDS))
 
 
 def _signed_distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -119,18 +119,18 @@ def render(scenes: list[Scene]) -> torch.Tensor:
     axis = torch.arange(IMAGE_SIZE) + 0.5
     grid_y, grid_x = torch.meshgrid(axis, axis, indexing="ij")
     images = torch.tensor([s.background for s in scenes])[:, :, None, None].repeat(1, 1, IMAGE_SIZE, IMAGE_SIZE)
-    depth = max(len(scene.items) for scene in scenes)
+    depth = max(len(scene.objects) for scene in scenes)
     for layer in range(depth):
         for shape in SHAPES:
-            rows = [i for i, s in enumerate(scenes) if layer < len(s.items) and s.items[layer].shape == shape]
+            rows = [i for i, s in enumerate(scenes) if layer < len(s.objects) and s.objects[layer].shape == shape]
             if not rows:
                 continue
-            items = [scenes[i].items[layer] for i in rows]
+            objects = [scenes[i].objects[layer] for i in rows]
             x, y, radius = (
-                torch.tensor([getattr(item, name) for item in items])[:, None, None] for name in ("x", "y", "radius")
+                torch.tensor([getattr(item, name) for item in objects])[:, None, None] for name in ("x", "y", "radius")
             )
             distance = _signed_distance(shape, grid_x - x, grid_y - y, radius)
             coverage = (0.5 - distance).clamp(0, 1)[:, None]
-            color = torch.tensor([PALETTE[item.color] for item in items])[:, :, None, None]
+            color = torch.tensor([PALETTE[item.color] for item in objects])[:, :, None, None]
             images[rows] = images[rows] * (1 - coverage) + color * coverage
     return images

@@ -12,9 +12,9 @@ import numpy as np
 from ..utils.errors import BadInput
 from ..utils.seeds import derive, generator
 from .fit import Comparisons, Fit, agreement, enough, fit
-from .records import Item
+from .records import CollectedImage
 from .selection import next_pairs, pair
-from .store import Collection, Ledger
+from .store import Collection, VoteLog
 
 PATIENCE = 2.0
 """Seconds that a request waits for the features of new images; then it uses those that are ready."""
@@ -25,13 +25,13 @@ Describe = Callable[[Path], np.ndarray]
 """Features `[D]` of an image file."""
 
 
-def comparisons(ledger: Ledger, names: list[str] | None = None) -> tuple[list[str], Comparisons]:
+def comparisons(vote_log: VoteLog, names: list[str] | None = None) -> tuple[list[str], Comparisons]:
     """Names of images, and the votes as indices into these names, without skipped pairs.
 
     Args:
         names: use only votes on these images, and return the names in this order; None uses all images with votes.
     """
-    votes = [vote for vote in ledger.votes if vote.kind != "skip"]
+    votes = [vote for vote in vote_log.votes if vote.kind != "skip"]
     if names is None:
         names = list(dict.fromkeys(name for vote in votes for name in (vote.better, vote.worse)))
     row = {name: index for index, name in enumerate(names)}
@@ -47,22 +47,22 @@ class Snapshot:
 
     Attributes:
         items: the images, in order.
-        ledger: the votes.
+        vote_log: the votes.
         complaints: a warning for each line that cannot be read.
         described: indices of the `items` whose features are ready.
         features: `[len(described), D]`.
         votes: votes on images with features, as indices into `features`.
     """
 
-    items: list[Item]
-    ledger: Ledger
+    items: list[CollectedImage]
+    vote_log: VoteLog
     complaints: list[str]
     described: list[int]
     features: np.ndarray
     votes: Comparisons
 
 
-class Analyst:
+class VoteAnalyzer:
     """Computes the state and the next pairs of collections; thread-safe.
 
     Args:
@@ -80,7 +80,7 @@ class Analyst:
     def state(self, collection: Collection, backbone: str) -> dict[str, Any]:
         """Counts, cross-validated agreement and its interpretation, as JSON data."""
         now = self._snapshot(collection, backbone)
-        counts = now.ledger.counts()
+        counts = now.vote_log.counts()
         found = self._keep(collection, backbone, "agreement", now, lambda: agreement(now.features, now.votes))
         low, high = found.interval if found else (None, None)
         return {
@@ -102,7 +102,7 @@ class Analyst:
         mode: Literal["active", "random"] = "active",
         repeat: bool = False,
         exclude: list[tuple[str, str]] = (),
-    ) -> list[tuple[Item, Item]]:
+    ) -> list[tuple[CollectedImage, CollectedImage]]:
         """The next pairs to vote on, each in random order; an empty list if there are none left.
 
         Args:
@@ -112,9 +112,9 @@ class Analyst:
         now = self._snapshot(collection, backbone)
         rows = range(len(now.items)) if mode == "random" else now.described
         position = {now.items[row].image: index for index, row in enumerate(rows)}
-        shown = [] if repeat else [(vote.better, vote.worse) for vote in now.ledger.votes]
+        shown = [] if repeat else [(vote.better, vote.worse) for vote in now.vote_log.votes]
         known = {pair(position[a], position[b]) for a, b in (*shown, *exclude) if a in position and b in position}
-        seed = derive(len(now.ledger.ids), collection.name, *sorted(known))
+        seed = derive(len(now.vote_log.ids), collection.name, *sorted(known))
         if len(rows) < 2:
             return []
         model = None if mode == "random" else self._fitted(collection, backbone, now)
@@ -131,7 +131,7 @@ class Analyst:
     def _keep(self, collection: Collection, backbone: str, what: str, now: Snapshot, make: Callable[[], Any]) -> Any:
         """A cached result for these votes and features."""
         key = (what, collection.folder, backbone)
-        stamp = (tuple(now.ledger.votes), tuple(now.described))
+        stamp = (tuple(now.vote_log.votes), tuple(now.described))
         with self._lock:
             kept = self._kept.get(key)
         if kept is None or kept[0] != stamp:
@@ -147,15 +147,15 @@ class Analyst:
 
     def _snapshot(self, collection: Collection, backbone: str) -> Snapshot:
         items, complaints = collection.items()
-        ledger = collection.ledger()
+        vote_log = collection.vote_log()
         found = self._describe_all(collection, backbone, [item.image for item in items])
         described = [row for row, features in enumerate(found) if isinstance(features, np.ndarray)]
         features = np.stack([found[row] for row in described]) if described else np.zeros((0, 1))
         broken = [
             f"{item.image} is ignored: {f}" for item, f in zip(items, found, strict=True) if isinstance(f, BadInput)
         ]
-        votes = comparisons(ledger, [items[row].image for row in described])[1]
-        return Snapshot(items, ledger, [*complaints, *ledger.complaints, *broken], described, features, votes)
+        votes = comparisons(vote_log, [items[row].image for row in described])[1]
+        return Snapshot(items, vote_log, [*complaints, *vote_log.complaints, *broken], described, features, votes)
 
     def _describe_all(self, collection: Collection, backbone: str, names: list[str]) -> list[Any]:
         """For each image its features, the error, or None if they are not ready yet."""

@@ -99,7 +99,7 @@ def export(collection: Collection, file: Path) -> None:
     Raises:
         OSError: the disk is full or not writable; an existing file is not changed.
     """
-    items, votes = collection.items()[0], collection.ledger().votes
+    items, votes = collection.items()[0], collection.vote_log().votes
     prompts = {item.image: item.prompt for item in items}
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

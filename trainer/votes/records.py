@@ -22,7 +22,7 @@ Kind = Literal["winner", "tie", "skip"]
 
 
 @dataclass(frozen=True)
-class Item:
+class CollectedImage:
     """An image of a collection.
 
     Attributes:
@@ -119,7 +119,7 @@ def read_row(line: str, columns: tuple[str, ...], files: set[str]) -> tuple[Vote
     return Vote(row["better"], row["worse"], kind, row.get("id", "")), ""
 
 
-def read_item(line: str, files: set[str]) -> tuple[Item | None, str]:
+def read_item(line: str, files: set[str]) -> tuple[CollectedImage | None, str]:
     """Parse a line of `items.jsonl`; returns None and the reason if it is invalid."""
     try:
         record = json.loads(line)
@@ -132,7 +132,7 @@ def read_item(line: str, files: set[str]) -> tuple[Item | None, str]:
     prompt, source = record.get("prompt", ""), record.get("source", "")
     if not isinstance(prompt, str) or not isinstance(source, str):
         return None, "prompt and source must be text"
-    return Item(record["image"], prompt, source), ""
+    return CollectedImage(record["image"], prompt, source), ""
 
 
 def csv_line(values: Iterable[str]) -> str:

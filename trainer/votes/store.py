@@ -29,7 +29,7 @@ from ..utils.files import write_atomically
 from ..utils.media import png
 from ..utils.names import check_name
 from . import records
-from .records import COLUMNS, Item, Undo, Vote
+from .records import COLUMNS, CollectedImage, Undo, Vote
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +57,7 @@ class Added:
 
 
 @dataclass
-class Ledger:
+class VoteLog:
     """The content of `votes.csv`.
 
     Attributes:
@@ -115,17 +115,17 @@ class Collection:
             raise BadInput(f"image {name!r} is not in the collection {self.name!r}")
         return path
 
-    def items(self) -> tuple[list[Item], list[str]]:
+    def items(self) -> tuple[list[CollectedImage], list[str]]:
         """The images in the order in which they were added, and a warning for each line that was ignored.
 
         Image files without a line in items.jsonl come last, with an empty prompt.
         """
         found, complaints = self._listed()
         rest = sorted(self.files() - {item.image for item in found})
-        return [*found, *(Item(name, "", "") for name in rest)], complaints
+        return [*found, *(CollectedImage(name, "", "") for name in rest)], complaints
 
-    def _listed(self) -> tuple[list[Item], list[str]]:
-        found: dict[str, Item] = {}
+    def _listed(self) -> tuple[list[CollectedImage], list[str]]:
+        found: dict[str, CollectedImage] = {}
         complaints, files = [], self.files()
         for number, line in records.lines(self.items_file):
             item, reason = records.read_item(line, files)
@@ -135,9 +135,9 @@ class Collection:
                 found.setdefault(item.image, item)
         return list(found.values()), complaints
 
-    def ledger(self) -> Ledger:
+    def vote_log(self) -> VoteLog:
         """Read `votes.csv`."""
-        found, files, rows = Ledger(), self.files(), list(records.lines(self.votes_file))
+        found, files, rows = VoteLog(), self.files(), list(records.lines(self.votes_file))
         columns = records.header(rows[0][1]) if rows else None
         for number, line in rows if columns is None else rows[1:]:
             row, reason = records.read_row(line, columns or COLUMNS, files)
@@ -175,9 +175,12 @@ class Collection:
         Raises:
             OSError: the disk is full or not writable.
         """
-        given = [Item(self._write(picture), prompt[:LONGEST_PROMPT], source) for picture, prompt, source in pictures]
+        given = [
+            CollectedImage(self._write(picture), prompt[:LONGEST_PROMPT], source)
+            for picture, prompt, source in pictures
+        ]
         records.flush_folder(self.images)
-        new: dict[str, Item] = {}
+        new: dict[str, CollectedImage] = {}
         with self.lock():
             known = {item.image for item in self._listed()[0]}
             for item in given:
@@ -214,7 +217,7 @@ class Collection:
                     raise BadInput(f"image {str(name)[:80]!r} is not in the collection {self.name!r}")
         new: dict[str, Vote] = {}
         with self.lock():
-            known = self.ledger().ids
+            known = self.vote_log().ids
             for vote in votes:
                 if (known | new).get(vote.id, vote) != vote:
                     raise BadInput(f"id {vote.id!r} belongs to another vote: choose a new id for every vote")
@@ -236,15 +239,15 @@ class Collection:
         """
         records.check_id(id)
         with self.lock():
-            ledger = self.ledger()
-            known = ledger.ids.get(id)
+            vote_log = self.vote_log()
+            known = vote_log.ids.get(id)
             if known is not None:
                 if not isinstance(known, Undo) or vote not in (None, known.vote):
                     raise BadInput(f"id {id!r} belongs to another vote: choose a new id for every undo")
                 return known.vote
             if vote is None:
-                vote = next((one.id for one in reversed(ledger.votes) if one.id), None)
-            elif not isinstance(ledger.ids.get(vote), Vote):
+                vote = next((one.id for one in reversed(vote_log.votes) if one.id), None)
+            elif not isinstance(vote_log.ids.get(vote), Vote):
                 raise BadInput(f"there is no vote with the id {str(vote)[:80]!r}")
             if vote is not None:
                 self._append_rows([{"undo": vote, "id": id}])

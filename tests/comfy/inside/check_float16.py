@@ -17,7 +17,7 @@ import folder_paths
 import pytest
 import torch
 from safetensors.torch import save_file
-from stages import experience_of
+from stages import rollout_of
 from tiny_graphs import CASES, STEPS, Trained, draw, graph_model, new_patcher
 from torch import Tensor
 
@@ -86,7 +86,7 @@ class Stage:
     """A model with a LoRA that does something, an objective, and four images of two prompts to train on."""
 
     trained: Trained
-    experience: Any
+    rollout_batch: Any
     items: list
 
 
@@ -99,43 +99,43 @@ def stage(pack: Any, patcher: Any, vae: Any, name: str, **sizes: int) -> Stage:
     }
     trained = graph_model(pack, SD15, patcher, sections, vae)
     trained.wake(0.05)
-    objective = trained.engine.objective
+    objective = trained.updater.objective
     objective.rewards = {"colorfulness": pack("trainer.rewards.colorfulness").Colorfulness()}
     plan, prompt_of = objective.plan(trained.model, 0), torch.tensor([0, 0, 1, 1])
     start = torch.stack([draw(*trained.model.latent_shape, seed=i) for i in range(4)])
     added = lambda step: torch.stack([draw(*start.shape[1:], seed=100 * step + i) for i in range(4)])  # noqa: E731
     plan = replace(plan, shared_noise=False)
     kept = rollout.sample(trained.model, plan, trained.prompting, prompt_of, start, added, rollout.Execution())
-    experience = experience_of(plan, trained.prompting, kept, prompt_of, [1.0, -0.6, -0.4, 0.8], pack)
-    experience.optimizer_steps = 0
-    return Stage(trained, experience, next(iter(objective.items(experience))))
+    rollout_batch = rollout_of(plan, trained.prompting, kept, prompt_of, [1.0, -0.6, -0.4, 0.8], pack)
+    rollout_batch.optimizer_steps = 0
+    return Stage(trained, rollout_batch, next(iter(objective.items(rollout_batch))))
 
 
 def gradient(stage: Stage, actions: int, scale: float | None = None) -> list[Tensor]:
-    """The gradient with which the engine's optimizer step is made, where the loss is a mean over so many actions.
+    """The gradient with which the updater's optimizer step is made, where the loss is a mean over so many actions.
 
     Args:
-        scale: begin with this loss scale; None for the engine's own.
+        scale: begin with this loss scale; None for the updater's own.
     """
-    engine, found = stage.trained.engine, []
+    updater, found = stage.trained.updater, []
     total = actions * LATENTS_AT_512 // math.prod(stage.trained.model.latent_shape)
-    first_scale = engine.first_scale
+    first_scale = updater.first_scale
     changed = SimpleNamespace(
         first_scale=lambda items: first_scale(total) if scale is None else scale,
-        accumulate=functools.partial(type(engine).accumulate, engine, total=total),
+        accumulate=functools.partial(type(updater).accumulate, updater, total=total),
         scaler=None,
     )
-    kept = {name: p.detach().clone() for name, p in engine.policy.parameters.items()}
-    keep = lambda optimizer, *_: found.extend(p.grad.clone() for p in engine.policy.parameters.values())  # noqa: E731
-    hook = engine.policy.optimizer.register_step_pre_hook(keep)
+    kept = {name: p.detach().clone() for name, p in updater.policy.parameters.items()}
+    keep = lambda optimizer, *_: found.extend(p.grad.clone() for p in updater.policy.parameters.values())  # noqa: E731
+    hook = updater.policy.optimizer.register_step_pre_hook(keep)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in vars(changed).items():
-            patch.setattr(engine, name, value)
-        patch.setattr(engine.objective, "items", lambda experience: iter([stage.items]))
-        update = engine.update(stage.experience)
+            patch.setattr(updater, name, value)
+        patch.setattr(updater.objective, "items", lambda rollout_batch: iter([stage.items]))
+        update = updater.update(stage.rollout_batch)
     hook.remove()
-    stage.experience.optimizer_steps = 0
-    for name, parameter in engine.policy.parameters.items():
+    stage.rollout_batch.optimizer_steps = 0
+    for name, parameter in updater.policy.parameters.items():
         parameter.data = kept[name]
     assert update.bad == 0
     return found
@@ -157,8 +157,8 @@ def test_the_gradient_in_float16_is_that_of_float32_with_the_loss_scale_and_not_
 ) -> None:
     half, exact = (stage(pack, loaded(pack, file, monkeypatch, kind), vae, name) for kind in (True, False))
     # The same images: what differs is the arithmetic of the update alone.
-    half.experience.trajectories = exact.experience.trajectories
-    half.items = list(half.trained.engine.objective.items(half.experience))[0]
+    half.rollout_batch.trajectories = exact.rollout_batch.trajectories
+    half.items = list(half.trained.updater.objective.items(half.rollout_batch))[0]
     for actions in ACTIONS:
         expected, found, plain = gradient(exact, actions), gradient(half, actions), gradient(half, actions, 1.0)
         print(
@@ -178,7 +178,7 @@ def test_the_opening_check_sees_a_gradient_that_is_lost_in_rounding(
     items = ACTIONS[0] * LATENTS_AT_512 // 64
     sizes = {"prompts_per_iteration": items // 64, "group_size": 64}
     half = stage(pack, loaded(pack, file, monkeypatch, True), vae, name, **sizes).trained
-    check(half.engine, half.prompting, ["any"])
-    monkeypatch.setattr(half.engine, "first_scale", lambda items: 1.0)
+    check(half.updater, half.prompting, ["any"])
+    monkeypatch.setattr(half.updater, "first_scale", lambda items: 1.0)
     with pytest.raises(failed, match="lost in rounding|no gradient reaches the LoRA"):
-        check(half.engine, half.prompting, ["any"])
+        check(half.updater, half.prompting, ["any"])

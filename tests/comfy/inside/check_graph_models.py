@@ -21,7 +21,7 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager import rope
 from safetensors.torch import save_file
-from stages import InFloat64, experience_of, gradients_of, items_of
+from stages import InFloat64, gradients_of, items_of, rollout_of
 from tiny_graphs import CASES, SAMPLING, STEPS, Case, Trained, draw, entry, euler, graph_model, new_patcher
 from torch import Tensor
 
@@ -99,7 +99,7 @@ def check_rollout(
     assert ratio_deviation(pack, trained) < 1e-6
 
 
-def experience(pack: Callable, trained: Trained, plan: Any, advantages: list[float], dtype: torch.dtype) -> Any:
+def rollout_batch(pack: Callable, trained: Trained, plan: Any, advantages: list[float], dtype: torch.dtype) -> Any:
     """A rollout of both prompts, ready to be trained on."""
     rollout, prompt_of = pack("trainer.rollout"), torch.arange(2)
     kept = rollout.sample(
@@ -111,15 +111,15 @@ def experience(pack: Callable, trained: Trained, plan: Any, advantages: list[flo
         lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)]),
         rollout.Execution(),
     )
-    return experience_of(plan, trained.prompting, kept, prompt_of, advantages, pack, dtype)
+    return rollout_of(plan, trained.prompting, kept, prompt_of, advantages, pack, dtype)
 
 
 def ratio_deviation(pack: Callable, trained: Trained) -> float:
     """How far the ratio of any action is off 1 before an update, and the forward pass that training makes."""
-    sampled = experience(pack, trained, trained.plan, [1.0, -1.0], torch.float32)
+    sampled = rollout_batch(pack, trained, trained.plan, [1.0, -1.0], torch.float32)
     pairs = [(i, step) for i in range(2) for step in range(STEPS - 1)]
-    totals = trained.engine.accumulate(items_of(sampled, pairs, pack), sampled)
-    assert any(gradient.any() for gradient in gradients_of(trained.engine).values())
+    totals = trained.updater.accumulate(items_of(sampled, pairs, pack), sampled)
+    assert any(gradient.any() for gradient in gradients_of(trained.updater).values())
     return totals.peaks["deviation"]
 
 
@@ -153,13 +153,13 @@ def rolled_out(pack: Callable, trained: Trained) -> Any:
     """Two steps of two prompts, scored while the LoRA does nothing."""
     plan = trained.plan
     short = replace(plan, sigmas=plan.sigmas[:3], stochastic=[True, True])
-    return experience(pack, trained, short, ADVANTAGES, torch.float64)
+    return rollout_batch(pack, trained, short, ADVANTAGES, torch.float64)
 
 
 def gradient_of(pack: Callable, trained: Trained, sampled: Any) -> list[Tensor]:
     """The gradient of an update's objective."""
-    trained.engine.accumulate(items_of(sampled, PAIRS, pack), sampled)
-    return list(gradients_of(trained.engine).values())
+    trained.updater.accumulate(items_of(sampled, PAIRS, pack), sampled)
+    return list(gradients_of(trained.updater).values())
 
 
 @torch.no_grad()
@@ -266,8 +266,8 @@ def test_the_opening_check_passes_a_sound_model_and_stops_others(pack: Callable,
     check, failed = pack("trainer.preflight").check, pack("trainer.utils.errors").RunFailed
     case = next(case for case in CASES if case.core == "Flux")
     trained = graph_model(pack, case, new_patcher(case))
-    engine, model = trained.engine, trained.model
-    arguments = (engine, trained.prompting, ["any"])
+    updater, model = trained.updater, trained.model
+    arguments = (updater, trained.prompting, ["any"])
     check(*arguments)
     with monkeypatch.context() as changed:
         changed.setattr(model, "plain", lambda call: call() * 1.01)
@@ -294,18 +294,18 @@ def described(
         "rewards": [{"name": "colorfulness"}],
         "rollout": {"kernel": kernel},
     }
-    return pack("nodes.types").Blueprint.of(patcher), pack("trainer.config").parse_config(data | sections)
+    return pack("nodes.types").ModelSpec.of(patcher), pack("trainer.config").parse_config(data | sections)
 
 
 def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable, case: Case, monkeypatch) -> None:
     dry_run, entries = pack("nodes.host.dry_run"), pack("trainer.models").EntryConditions
-    blueprint, config = described(pack, case, new_patcher(case))
+    spec, config = described(pack, case, new_patcher(case))
     reached = []
-    whole = dry_run.Shell.take
-    monkeypatch.setattr(dry_run.Shell, "take", lambda *arguments: (whole(*arguments), reached.append(1)))
+    whole = dry_run.MetaModel.take
+    monkeypatch.setattr(dry_run.MetaModel, "take", lambda *arguments: (whole(*arguments), reached.append(1)))
     comfy.model_management.in_training = False
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)  # as on a GPU, where layers are filled later
-    dry_run.refuse(blueprint, config, entries.of([entry(case, 1)]))
+    dry_run.refuse(spec, config, entries.of([entry(case, 1)]))
     assert comfy.memory_management.aimdo_enabled
     if not case.shapes:
         return
@@ -315,14 +315,14 @@ def test_a_model_without_weights_tells_which_conditions_it_takes(pack: Callable,
     with pytest.raises(
         pack("trainer.utils.errors").BadInput, match=f"expects width {case.text[0]} and gets {case.text[0] + 8}"
     ):
-        dry_run.refuse(blueprint, config, entries.of([wrong]))
+        dry_run.refuse(spec, config, entries.of([wrong]))
     if case.text[1] is not None:
         wrong = entry(case, 1) | {"pooled_output": draw(1, case.text[1] - 8)}  # some cut off what is more
         with pytest.raises(
             pack("trainer.utils.errors").BadInput,
             match=r"clip or conditioning does not match the model \(.*belongs to the model",
         ):
-            dry_run.refuse(blueprint, config, entries.of([wrong]))
+            dry_run.refuse(spec, config, entries.of([wrong]))
 
 
 def test_a_model_without_weights_tells_what_else_the_trainer_would_refuse(pack: Callable) -> None:

@@ -454,8 +454,8 @@ def test_a_preset_that_does_not_fit_the_model_is_named_with_those_that_do(pack) 
 
     settings, types, bad = pack("nodes.settings"), pack("nodes.types"), pack("trainer.utils.errors").BadInput
     demo = settings.Preset.execute("demo").args[0]
-    noise_model = types.Model({}, types.Blueprint(object, None, object()))
-    flow_model = types.Model({}, types.Blueprint(object, None, comfy.model_sampling.CONST()))
+    noise_model = types.Model({}, types.ModelSpec(object, None, object()))
+    flow_model = types.Model({}, types.ModelSpec(object, None, comfy.model_sampling.CONST()))
 
     def said(given: object, model: object, words: str) -> str:
         with pytest.raises(bad) as caught, settings.preset_is_named(given, model):

@@ -105,7 +105,7 @@ class ComfyModel(DiffusionModel):
         return model
 
     @classmethod
-    def encode_pieces(cls, config: ModelConfig, *_: Any) -> Conditions:
+    def encode_batches(cls, config: ModelConfig, *_: Any) -> Conditions:
         raise BadInput("a connected model needs clip, which encodes the prompts: connect the graph's CLIP")
 
     @classmethod

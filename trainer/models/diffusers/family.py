@@ -263,7 +263,7 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     @torch.no_grad()
-    def encode_pieces(
+    def encode_batches(
         cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
         cls._check_pictures(config, prompts, pictures)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
-from ..base import PICTURE, Conditions, Rows
+from ..base import PICTURE, Conditions, FusedRows
 from .family import ATTENTION, DiffusersModel
 from .vae import latent_channels
 
@@ -63,7 +63,7 @@ class HunyuanVideoModel(DiffusersModel):
     def network_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
         return latents
 
-    def lora_key(self, module_name: str) -> str | Rows:
+    def lora_key(self, module_name: str) -> str | FusedRows:
         config = self.module.config
         native = native_name(module_name, config.num_attention_heads * config.attention_head_dim, config.mlp_ratio)
         if native is None:
@@ -125,7 +125,7 @@ _PARTS = {
 _THIRDS = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2}
 
 
-def native_name(name: str, width: int, mlp_ratio: float) -> str | Rows | None:
+def native_name(name: str, width: int, mlp_ratio: float) -> str | FusedRows | None:
     """Where ComfyUI keeps a linear layer of diffusers' HunyuanVideo transformer; None where it has no name for it.
 
     Args:
@@ -136,20 +136,20 @@ def native_name(name: str, width: int, mlp_ratio: float) -> str | Rows | None:
         prefix, rest = f"diffusion_model.double_blocks.{match[1]}", match[2]
         if rest in _PARTS:
             layer, third = _PARTS[rest]
-            return Rows(f"{prefix}.{layer}", third * width, 3 * width)
+            return FusedRows(f"{prefix}.{layer}", third * width, 3 * width)
         return f"{prefix}.{_DOUBLE_NAMES[rest]}" if rest in _DOUBLE_NAMES else None
     if match := _SINGLE.fullmatch(name):
         prefix, rest = f"diffusion_model.single_blocks.{match[1]}", match[2]
         total = 3 * width + int(mlp_ratio * width)
         if rest in _THIRDS:
-            return Rows(f"{prefix}.linear1", _THIRDS[rest] * width, total)
+            return FusedRows(f"{prefix}.linear1", _THIRDS[rest] * width, total)
         if rest == "proj_mlp":
-            return Rows(f"{prefix}.linear1", 3 * width, total)
+            return FusedRows(f"{prefix}.linear1", 3 * width, total)
         names = {"proj_out": "linear2", "norm.linear": "modulation.lin"}
         return f"{prefix}.{names[rest]}" if rest in names else None
     if match := _REFINER.fullmatch(name):
         prefix, rest = f"diffusion_model.txt_in.individual_token_refiner.blocks.{match[1]}", match[2]
         if rest in _THIRDS:
-            return Rows(f"{prefix}.self_attn.qkv", _THIRDS[rest] * width, 3 * width)
+            return FusedRows(f"{prefix}.self_attn.qkv", _THIRDS[rest] * width, 3 * width)
         return f"{prefix}.{_REFINER_NAMES[rest]}" if rest in _REFINER_NAMES else None
     return None

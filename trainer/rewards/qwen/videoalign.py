@@ -173,7 +173,7 @@ class VideoAlign(VideoAlignNetwork):
         return (scaled(scores, self.options.scale) * weights).sum()
 
 
-class _One(VideoAlign):
+class _OneDimension(VideoAlign):
     dimension: ClassVar[int]
     Options = _Options
 
@@ -181,21 +181,21 @@ class _One(VideoAlign):
         return scaled(scores, self.options.scale)[self.dimension]
 
 
-class VideoAlignVQ(_One):
+class VideoAlignVQ(_OneDimension):
     """Videos: visual quality, by VideoAlign (see `videoalign`)."""
 
     name = "videoalign-vq"
     dimension = 0
 
 
-class VideoAlignMQ(_One):
+class VideoAlignMQ(_OneDimension):
     """Videos: motion quality, by VideoAlign (see `videoalign`)."""
 
     name = "videoalign-mq"
     dimension = 1
 
 
-class VideoAlignTA(_One):
+class VideoAlignTA(_OneDimension):
     """Videos: how well they follow the prompt, by VideoAlign (see `videoalign`)."""
 
     name = "videoalign-ta"

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...config import Section
 from ...utils.errors import BadInput, RunFailed
 from ..base import Reward
-from .http import Patience, ask, check_url, number, to_png
+from .http import RetryPolicy, ask, check_url, number, to_png
 
 PIXELS = 2**26
 """Largest number of pixels of one request."""
@@ -72,8 +72,8 @@ class External(Reward):
             body |= {"videos": [to_png(video) for video in images], "fps": self.options.fps}
         else:
             body["images"] = to_png(images) if len(images) else []
-        patience = Patience(self.options.timeout, self.options.retries)
-        return ask(self.options.url, body, patience, lambda answer: _scores(answer, len(prompts)))
+        retry_policy = RetryPolicy(self.options.timeout, self.options.retries)
+        return ask(self.options.url, body, retry_policy, lambda answer: _scores(answer, len(prompts)))
 
 
 def batches(pixels: list[int], most: int) -> Iterator[slice]:

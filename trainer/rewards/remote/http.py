@@ -54,7 +54,7 @@ class Refused(RunFailed):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Timeout and retries of a request.
 
     Attributes:
@@ -93,7 +93,7 @@ def check_url(url: str, reward: str) -> None:
         )
 
 
-def ask(url: str, body: Body, patience: Patience, check: Callable[[Any], Any]) -> Any:
+def ask(url: str, body: Body, retry_policy: RetryPolicy, check: Callable[[Any], Any]) -> Any:
     """Send a request and return the checked answer.
 
     Args:
@@ -105,14 +105,14 @@ def ask(url: str, body: Body, patience: Patience, check: Callable[[Any], Any]) -
         Refused: the server answered 4xx (other than 408 and 429), which is not retried.
         RunFailed: the server is unreachable, busy or too slow, or is not an HTTP server.
     """
-    (answer,) = ask_all(url, [body], patience, check, parallel=1)
+    (answer,) = ask_all(url, [body], retry_policy, check, parallel=1)
     if isinstance(answer, RunFailed):
         raise answer
     return answer
 
 
 def ask_all(
-    url: str, bodies: Sequence[Body], patience: Patience, check: Callable[[Any], Any], parallel: int
+    url: str, bodies: Sequence[Body], retry_policy: RetryPolicy, check: Callable[[Any], Any], parallel: int
 ) -> list[Any]:
     """Send several requests and return the checked answers in order; `Unusable` or `Refused` for failed requests.
 
@@ -122,7 +122,7 @@ def ask_all(
     Raises:
         RunFailed: the server is unreachable, busy or too slow, or is not an HTTP server.
     """
-    return _wait_for(_ask_all(url, bodies, patience, check, parallel))
+    return _wait_for(_ask_all(url, bodies, retry_policy, check, parallel))
 
 
 def _wait_for(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
@@ -154,7 +154,7 @@ def _wait_for(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
 
 
 async def _ask_all(
-    url: str, bodies: Sequence[Body], patience: Patience, check: Callable[[Any], Any], parallel: int
+    url: str, bodies: Sequence[Body], retry_policy: RetryPolicy, check: Callable[[Any], Any], parallel: int
 ) -> list[Any]:
     import aiohttp
 
@@ -165,7 +165,7 @@ async def _ask_all(
 
         async def one(body: Body) -> Any:
             async with limit:
-                return await _ask(session, url, body, patience, check)
+                return await _ask(session, url, body, retry_policy, check)
 
         tasks = [asyncio.ensure_future(one(body)) for body in bodies]
         try:
@@ -177,15 +177,15 @@ async def _ask_all(
 
 
 async def _ask(
-    session: "aiohttp.ClientSession", url: str, body: Body, patience: Patience, check: Callable[[Any], Any]
+    session: "aiohttp.ClientSession", url: str, body: Body, retry_policy: RetryPolicy, check: Callable[[Any], Any]
 ) -> Any:
     """The checked answer, `Refused`, or `Unusable` if the last attempt got an invalid answer."""
     unusable, reason = 0, None
-    for attempt in range(patience.retries + 1):
+    for attempt in range(retry_policy.retries + 1):
         if attempt and not isinstance(reason, Unusable):
             await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
         try:
-            text = await _once(session, url, body(unusable) if callable(body) else body, patience.timeout)
+            text = await _once(session, url, body(unusable) if callable(body) else body, retry_policy.timeout)
             return _checked(url, text, check)
         except Refused as error:
             return error

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...config import Section
 from ...utils.errors import BadInput, RunFailed
 from ..base import Reward
-from .http import Patience, Refused, Unusable, ask, ask_all, check_url, to_png
+from .http import Refused, RetryPolicy, Unusable, ask, ask_all, check_url, to_png
 
 RETRY_TEMPERATURE = 0.7
 """Sampling temperature of retries. The first attempt is greedy, so repeating it would give the same answer."""
@@ -75,8 +75,8 @@ class ChatReward(Reward):
             raise BadInput(f"reward {self.name!r}: model is empty: enter the name of the model on the server")
 
     @property
-    def patience(self) -> Patience:
-        return Patience(self.options.timeout, self.options.retries)
+    def retry_policy(self) -> RetryPolicy:
+        return RetryPolicy(self.options.timeout, self.options.retries)
 
     def load(self) -> None:
         """Check that the server has the model.
@@ -86,7 +86,7 @@ class ChatReward(Reward):
         """
         url = f"{self.options.url.rstrip('/')}/models"
         try:
-            names = ask(url, None, self.patience, _model_names)
+            names = ask(url, None, self.retry_policy, _model_names)
         except RunFailed as error:
             raise BadInput(f"reward {self.name!r}: {error}") from error
         if self.options.model not in names:
@@ -107,7 +107,7 @@ class ChatReward(Reward):
         answers = ask_all(
             f"{self.options.url.rstrip('/')}/chat/completions",
             [self._body(images, text) for images, text in questions],
-            self.patience,
+            self.retry_policy,
             lambda answer: read(answer["choices"][0]),
             self.options.parallel,
         )

@@ -117,9 +117,9 @@ def graph(name: str, **base: object) -> dict:
 
 
 def test_a_graph_of_core_loaders_trains_and_uses_the_lora(comfy: Server, files: None) -> None:
-    outputs = comfy.run(graph("graph_door"), patience=400)
+    outputs = comfy.run(graph("graph_loaders"), patience=400)
     assert outputs["shown"]["text"]
-    run = comfy.base / "output" / "dancegrpo" / "runs" / "graph_door"
+    run = comfy.base / "output" / "dancegrpo" / "runs" / "graph_loaders"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert len(events) == 2
@@ -131,11 +131,11 @@ def test_a_graph_of_core_loaders_trains_and_uses_the_lora(comfy: Server, files: 
 
 def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) -> None:
     with pytest.raises(PromptFailed, match="model.frames is 5: it must be 1, because this model generates images"):
-        comfy.run(graph("graph_door_frames", frames=5))
-    prompt = graph("graph_door_vae", vae=["demo", 2])
+        comfy.run(graph("graph_loaders_frames", frames=5))
+    prompt = graph("graph_loaders_vae", vae=["demo", 2])
     with pytest.raises(PromptFailed, match="VAE comes from a loader that training does not support"):
         comfy.run(prompt)
-    prompt = graph("graph_door_clip")
+    prompt = graph("graph_loaders_clip")
     del prompt["train"]["inputs"]["clip"]
     with pytest.raises(PromptFailed, match="clip is not connected"):
         comfy.run(prompt)

@@ -10,7 +10,7 @@ from ..models import DiffusionModel
 from ..policy import Policy
 from ..rollout import Execution
 from ..utils.distributed import Processes
-from .base import Experience, Item, Loss, Objective, Totals
+from .base import Loss, Objective, RolloutBatch, Totals, TrainingItem
 
 TRIES = 10
 """Most attempts at an optimizer step whose gradient overflows, each with half the loss scale."""
@@ -33,7 +33,7 @@ class Update:
     bad: int
 
 
-class Engine:
+class Updater:
     """
     Takes optimizer steps with a scaled loss. The loss is a mean over all items of an optimizer step and over all
     elements of the latents, so the gradient at the network's output is about 1 / (items x elements), which underflows
@@ -55,16 +55,16 @@ class Engine:
         self.processes, self.execution = processes, execution
         self.scaler: torch.amp.GradScaler | None = None
 
-    def update(self, experience: Experience) -> Update:
+    def update(self, rollout: RolloutBatch) -> Update:
         """All optimizer steps of an iteration."""
         steps: list[Totals] = []
         norms: list[float | None] = []
-        for items in self.objective.items(experience):
-            totals, norm = self._step(items, experience)
+        for items in self.objective.items(rollout):
+            totals, norm = self._step(items, rollout)
             steps.append(totals)
             norms.append(norm)
             if norm is not None:
-                experience.optimizer_steps += 1
+                rollout.optimizer_steps += 1
                 self.objective.after_step()
         every = Totals()
         for totals in steps:
@@ -72,14 +72,14 @@ class Engine:
         made = [norm for norm in norms if norm is not None]
         return Update(every, steps[0] if steps else Totals(), max(made, default=None), len(norms) - len(made))
 
-    def _step(self, items: list[Item], experience: Experience) -> tuple[Totals, float | None]:
+    def _step(self, items: list[TrainingItem], rollout: RolloutBatch) -> tuple[Totals, float | None]:
         """One optimizer step and its gradient norm, which is None if the step was skipped."""
         if self.scaler is None:
             self.scaler = self._new_scaler(self.first_scale(len(items)))
         forwards = 0
         for _ in range(TRIES):
-            scale = self.scaler.scale(torch.ones((), device=experience.device))
-            totals = self.accumulate(items, experience, scale)
+            scale = self.scaler.scale(torch.ones((), device=rollout.device))
+            totals = self.accumulate(items, rollout, scale)
             forwards += totals.forwards
             norm = self.policy.step(self.processes, self.scaler)
             if norm is not None or not math.isfinite(totals.loss):
@@ -94,38 +94,38 @@ class Engine:
         return torch.amp.GradScaler(self.processes.device.type, init_scale=scale)
 
     def accumulate(
-        self, items: list[Item], experience: Experience, scale: Tensor | float = 1.0, total: int | None = None
+        self, items: list[TrainingItem], rollout: RolloutBatch, scale: Tensor | float = 1.0, total: int | None = None
     ) -> Totals:
         """Accumulate this process's part of the scaled gradient of the mean loss over all processes' items.
 
         Args:
             total: number of items to average over; None for `len(items)`.
         """
-        mine = [item for item in items if item.member in experience.row_of]
-        batches = self.objective.batches(mine, experience)
+        mine = [item for item in items if item.member in rollout.row_of]
+        batches = self.objective.batches(mine, rollout)
         missing = self.execution.match(len(batches)) - len(batches)
-        statistics = Statistics(experience.device)
+        statistics = Statistics(rollout.device)
         for number, batch in enumerate(batches):
             self.execution.report("update", number, len(batches))
-            loss = self.objective.loss(self.model, experience, batch)
+            loss = self.objective.loss(self.model, rollout, batch)
             (loss.value.sum() / (total or len(items)) * scale).backward()
             statistics.add(loss)
         for _ in range(missing):
-            self._spare_pass(experience)
+            self._dummy_pass(rollout)
         return statistics.totals(self.processes)
 
-    def _spare_pass(self, experience: Experience) -> None:
+    def _dummy_pass(self, rollout: RolloutBatch) -> None:
         """A dummy forward and backward pass for the collective operations of a sharded model; keeps gradients."""
         parameters = list(self.policy.parameters.values())
         kept = [None if p.grad is None else p.grad.clone() for p in parameters]
-        (batch,) = self.objective.batches([self.objective.spare(experience)], experience)
-        self.objective.loss(self.model, experience, batch).value.sum().backward()
+        (batch,) = self.objective.batches([self.objective.dummy_item(rollout)], rollout)
+        self.objective.loss(self.model, rollout, batch).value.sum().backward()
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
 
-    def gradient(self, items: list[Item], experience: Experience, scale: float, total: int) -> list[Tensor]:
+    def gradient(self, items: list[TrainingItem], rollout: RolloutBatch, scale: float, total: int) -> list[Tensor]:
         """The scaled gradient of this process's items, one tensor per LoRA parameter; clears `.grad` afterwards."""
-        self.accumulate(items, experience, scale, total)
+        self.accumulate(items, rollout, scale, total)
         parameters = self.policy.parameters.values()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         self.policy.optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The embedded model loaded from files by core's loaders: described by the node, trained as through the other door."""
+"""The embedded model loaded from files by core's loaders: described by the node, trained as with diffusers."""
 
 import re
 import shutil
@@ -119,11 +119,11 @@ def patched(model: Any, lora: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_both_doors_give_the_same_losses_and_loras(pack, demo, files: SimpleNamespace, caplog) -> None:
     configs = {}
-    for door, model in (("diffusers", {"family": "sd3"}), ("graph", graph_section(files))):
-        file = files.folder / f"{door}.safetensors"
+    for backend, model in (("diffusers", {"family": "sd3"}), ("graph", graph_section(files))):
+        file = files.folder / f"{backend}.safetensors"
         pack("nodes.host.encoding").write(file, demo.clip, description(pack, model, None))
-        targets = list(PAIRS) if door == "diffusers" else list(PAIRS.values())
-        configs[door] = description(pack, model, file, lora={"rank": 4, "alpha": 8, "targets": targets})
+        targets = list(PAIRS) if backend == "diffusers" else list(PAIRS.values())
+        configs[backend] = description(pack, model, file, lora={"rank": 4, "alpha": 8, "targets": targets})
     one, first, events = train(pack, configs["diffusers"], None)
     other, _, again = train(pack, configs["graph"], {native(name): value for name, value in first.items()})
     assert len(events) == len(again) == 5
@@ -343,11 +343,11 @@ def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model
     runs, reached = pack("nodes.host.runs"), []
     monkeypatch.setattr(pack("nodes.host.memory"), "free_memory", lambda: reached.append(1))
     monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
-    given, blueprint = base_model(model=loaded[0], vae=loaded[1]), pack("nodes.types").Blueprint.of(loaded[0])
+    given, spec = base_model(model=loaded[0], vae=loaded[1]), pack("nodes.types").ModelSpec.of(loaded[0])
     data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}
 
     def begin() -> None:
-        runs.begin("x", data, Clip(100), "source", 1, None, blueprint=blueprint)
+        runs.begin("x", data, Clip(100), "source", 1, None, spec=spec)
 
     with refused(pack, r"clip or conditioning does not match the model \(layer \S+ expects width \d+ and gets 100\)"):
         begin()
