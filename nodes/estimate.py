@@ -72,10 +72,11 @@ class Estimate(io.ComfyNode):
                 inputs.conditioning(conditioning, "conditioning")
                 if clip is None:
                     raise BadInput("conditioning goes with a connected clip: connect it, or disconnect conditioning")
-            data, (processes, gpus) = training.description(given, model.section), training.processes_of(given)
+            processes, gpus = training.processes_of(given)
+            data, chosen = training.chosen_description(given, model, processes)
             with preset_is_named(training.optional(given, "settings"), model):
                 found = estimating.estimate(data, clip, conditioning, processes, gpus, model.spec, node_id)
-        text = found.pop("text")
+        text = "\n\n".join(filter(None, (chosen, found.pop("text"))))
         progress.say(text, node_id)
         shown = {"text": (text,), results.DATA: (results.jsonable(found),)}
         return io.NodeOutput(text, found["memory"]["fits"], found["seconds"]["iteration"], ui=shown)

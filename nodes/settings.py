@@ -8,7 +8,8 @@ from comfy.model_sampling import CONST
 from comfy_api.latest import io
 from pydantic.fields import FieldInfo
 
-from ..trainer.config import RunConfig, parse_sections, preset, preset_names
+from ..trainer.config import AUTO, RunConfig, parse_sections, preset, preset_names
+from ..trainer.config import settings as given_settings
 from ..trainer.diffusion import kernels
 from ..trainer.diffusion.process import FLOW, VP
 from ..trainer.models import FAMILIES
@@ -166,7 +167,12 @@ class Preset(io.ComfyNode):
             ),
             search_aliases=["grpo preset", "training preset", "paper settings", "demo settings", "dancegrpo"],
             inputs=[
-                io.Combo.Input("preset", options=preset_names(), tooltip="A file of trainer/presets in this pack."),
+                io.Combo.Input(
+                    "preset",
+                    options=[AUTO, *preset_names()],
+                    tooltip="auto chooses for the connected model and this machine's GPU, and says why on the training "
+                    "node; the others are files of trainer/presets in this pack.",
+                ),
                 io.String.Input(
                     "overrides",
                     multiline=True,
@@ -181,7 +187,11 @@ class Preset(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
-        found = types.Settings(settings(preset_sections(preset), overrides))
+        if preset == AUTO:  # what it chooses depends on the model, which the training node knows
+            found = types.Settings(settings({}, overrides))
+            found.given = given_settings(list(_lines(overrides)))
+        else:
+            found = types.Settings(settings(preset_sections(preset), overrides))
         found.preset = preset
         return io.NodeOutput(found)
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..trainer.utils.errors import BadInput
 from . import types
-from .host import inputs, memory, progress, results, runs
+from .host import automatic, inputs, memory, progress, results, runs
 from .host.folders import check_name
 from .settings import preset_is_named
 from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
@@ -77,13 +77,16 @@ class TrainLoRA(io.ComfyNode):
             if conditioning is not None:
                 source += f"-{cls._source_of('conditioning')}"
                 inputs.conditioning(conditioning, "conditioning")
-            data, (processes, gpus) = description(given, model.section), processes_of(given)
+            (processes, gpus), node_id = processes_of(given), cls.hidden.unique_id
+            data, chosen = chosen_description(given, model, processes)
+            if chosen:
+                progress.say(chosen, node_id)
             with preset_is_named(optional(given, "settings"), model):
                 run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.spec)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
                 progress.wait_or_cancel(run, name, bar)
-            return results.result(run, cls, status_first=False)
+            return results.result(run, cls, status_first=False, note=chosen)
 
     @classmethod
     def _source_of(cls, name: str) -> str:
@@ -278,6 +281,12 @@ def description(given: dict[str, list], model: dict) -> dict:
         negative,
         start_from(given),
     )
+
+
+def chosen_description(given: dict[str, list], model: types.Model, processes: int) -> tuple[dict, str]:
+    """The plain data of the run description, with what preset auto chooses, and its reasons as text."""
+    data = description(given, model.section)
+    return automatic.resolved(data, optional(given, "settings"), optional(given, "objective"), model, processes)
 
 
 NODES = [TrainLoRA]

@@ -59,9 +59,11 @@ class Settings(dict):
 
     Attributes:
         preset: the name of the preset they come from; None for others.
+        given: of preset auto, the sections with what its overrides set, and nothing else.
     """
 
     preset: str | None = None
+    given: dict | None = None
 
 
 class Objective(dict):

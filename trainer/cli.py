@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TypeAlias
 
-from .config import RewardConfig, parse_config, preset, preset_names, read_config, settings
+from .config import AUTO, RewardConfig, parse_config, preset, preset_names, read_config, read_mapping, settings
+from .paths import with_absolute_paths
 from .runs import launch
 from .runs.directory import RunDirectory
 from .train import BAD_INPUT, FAILED, FINISHED, run_description
@@ -92,7 +93,10 @@ def _run_commands(commands: Commands) -> None:
     encode.set_defaults(run=_encode)
 
     presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
-    presets.add_argument("name", nargs="?")
+    presets.add_argument("name", nargs="?", help="one of the list, or auto, with --for")
+    presets.add_argument(
+        "--for", type=Path, dest="description", metavar="FILE", help="a description whose settings auto chooses"
+    )
     presets.set_defaults(run=_presets)
 
 
@@ -295,7 +299,23 @@ def _collect(args: argparse.Namespace) -> int:
 
 def _presets(args: argparse.Namespace) -> int:
     if args.name is None:
-        print("\n".join(preset_names()))
+        print("\n".join([AUTO, *preset_names()]))
+    elif args.name == AUTO:
+        print(_automatic(args.description), end="")
+    elif args.description is not None:
+        raise BadInput(f"--for goes with preset {AUTO}, not with {args.name}")
     else:
         print(parse_config(preset(args.name)).to_yaml(), end="")
     return FINISHED
+
+
+def _automatic(path: Path | None) -> str:
+    """A description with the settings that preset auto chooses for it, and its reasons as comments."""
+    from .estimate.automatic import choose_for, filled
+
+    if path is None:
+        raise BadInput(f"preset {AUTO} chooses for a description: give one with --for FILE (model, prompts, rewards)")
+    data = with_absolute_paths(read_mapping(path), path.parent)
+    choice = choose_for(data)
+    comments = "".join(f"# {line}\n" for line in choice.text().splitlines())
+    return comments + parse_config(filled(data, choice)).to_yaml()

@@ -45,8 +45,12 @@ def outputs(status_first: bool) -> list[io.Output]:
     return [io.String.Output(display_name="status", tooltip="State, rewards and remaining time."), *found, run]
 
 
-def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool) -> io.NodeOutput:
-    """The current outputs of a run. Nodes that are connected to an output without a value yet are not executed."""
+def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool, note: str = "") -> io.NodeOutput:
+    """The current outputs of a run. Nodes that are connected to an output without a value yet are not executed.
+
+    Args:
+        note: shown below the state.
+    """
     name, running = run.path.name, launch.is_running(run)
     text, events = RunView(run).text(running), run.events()
     samples, values = _samples(run), losses(run, events)
@@ -64,6 +68,7 @@ def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool) -> io
     ]
     if status_first:
         found = [text, *found[:3], *found[4:], name]
+    text = "\n\n".join(filter(None, (text, note)))
     shown = {"text": (text,), DATA: (_data(run, events, lora_name, running),)}
     if samples is not None:
         shown |= ui.PreviewImage(samples, cls=cls).as_dict()

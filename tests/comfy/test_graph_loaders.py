@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from comfy_host import COMFYUI, ROOT, PromptFailed, Server
 from safetensors.torch import load_file, save_file
 
@@ -184,3 +185,30 @@ def test_an_example_for_a_released_model_runs(comfy: Server, tiny_models: None) 
     assert all(file.stat().st_size > 300 for file in comfy.images(compare))
     assert all(key.startswith("diffusion_model.") for key in load_file(run / "lora.safetensors"))
     assert "lora key not loaded" not in comfy.output
+
+
+def test_preset_auto_chooses_for_the_connected_model(comfy: Server, tiny_models: None) -> None:
+    prompt = shortened("07 Train FLUX.1")
+    train, preset = (
+        next(key for key, n in prompt.items() if n["class_type"] == kind)
+        for kind in ("DanceGRPO_TrainLoRA", "DanceGRPO_Preset")
+    )
+    prompt[preset]["inputs"] |= {"preset": "auto"}
+    prompt[train]["inputs"] |= {"name": "automatic"}
+    outputs = comfy.run({key: prompt[key] for key in above(prompt, train)}, patience=400)
+    says = outputs[train]["text"][0]
+    assert "preset auto chose:" in says
+    assert "because the model is a flow model that makes images" in says
+    run = yaml.safe_load((comfy.base / "output" / "dancegrpo" / "runs" / "automatic" / "run.yaml").read_text())[
+        "description"
+    ]
+    assert run["rollout"]["kernel"] == "dance-exact"
+    assert run["runtime"]["iterations"] == 2, "the overrides are kept"
+    again = comfy.run({key: prompt[key] for key in above(prompt, train)}, patience=400)
+    assert "finished" in again[train]["text"][0], "the same choice again, so the run is recognised"
+
+
+def above(prompt: dict, key: str) -> set[str]:
+    """A node and all that it depends on."""
+    links = [value[0] for value in prompt[key]["inputs"].values() if isinstance(value, list)]
+    return {key}.union(*(above(prompt, link) for link in links))

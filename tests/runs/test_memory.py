@@ -85,7 +85,7 @@ def test_bytes_of_an_iteration() -> None:
 
 def test_an_iteration_that_cannot_fit_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     need = iteration_bytes(config(), 2)
-    monkeypatch.setattr(memory, "_memory_bytes", lambda device, processes: need)
+    monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: need)
     check_iteration(config(), 2)
     with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 need"):
         check_iteration(config(), 1)
@@ -108,7 +108,7 @@ def test_rewards_and_decoding_count_before_anything_is_loaded(
     decode = family.decode_bytes(parsed.model)
     assert 0 < decode < Heavy().memory()
     available = [beside + Heavy().memory()]
-    monkeypatch.setattr(memory, "_memory_bytes", lambda device, processes: available[0])
+    monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: available[0])
     check_run(parsed, 1)
     available[0] -= 1
     with pytest.raises(BadInput, match="while it scores 3.0 GiB more, and it has 3.0 GiB: lower rollout.group_size"):

@@ -4,6 +4,7 @@ from ..objectives.advantage import AdvantageConfig
 from ..utils.section import Section
 from .model import GraphLora, GraphModel, GraphSampling, ModelConfig
 from .parse import (
+    AUTO,
     PRESETS,
     describe,
     parse_config,
@@ -28,6 +29,7 @@ from .sections import (
 )
 
 __all__ = [
+    "AUTO",
     "PRESETS",
     "AdvantageConfig",
     "EvaluationConfig",

@@ -13,6 +13,8 @@ from ..utils.section import Section
 from .sections import RunConfig
 
 PRESETS = Path(__file__).parents[1] / "presets"
+AUTO = "auto"
+"""The preset that is no file: its settings are chosen for the model and the device (`estimate/automatic.py`)."""
 
 
 def read_config(path: Path, overrides: list[str] = ()) -> RunConfig:

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from ..check import CheckedRun
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 from ..models.diffusers.family import DiffusersModel
 from ..models.memory import BYTES, parameter_count, run_memory, weight_bytes
 from ..runs.memory import iteration_bytes
@@ -134,6 +134,19 @@ def _candidates(config: RunConfig, family: type[DiffusersModel]) -> Iterator[tup
 
 def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def graph_bytes(config: ModelConfig, batch: int, rank: int, checkpointing: bool) -> int:
+    """A rule of thumb for what a connected model needs beside its weights, which ComfyUI keeps in RAM where needed.
+
+    It bounds the computed table of docs/comfy-backend.md from above: 3 GiB of activations per million pixels of images
+    and 5 GiB per million pixels and latent frame of videos, for one prediction with gradient checkpointing; six times
+    as much without; and a LoRA with its optimizer of 8% of the weights in bfloat16 at rank 16.
+    """
+    frames = 1 + (config.frames - 1) // 4
+    megapixels = config.height * config.width * frames / 1e6
+    activations = (3 if frames == 1 else 5) * 2**30 * megapixels * batch * (1 if checkpointing else 6)
+    return int(activations + 0.08 * weight_bytes(config) * rank / 16)
 
 
 GRAPH_CHANGES: tuple[str, ...] = (

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 
 _STEPS = {
     "schnell": (1, 4),
@@ -20,7 +20,7 @@ _STEPS = {
 
 def distilled_notes(config: RunConfig) -> list[str]:
     """A sentence where the model's name says that it is step-distilled and the sampling does not suit that."""
-    found = next(((word, name) for name in _names(config) for word in _STEPS if _says(name, word)), None)
+    found = _found(config.model)
     if found is None:
         return []
     word, name = found
@@ -45,9 +45,19 @@ def distilled_notes(config: RunConfig) -> list[str]:
     ]
 
 
-def _names(config: RunConfig) -> list[str]:
+def distilled_steps(model: ModelConfig) -> tuple[int, int] | None:
+    """Fewest and most steps that a model is made for by its name; None for models that are not step-distilled."""
+    found = _found(model)
+    return None if found is None else _STEPS[found[0]]
+
+
+def _found(model: ModelConfig) -> tuple[str, str] | None:
+    """The word that says it, and the name that it is in."""
+    return next(((word, name) for name in _names(model) for word in _STEPS if _says(name, word)), None)
+
+
+def _names(model: ModelConfig) -> list[str]:
     """Names of the files and folders that the model's weights come from."""
-    model = config.model
     if model.graph is not None:
         files = [model.graph.file, *(lora.file for lora in model.graph.loras)]
     else:

@@ -34,7 +34,7 @@ def check_iteration(config: RunConfig, processes: int, latent_numbers: int | Non
     Raises:
         BadInput: an iteration's images and latents do not fit into this machine's memory.
     """
-    need, total = iteration_bytes(config, processes, latent_numbers), _memory_bytes(config.runtime.device, processes)
+    need, total = iteration_bytes(config, processes, latent_numbers), memory_bytes(config.runtime.device, processes)
     if need > total:
         rollout = config.rollout
         raise BadInput(
@@ -53,7 +53,7 @@ def check_memory(config: RunConfig, processes: int, weights: int, decode: int, r
     Raises:
         BadInput: they cannot fit the memory of this machine together with an iteration's images and latents.
     """
-    held, total = iteration_bytes(config, processes), _memory_bytes(config.runtime.device, processes)
+    held, total = iteration_bytes(config, processes), memory_bytes(config.runtime.device, processes)
     if held + weights + max(decode, rewards) <= total:
         return
     gib = [f"{size / 2**30:,.1f} GiB" for size in (held, weights, decode, rewards, total)]
@@ -64,7 +64,7 @@ def check_memory(config: RunConfig, processes: int, weights: int, decode: int, r
     )
 
 
-def _memory_bytes(device: str, processes: int) -> int:
+def memory_bytes(device: str, processes: int) -> int:
     """Total memory in bytes that one process can use: of its GPU, or its share of the RAM."""
     import psutil
     import torch
