@@ -188,7 +188,7 @@ class Preset(io.ComfyNode):
 
 @contextmanager
 def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterator[None]:
-    """Where settings of a preset do not fit the model, say which preset it is and which others would fit.
+    """Turn an error about settings that do not fit the model into one that names the preset and others that fit.
 
     Raises:
         BadInput: what was raised inside, with the preset's name where it is the cause.
@@ -206,7 +206,7 @@ def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterato
 
 
 _OF_THE_MODEL = ("lora.targets", "rollout.kernel")
-"""Beginnings of what is said of settings that belong to one kind of model."""
+"""Beginnings of errors about settings that fit only some models."""
 
 
 def _general_presets(model: types.Model) -> list[str]:

@@ -160,10 +160,10 @@ def test_what_cannot_be_used_is_bad_input_before_anything_is_loaded(folder: Path
         with pytest.raises(BadInput, match=words):
             load_reward(RewardConfig(name="preference", options=options))
 
-    refused("needs a collection of votes, and collection is empty")
+    refused("collection is empty: name a collection of votes")
     refused("nothing is not a collection of votes", collection=str(tmp_path / "nothing"))
-    refused("'light' holds 0 votes with a winner; at least 2 are needed", collection=str(folder))
-    with pytest.raises(BadInput, match="'light' holds 1 votes with a winner"):
+    refused("'light' has 0 votes with a winner: vote on more pairs; at least 2 are needed", collection=str(folder))
+    with pytest.raises(BadInput, match="'light' has 1 votes with a winner"):
         reward(folder, PAIRS[:1])
     reward(folder, PAIRS[:2])
     refused("backbone 'x.safetensors' is neither pixels nor", collection=str(folder), backbone="x.safetensors")
