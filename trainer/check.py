@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .adapters.merge import check_merge
 from .config import RunConfig
 from .models import DiffusionModel, check_kernel, model_class, weight_bytes
 from .objectives import Objective, make_objective, objective_class
@@ -47,6 +48,7 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
         raise BadInput("model.sharded is true: it takes several processes, and this run has one (--processes)")
     family = model_class(config.model)
     check_kernel(family, config.model.family, config.rollout)
+    check_merge(config)
     family.check_targets(config.model, config.lora.targets or [])
     objective = make_objective(config)
     prompts, held_out = read_prompts(config, objective)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .adapters.merge import sampling
 from .check import CheckedRun
 from .config import RunConfig
 from .models import DiffusionModel
@@ -59,7 +60,7 @@ class Collector:
                 return self.objective.collect(iteration)
         remote = {name: reward for name, reward in (self.rewards | self.watching).items() if reward.remote}
         with BackgroundScoring(remote if self.objective.needs_advantages else {}) as background:
-            with self.objective.rollout_weights():
+            with self.objective.rollout_weights(), sampling(self.config, self.model.module):
                 rollout, images = self._rollout(iteration, background, clock)
             if not self.objective.needs_advantages:
                 return rollout

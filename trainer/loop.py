@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from . import preflight
+from .adapters.merge import check_merged, sampling
 from .adapters.start import check_start
 from .check import CheckedRun, check_run
 from .collect import Collector, gather_scores
@@ -77,6 +78,8 @@ class Trainer:
         for reward in checked.all_rewards.values():
             reward.register_memory_hook(self.model.make_room)
         self.policy = Policy(self.model, config, self.objective.keeps_old_weights)
+        if config.rollout.merge_lora:
+            check_merged(self.model.module)
         self.objective.setup(Resources(self.model, self.policy, checked.rewards, self.prompting, processes))
         weights = {reward.name: reward.weight for reward in config.rewards}
         self.watchdog = Watchdog(config.runtime.watchdog, weights)
@@ -197,7 +200,7 @@ class Trainer:
         if not self.held_out.texts:
             return
         self.updates_before = self.policy.updates
-        with self.policy.using("average"):
+        with self.policy.using("average"), sampling(self.config, self.model.module):
             result = self.evaluator.evaluate(self.evaluations[0] if self.evaluations else None)
         record = {"iteration": self.iteration, "seconds": self.seconds, **result.record()}
         self.evaluations.append(record)

@@ -99,6 +99,11 @@ class RolloutConfig(Section):
     shared_noise: bool = Field(True, description="Start all images of a group from the same noise.")
     window: WindowConfig | None = Field(None, description="Window of stochastic steps; null for all but the last.")
     batch_size: Positive = Field(96, description="Batch size of sampling in each process.")
+    merge_lora: bool = Field(
+        False,
+        description="Sample and evaluate with the LoRA merged into the base model's weights: faster, equal up to "
+        "rounding, and the weights of these layers are held twice. Requires a float32 base model.",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "RolloutConfig":
