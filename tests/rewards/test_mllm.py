@@ -234,7 +234,7 @@ def test_one_image_without_an_answer_leaves_the_scores_of_the_others(stub: StubS
 
     stub.answer = answer
     found = score(reward(stub, "mllm-rubric", parallel=2), IMAGES, ["a", "b", "poison", "c", "d"])
-    assert [value if value == value else None for value in found.tolist()] == [0.5, 0.5, None, 0.5, 0.5]
+    assert [None if math.isnan(value) else value for value in found.tolist()] == [0.5, 0.5, None, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..utils.errors import BadInput
-from ..utils.media import read_image, to_bytes
+from ..utils.media import read_image
 from ..votes.analysis import comparisons
 from ..votes.fit import Fit, agreement, enough, fit
 from ..votes.pixels import PixelFeatures
 from ..votes.store import Collection
 from .base import Dtype, ModelReward, dtype_option
 from .files import WEIGHTS
+from .preprocess import rounded
 
 PIXELS = "pixels"
 FEWEST = 2
@@ -79,7 +80,7 @@ class Preference(ModelReward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Utilities, relative to that of the mean features of the images that were voted on."""
-        images = images.float() if images.requires_grad else to_bytes(images).float() / 255
+        images = rounded(images)
         if self.fitted is None:
             self.fitted = self._fit(images.device)
         weights, center = (images.new_tensor(v, dtype=torch.float32) for v in (self.fitted.weights, self.fitted.center))

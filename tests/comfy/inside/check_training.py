@@ -370,7 +370,7 @@ def test_one_that_another_comfyui_has_started_meanwhile_is_not_started_again(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rewards": [{"name": "film"}]}, "reward 'film' scores videos, and model.frames is 1"),
+        ({"rewards": [{"name": "film"}]}, "reward 'film' scores videos, but model.frames is 1"),
         ({"evaluation": {"texts": ["a green circle"], "rewards": [{"name": "film"}]}}, "reward 'film' scores videos"),
         ({"rollout": {"kernel": "ddim"}}, "rollout.kernel is 'ddim': models of family sd3 take dance"),
         ({"rewards": [{"name": "pickscore"}]}, "reward 'pickscore': path .* does not exist"),
