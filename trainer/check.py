@@ -64,7 +64,7 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
 def _check_memory(
     config: RunConfig, processes: int, family: type[DiffusionModel], all_rewards: Mapping[str, Reward]
 ) -> None:
-    """Raise BadInput if weights, decoding and rewards cannot fit the memory; ComfyUI manages a connected model's own."""
+    """Raise BadInput if weights, decoding and rewards cannot fit the memory; ComfyUI manages a connected model's."""
     weights = 0 if config.model.graph is not None else weight_bytes(config.model, processes)
     check_memory(config, processes, weights, family.decode_bytes(config.model), memory_together(all_rewards.values()))
 

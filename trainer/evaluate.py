@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         rewards: mean per reward and of their mixture; here and below, None if no score was finite.
-        spread: per reward, mean over prompts of the standard deviation among a prompt's images (None with one image per prompt).
+        spread: per reward, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per reward, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
         samples: their prompts, seeds and scores.

@@ -274,6 +274,6 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
 
 def make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     memory.free_memory()
-    judges = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
-    rewards = memory_together(map(load_reward, judges.values()))
+    configs = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
+    rewards = memory_together(map(load_reward, configs.values()))
     memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu", rewards)

@@ -134,7 +134,7 @@ GOOD = pair(plain_key(MODULES[0]))
 REFUSED = {
     "no LoRA": ({"weight": torch.ones(2, 2)}, "contains 'weight', which is not part of a plain LoRA or LoCon"),
     "nothing": ({}, "contains no LoRA"),
-    "DoRA": (GOOD | {"transformer.a.dora_scale": torch.ones(2)}, "holds 'transformer.a.dora_scale', which is not"),
+    "DoRA": (GOOD | {"transformer.a.dora_scale": torch.ones(2)}, "contains 'transformer.a.dora_scale', which is not"),
     "one matrix": (
         {"transformer.a.lora_A.weight": torch.ones(2, IN)},
         "contains only one of the two matrices of layer 'transformer.a'",
