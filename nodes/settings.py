@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from annotated_types import Ge, Gt, Le, Lt
 from comfy.model_sampling import CONST
 from comfy_api.latest import io
-from pydantic.fields import FieldInfo
 
 from ..trainer.config import RunConfig, parse_sections, preset, preset_names
 from ..trainer.diffusion import kernels
@@ -14,9 +12,9 @@ from ..trainer.diffusion.process import FLOW, VP
 from ..trainer.models import FAMILIES
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput, shorten
-from ..trainer.utils.fields import choices, rules
 from . import types
 from .host.vote_collections import with_collection
+from .host.widgets import LARGEST, field_widget
 from .types import CATEGORY, SettingsType
 
 MAIN = (
@@ -38,7 +36,6 @@ SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluatio
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
 """Fields of `evaluation` that the training node's own sockets and boxes fill."""
 _STEP = {"optimizer.learning_rate": 1e-6}
-_LARGEST = 2**31 - 1
 OVERRIDES_TOOLTIP = (
     "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They take "
     "precedence over the widgets. docs/configuration.md lists all settings."
@@ -54,30 +51,9 @@ def widget(setting: str) -> io.Input:
     """The widget of one setting, with its default, range and description."""
     section, name = setting.split(".")
     field = RunConfig.model_fields[section].annotation.model_fields[name]
-    common = {
-        "id": input_name(setting),
-        "display_name": name,
-        "default": field.default,
-        "tooltip": f"{field.description} ({setting})",
-    }
-    if (options := choices(field)) is not None:
-        return io.Combo.Input(options=options, **common)
-    if field.annotation is bool:
-        return io.Boolean.Input(**common)
-    if field.annotation is int:
-        low, high = _range(field, 1)
-        return io.Int.Input(min=low, max=high, **common)
-    step = _STEP.get(setting, 0.01)
-    low, high = _range(field, step)
-    return io.Float.Input(min=low, max=high, step=step, round=False, **common)
-
-
-def _range(field: FieldInfo, step: float) -> tuple[float, float]:
-    low, high = 0, _LARGEST if field.annotation is int else 1e6
-    for rule in rules(field):
-        low = rule.ge if isinstance(rule, Ge) else rule.gt + step if isinstance(rule, Gt) else low
-        high = rule.le if isinstance(rule, Le) else rule.lt - step if isinstance(rule, Lt) else high
-    return low, high
+    step, limits = _STEP.get(setting, 0.01), (0, LARGEST if field.annotation is int else 1e6)
+    shown = {"display_name": name, "tooltip": f"{field.description} ({setting})"}
+    return field_widget(input_name(setting), field, limits, step, margin=step, **shown)
 
 
 def settings(data: dict, overrides: str) -> dict:
@@ -181,9 +157,7 @@ class Preset(io.ComfyNode):
 
     @classmethod
     def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
-        found = types.Settings(settings(preset_sections(preset), overrides))
-        found.preset = preset
-        return io.NodeOutput(found)
+        return io.NodeOutput(types.Settings(settings(preset_sections(preset), overrides), preset))
 
 
 @contextmanager
@@ -196,7 +170,7 @@ def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterato
     try:
         yield
     except BadInput as error:
-        name = getattr(given, "preset", None)
+        name = given.preset if isinstance(given, types.Settings) else None
         if name is None or not str(error).startswith(_OF_THE_MODEL):
             raise
         others = " or ".join(_general_presets(model))

@@ -261,6 +261,7 @@ def description(given: dict[str, list], model: dict) -> dict:
         connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
+        settings = settings.sections
     objective = optional(given, "objective")
     if objective is not None:
         connected(objective, types.Objective, "objective")

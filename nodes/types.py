@@ -54,13 +54,16 @@ class Model:
     spec: ModelSpec | None = None
 
 
-class Settings(dict):
+@dataclass(frozen=True)
+class Settings:
     """Sections of a run description.
 
     Attributes:
-        preset: the name of the preset they come from; None for others.
+        sections: plain data by name of the section.
+        preset: name of the preset they come from, if any.
     """
 
+    sections: dict[str, dict]
     preset: str | None = None
 
 

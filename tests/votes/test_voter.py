@@ -1,4 +1,4 @@
-"""A scripted voter who prefers blue things on light ground, from the first vote to a reward model that agrees with them."""
+"""A scripted voter who prefers blue on light ground, from the first vote to a reward model that agrees with them."""
 
 from pathlib import Path
 
