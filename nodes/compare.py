@@ -178,7 +178,7 @@ def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
 def _texts(given: dict[str, list]) -> list[str]:
     texts = prompt_lines("\n".join(inputs.text(text, "prompts") for text in given["prompts"]))
     if not texts:
-        raise BadInput("prompts is empty: enter one prompt per line (lines that begin with # are comments)")
+        raise BadInput(inputs.NO_PROMPTS)
     check_prompts(texts, "prompts")
     return texts
 

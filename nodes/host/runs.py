@@ -20,6 +20,7 @@ from ..types import ModelSpec, Rewards
 from . import dry_run, memory
 from .encoding import applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
+from .inputs import NO_PROMPTS
 
 
 def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[str], list[str]]:
@@ -33,7 +34,7 @@ def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[
     """
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts and needed:
-        raise BadInput("prompts is empty: enter one prompt per line (lines that begin with # are comments)")
+        raise BadInput(NO_PROMPTS)
     check_prompts(texts, "prompts")
     check_prompts(tests, "held_out_prompts")
     known = set(map(same_text, texts))
