@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import embedded_workflows, released_workflows, voting_workflows
+from . import embedded_workflows, released_workflows, running_workflows, sampling_workflows, voting_workflows
 from .workflow_graph import Graph, Layout, interface_graph
 
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
@@ -23,7 +23,7 @@ def graphs(info: dict) -> Iterator[tuple[str, Graph, Layout]]:
         graph = Graph(info)
         released_workflows.build(example, graph)
         yield example.name, graph, released_workflows.layout(example)
-    for module in (embedded_workflows, voting_workflows):
+    for module in (embedded_workflows, voting_workflows, running_workflows, sampling_workflows):
         for name, build in module.GRAPHS.items():
             graph = Graph(info)
             build(graph.add)

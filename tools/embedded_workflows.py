@@ -141,7 +141,6 @@ def train_from_rewards(add: Add) -> None:
     enough = add(1, "DanceGRPO_ThresholdReward", reward=[light, 0], threshold=0.885)
     reward = add(2, "DanceGRPO_CombineRewards", reward_1=[adherence, 0], reward_2=[enough, 0], weight_2=0.5)
     settings = add(2, "DanceGRPO_Preset", preset="demo")
-    held_out = add(2, "PrimitiveStringMultiline", "Held-out prompts", value=HELD_OUT)
     latent = add(1, "EmptySD3LatentImage", width=64, height=64, batch_size=1)
     train = add(
         3,
@@ -152,10 +151,10 @@ def train_from_rewards(add: Add) -> None:
         settings=[settings, 0],
         name="shapes_lora",
         prompts=PROMPTS,
-        held_out_prompts=[held_out, 0],
+        held_out_prompts=HELD_OUT,
     )
-    compare(add, 4, model, latent, reward, train, [held_out, 0])
+    compare(add, 4, model, latent, reward, train, HELD_OUT)
 
 
-GRAPHS: dict[str, Callable[[Add], None]] = {"3 Train a LoRA from rewards": train_from_rewards}
-LAYOUTS = {"3 Train a LoRA from rewards": Layout(NOTE, WIDTHS, GROUPS, 760)}
+GRAPHS: dict[str, Callable[[Add], None]] = {"01 Train a LoRA from rewards": train_from_rewards}
+LAYOUTS = {"01 Train a LoRA from rewards": Layout(NOTE, WIDTHS, GROUPS, 760)}

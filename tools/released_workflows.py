@@ -105,7 +105,7 @@ WAN_NEGATIVE = "overexposed, static, blurred details, subtitles, worst quality, 
 
 EXAMPLES = (
     Example(
-        name="7 Train SD1.5",
+        name="04 Train SD1.5",
         run="sd15_lora",
         loaders={"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"})},
         **SINGLE,
@@ -126,7 +126,7 @@ EXAMPLES = (
 | kernel of the preset | `ddim`, eta 1, the paper's for SD1.4 | |""",
     ),
     Example(
-        name="8 Train SDXL",
+        name="05 Train SDXL",
         run="sdxl_lora",
         loaders={"checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "sd_xl_base_1.0.safetensors"})},
         **SINGLE,
@@ -148,7 +148,7 @@ EXAMPLES = (
 | kernel of the preset | `ddim`, eta 1, the paper's for SD1.4 | |""",
     ),
     Example(
-        name="9 Train SD3.5",
+        name="06 Train SD3.5",
         run="sd35_lora",
         loaders={
             "checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "sd3.5_medium.safetensors"}),
@@ -181,7 +181,7 @@ EXAMPLES = (
 | shift | 3 | 3 (the model's scheduler) |""",
     ),
     Example(
-        name="10 Train FLUX.1",
+        name="07 Train FLUX.1",
         run="flux1_lora",
         loaders=parts(
             "flux1-dev.safetensors",
@@ -203,7 +203,7 @@ EXAMPLES = (
 | shift | ComfyUI's own for FLUX, e^1.15 = 3.16 | 3 in the paper |""",
     ),
     Example(
-        name="11 Train FLUX.2",
+        name="08 Train FLUX.2",
         run="flux2_lora",
         loaders=parts(
             "flux-2-klein-base-4b.safetensors",
@@ -228,7 +228,7 @@ EXAMPLES = (
 | noise levels | *Flux2Scheduler*, wired into *sigmas* | the same |""",
     ),
     Example(
-        name="12 Train Qwen-Image",
+        name="09 Train Qwen-Image",
         run="qwen_image_lora",
         loaders=parts(
             "qwen_image_fp8_e4m3fn.safetensors",
@@ -250,7 +250,7 @@ EXAMPLES = (
 | shift | 3.1 | 3.1 (ComfyUI's template) |""",
     ),
     Example(
-        name="13 Train Z-Image",
+        name="10 Train Z-Image",
         run="z_image_lora",
         loaders=parts("z_image_bf16.safetensors", one_encoder("qwen_3_4b.safetensors", "lumina2"), "ae.safetensors"),
         **SEPARATE,
@@ -272,7 +272,7 @@ EXAMPLES = (
 For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides and in the guider.""",
     ),
     Example(
-        name="14 Train Wan 2.1 T2V",
+        name="11 Train Wan 2.1 T2V",
         run="wan_t2v_lora",
         loaders=parts(
             "wan2.1_t2v_1.3B_fp16.safetensors",
@@ -297,7 +297,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
 | shift | 8 | 8 (model card and ComfyUI's template) |""",
     ),
     Example(
-        name="15 Train Wan 2.1 I2V",
+        name="12 Train Wan 2.1 I2V",
         run="wan_i2v_lora",
         loaders={
             **parts(
@@ -325,7 +325,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
 | shift | 8 | 8 (ComfyUI's template), 3 at 480p (model card) |""",
     ),
     Example(
-        name="16 Train HunyuanVideo",
+        name="13 Train HunyuanVideo",
         run="hunyuan_video_lora",
         loaders=parts(
             "hunyuan_video_t2v_720p_bf16.safetensors",
@@ -349,7 +349,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
 | shift | 5, the paper's | 7 (model card and ComfyUI's template) |""",
     ),
     Example(
-        name="17 Train SkyReels-I2V",
+        name="14 Train SkyReels-I2V",
         run="skyreels_lora",
         loaders=parts(
             "skyreels_hunyuan_i2v_bf16.safetensors",
@@ -376,7 +376,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
 | shift | 7, the paper's | 7 (model card) |""",
     ),
     Example(
-        name="18 Train LTX-Video",
+        name="15 Train LTX-Video",
         run="ltx_video_lora",
         loaders={
             "checkpoint": ("CheckpointLoaderSimple", {"ckpt_name": "ltx-video-2b-v0.9.safetensors"}),

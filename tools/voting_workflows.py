@@ -49,13 +49,13 @@ PAIRS = """rollout.prompts_per_iteration=24
 optimizer.learning_rate=1e-3
 lora.ema_decay=0
 runtime.iterations=30"""
-MODELS = """**For a real model:** put its loaders and *GRPO Base Model* in place of *Demo Model*, with its *clip* wired into *GRPO Train LoRA*, and a preset such as `one-gpu-flux`; examples 7 to 18 show the loaders. The numbers under **Train** are for the embedded model alone: begin with a learning rate of 1e-4. The backbone `pixels` sees colours and layout; choose a CLIP vision file to teach what an image shows."""
+MODELS = """**For a real model:** put its loaders and *GRPO Base Model* in place of *Demo Model*, with its *clip* wired into *GRPO Train LoRA*, and a preset such as `one-gpu-flux`; examples 04 to 15 show the loaders. The numbers under **Train** are for the embedded model alone: begin with a learning rate of 1e-4. The backbone `pixels` sees colours and layout; choose a CLIP vision file to teach what an image shows."""
 STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: that part alone runs, and makes 128 images.
 2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. It says how well your votes are understood.
 3. Queue the graph."""
 
 NOTES = {
-    "19 Teach it what you like": f"""# Teach it what you like
+    "02 Teach it what you like": f"""# Teach it what you like
 
 Vote on pairs of images; a judge learns from the votes what you like, and the LoRA learns from the judge.
 
@@ -66,7 +66,7 @@ Without votes, *Load Reward* refuses and says so. New votes are another run: cha
 The judge scores any image and does not read prompts, so a picture that it likes need not show what was asked for: look at the pictures, train for few iterations, or mix in a reward that reads prompts with *Combine Rewards*. `docs/votes.md` has figures.
 
 {MODELS}""",
-    "20 dpo straight from pairs": f"""# dpo straight from pairs
+    "03 dpo straight from pairs": f"""# dpo straight from pairs
 
 Vote on pairs of images; the LoRA learns from the pairs alone. No images are made while it trains, and no reward is needed.
 
@@ -147,5 +147,5 @@ def pairs(add: Add) -> None:
     add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix="dancegrpo/my_pairs")
 
 
-GRAPHS: dict[str, Callable[[Add], None]] = {"19 Teach it what you like": judge, "20 dpo straight from pairs": pairs}
+GRAPHS: dict[str, Callable[[Add], None]] = {"02 Teach it what you like": judge, "03 dpo straight from pairs": pairs}
 LAYOUTS = {name: Layout(note, WIDTHS, GROUPS) for name, note in NOTES.items()}

@@ -172,7 +172,7 @@ def shortened(name: str) -> dict:
 
 
 def test_an_example_for_a_released_model_runs(comfy: Server, tiny_models: None) -> None:
-    prompt = shortened("10 Train FLUX.1")
+    prompt = shortened("07 Train FLUX.1")
     keys = {n["class_type"]: key for key, n in prompt.items()}
     outputs = comfy.run(prompt, patience=400)
     run = comfy.base / "output" / "dancegrpo" / "runs" / "flux1_lora"

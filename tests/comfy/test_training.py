@@ -122,7 +122,7 @@ def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def test_a_graph_trains_and_uses_the_lora_and_queueing_it_again_does_not_train(comfy: Server) -> None:
-    prompt = workflow("3 Train a LoRA from rewards")
+    prompt = workflow("01 Train a LoRA from rewards")
     train, compare = only(prompt, TRAIN), only(prompt, COMPARE)
     outputs = comfy.run(prompt)
     file = comfy.base / "output" / "loras" / "dancegrpo" / "shapes_lora_2.safetensors"
@@ -162,7 +162,7 @@ def workflow(name: str) -> dict:
     """An example in API format, so short that it says nothing of what it shows, but runs all of it."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for key, entry in prompt.items():
-        inputs, title = entry["inputs"], entry["_meta"]["title"]
+        inputs = entry["inputs"]
         if entry["class_type"] == "DanceGRPO_Preset":
             inputs["overrides"] = "\n".join([*SHORT, "runtime.iterations=2", "optimizer.learning_rate=0.01"])
         if entry["class_type"] == "DanceGRPO_Settings":
@@ -172,8 +172,9 @@ def workflow(name: str) -> dict:
                 "rollout_group_size": 2,
                 "overrides": "evaluation.images_per_prompt=1",
             }
-        if title in ("Training prompts", "Held-out prompts"):
-            inputs["value"] = "\n".join(inputs["value"].splitlines()[:2])
+        for box in ("prompts", "held_out_prompts"):
+            if isinstance(inputs.get(box), str):
+                inputs[box] = "\n".join(inputs[box].splitlines()[:2])
         assert key == str(int(key))
     return prompt
 
@@ -194,17 +195,26 @@ def ancestors(prompt: dict, key: str) -> set[str]:
     return {key}.union(*(ancestors(prompt, link) for link in links))
 
 
-@pytest.mark.parametrize("name", ["5 Train in the background", "6 Train on two processes"])
-def test_examples_train(comfy: Server, name: str) -> None:
-    prompt = workflow(name)
+def test_the_example_on_two_processes_trains(comfy: Server) -> None:
+    prompt = workflow("17 Train on two processes")
     outputs = comfy.run(prompt)
     run = prompt[only(prompt, TRAIN)]["inputs"]["name"]
     assert iterations(comfy, run) == [1, 2]
     assert status(comfy, run)["state"] == "finished"
     assert processes_of(comfy, run) == []
-    for kind in ("SaveImage Reward", "SaveImage Before"):
-        assert comfy.images(outputs[only(prompt, kind)])[0].stat().st_size > 500
+    assert comfy.images(outputs[only(prompt, "SaveImage Reward")])[0].stat().st_size > 500
     assert outputs[only(prompt, "PreviewAny Name")]["text"] == [os.path.join("dancegrpo", f"{run}_2.safetensors")]  # noqa: PTH118
+
+
+def test_the_example_in_the_background_is_done_before_its_run(comfy: Server) -> None:
+    prompt = workflow("16 Train in the background")
+    run, shown = prompt[only(prompt, TRAIN)]["inputs"]["name"], only(prompt, "PreviewAny How far")
+    assert comfy.run(prompt)[shown]["text"][0]
+    look = prompt[only(prompt, "DanceGRPO_Run")]["inputs"]
+    look["action"] = "watch"
+    assert "finished" in comfy.run(prompt)[shown]["text"][0]
+    assert iterations(comfy, run) == [1, 2]
+    assert processes_of(comfy, run) == []
 
 
 def sampled(model: str, name: str) -> dict:
