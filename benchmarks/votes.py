@@ -1,4 +1,4 @@
-"""How many votes does a judge need, and does choosing pairs help? A scripted voter on images of the shapes world.
+"""How many votes does a reward model need, and does choosing pairs help? A scripted voter on images of shapes.
 
     python benchmarks/votes.py                    # 20, 40, 80 and 160 votes, active and random, 10 seeds
     python benchmarks/votes.py --errors 0.15      # a voter who answers by chance in 15% of the votes

@@ -1,4 +1,4 @@
-"""Does training on votes give what the voter likes? A scripted voter, a judge fitted to its votes, dpo on the pairs.
+"""Does training on votes give what the voter likes? A scripted voter; a reward model fitted to its votes, or dpo.
 
     python benchmarks/votes_training.py                    # 40 votes, three ways, three seeds
     python benchmarks/votes_training.py --votes 20 40 80 160 --modes active random --ways judge

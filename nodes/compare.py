@@ -105,7 +105,9 @@ def _sockets() -> list[io.Input]:
         io.Latent.Input(
             "latent_image", lazy=True, tooltip="An empty latent with the size of the images; its batch size is ignored."
         ),
-        RewardType.Input("reward", lazy=True, tooltip="The judges; Combine Rewards makes several of them one socket."),
+        RewardType.Input(
+            "reward", lazy=True, tooltip="Rewards that score the images; use Combine Rewards for several."
+        ),
         io.Conditioning.Input(
             "conditioning",
             optional=True,
@@ -123,7 +125,7 @@ def _widgets() -> list[io.Input]:
     text = {"multiline": True, "dynamic_prompts": False}
     return [
         io.String.Input(
-            "prompts", tooltip="One per line: prompts that were not trained on, the more the surer the result.", **text
+            "prompts", tooltip="One prompt per line, not trained on. More prompts give narrower intervals.", **text
         ),
         io.String.Input(
             "negative", default="", optional=True, tooltip="Negative prompt, used if cfg is not 1.", **text
@@ -176,7 +178,7 @@ def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
 def _texts(given: dict[str, list]) -> list[str]:
     texts = prompt_lines("\n".join(inputs.text(text, "prompts") for text in given["prompts"]))
     if not texts:
-        raise BadInput("prompts is empty: enter one prompt per line (lines that begin with # are comments)")
+        raise BadInput(inputs.NO_PROMPTS)
     check_prompts(texts, "prompts")
     return texts
 

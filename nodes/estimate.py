@@ -42,15 +42,15 @@ class Estimate(io.ComfyNode):
                 training.objective_input(),
             ],
             outputs=[
-                io.String.Output(display_name="estimate", tooltip="All figures as text."),
+                io.String.Output(display_name="estimate", tooltip="The estimate as text."),
                 io.Boolean.Output(display_name="fits", tooltip="Whether the memory suffices."),
-                io.Float.Output(display_name="seconds", tooltip="Per iteration; 0 where it does not fit."),
+                io.Float.Output(display_name="seconds", tooltip="Seconds per iteration; 0 if the run does not fit."),
             ],
         )  # fmt: skip
 
     @classmethod
     def check_lazy_status(cls, **given: list) -> list[str]:
-        """First descriptions, then what loads models."""
+        """Names of the inputs to compute next: first those that are cheap, then those that load models."""
         with progress.errors_on_node(cls.hidden.unique_id):
             training.check_prompts_of(given)
             processes = training.processes_of(given)

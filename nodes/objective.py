@@ -22,7 +22,7 @@ def widgets(kind: type[Objective]) -> list[io.Input]:
 
 
 def _widget(name: str, field: FieldInfo) -> io.Input:
-    """Texts and numbers that may be missing are text boxes, in which nothing stands for none.
+    """Optional texts and numbers are text boxes; an empty box stands for None.
 
     All are optional, so that a program need not name them, and options that are new later break no saved graph.
     """

@@ -7,8 +7,6 @@ from ..trainer.utils.errors import BadInput
 from .host import inputs
 from .types import CATEGORY
 
-EMPTY = "prompts is empty: write one prompt per line (lines that begin with # are comments)"
-
 
 class PromptLines(io.ComfyNode):
     @classmethod
@@ -49,7 +47,7 @@ def _lines(text: str) -> list[str]:
     check_text(text, "prompts")
     lines = prompt_lines(text)
     if not lines:
-        raise BadInput(EMPTY)
+        raise BadInput(inputs.NO_PROMPTS)
     return lines
 
 

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from annotated_types import Ge, Gt, Le, Lt
 from comfy.model_sampling import CONST
 from comfy_api.latest import io
-from pydantic.fields import FieldInfo
 
 from ..trainer.config import AUTO, RunConfig, parse_sections, preset, preset_names
 from ..trainer.config import settings as given_settings
@@ -15,9 +13,9 @@ from ..trainer.diffusion.process import FLOW, VP
 from ..trainer.models import FAMILIES
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput, shorten
-from ..trainer.utils.fields import choices, rules
 from . import types
 from .host.vote_collections import with_collection
+from .host.widgets import LARGEST, field_widget
 from .types import CATEGORY, SettingsType
 
 MAIN = (
@@ -39,7 +37,6 @@ SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluatio
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
 """Fields of `evaluation` that the training node's own sockets and boxes fill."""
 _STEP = {"optimizer.learning_rate": 1e-6}
-_LARGEST = 2**31 - 1
 OVERRIDES_TOOLTIP = (
     "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They take "
     "precedence over the widgets. docs/configuration.md lists all settings."
@@ -55,30 +52,9 @@ def widget(setting: str) -> io.Input:
     """The widget of one setting, with its default, range and description."""
     section, name = setting.split(".")
     field = RunConfig.model_fields[section].annotation.model_fields[name]
-    common = {
-        "id": input_name(setting),
-        "display_name": name,
-        "default": field.default,
-        "tooltip": f"{field.description} ({setting})",
-    }
-    if (options := choices(field)) is not None:
-        return io.Combo.Input(options=options, **common)
-    if field.annotation is bool:
-        return io.Boolean.Input(**common)
-    if field.annotation is int:
-        low, high = _range(field, 1)
-        return io.Int.Input(min=low, max=high, **common)
-    step = _STEP.get(setting, 0.01)
-    low, high = _range(field, step)
-    return io.Float.Input(min=low, max=high, step=step, round=False, **common)
-
-
-def _range(field: FieldInfo, step: float) -> tuple[float, float]:
-    low, high = 0, _LARGEST if field.annotation is int else 1e6
-    for rule in rules(field):
-        low = rule.ge if isinstance(rule, Ge) else rule.gt + step if isinstance(rule, Gt) else low
-        high = rule.le if isinstance(rule, Le) else rule.lt - step if isinstance(rule, Lt) else high
-    return low, high
+    step, limits = _STEP.get(setting, 0.01), (0, LARGEST if field.annotation is int else 1e6)
+    shown = {"display_name": name, "tooltip": f"{field.description} ({setting})"}
+    return field_widget(input_name(setting), field, limits, step, margin=step, **shown)
 
 
 def settings(data: dict, overrides: str) -> dict:
@@ -188,17 +164,14 @@ class Preset(io.ComfyNode):
     @classmethod
     def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
         if preset == AUTO:  # what it chooses depends on the model, which the training node knows
-            found = types.Settings(settings({}, overrides))
-            found.given = given_settings(list(_lines(overrides)))
-        else:
-            found = types.Settings(settings(preset_sections(preset), overrides))
-        found.preset = preset
-        return io.NodeOutput(found)
+            given = given_settings(list(_lines(overrides)))
+            return io.NodeOutput(types.Settings(settings({}, overrides), preset, given))
+        return io.NodeOutput(types.Settings(settings(preset_sections(preset), overrides), preset))
 
 
 @contextmanager
 def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterator[None]:
-    """Where settings of a preset do not fit the model, say which preset it is and which others would fit.
+    """Turn an error about settings that do not fit the model into one that names the preset and others that fit.
 
     Raises:
         BadInput: what was raised inside, with the preset's name where it is the cause.
@@ -206,7 +179,7 @@ def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterato
     try:
         yield
     except BadInput as error:
-        name = getattr(given, "preset", None)
+        name = given.preset if isinstance(given, types.Settings) else None
         if name is None or not str(error).startswith(_OF_THE_MODEL):
             raise
         others = " or ".join(_general_presets(model))
@@ -216,7 +189,7 @@ def preset_is_named(given: types.Settings | None, model: types.Model) -> Iterato
 
 
 _OF_THE_MODEL = ("lora.targets", "rollout.kernel")
-"""Beginnings of what is said of settings that belong to one kind of model."""
+"""Beginnings of errors about settings that fit only some models."""
 
 
 def _general_presets(model: types.Model) -> list[str]:

@@ -135,8 +135,8 @@ def _widgets() -> list[io.Input]:
         ),
         text_input(
             "prompts",
-            "Training prompts, one per line; or a list of prompts. Each iteration uses some of them. Empty where the "
-            "objective trains on a collection, whose prompts it takes.",
+            "Training prompts, one per line; or a list of prompts. Each iteration uses some of them. Leave it empty "
+            "if the objective trains on a collection of votes, which has prompts of its own.",
         ),
         text_input(
             "held_out_prompts",
@@ -144,7 +144,7 @@ def _widgets() -> list[io.Input]:
             default="",
             optional=True,
         ),
-        text_input("negative", "Negative prompt, used where guidance_scale is not 1.", default="", optional=True),
+        text_input("negative", "Negative prompt, used if guidance_scale is not 1.", default="", optional=True),
         io.Boolean.Input(
             "wait",
             default=True,
@@ -190,7 +190,7 @@ def _late_inputs() -> list[io.Input]:
 
 
 def objective_input() -> io.Input:
-    tooltip = "GRPO Objective; without it, that of the settings."
+    tooltip = "From GRPO Objective; without it, the objective of the settings is used."
     return ObjectiveType.Input("objective", optional=True, lazy=True, tooltip=tooltip)
 
 
@@ -199,8 +199,8 @@ def conditioning_input() -> io.Input:
         "conditioning",
         optional=True,
         lazy=True,
-        tooltip="What every prompt carries beside its text, with a connected model: guidance, reference latents, a "
-        "first frame, masks. The text in it is not used.",
+        tooltip="What all prompts share besides the text, for a connected model: guidance, reference latents, a first "
+        "frame, masks. Its text is ignored.",
     )
 
 
@@ -264,6 +264,7 @@ def description(given: dict[str, list], model: dict) -> dict:
         connected(reward, types.Rewards, "reward")
     if settings is not None:
         connected(settings, types.Settings, "settings")
+        settings = settings.sections
     objective = optional(given, "objective")
     if objective is not None:
         connected(objective, types.Objective, "objective")

@@ -54,14 +54,17 @@ class Model:
     spec: ModelSpec | None = None
 
 
-class Settings(dict):
+@dataclass(frozen=True)
+class Settings:
     """Sections of a run description.
 
     Attributes:
-        preset: the name of the preset they come from; None for others.
+        sections: plain data by name of the section.
+        preset: name of the preset they come from, if any.
         given: of preset auto, the sections with what its overrides set, and nothing else.
     """
 
+    sections: dict[str, dict]
     preset: str | None = None
     given: dict | None = None
 

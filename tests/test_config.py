@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from trainer.config import (
+    RewardConfig,
     RolloutConfig,
     RunConfig,
     Section,
@@ -20,6 +21,7 @@ from trainer.config import (
 )
 from trainer.objectives import OBJECTIVES
 from trainer.objectives.grpo import GrpoOptions
+from trainer.rewards import reward_options
 from trainer.utils.errors import BadInput
 
 MINIMAL = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "brightness"}]}
@@ -98,6 +100,33 @@ def test_fault_is_named_in_one_sentence(fault: str) -> None:
     assert "pydantic" not in sentence
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "start"),
+    [
+        ("model", {"family": "comfy"}, "model.graph is required for family 'comfy'"),
+        ("rewards", [{"name": "shapes", "weight": "much"}], "rewards.0.weight is 'much': "),
+        ("advantage", {"best_of_n": 3}, "advantage.best_of_n is 3: "),
+        ("prompts", {"texts": ["a", "a"]}, "prompts"),
+    ],
+)
+def test_a_message_names_its_field_once(section: str, values: object, start: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        parse_sections({section: values})
+    sentence = str(raised.value)
+    assert sentence.startswith(start), sentence
+    field = sentence.split(": ")[0].split(" ")[0]
+    assert sentence.count(field) == 1, sentence
+
+
+def test_an_option_of_a_reward_is_named_once() -> None:
+    options = {"aspects": ["two words"], "instruction": "{prompt} {other}"}
+    with pytest.raises(BadInput) as raised:
+        reward_options(RewardConfig(name="mllm-rubric", options=options))
+    sentence = str(raised.value)
+    assert sentence.startswith("reward 'mllm-rubric': instruction has the placeholders other, prompt"), sentence
+    assert "; aspects must be single words" in sentence, sentence
+
+
 CONFLICTS = {
     "window too long": (["rollout.steps=5", "rollout.window.size=5"], ["rollout", "window of 5", "first 4 of 5 steps"]),
     "window starts too late": (
@@ -164,12 +193,12 @@ def test_objective_is_told_by_its_name() -> None:
     assert parse_config(config.model_dump(mode="json")) == config
     assert yaml.safe_load(config.to_yaml())["objective"]["clip_range"] == 1e-3
     for value, words in (
-        ("{name: grop}", "objective: objective 'grop' is unknown: choose one of grpo"),
+        ("{name: grop}", "objective 'grop' is unknown: choose one of grpo"),
         ("{name: [grpo]}", "is unknown: choose one of grpo"),
         ("{clipping: 5}", "objective.clipping is not a setting"),
         ("{name: grpo, clip_range: 2}", "objective.clip_range is 2"),
-        ("grpo", "objective: it must be a section such as {name: grpo}, not str"),
-        ("null", "objective: it must be a section such as {name: grpo}, not NoneType"),
+        ("grpo", "objective must be a section such as {name: grpo}, but it is 'grpo'"),
+        ("null", "objective must be a section such as {name: grpo}, but it is None"),
     ):
         with pytest.raises(BadInput) as raised:
             parse_config(minimal(), [f"objective={value}"])

@@ -1,6 +1,8 @@
 """Documentation that can be checked against the code."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -71,3 +73,42 @@ def test_readme_links_and_pictures_exist() -> None:
 def test_readme_names_presets_that_exist() -> None:
     named = re.findall(r"trainer presets ([\w-]+)", (ROOT / "README.md").read_text())
     assert set(named) <= set(preset_names())
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = [t for t in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()) if "://" not in t]
+    assert not [t for t in targets if not (page.parent / t).exists()]
+
+
+def messages() -> str:
+    """Every string of the code, one a line, with `...` for what is filled in."""
+    found = []
+    for path in [*(ROOT / "trainer").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "..." for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(" ".join(text.split()) for text in found)
+
+
+def test_troubleshooting_quotes_messages_that_the_program_prints() -> None:
+    text, printed = (ROOT / "docs" / "troubleshooting.md").read_text(), messages()
+    headings = [line for line in text.splitlines() if line.startswith("### ")]
+    quoted = [quote for line in headings for quote in re.findall(r"`([^`]+)`", line)]
+    assert len(quoted) > 15
+    for quote in quoted:
+        parts = [re.escape(part.strip()) for part in quote.split("...") if part.strip()]
+        assert any(re.search(".*".join(parts), line) for line in printed.split("\n")), f"no message is {quote!r}"
+
+
+def test_glossary_names_each_term_once_and_settings_that_exist() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    terms = [term for line in re.findall(r"^- \*\*([^*]+)\*\*:", text, re.M) for term in line.split(", ")]
+    assert len(terms) == len(set(terms)) > 50
+    settings = (ROOT / "docs" / "configuration.md").read_text()
+    for setting in re.findall(r"`((?:rollout|objective|advantage|lora|evaluation)\.\w+)`", text):
+        assert f"`{setting.split('.')[1]}`" in settings, setting

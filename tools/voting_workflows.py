@@ -37,7 +37,7 @@ a print of a circle and a triangle
 a poster of two circles
 an image of three squares
 a picture of two triangles"""
-JUDGE = """objective={name: nft}
+REWARD = """objective={name: nft}
 rollout.steps=6
 rollout.solver=2m
 rollout.prompts_per_iteration=6
@@ -57,13 +57,13 @@ STEPS = """1. Select *GRPO Collect for Voting* and press the small play button a
 NOTES = {
     "02 Teach it what you like": f"""# Teach it what you like
 
-Vote on pairs of images; a judge learns from the votes what you like, and the LoRA learns from the judge.
+Vote on pairs of images; a reward model learns from the votes what you like, and the LoRA learns from it.
 
 {STEPS}
 
 Without votes, *Load Reward* refuses and says so. New votes are another run: change the *name* on *GRPO Train LoRA*.
 
-The judge scores any image and does not read prompts, so a picture that it likes need not show what was asked for: look at the pictures, train for few iterations, or mix in a reward that reads prompts with *Combine Rewards*. `docs/votes.md` has figures.
+The reward model scores any image and does not read prompts, so a picture that it likes need not show what was asked for: look at the pictures, train for few iterations, or mix in a reward that reads prompts with *Combine Rewards*. `docs/votes.md` has figures.
 
 {MODELS}""",
     "03 dpo straight from pairs": f"""# dpo straight from pairs
@@ -105,7 +105,7 @@ def _collected(add: Add, name: str) -> tuple[str, str, str]:
     return model, prompts, latent
 
 
-def judge(add: Add) -> None:
+def reward_model(add: Add) -> None:
     model, prompts, latent = _collected(add, "my_votes")
     reward = add(
         4,
@@ -113,7 +113,7 @@ def judge(add: Add) -> None:
         reward="preference",
         **{"reward.collection": "my_votes", "reward.backbone": "pixels"},
     )
-    settings = add(4, "DanceGRPO_Preset", preset="demo", overrides=JUDGE)
+    settings = add(4, "DanceGRPO_Preset", preset="demo", overrides=REWARD)
     train = add(
         5,
         "DanceGRPO_TrainLoRA",
@@ -147,5 +147,8 @@ def pairs(add: Add) -> None:
     add(6, "SaveImage", "Held-out prompts before and after", images=[train, 5], filename_prefix="dancegrpo/my_pairs")
 
 
-GRAPHS: dict[str, Callable[[Add], None]] = {"02 Teach it what you like": judge, "03 dpo straight from pairs": pairs}
+GRAPHS: dict[str, Callable[[Add], None]] = {
+    "02 Teach it what you like": reward_model,
+    "03 dpo straight from pairs": pairs,
+}
 LAYOUTS = {name: Layout(note, WIDTHS, GROUPS) for name, note in NOTES.items()}

@@ -1,4 +1,4 @@
-"""Everything a run description can be refused for before anything large is loaded or written."""
+"""Checks a run description before anything large is loaded or written."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from .utils.errors import BadInput
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """What a description stands for; no weights are loaded.
+    """The objects of a checked description, without loaded weights.
 
     Attributes:
         family: class of the model.
-        objective: made, not set up.
-        prompts, held_out: to train and to evaluate on.
-        rewards: by name, those that are trained.
+        objective: created, but not set up.
+        prompts, held_out: training prompts and held-out prompts.
+        rewards: rewards that are trained, by name.
         all_rewards: these and those of the evaluation alone.
     """
 
@@ -35,11 +35,11 @@ class CheckedRun:
 
 
 def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) -> CheckedRun:
-    """Look at all of a description: model, prompts, rewards, objective, and whether they fit each other.
+    """Check model, prompts, rewards and objective of a description, and whether they are compatible.
 
     Args:
-        processes: how many will share the run.
-        conditions_exist: whether the file `prompts.conditions` must be there by now.
+        processes: number of processes of the run.
+        conditions_exist: whether the file `prompts.conditions` must exist already.
 
     Raises:
         BadInput: what would keep the run from starting.
@@ -64,7 +64,7 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
 def _check_memory(
     config: RunConfig, processes: int, family: type[DiffusionModel], all_rewards: Mapping[str, Reward]
 ) -> None:
-    """Raise BadInput where weights, decoding and rewards cannot fit the memory; a host of its own finds room itself."""
+    """Raise BadInput if weights, decoding and rewards cannot fit the memory; ComfyUI manages a connected model's."""
     weights = 0 if config.model.graph is not None else weight_bytes(config.model, processes)
     check_memory(config, processes, weights, family.decode_bytes(config.model), memory_together(all_rewards.values()))
 
@@ -75,10 +75,10 @@ def check_rewards(
     """The part of `check_run` that needs no model.
 
     Returns:
-        the rewards that are trained, by name; and these with those of the evaluation alone.
+        by name, the rewards that are trained; and all rewards, with those that are only evaluated.
 
     Raises:
-        BadInput: prompts or rewards do not fit each other or the number of processes.
+        BadInput: prompts, rewards and number of processes are not compatible.
     """
     count, what = objective_class(config.objective).shares(config)
     if processes > count:
@@ -91,17 +91,17 @@ def check_rewards(
 
 
 def check_groups(rewards: Mapping[str, Reward], processes: int) -> None:
-    """Raise BadInput where a reward compares the images of a group that several processes share."""
+    """Raise BadInput for a group-wise reward in a run with several processes, which may share a group."""
     for name, reward in rewards.items():
         if reward.groupwise and processes > 1:
             raise BadInput(f"reward {name!r} compares all images of a group: it works in one process, not {processes}")
 
 
 def check_media(rewards: Mapping[str, Reward], frames: int) -> None:
-    """Raise BadInput where a reward scores videos, and the model makes images."""
+    """Raise BadInput if a reward scores videos, but the model generates images."""
     for name, reward in rewards.items():
         if reward.media == "video" and frames < 2:
-            raise BadInput(f"reward {name!r} scores videos, and model.frames is {frames}: give it a model of videos")
+            raise BadInput(f"reward {name!r} scores videos, but model.frames is {frames}: use a video model")
 
 
 def _check_prompts(rewards: Mapping[str, Reward], texts: list[str]) -> None:

@@ -109,7 +109,7 @@ def _evaluation_commands(commands: Commands) -> None:
     estimate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     estimate.set_defaults(run=_estimate)
 
-    evaluate = commands.add_parser("evaluate", help="judge the base model and LoRAs on held-out prompts")
+    evaluate = commands.add_parser("evaluate", help="score the base model and LoRAs on held-out prompts")
     evaluate.add_argument("description", type=Path, help="run description, YAML or JSON, or the directory of a run")
     evaluate.add_argument("loras", nargs="*", type=Path, metavar="LORA", help="LoRA file, or the directory of a run")
     evaluate.add_argument("--prompts", type=Path, help="file of held-out prompts, in place of the description's")

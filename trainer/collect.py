@@ -1,4 +1,4 @@
-"""What an iteration trains on: images sampled by the policy, scored, and ranked within their groups."""
+"""Collects the training data of an iteration: samples images with the policy, scores them, computes advantages."""
 
 from __future__ import annotations
 
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 
 class Collector:
-    """
+    """Samples and scores the images of an iteration.
+
     Args:
         checked: prompts, rewards and the objective, which has been set up.
         prompting: conditions of the training prompts, on the CPU.
-        recorder: keeps a picture of the samples.
+        recorder: saves a picture of the samples.
     """
 
     def __init__(
@@ -76,10 +77,10 @@ class Collector:
     def _rollout(
         self, iteration: int, background: BackgroundScoring, clock: Clock
     ) -> tuple[RolloutBatch, list[Tensor]]:
-        """This process's trajectories; scores and advantages are still to come.
+        """Sample this process's trajectories, without scores and advantages.
 
         Returns:
-            also the images, in parts, where servers score them already; none otherwise.
+            the rollout; and the decoded images in parts if remote rewards are scoring them already, else none.
         """
         config, device = self.config.rollout, self.processes.device
         count, group = config.prompts_per_iteration, config.group_size
@@ -125,10 +126,10 @@ class Collector:
         return rollout, images
 
     def _parts(self, members: list[Member], plan: Plan, wanted: bool) -> list[list[int]]:
-        """Rows that are sampled together: all, or where parts are wanted, groups that fill a batch.
+        """Rows that are sampled together: all, or if parts are wanted, groups that fill a batch.
 
-        Parts do not depend on how quickly a server answers. There is one where prompts have windows of their own, whose
-        steps are stored together, and one of a sharded model, whose processes must make the same forward passes.
+        Parts do not depend on the speed of a server. There is only one part if prompts have windows of their own, whose
+        steps are stored together, or if the model is sharded, because all ranks must make the same forward passes.
         """
         if not wanted or plan.windows is not None or self.config.model.sharded:
             return [list(range(len(members)))]
@@ -141,7 +142,7 @@ class Collector:
         return parts
 
     def _report_alone(self, phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
-        """Other processes may have fewer parts, so no step of a later one is common to all."""
+        """Progress of later parts: other processes may have fewer, so their steps are not aligned."""
         self.execution.report(phase, step, steps)
 
     def _noise(self, iteration: int, use: str, keys: list[tuple[int, ...]]) -> Tensor:
@@ -151,7 +152,7 @@ class Collector:
     def _score(
         self, rollout: RolloutBatch, parts: list[Tensor], background: BackgroundScoring, clock: Clock
     ) -> dict[str, Tensor]:
-        """Scores of all processes' images, `[P, G]` float64 per reward, those that only watch included."""
+        """Scores of all processes' images, `[P, G]` float64 per reward, including rewards that are not trained."""
         self.execution.report("decode", 0, 1)
         with clock("decode"):
             images = torch.cat(parts) if parts else self.model.decode(rollout.trajectories.final)
@@ -174,7 +175,7 @@ class Collector:
         return {name: values[:, i].reshape(shape) for i, name in enumerate(columns)}
 
     def _samples(self, rollout: RolloutBatch, columns: dict[str, list[float]]) -> list[Sample]:
-        """What is known of this process's images, for people."""
+        """Prompt, seed and scores of this process's images, for the saved picture."""
         seed, iteration = self.config.runtime.seed, rollout.iteration
         return [
             Sample(
@@ -187,10 +188,10 @@ class Collector:
 
 
 class BackgroundScoring:
-    """Has servers score images while the next ones are sampled; a context that ends with nothing left to be asked.
+    """Scores images with remote rewards while the next ones are sampled; leaving the context cancels open requests.
 
     Args:
-        rewards: the remote ones, by name.
+        rewards: remote rewards by name.
     """
 
     def __init__(self, rewards: dict[str, Reward]) -> None:
@@ -206,13 +207,13 @@ class BackgroundScoring:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def ask(self, images: Tensor, texts: list[str], slots: list[int]) -> None:
-        """Begin to score images, whole groups of them; arguments as for `score_by_group`."""
+        """Start scoring images, in whole groups; arguments as for `score_by_group`."""
         images = images.cpu()
         for name, reward in self.rewards.items():
             self._asked[name].append(self._pools[name].submit(score_by_group, reward, images, texts, slots))
 
     def scores(self, name: str) -> list[float]:
-        """Wait for the scores of everything that was asked, in that order.
+        """Wait for the scores of all images passed to `ask`, in that order.
 
         Raises:
             RunFailed: as the reward does.
@@ -221,7 +222,7 @@ class BackgroundScoring:
 
 
 def joined(parts: list[Trajectories]) -> Trajectories:
-    """Trajectories of the same steps, one after another."""
+    """Concatenate trajectories with the same steps."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -242,7 +243,7 @@ def joined(parts: list[Trajectories]) -> Trajectories:
 
 
 def gather_scores(scores: dict[str, Tensor], processes: Processes) -> dict[str, Tensor]:
-    """Scores that each process has of its own images, NaN elsewhere, put together: `[P, G]` per reward."""
+    """Merge the scores of all processes, each NaN for the images of others: `[P, G]` per reward."""
     together: dict[str, Tensor] = {}
     for part in processes.gather([scores]):
         for name, values in part.items():

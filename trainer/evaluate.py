@@ -1,4 +1,4 @@
-"""Deterministic sampling on held-out prompts with fixed noise, and how the rewards score it."""
+"""Evaluation: samples images of held-out prompts deterministically from fixed noise, and scores them."""
 
 import math
 from dataclasses import dataclass, replace
@@ -18,24 +18,25 @@ from .utils.distributed import Processes
 from .utils.seeds import noise
 
 SHOWN, SHOWN_VIDEOS = 24, 6
-"""Prompts whose first image or video is kept for the pictures."""
+"""Number of prompts whose first image or video is saved."""
 MIX = "mix"
-"""Among an evaluation's rewards, the name of the trained rewards' mixture."""
+"""Name of the mixture (weighted sum) of the trained rewards in an evaluation."""
 Pair = tuple[int, int]
 """(prompt, number of its image)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """
+    """Results of an evaluation.
+
     Attributes:
-        rewards: mean per reward (None where no score was finite, here and below), and of their mixture.
+        rewards: mean per reward and of their mixture; here and below, None if no score was finite.
         spread: per reward, mean over prompts of the standard deviation among a prompt's images (None with one image).
         categories: per reward, mean per category.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]`, the first of each of up to SHOWN prompts, in every process.
         samples: their prompts, seeds and scores.
-        scores: per reward, each image's, `[prompts, images per prompt]` float64; NaN where there is none.
-        looks: brightness, saturation and diversity, `[prompts, images per prompt]` or `[prompts, 1]`.
+        scores: per reward, `[prompts, images per prompt]` float64; NaN for images without a score.
+        looks: image statistics (brightness, saturation, diversity), `[prompts, images per prompt]` or `[prompts, 1]`.
     """
 
     rewards: dict[str, float | None]
@@ -54,7 +55,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Row:
-    """One image: its prompt, its number, its scores and its look."""
+    """Prompt, number, scores and statistics of one image."""
 
     prompt: int
     number: int
@@ -63,13 +64,14 @@ class _Row:
 
 
 class Evaluator:
-    """
+    """Samples and scores the images of the held-out prompts.
+
     Args:
         checked: held-out prompts and rewards.
         prompting: conditions of the held-out prompts, on the CPU.
-        execution: of the forward passes. All images of a process are sampled in batches of its own, so it matches
-            images, not forward passes.
-        embed: CLIP's image embeddings, for the diversity that they show; None leaves it out.
+        execution: how forward passes are run. Its `match` is applied to the number of images of a process, not of its
+            forward passes.
+        embed: computes CLIP image embeddings for the diversity; None leaves it out.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Evaluator:
         """Sample and score the images of each held-out prompt, from noise that depends on seed and prompt alone.
 
         Args:
-            first: record of the run's first evaluation, in whose units rewards are mixed; None if this is the first.
+            first: record of the run's first evaluation, whose spread is the mixture's unit; None if this is the first.
         """
         rows: list[_Row] = []
         shown: list[tuple[int, Tensor, Sample]] = []
@@ -115,7 +117,7 @@ class Evaluator:
         return self._summary(rows, shown, first)
 
     def _batches(self) -> list[tuple[list[Pair], int]]:
-        """This process's images in batches, and how many of each are its own: the rest only keeps others company."""
+        """Batches of this process, and how many images of each are its own; the rest are dummies for collectives."""
         size = self.execution.batch_size
         pairs = [divmod(i, self.config.evaluation.images_per_prompt) for i in range(self._total())]
         mine = [pairs[i] for i in self.processes.share(len(pairs))]
@@ -124,20 +126,20 @@ class Evaluator:
         return [(mine[i : i + size], min(max(own - i, 0), size)) for i in range(0, len(mine), size)]
 
     def _total(self) -> int:
-        """Images of all processes."""
+        """Number of images of all processes."""
         return len(self.prompts.texts) * self.config.evaluation.images_per_prompt
 
     def _pictured(self) -> set[int]:
-        """Prompts whose first image is kept."""
+        """Indices of the prompts whose first image is saved."""
         count = len(self.prompts.texts)
         most = min(SHOWN if len(self.model.latent_shape) == 3 else SHOWN_VIDEOS, count)
         return set(torch.linspace(0, count - 1, most).round().int().tolist())
 
     def _images(self, pairs: list[Pair], own: int, number: int, batches: int) -> Tensor | None:
-        """Images of one batch, those of this process's own alone."""
+        """Sample a batch; returns this process's own images."""
 
         def report(phase: str, step: int, steps: int, *, aligned: bool = False) -> None:
-            # Another process may have a batch less, so all are sure to be at the same step in the first batch alone.
+            # Another process may have one batch less, so steps are aligned only in the first batch.
             together = aligned and number == 0 and self.processes.count <= self._total()
             self.execution.report("evaluation", number * steps + step, batches * steps, aligned=together)
 
@@ -207,7 +209,7 @@ class Evaluator:
 
 
 def no_noise(step: int) -> Tensor:
-    """Deterministic trajectories have no stochastic step to draw noise for."""
+    """Noise for deterministic trajectories, which need none."""
     raise AssertionError(f"step {step} is deterministic")
 
 

@@ -1,4 +1,4 @@
-"""A look at the model before the first iteration: can what it computes be trained, and is it what it samples?"""
+"""Checks before the first iteration that training and inference agree, and that gradients reach the LoRA."""
 
 from dataclasses import replace
 
@@ -14,21 +14,21 @@ from .utils.errors import RunFailed
 from .utils.seeds import noise
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-"""Largest relative difference of two forward passes; other types round more."""
+"""Largest relative difference between two forward passes; other dtypes round more (COARSE)."""
 COARSE = 0.05
 LARGER = 64.0
-"""How much larger the loss scale is that the gradient is compared under."""
+"""Factor between the two loss scales whose gradients are compared."""
 LEAST_COSINE = 0.99
 
 
 def check(updater: Updater, prompting: Prompting, texts: list[str]) -> None:
-    """One prediction with and without gradient, the gradient of the run's own loss, and what the objective looks at.
+    """Compare a prediction with and without gradient, check the gradient of the loss, and call `Objective.preflight`.
 
     Args:
-        prompting, texts: of any prompts; the first is taken.
+        prompting, texts: of any prompts; the first is used.
 
     Raises:
-        RunFailed: the two predictions differ; no gradient reaches the LoRA, or one that rounding has spoilt; or the
+        RunFailed: the predictions differ, no gradient reaches the LoRA, the gradient is dominated by rounding, or the
             objective cannot train the model.
     """
     objective, model = updater.objective, updater.model
@@ -63,9 +63,9 @@ def _check_prediction(model: DiffusionModel, plan: Plan, prompting: Prompting) -
 
 
 def _rollout(updater: Updater, plan: Plan, prompting: Prompting, text: str) -> RolloutBatch:
-    """An iteration of which this process has two images of one prompt.
+    """A rollout of two images of one prompt.
 
-    They are sampled in one step: the first that is stochastic, or all deterministic ones as one.
+    They are sampled in one step: the first stochastic step, or one step over all deterministic ones.
     """
     objective, model = updater.objective, updater.model
     if not objective.needs_rollout:
@@ -96,11 +96,11 @@ def _rollout(updater: Updater, plan: Plan, prompting: Prompting, text: str) -> R
 
 
 def _check_gradient(updater: Updater, rollout: RolloutBatch, plan: Plan) -> None:
-    """The gradient under the loss scale of the run, against that under a larger one: rounding would tell them apart."""
+    """Compare the gradients under the loss scale of the run and under a larger one; they differ if rounding matters."""
     items = next(iter(updater.objective.items(rollout)), [])
     if not items:
         return
-    total = len(next(iter(updater.objective.items(replace(rollout, plan=plan)))))  # as in the run, with all its steps
+    total = len(next(iter(updater.objective.items(replace(rollout, plan=plan)))))  # with all steps of a real rollout
     scale = updater.first_scale(total)
 
     def gradient(scale: float) -> Tensor:
@@ -127,5 +127,5 @@ def _check_gradient(updater: Updater, rollout: RolloutBatch, plan: Plan) -> None
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    """Of vectors of any length: torch's own takes those below 1e-8 for shorter than they are."""
+    """Cosine similarity; unlike torch's, also for vectors with a norm below 1e-8."""
     return (a / a.norm() @ (b / b.norm())).item()

@@ -25,15 +25,15 @@ class Plan:
     Attributes:
         kernel: transition kernel of the stochastic steps.
         eta: strength of its noise.
-        sigmas: T + 1 falling noise levels, of a flow model from 1 to 0.
+        sigmas: T + 1 decreasing noise levels, for a flow model from 1 to 0.
         stochastic: T flags; the other steps are deterministic. The last is never stochastic.
-        shared_noise: images of a group start from one noise.
+        shared_noise: whether the images of a group start from the same noise.
         guidance_scale: classifier-free guidance; 1 is off.
-        solver: of the deterministic steps, a name of `SOLVERS`.
-        keep_means: keep the mean of each stochastic step.
-        stop: steps that are taken; None for all. Fewer leave `Trajectories.final` at noise level `sigmas[stop]`.
-        windows: T flags for each prompt slot of the iteration, where their stochastic steps differ; `stochastic` then
-            has all that are stochastic for any.
+        solver: solver of the deterministic steps, a name in `SOLVERS`.
+        keep_means: whether to store the mean of each stochastic step.
+        stop: number of steps to take; None for all. Fewer leave `Trajectories.final` at noise level `sigmas[stop]`.
+        windows: T flags for each prompt slot, if the stochastic steps of prompts differ; `stochastic` is then their
+            union.
     """
 
     kernel: str
@@ -52,7 +52,7 @@ class Plan:
         return self.stochastic if self.windows is None else self.windows[slot]
 
     def shared_step(self, slot: int) -> int:
-        """The step whose latents are still common to a group: its first stochastic one; -1 where none is shared."""
+        """The step whose latents are shared by a group: its first stochastic one; -1 if nothing is shared."""
         flags = self.stochastic_of(slot)
         return flags.index(True) if self.shared_noise and any(flags) else -1
 
@@ -64,8 +64,8 @@ class Trajectories:
     Attributes:
         final: latents of the images, `[B, ...]` float32.
         steps: the stochastic steps, ascending.
-        samples, next_samples: latents before and after each of them, `[S, B, ...]` float32; here and below, 0 where a
-            trajectory's step is deterministic.
+        samples, next_samples: latents before and after each of these steps, `[S, B, ...]` float32; here and below, 0
+            where the step of a trajectory is deterministic.
         log_probs: `[S, B]` float32.
         means: `[S, B, ...]`, or None without `Plan.keep_means`.
         forwards: forward passes of the network, one per latent.
@@ -156,15 +156,15 @@ def predict(
 
 
 class PartialTrajectories:
-    """Trajectories that have the same stochastic steps, on their way.
+    """Trajectories with the same stochastic steps, during sampling.
 
     With shared noise, all images of a group have the same latents until the first stochastic step, so up to and
     including it there is one row per prompt.
 
     Attributes:
-        rows: `[N]` long, which of all trajectories these are.
-        latents, index: of each row, and the prompt it belongs to.
-        kept: of each stochastic step, by name.
+        rows: `[N]` long, indices of these among all trajectories.
+        latents, index: current latents, and the prompt of each row.
+        kept: tensors to store by name, for each stochastic step so far.
     """
 
     def __init__(self, plan: Plan, flags: list[bool], rows: Tensor, prompt_of: Tensor, initial: Tensor) -> None:
@@ -221,9 +221,9 @@ def sample(
         prompting: conditions of U prompts.
         prompt_of: `[B]` long, each trajectory's prompt, 0 <= . < U.
         initial: noise, `[U, ...]` with shared noise, else `[B, ...]`.
-        step_noise: gives a stochastic step's noise, `[B, ...]`.
-        execution: its phase is reported as `rollout`, before every step.
-        slots: U prompt slots, where the plan has windows of their own for them.
+        step_noise: returns the noise of a stochastic step, `[B, ...]`.
+        execution: its `report` is called before every step, with the phase `rollout`.
+        slots: the U prompt slots, if the plan has a window per slot.
     """
     partials = _partials(plan, prompt_of, initial, slots)
     solvers = [SOLVERS[plan.solver](model.process) for _ in partials]
@@ -252,7 +252,7 @@ def sample(
 
 
 def _partials(plan: Plan, prompt_of: Tensor, initial: Tensor, slots: list[int] | None) -> list[PartialTrajectories]:
-    """All trajectories, divided by their stochastic steps."""
+    """Group all trajectories by their stochastic steps."""
     if plan.windows is None or slots is None:
         rows = torch.arange(len(prompt_of), device=prompt_of.device)
         return [PartialTrajectories(plan, plan.stochastic, rows, prompt_of, initial)]
@@ -267,7 +267,7 @@ def _partials(plan: Plan, prompt_of: Tensor, initial: Tensor, slots: list[int] |
 
 
 def _stacked(partials: list[PartialTrajectories], steps: list[int], name: str) -> Tensor:
-    """What was kept of each stochastic step, `[S, B, ...]`."""
+    """Stack what was stored of each stochastic step, `[S, B, ...]`."""
     parts = [
         _together(partials, [partial.kept[i][name] if i in partial.kept else None for partial in partials])
         for i in steps

@@ -1,4 +1,4 @@
-"""Scoring: image files in batches, so that memory does not grow with their number; and a run's images by group."""
+"""Scores image files in batches, and the images of a run by group."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from .utils.errors import BadInput
 from .utils.media import read_image
 
 BATCH, BATCH_PIXELS = 16, 16 * 2**20
-"""Most images and most pixels of a batch (a single larger image is a batch)."""
+"""Largest number of images and of pixels of a batch (a single larger image is a batch of its own)."""
 
 Result = float | BadInput
-"""An image's score, or why it has none."""
+"""Score of an image, or the error if it has none."""
 
 
 def score_files(reward: Reward, paths: list[Path], prompts: list[str]) -> Iterator[Result]:
@@ -46,8 +46,8 @@ def score_by_group(reward: Reward, images: Tensor, prompts: list[str], groups: S
     """Scores of a run's images, `[B]`; NaN for images that are not finite.
 
     Args:
-        groups: of each image. Rewards that compare images compare those of one group: two prompts may be the same text
-            for different source images.
+        groups: group of each image, for group-wise rewards; two groups may have the same prompt with different source
+            images.
     """
     if not reward.groupwise:
         return score_or_nan(reward, images, prompts)
@@ -59,7 +59,7 @@ def score_by_group(reward: Reward, images: Tensor, prompts: list[str], groups: S
 
 
 def fps_notes(rewards: Mapping[str, Reward], fps: float) -> list[str]:
-    """A sentence for every reward that takes its videos to have another frame rate than the model's.
+    """A warning for every reward that assumes another frame rate than the model's.
 
     Args:
         fps: frames per second of the model's videos.

@@ -9,6 +9,7 @@ from torch import Tensor
 from ...trainer.utils.errors import BadInput, shorten
 
 T = TypeVar("T")
+NO_PROMPTS = "prompts is empty: enter one prompt per line (lines that begin with # are comments)"
 LITERALS = (str, bytes, bool, int, float, dict, list, tuple)
 
 

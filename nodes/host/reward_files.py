@@ -1,7 +1,7 @@
 """The widgets for a reward's options, and the reward's files in ComfyUI's folders."""
 
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -15,9 +15,9 @@ from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from .folders import votes_folder
 from .vote_collections import COLLECTION, collection_folder
+from .widgets import field_widget
 
 FOLDER = "rewards"
-LIMIT = 2**31
 LONG = 60
 CLIP_LARGE = "clip-vit-l"
 """The backbone name for the CLIP ViT-L/14 file of the reward `aesthetic`."""
@@ -40,28 +40,12 @@ def option_widget(name: str, field: FieldInfo) -> io.Input:
     if extra.get("votes") == "backbone":
         names = [PIXELS, CLIP_LARGE, *folder_paths.get_filename_list("clip_vision")]
         return io.Combo.Input(name, options=names, default=PIXELS, tooltip=tip)
-    if get_origin(field.annotation) is Literal:
-        return io.Combo.Input(name, options=list(get_args(field.annotation)), default=default, tooltip=tip)
-    if field.annotation is bool:
-        return io.Boolean.Input(name, default=default, tooltip=tip)
-    if field.annotation is int:
-        return io.Int.Input(name, default=default, tooltip=tip, **_range(field))
-    if field.annotation is float:
-        return io.Float.Input(name, default=default, step=0.01, round=False, tooltip=tip, **_range(field))
+    if (widget := field_widget(name, field)) is not None:
+        return widget
     if field.annotation == list[str]:
         return io.String.Input(name, default="\n".join(default), multiline=True, tooltip=f"{tip} One per line.")
     text = default or ""
     return io.String.Input(name, default=text, multiline=len(text) > LONG or "\n" in text, tooltip=tip)
-
-
-def _range(field: FieldInfo) -> dict[str, float]:
-    """Limits of the widget. The option itself is validated later."""
-    found = {"min": -LIMIT, "max": LIMIT}
-    for rule in field.metadata:
-        for key, end in (("ge", "min"), ("gt", "min"), ("le", "max"), ("lt", "max")):
-            if getattr(rule, key, None) is not None:
-                found[end] = getattr(rule, key)
-    return found
 
 
 def option_values(kind: type[reward_models.Reward], widgets: dict[str, Any]) -> dict[str, Any]:

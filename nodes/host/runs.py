@@ -20,6 +20,7 @@ from ..types import ModelSpec, Rewards
 from . import dry_run, memory
 from .encoding import applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
+from .inputs import NO_PROMPTS
 
 
 def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[str], list[str]]:
@@ -33,7 +34,7 @@ def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[
     """
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts and needed:
-        raise BadInput("prompts is empty: enter one prompt per line (lines that begin with # are comments)")
+        raise BadInput(NO_PROMPTS)
     check_prompts(texts, "prompts")
     check_prompts(tests, "held_out_prompts")
     known = set(map(same_text, texts))
@@ -274,6 +275,6 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
 
 def make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     memory.free_memory()
-    judges = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
-    rewards = memory_together(map(load_reward, judges.values()))
+    configs = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
+    rewards = memory_together(map(load_reward, configs.values()))
     memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu", rewards)

@@ -132,10 +132,13 @@ def pair(name: str, rank: int = 2, width: int = IN) -> dict[str, Tensor]:
 
 GOOD = pair(plain_key(MODULES[0]))
 REFUSED = {
-    "no LoRA": ({"weight": torch.ones(2, 2)}, "holds 'weight', which is not part of a plain LoRA or LoCon"),
-    "nothing": ({}, "holds no LoRA"),
-    "DoRA": (GOOD | {"transformer.a.dora_scale": torch.ones(2)}, "holds 'transformer.a.dora_scale', which is not"),
-    "one matrix": ({"transformer.a.lora_A.weight": torch.ones(2, IN)}, "holds one matrix of layer 'transformer.a'"),
+    "no LoRA": ({"weight": torch.ones(2, 2)}, "contains 'weight', which is not part of a plain LoRA or LoCon"),
+    "nothing": ({}, "contains no LoRA"),
+    "DoRA": (GOOD | {"transformer.a.dora_scale": torch.ones(2)}, "contains 'transformer.a.dora_scale', which is not"),
+    "one matrix": (
+        {"transformer.a.lora_A.weight": torch.ones(2, IN)},
+        "contains only one of the two matrices of layer 'transformer.a'",
+    ),
     "another module": (GOOD | pair("transformer.other"), "changes 1 layers that this run does not train, such as"),
     "text encoder": (GOOD | pair("lora_te1_x"), "changes 1 layers that this run does not train, such as 'lora_te1_x'"),
     "rank": (pair(plain_key(MODULES[0]), rank=8), "has rank 8, which is above lora.rank 4: raise lora.rank to 8"),

@@ -155,7 +155,7 @@ def tiny_models(comfy: Server, files: None) -> None:
 
 
 def shortened(name: str) -> dict:
-    """An example in API format: small and short, judged by rules, its text encoders the embedded model's."""
+    """An example in API format: small and short, scored by rules, its text encoders the embedded model's."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     rules = iter(("colorfulness", "sharpness"))
     small = {"width": 64, "height": 64, "steps": 4, "batch_size": 1, "images_per_prompt": 1}

@@ -153,7 +153,7 @@ def test_a_graph_trains_and_uses_the_lora_and_queueing_it_again_does_not_train(c
 
 
 def figures(output: dict) -> list[dict]:
-    """Rewards and looks of every model that Compare LoRAs has judged."""
+    """Rewards and looks of every model that Compare LoRAs has scored."""
     (data,) = output["dancegrpo"]
     return [{part: model[part] for part in ("rewards", "looks")} for model in data["models"]]
 

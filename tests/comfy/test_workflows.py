@@ -217,7 +217,7 @@ def test_what_was_voted_on_is_trained_on(comfy: Server, path: Path) -> None:
         if node["class_type"] == "DanceGRPO_Preset":
             node["inputs"]["overrides"] += "\nruntime.iterations=2"
     (collect,) = [key for key, node in prompt.items() if node["class_type"] == "DanceGRPO_CollectForVoting"]
-    with pytest.raises(PromptFailed, match="no collection named|holds 0 votes with a winner|at least 2 are needed"):
+    with pytest.raises(PromptFailed, match="no collection named|has 0 votes with a winner|at least 2 are needed"):
         comfy.run(prompt)
     comfy.run({key: prompt[key] for key in above(prompt, collect)})
     quoted = urllib.parse.quote(name)

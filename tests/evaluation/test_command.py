@@ -19,7 +19,7 @@ from trainer.utils.distributed import Processes
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path) -> Path:
-    """A finished run of two rewards and a judge that only watches."""
+    """A finished run of two rewards and a reward that is only evaluated."""
     folder = tmp_path_factory.mktemp("trained")
     description = {
         "model": {"family": "sd3", "path": str(tiny_sd3), "height": 16, "width": 16},

@@ -325,8 +325,8 @@ def assert_same_run(ours: list[dict], theirs: list[dict]) -> None:
         assert one["forwards_per_image"] == pytest.approx(two["forwards_per_image"], rel=0.6)
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-3)
-        for judge, value in one["rewards"].items():
-            assert value == pytest.approx(two["rewards"][judge], abs=1e-5)
+        for name, value in one["rewards"].items():
+            assert value == pytest.approx(two["rewards"][name], abs=1e-5)
 
 
 def result(base: Path, name: str) -> tuple[dict, dict[str, torch.Tensor]]:

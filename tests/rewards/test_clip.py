@@ -461,7 +461,7 @@ def test_a_folder_that_is_no_open_clip_model_is_bad_input(tmp_path: Path) -> Non
             reward("clip", path=str(folder)).load()
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     (folder / "open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(BadInput, match=r"holds no open_clip_pytorch_model\.bin"):
+    with pytest.raises(BadInput, match=r"has no open_clip_pytorch_model\.bin"):
         reward("clip", path=str(folder))
 
 

@@ -309,7 +309,7 @@ def test_text_features_are_computed_once_and_long_prompts_reported_once(capsys: 
     assert asked == ["a b", "a b c"]
     warned = capsys.readouterr().err.splitlines()
     assert warned == [
-        "warning: the prompt 'a b c' has 3 tokens, of which the reward model reads 2; the rest is not considered"
+        "warning: the prompt 'a b c' has 3 tokens, of which the reward model reads 2; the rest is ignored"
     ]
 
 

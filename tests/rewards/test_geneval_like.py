@@ -137,7 +137,7 @@ def test_a_batch_equals_singles(folder: Path) -> None:
         for image, text in zip(pictures(), ["two dogs", "a red cat"], strict=True)
     ]
     assert together.tolist() == pytest.approx(alone)
-    with pytest.raises(ValueError, match="'a dog' is none of the prompts"):
+    with pytest.raises(ValueError, match="'a dog' is not one of the prompts"):
         tested.check_prompts(["a dog"])
 
 
@@ -183,11 +183,11 @@ def test_buffers_of_published_files_are_ignored(folder: Path, tmp_path: Path, ca
         assert torch.equal(dict(changed.module.named_parameters())[key], value), key
     assert "UNEXPECTED" not in "".join(capfd.readouterr())
     save_file({**older, "model.other.weight": torch.ones(1)}, file, metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="model.other.weight is missing or does not belong there"):
+    with pytest.raises(BadInput, match="model.other.weight is missing or unexpected"):
         reward(folder, detector=str(tmp_path / "detector")).load()
     del older["class_predictor.weight"]
     save_file(older, file, metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="class_predictor.weight is missing or does not belong there"):
+    with pytest.raises(BadInput, match="class_predictor.weight is missing or unexpected"):
         reward(folder, detector=str(tmp_path / "detector")).load()
 
 

@@ -158,7 +158,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         reward(tmp_path, less).load()
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
     options = {"path": str(tmp_path / "ImageReward.pt"), "vocabulary": str(tmp_path / "vocab.txt")}
-    with pytest.raises(BadInput, match="vocab.txt is not the vocabulary of bert-base-uncased: it is not a text"):
+    with pytest.raises(BadInput, match="vocab.txt is not the vocabulary of bert-base-uncased: it is not UTF-8 text"):
         load_reward(RewardConfig(name="imagereward", options=options)).load()
     save_file(WEIGHTS, tmp_path / "ImageReward.safetensors")
     with pytest.raises(BadInput, match=r"vocabulary .*no.txt' does not exist; vocab.txt of"):

@@ -234,7 +234,7 @@ def test_one_image_without_an_answer_leaves_the_scores_of_the_others(stub: StubS
 
     stub.answer = answer
     found = score(reward(stub, "mllm-rubric", parallel=2), IMAGES, ["a", "b", "poison", "c", "d"])
-    assert [value if value == value else None for value in found.tolist()] == [0.5, 0.5, None, 0.5, 0.5]
+    assert [None if math.isnan(value) else value for value in found.tolist()] == [0.5, 0.5, None, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -273,8 +273,8 @@ def test_a_request_that_is_refused_for_its_content_is_no_score_and_if_all_are_th
         ("mllm-yes", {"instruction": "{prompt:>999999999}"}, "may use no other format than :g"),
         ("mllm-yes", {"instruction": "{prompt}" * 10_000}, "instruction"),
         ("mllm-rubric", {"instruction": "{prompt"}, "cannot be filled in"),
-        ("mllm-rubric", {"aspects": ["two words"]}, "aspects: aspects must be single words"),
-        ("mllm-rubric", {"aspects": ["Light", "light"]}, "aspects: aspects must be different words"),
+        ("mllm-rubric", {"aspects": ["two words"]}, "reward 'mllm-rubric': aspects must be single words"),
+        ("mllm-rubric", {"aspects": ["Light", "light"]}, "reward 'mllm-rubric': aspects must be different words"),
         ("mllm-rubric", {"aspects": []}, "aspects is"),
         ("mllm-rubric", {"low": 5, "high": 1}, "high must be above low"),
         ("mllm-rubric", {"high": 1e300}, "high is"),

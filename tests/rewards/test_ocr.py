@@ -44,7 +44,7 @@ def test_target_is_the_first_text_in_quotes() -> None:
     assert target("a sign that says “Grüße”") == "grüße"
     assert target('an empty "" and a full "x"') == "x"
     for prompt in ("a sign", 'a "" sign', "it's 'x'", 'one " alone'):
-        with pytest.raises(ValueError, match="holds no text in double quotes"):
+        with pytest.raises(ValueError, match="has no text in double quotes"):
             target(prompt)
 
 

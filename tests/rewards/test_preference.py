@@ -86,8 +86,8 @@ def test_scores_are_the_bradley_terry_fit_of_the_features(folder: Path) -> None:
 def test_ties_count_and_skips_and_undone_votes_do_not(folder: Path) -> None:
     def scores(rows: str) -> Tensor:
         (folder / "votes.csv").write_text("better,worse,tie,skip,undo,id,time\n" + rows)
-        judge = load_reward(RewardConfig(name="preference", options={"collection": str(folder)}))
-        return score(judge, pictures(seed=1)[::8], ["x"] * 5)
+        model = load_reward(RewardConfig(name="preference", options={"collection": str(folder)}))
+        return score(model, pictures(seed=1)[::8], ["x"] * 5)
 
     plain = scores("30.png,2.png,,,,1,\n25.png,8.png,,,,2,\n")
     more = "30.png,2.png,,,,1,\n2.png,30.png,,,,3,\n,,,,3,u,\n25.png,8.png,,,,2,\n39.png,0.png,,1,,4,\n"
@@ -99,9 +99,9 @@ def test_ties_count_and_skips_and_undone_votes_do_not(folder: Path) -> None:
 def test_the_same_votes_give_the_same_scores_in_any_batch(folder: Path) -> None:
     images = pictures(seed=1)[::5]
     first = score(reward(folder, PAIRS), images, ["x"] * 8)
-    judge = reward(folder, PAIRS)
-    assert torch.equal(score(judge, images, ["y"] * 8), first)
-    alone = torch.cat([score(judge, image[None], ["x"]) for image in images])
+    model = reward(folder, PAIRS)
+    assert torch.equal(score(model, images, ["y"] * 8), first)
+    alone = torch.cat([score(model, image[None], ["x"]) for image in images])
     torch.testing.assert_close(alone, first, rtol=1e-5, atol=1e-5)
 
 
@@ -132,8 +132,8 @@ def clip_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_clip_vision_file_is_a_backbone(folder: Path, clip_file: Path) -> None:
-    judge = reward(folder, PAIRS, backbone=str(clip_file))
-    found = score(judge, pictures(seed=1), ["x"] * 40)
+    model = reward(folder, PAIRS, backbone=str(clip_file))
+    found = score(model, pictures(seed=1), ["x"] * 40)
     assert concordance(found) > 0.85
     half = reward(folder, PAIRS, backbone=str(clip_file), dtype="bfloat16")
     assert concordance(score(half, pictures(seed=1), ["x"] * 40)) > 0.8
@@ -142,17 +142,17 @@ def test_a_clip_vision_file_is_a_backbone(folder: Path, clip_file: Path) -> None
 
 @pytest.mark.parametrize("backbone", ["pixels", "clip"])
 def test_the_gradient_makes_images_better(folder: Path, clip_file: Path, backbone: str) -> None:
-    judge = reward(folder, PAIRS, backbone=str(clip_file) if backbone == "clip" else backbone)
-    assert judge.differentiable
+    model = reward(folder, PAIRS, backbone=str(clip_file) if backbone == "clip" else backbone)
+    assert model.differentiable
     images = (pictures(seed=1)[5:8] * 255).round() / 255  # without a gradient, pixels are rounded
-    before = score(judge, images, ["x"] * 3)
+    before = score(model, images, ["x"] * 3)
     pixels = images.clone().requires_grad_()
-    scores = judge.score_batch(pixels, ["x"] * 3)
+    scores = model.score_batch(pixels, ["x"] * 3)
     torch.testing.assert_close(scores.detach(), before, rtol=1e-3, atol=1e-3)
     (slope,) = torch.autograd.grad(scores.sum(), pixels)
     assert slope.isfinite().all()
     better = (images + 0.02 * slope.sign()).clamp(0, 1)
-    assert (score(judge, better, ["x"] * 3) > before).all()
+    assert (score(model, better, ["x"] * 3) > before).all()
 
 
 def test_what_cannot_be_used_is_bad_input_before_anything_is_loaded(folder: Path, tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_what_cannot_be_used_is_bad_input_before_anything_is_loaded(folder: Path
         with pytest.raises(BadInput, match=words):
             load_reward(RewardConfig(name="preference", options=options))
 
-    refused("needs a collection of votes, and collection is empty")
+    refused("collection is empty: name a collection of votes")
     refused("nothing is not a collection of votes", collection=str(tmp_path / "nothing"))
-    refused("'light' holds 0 votes with a winner; at least 2 are needed", collection=str(folder))
-    with pytest.raises(BadInput, match="'light' holds 1 votes with a winner"):
+    refused("'light' has 0 votes with a winner: vote on more pairs; at least 2 are needed", collection=str(folder))
+    with pytest.raises(BadInput, match="'light' has 1 votes with a winner"):
         reward(folder, PAIRS[:1])
     reward(folder, PAIRS[:2])
     refused("backbone 'x.safetensors' is neither pixels nor", collection=str(folder), backbone="x.safetensors")

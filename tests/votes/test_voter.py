@@ -1,4 +1,4 @@
-"""A scripted voter who prefers blue things on light ground, from the first vote to a judge that agrees with them."""
+"""A scripted voter who prefers blue on light ground, from the first vote to a reward model that agrees with them."""
 
 from pathlib import Path
 
@@ -54,12 +54,12 @@ def test_eighty_votes_predict_more_than_four_of_five_left_out(voted: tuple[Colle
     assert state["warnings"] == []
 
 
-def test_the_judge_ranks_new_images_as_the_voter_does(
+def test_the_reward_model_ranks_new_images_as_the_voter_does(
     voted: tuple[Collection, VoteAnalyzer], capsys: pytest.CaptureFixture
 ) -> None:
-    judge = load_reward(RewardConfig(name="preference", options={"collection": str(voted[0].folder)}))
+    reward = load_reward(RewardConfig(name="preference", options={"collection": str(voted[0].folder)}))
     new = scenes(200, seed=1)
-    found = score(judge, render(new), ["x"] * 200).numpy()
+    found = score(reward, render(new), ["x"] * 200).numpy()
     truth = np.array([liking(scene) for scene in new])
     one, other = np.triu_indices(200, 1)
     clear = np.abs(truth[one] - truth[other]) > MARGIN

@@ -1,4 +1,4 @@
-"""The adapter that learns: inject it, read and write its weights, save it under the names ComfyUI loads."""
+"""The LoRA adapter: injection, reading and setting its weights, and saving with ComfyUI's key names."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,21 +20,21 @@ def inject(
     seed: int,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Add a LoRA with float32 weights to every target of a frozen network; it starts as the identity.
+    """Add a LoRA with float32 weights to every target of a frozen network; initially it changes nothing.
 
     Args:
-        targets: endings of module names, used where the configuration names none.
-        device: where the LoRA's weights go; None leaves them beside those they go with.
+        targets: suffixes of module names, used if the configuration has none.
+        device: device of the LoRA's weights; None for that of the weights they belong to.
 
     Returns:
-        names of the modules that carry it.
+        names of the modules that have a LoRA.
 
     Raises:
         BadInput: a target matches nothing.
     """
     import peft
 
-    # Their full names: an ending such as `skip_connection` names other modules too, which peft would refuse.
+    # Full names, because a suffix such as `skip_connection` also matches modules that peft does not support.
     wanted = sorted(set(matching(module, config.targets or list(targets))))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -53,7 +53,7 @@ def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def set_enabled(module: nn.Module, enabled: bool) -> None:
-    """Let the LoRA take part in forward passes, or leave the network the base model."""
+    """Enable or disable the LoRA in forward passes; without it, the network is the base model."""
     from peft.tuners.lora import LoraLayer
 
     for layer in module.modules():
@@ -69,11 +69,11 @@ def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def comfy_weights(weights: dict[str, Tensor], alpha: float, key: Callable[[str], str | FusedRows]) -> dict[str, Tensor]:
-    """Weights under the names ComfyUI loads, with the `.alpha` without which it would apply scale 1.
+    """Weights with ComfyUI's key names, including `.alpha`, without which ComfyUI would use a scale of 1.
 
     Args:
         weights: by parameter name, `<module>.lora_A.default.weight`.
-        key: maps a module's name to ComfyUI's, or to its part of a layer that ComfyUI keeps in one piece.
+        key: maps a module's name to ComfyUI's, or to its part of a layer that is fused in ComfyUI.
     """
     plain: dict[str, dict[str, Tensor]] = {}
     for name, value in weights.items():
@@ -97,7 +97,7 @@ def _entries(key: str, down: Tensor, up: Tensor, alpha: float) -> dict[str, Tens
 
 
 def _fuse(parts: list[tuple[FusedRows, dict[str, Tensor]]]) -> tuple[Tensor, Tensor]:
-    """One LoRA for a layer made of several: the ranks add up, and each part reaches its own output rows alone."""
+    """Merge the LoRAs of the parts of a fused layer: ranks add up, and each part affects only its own output rows."""
     rank = parts[0][1]["A"].shape[0]
     up = torch.zeros(parts[0][0].total, rank * len(parts))
     for i, (rows, pair) in enumerate(parts):
@@ -106,7 +106,7 @@ def _fuse(parts: list[tuple[FusedRows, dict[str, Tensor]]]) -> tuple[Tensor, Ten
 
 
 def save(path: Path, weights: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a LoRA file in one piece."""
+    """Write a LoRA file atomically."""
     from safetensors.torch import save as serialize
 
     write_atomically(path, serialize(weights, metadata))

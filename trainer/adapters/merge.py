@@ -14,7 +14,7 @@ FIELD = "rollout.merge_lora"
 
 
 def check_merge(config: RunConfig) -> None:
-    """Raise BadInput where the description says that no layer could be merged exactly enough."""
+    """Raise BadInput if the description rules out merging, because it would not be exact enough."""
     model = config.model
     if not config.rollout.merge_lora or model.graph is not None:
         return
@@ -27,7 +27,7 @@ _ADVICE = "merging would round the LoRA away; set it to false, or model.dtype to
 
 
 def check_merged(module: nn.Module) -> None:
-    """Raise BadInput where no layer of a loaded network can be merged."""
+    """Raise BadInput if no layer of a loaded network can be merged."""
     if not any(_mergeable(layer) for layer in module.modules()):
         raise BadInput(f"{FIELD} is true and no layer with a LoRA has plain float32 weights: {_ADVICE}")
 

@@ -1,4 +1,4 @@
-"""Starting from an existing LoRA: a file under the key names that ComfyUI loads for this model."""
+"""Reads an existing LoRA file with ComfyUI's key names, to start training from it or to evaluate it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +19,21 @@ _PAIRS = (
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
     (".lora_A", ".lora_B"),
 )
-"""Endings of the two matrices' names, in the forms that ComfyUI reads."""
+"""Suffixes of the two matrices' names, in the forms that ComfyUI reads."""
 _ALPHA = ".alpha"
 
 Layer = tuple[Tensor, Tensor, float]
-"""Down projection `[r, in]`, up projection `[out, r]`, and the factor that their product has.
+"""Down projection `[r, in]`, up projection `[out, r]`, and the scale of their product.
 
-Of a convolution, `in` counts every weight of a filter.
+For a convolution, `in` is the number of weights of a filter.
 """
 
 
 def check_start(config: LoraConfig) -> None:
-    """Look at the file of `lora.start_from` without loading it.
+    """Check the header of the file `lora.start_from`.
 
     Raises:
-        BadInput: it is missing, is not a safetensors file, or holds no LoRA.
+        BadInput: it is missing, is not a safetensors file, or contains no LoRA.
     """
     if config.start_from is not None:
         what = _what(config)
@@ -47,10 +47,10 @@ def start_weights(
     aliases: Callable[[str], list[str]],
     fresh: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The LoRA's weights with those of `lora.start_from` put in; what the file does not hold stays fresh.
+    """Initial LoRA weights from the file `lora.start_from`; layers that it lacks keep their fresh weights.
 
-    A rank or an alpha of its own is taken over exactly: a lower rank leaves the further rows fresh, and a different
-    factor alpha / rank goes into the up projection.
+    Another rank or alpha is converted exactly: with a lower rank the remaining rows stay fresh, and a different scale
+    alpha / rank is multiplied into the up projection.
 
     Args:
         modules: names of the modules that are trained.
@@ -73,11 +73,11 @@ def fitted_weights(
     aliases: Callable[[str], list[str]],
     fresh: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """`start_weights` of any file.
+    """`start_weights` for any file.
 
     Args:
-        what: names the file in messages.
-        config: rank and alpha of the LoRA that takes the weights over.
+        what: name of the file in messages.
+        config: rank and alpha of the LoRA that gets the weights.
     """
     layers = _read_layers(path, what)
     result, used = dict(fresh), set()
@@ -107,7 +107,7 @@ def changed_modules(
     key: Callable[[str], str | FusedRows],
     aliases: Callable[[str], list[str]],
 ) -> list[str]:
-    """Which of a model's linear layers a LoRA file changes; nothing large is read.
+    """The linear layers of a model that a LoRA file changes, from its header.
 
     Raises:
         BadInput: it is no LoRA, or changes layers that the model has not.
@@ -185,12 +185,12 @@ def _layer_names(names: list[str], what: str) -> dict[str, tuple[str, str]]:
         base = name.removesuffix(pair[0]).removesuffix(pair[1])
         layers[base] = (base + pair[0], base + pair[1])
     if rest:
-        raise BadInput(f"{what} holds {shorten(rest[0])}, which is not part of a plain LoRA or LoCon")
+        raise BadInput(f"{what} contains {shorten(rest[0])}, which is not part of a plain LoRA or LoCon")
     if not layers:
-        raise BadInput(f"{what} holds no LoRA")
+        raise BadInput(f"{what} contains no LoRA")
     for base, (down, up) in layers.items():
         if not {down, up} <= known:
-            raise BadInput(f"{what} holds one matrix of layer {shorten(base)} without the other")
+            raise BadInput(f"{what} contains only one of the two matrices of layer {shorten(base)}")
     return layers
 
 
@@ -235,7 +235,7 @@ def _names(key: str, module: str) -> list[str]:
 
 
 def _part(layer: Layer, rows: FusedRows, count: int) -> Layer:
-    """A module's part of a layer that ComfyUI keeps in one piece; columns that do not reach it are left out."""
+    """A module's part of a layer that is fused in ComfyUI, without columns that do not affect it."""
     down, up, factor = layer
     own = up[rows.first : rows.first + count]
     reached = own.any(0)

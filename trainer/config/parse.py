@@ -148,7 +148,16 @@ def describe(error: ValidationError, section: str = "") -> str:
         elif fault["type"] == "missing":
             sentences.append(f"{field} is missing")
         elif fault["type"] == "value_error":
-            sentences.append(f"{field}: {message}")
+            sentences.append(_with_field(message, field, str(location[-1]) if location else ""))
         else:
             sentences.append(f"{field} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}")
     return "; ".join(sentences)
+
+
+def _with_field(message: str, field: str, last: str) -> str:
+    """Prefix a validator's message with the full name of the field, unless it begins with the name already."""
+    if message.startswith((f"{field} ", f"{field}.")):
+        return message
+    if last and message.startswith(f"{last} "):
+        return f"{field}{message[len(last) :]}"
+    return f"{field}: {message}"

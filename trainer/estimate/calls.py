@@ -1,6 +1,6 @@
-"""Which calls an iteration makes: counted by running it on a stand-in for the model, a layer of four weights.
+"""Counts the calls of an iteration, by running it on a stand-in model with one layer of four weights.
 
-So no objective needs a formula of its own, and what several images share is counted as it is computed: once.
+So no objective needs a cost formula of its own, and computations that several images share are counted once.
 """
 
 from collections import Counter
@@ -29,12 +29,13 @@ from ..utils.distributed import Processes
 
 @dataclass(frozen=True)
 class Call:
-    """
+    """A kind of call and its size.
+
     Attributes:
         kind: forward, train (forward and backward), decode, encode, score, decode-train or score-train.
         rows: latents or images.
-        scale: of guidance, which doubles the work; of forward and train.
-        reward: whose; of score and score-train.
+        scale: guidance scale of forward and train; guidance doubles the work.
+        reward: name of the reward, for score and score-train.
     """
 
     kind: str
@@ -47,12 +48,12 @@ Calls = Counter[Call]
 
 
 class CountingModel(DiffusionModel):
-    """Takes and gives what a model does, on latents of a few numbers, and counts its calls.
+    """A model on latents of four values that counts its calls.
 
     Args:
-        process: of the model it stands for.
-        levels: gives its noise levels.
-        calls: where they are counted.
+        process: diffusion process of the real model.
+        levels: returns the noise levels of the real model.
+        calls: the counter.
     """
 
     family = "stand-in"
@@ -99,7 +100,7 @@ class CountingModel(DiffusionModel):
 
     @staticmethod
     def check(config: ModelConfig) -> None:
-        """There is nothing to look at."""
+        """Nothing to check."""
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "CountingModel":
@@ -113,15 +114,15 @@ class CountingModel(DiffusionModel):
 
 
 class CountingReward(Reward):
-    """Scores that differ from image to image, so that every group can be trained on; counts its calls."""
+    """Gives every image another score, so that no group is skipped, and counts its calls."""
 
     name = "stand-in"
     differentiable = True
     typical_range = (0.0, 1.0)
 
-    def __init__(self, judge: Reward, name: str, calls: Calls) -> None:
+    def __init__(self, reward: Reward, name: str, calls: Calls) -> None:
         super().__init__()
-        self.name, self.media, self.groupwise, self.calls = name, "image", judge.groupwise, calls
+        self.name, self.media, self.groupwise, self.calls = name, "image", reward.groupwise, calls
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         kind = "score-train" if images.requires_grad and torch.is_grad_enabled() else "score"
@@ -140,14 +141,14 @@ def iteration_calls(
     """The calls that this process makes in a run's first iteration, if no group is skipped.
 
     Args:
-        checked: prompts and rewards; its objective is left alone.
-        process, levels: of the model.
+        checked: prompts and rewards; its objective is not used.
+        process, levels: as in `CountingModel`.
     """
     calls: Calls = Counter()
     lora = config.lora.model_copy(update={"targets": ["0"], "rank": 1, "alpha": 1.0, "start_from": None})
     config = config.model_copy(update={"lora": lora})
     model, objective = CountingModel(process, levels, processes.device, calls), make_objective(config)
-    checked = replace(checked, objective=objective, rewards=_judges(checked.rewards, calls))
+    checked = replace(checked, objective=objective, rewards=_counting_rewards(checked.rewards, calls))
     policy = Policy(model, config, objective.keeps_old_weights)
     prompting = _prompting(len(checked.prompts.texts))
     objective.setup(Resources(model, policy, checked.rewards, prompting, processes))
@@ -157,8 +158,8 @@ def iteration_calls(
     return calls
 
 
-def _judges(rewards: Mapping[str, Reward], calls: Calls) -> dict[str, Reward]:
-    return {name: CountingReward(judge, name, calls) for name, judge in rewards.items()}
+def _counting_rewards(rewards: Mapping[str, Reward], calls: Calls) -> dict[str, Reward]:
+    return {name: CountingReward(reward, name, calls) for name, reward in rewards.items()}
 
 
 def _prompting(count: int) -> Prompting:

@@ -1,4 +1,4 @@
-"""Estimating a run: memory from shapes, time from measured calls."""
+"""Estimates a run: memory from shapes, time from measured calls."""
 
 import time
 from typing import TYPE_CHECKING
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from ..loop import Trainer
 
 ASKED_LATER = ".remote."
-"""In the module names of rewards that are asked over a network, where a request may cost money."""
+"""Part of the module names of remote rewards, which are not called here because a request may cost money."""
 
 
 def run_estimate(config: RunConfig, processes: int = 1) -> Forecast:
-    """Memory and time of a run on this machine; loads everything, makes a few calls of each kind, and trains nothing.
+    """Estimate the memory and time of a run on this machine, from a few calls of each kind on the loaded models.
 
     Args:
-        processes: that will share the run, each with a device like this one.
+        processes: number of processes of the run, each with a device like this one.
 
     Raises:
-        BadInput: the description cannot run.
+        BadInput: the description is invalid.
     """
     quiet_libraries()
     checked, here = check_run(config, processes), Processes(config.runtime.device)
@@ -61,29 +61,29 @@ def _computed(config: RunConfig, checked: CheckedRun, processes: int, device: to
 
 
 def measure(forecast: Forecast, trainer: "Trainer", checked: CheckedRun, processes: int, quick: bool = False) -> None:
-    """Fill in the seconds, and the memory that making the calls took.
+    """Fill in the measured seconds and the peak memory.
 
     Args:
-        processes: among which an iteration's work is divided.
-        quick: measure every call once.
+        processes: number of processes of the run.
+        quick: time every call once.
     """
     config, device = trainer.config, trainer.processes.device
     model, meter = trainer.model, Meter(trainer, quick)
-    forecast.unmeasured = [name for name, judge in checked.all_rewards.items() if _is_remote(judge)]
+    forecast.unmeasured = [name for name, reward in checked.all_rewards.items() if _is_remote(reward)]
     calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes)
-    judged = evaluation_calls(config, checked, trainer.processes)
-    for counted in (calls, judged):
+    evaluated = evaluation_calls(config, checked, trainer.processes)
+    for counted in (calls, evaluated):
         for call in [call for call in counted if call.reward in forecast.unmeasured]:
             del counted[call]
-    shares = processes / trainer.processes.count  # what is counted is this process's part already
+    shares = processes / trainer.processes.count  # the calls were counted for this process only
     forecast.seconds = {name: value / shares for name, value in phases(meter.seconds(calls)).items()}
     forecast.seconds["optimizer"] = config.objective.updates * meter.optimizer_step()
     forecast.seconds["saving"] = meter.saving() / config.runtime.checkpoint_every
     forecast.evaluations = evaluations(config, checked)
-    forecast.evaluation = sum(meter.seconds(judged).values()) / shares
+    forecast.evaluation = sum(meter.seconds(evaluated).values()) / shares
     forecast.needed, forecast.is_measured = memory.measured_peak(device) + forecast.parts[memory.HELD], True
 
 
-def _is_remote(judge: object) -> bool:
-    inner = judge.reward if isinstance(judge, Threshold) else judge
+def _is_remote(reward: object) -> bool:
+    inner = reward.reward if isinstance(reward, Threshold) else reward
     return ASKED_LATER in type(inner).__module__

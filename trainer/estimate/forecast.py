@@ -1,4 +1,4 @@
-"""An estimate as figures and as text."""
+"""The estimate of a run, as data and as text."""
 
 from dataclasses import dataclass, field
 
@@ -10,20 +10,21 @@ MB, GB = 2**20, 2**30
 
 @dataclass
 class Forecast:
-    """
+    """Estimated memory and time of a run.
+
     Attributes:
-        device: its name.
-        iterations: of the whole run.
-        seconds: of one iteration, by kind of work; empty where nothing was measured.
-        evaluation: seconds of one evaluation.
-        evaluations: how many the run makes.
+        device: name of the device.
+        iterations: number of iterations of the run.
+        seconds: seconds per iteration by kind of work; empty if nothing was measured.
+        evaluation: seconds per evaluation.
+        evaluations: number of evaluations of the run.
         start: seconds until the first iteration begins.
-        parts: bytes by part, computed.
-        needed: bytes at the peak; measured where that was possible.
-        free: bytes of the device that a run may take.
-        is_measured: whether `needed` is.
-        changes: settings that save memory, with the bytes each saves; None where that is not known.
-        unmeasured: names of rewards that are asked over a network and are not in the figures.
+        parts: computed bytes by part.
+        needed: peak memory in bytes; measured if possible, otherwise computed.
+        free: available memory of the device in bytes.
+        is_measured: whether `needed` is measured.
+        changes: settings that save memory, with the bytes each saves; None if that is not known.
+        unmeasured: names of remote rewards, whose time is not included.
     """
 
     device: str
@@ -91,7 +92,7 @@ class Forecast:
         """One sentence after the first iterations.
 
         Args:
-            left: seconds to the end.
+            left: remaining seconds.
         """
         return f"estimate corrected: {seconds(self.iteration)} per iteration, {duration(left)} left"
 
@@ -100,7 +101,7 @@ class Forecast:
         return f"memory {size(self.needed)} of {size(self.free)} free on {self.device}{verdict}"
 
     def text(self) -> str:
-        """All figures, for people."""
+        """The whole estimate as text."""
         kind = "measured" if self.is_measured else "computed"
         verdict = "it fits" if self.fits else "it does not fit"
         lines = [
@@ -125,15 +126,15 @@ class Forecast:
             f"{seconds(self.start)}: {duration(self.whole)} in all"
         )
         for name in self.unmeasured:
-            lines.append(f"  reward {name!r} is asked over a network, and its time is not in these figures")
+            lines.append(f"  reward {name!r} is computed by a server; its time is not included")
         return lines
 
 
 def size(value: float) -> str:
-    """Bytes in MB or GB."""
+    """Format bytes in MB or GB."""
     return f"{value / GB:.2f} GB" if value >= GB else f"{value / MB:.0f} MB"
 
 
 def seconds(value: float) -> str:
-    """Seconds with as many decimals as say something."""
+    """Format seconds with three significant digits."""
     return f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 10 else f"{value:.2f} s"

@@ -1,4 +1,4 @@
-"""Seconds of the calls of a run, measured on the loaded model at their real sizes."""
+"""Measures the seconds of a run's calls, on the loaded model and at their real sizes."""
 
 import statistics
 import time
@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from ..loop import Trainer
 
 SCORED = 16
-"""Images that a reward is measured on."""
+"""Number of images that a reward is timed on."""
 SHORT, LONG = 0.5, 10.0
-"""Seconds: a shorter call is measured more often, a longer one is not made again after the first."""
+"""Seconds. After a warm-up, calls up to SHORT are timed three times; calls above LONG are not repeated at all."""
 
 
 class Meter:
-    """
+    """Times calls.
+
     Args:
         trainer: with everything loaded.
-        quick: measure every call once, after one that does not count.
-        clock: seconds.
+        quick: time every call once after a warm-up.
+        clock: returns seconds.
     """
 
     def __init__(self, trainer: "Trainer", quick: bool = False, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -39,8 +40,8 @@ class Meter:
     def seconds(self, calls: Calls) -> dict[str, float]:
         """Seconds of all calls together, by kind.
 
-        Of calls that differ in their number of rows alone, the largest and the smallest are measured; the time of the
-        others is taken from the line through both.
+        Of calls that differ only in their number of rows, the largest and the smallest are timed, and the others
+        are interpolated linearly.
         """
         total: dict[str, float] = {}
         for call, count in calls.items():
@@ -68,7 +69,7 @@ class Meter:
         return self._timed(action) * part
 
     def _timed(self, action: Callable[[], object]) -> float:
-        """Seconds of a call that is not the first of its kind."""
+        """Seconds of a call after a warm-up, or of the warm-up itself if it is long."""
         first = self._once(action)
         if first > LONG:
             return first
@@ -85,7 +86,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    # --------------------------------------------------------------- what is called, and its share of the real call
+    # ------------------------------------------- the function to time, and how many times the real call contains it
 
     def _latents(self, rows: int) -> torch.Tensor:
         return torch.stack([noise(self.model.latent_shape, 0, "estimate", i) for i in range(rows)]).to(self.device)
@@ -135,7 +136,7 @@ class Meter:
     def _decode_train(self, call: Call) -> tuple[Callable[[], object], float]:
         latents = self._latents(call.rows).requires_grad_()
         decode = lambda: checkpoint(self.model.decode, latents, use_reentrant=False).square().mean()  # noqa: E731
-        return lambda: torch.autograd.grad(decode(), latents), 0.5  # counted twice: it is computed again backward
+        return lambda: torch.autograd.grad(decode(), latents), 0.5  # checkpointing decodes twice, and both were counted
 
     def _score_train(self, call: Call) -> tuple[Callable[[], object], float]:
         reward, texts = self.trainer.collector.rewards[call.reward], self._texts(call.rows)
@@ -149,7 +150,7 @@ class Meter:
     def _texts(self, rows: int) -> list[str]:
         return [self.trainer.prompts.scored[0]] * rows
 
-    # ----------------------------------------------------------------------------------------------- the rest
+    # ------------------------------------------------------------------------------------------- other durations
 
     def optimizer_step(self) -> float:
         """Seconds of one step of AdamW on copies of the LoRA's weights."""
@@ -165,7 +166,7 @@ class Meter:
         return self._timed(action)
 
     def saving(self) -> float:
-        """Seconds of making a checkpoint and the LoRA's file, without the disk."""
+        """Seconds to serialize a checkpoint and the LoRA file, without writing them."""
         from safetensors.torch import save
 
         policy = self.trainer.policy

@@ -1,4 +1,4 @@
-"""Memory of a run by part, known before anything is loaded, and what would make it smaller."""
+"""Computes the memory of a run by part before anything is loaded, and which settings would reduce it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +28,9 @@ ROLLOUT, UPDATE, DECODE, REWARDS, ENCODERS = (
     "text encoders",
 )
 TURNS = (ROLLOUT, UPDATE, DECODE, REWARDS)
-"""Parts of which one at a time is on the device."""
+"""Parts of which only one is on the device at a time."""
 WORTH_IT = 0.02
-"""A change is named if it saves at least this share of the peak."""
+"""A change is suggested if it saves at least this share of the peak."""
 
 
 def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) -> dict[str, int]:
@@ -45,7 +45,7 @@ def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) 
         found |= {DECODE: memory.decode, ENCODERS: _encoders(config)}
     else:
         found[NETWORK] = weight_bytes(config.model, processes)
-    found[REWARDS] = sum(judge.memory() for judge in checked.all_rewards.values())
+    found[REWARDS] = sum(reward.memory() for reward in checked.all_rewards.values())
     found[HELD] = iteration_bytes(config, processes)
     if on_cpu:
         found[PROCESS] = psutil.Process().memory_info().rss
@@ -53,7 +53,7 @@ def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) 
 
 
 def _encoders(config: RunConfig) -> int:
-    """Bytes of the text encoders, which are there while the prompts are encoded only."""
+    """Bytes of the text encoders, which are in memory only while the prompts are encoded."""
     if config.prompts.conditions is not None:
         return 0
     folder = WEIGHTS if config.model.path == "embedded" else Path(config.model.path)
@@ -62,7 +62,7 @@ def _encoders(config: RunConfig) -> int:
 
 
 def peak(found: dict[str, int], on_cpu: bool) -> int:
-    """Bytes at the peak: on a GPU one of what takes turns is there; in RAM the rewards' weights stay."""
+    """Peak memory in bytes. On a GPU only one of TURNS is in memory at a time; on a CPU, reward weights stay."""
     base = found.get(NETWORK, 0) + found.get(ADAPTER, 0) + found.get(HELD, 0)
     turns = [found.get(name, 0) for name in TURNS if not (on_cpu and name == REWARDS)]
     always = found.get(PROCESS, 0) + (found.get(REWARDS, 0) if on_cpu else 0)
@@ -70,19 +70,19 @@ def peak(found: dict[str, int], on_cpu: bool) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What this process may take of the device, with what it has already."""
+    """Memory available to this process on the device, including what it already holds."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def name_of(device: torch.device) -> str:
-    """What people call it."""
+    """Display name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "this computer's RAM"
 
 
 def measured_peak(device: torch.device) -> int:
-    """The largest memory of this process so far: on the GPU, or in RAM."""
+    """Peak memory of this process so far in bytes, on the GPU or in RAM."""
     from ..runs.metrics import peak_memory
 
     return int(peak_memory(device) * 2**20)
@@ -92,7 +92,7 @@ def measured_peak(device: torch.device) -> int:
 
 
 def changes(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) -> list[tuple[str, int]]:
-    """Settings that save memory, each alone, with the bytes it saves: what costs least comes first."""
+    """Settings that save memory, with the bytes that each saves alone; the cheapest first."""
     if not issubclass(checked.family, DiffusersModel):
         return []
     now = parts(config, checked, processes, on_cpu)
@@ -156,4 +156,4 @@ GRAPH_CHANGES: tuple[str, ...] = (
     "objective.batch_size and rollout.batch_size: halve them",
     "a smaller width and height in GRPO Base Model",
 )
-"""What can be changed where the model is one of a ComfyUI graph; in the order of what costs least."""
+"""Ways to save memory if the model comes from a ComfyUI graph; the cheapest first."""

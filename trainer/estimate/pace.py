@@ -1,4 +1,4 @@
-"""What a run says of its own cost: once when it starts, and again after its first iterations."""
+"""Reports the estimated duration of a run when it starts, and corrects it after the first iterations."""
 
 import statistics
 import sys
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from ..loop import Trainer
 
 FEWEST = 10
-"""Iterations still to come that are worth an estimate."""
+"""Fewest remaining iterations for which an estimate is made."""
 FIRST = 4
-"""Iterations after which it is corrected; the very first, which is slower, does not count."""
+"""Iterations after which the estimate is corrected; the first one, which is slower, is left out."""
 
 
 class Pace:
-    """
+    """Estimates a run that has started.
+
     Args:
         trainer: with everything loaded.
-        checked: what its description stands for.
+        checked: the checked description of the run.
     """
 
     def __init__(self, trainer: "Trainer", checked: CheckedRun) -> None:
@@ -33,9 +34,9 @@ class Pace:
         self.seen: list[float] = []
 
     def begin(self) -> None:
-        """Measure and say it, if the run has enough iterations left.
+        """Estimate and report, if enough iterations remain.
 
-        A divided network is left out: its processes must make the same calls, and each would measure its own.
+        Sharded models are left out: their processes must make the same calls, but each would time its own.
         """
         trainer = self.trainer
         left = trainer.config.runtime.iterations - trainer.iteration
@@ -56,7 +57,7 @@ class Pace:
         self._tell(forecast.line(), forecast.iteration, forecast.whole, corrected=False)
 
     def take(self, event: dict) -> None:
-        """Correct it from the iterations that have been made."""
+        """Correct the estimate from the durations of the first iterations."""
         if self.forecast is None or len(self.seen) >= FIRST:
             return
         self.seen.append(event["seconds"]["total"])

@@ -24,10 +24,10 @@ FILES = ("comparison.json", "comparison.txt", "contact_sheet.png")
 
 
 def read_description(path: Path, overrides: list[str], prompts: Path | None) -> RunConfig:
-    """The description of a file or of a run directory, with other held-out prompts where a file of them is named.
+    """Read a description from a file or a run directory; a file of `prompts` replaces its held-out prompts.
 
     Raises:
-        BadInput: it cannot be read, or names no held-out prompts.
+        BadInput: it cannot be read, or has no held-out prompts.
     """
     if prompts is not None:
         absolute = with_absolute_paths({"evaluation": {"file": str(prompts)}}, Path.cwd())["evaluation"]["file"]
@@ -38,22 +38,22 @@ def read_description(path: Path, overrides: list[str], prompts: Path | None) -> 
         config = read_config(path, overrides)
     evaluation = config.evaluation
     if not (evaluation.texts or evaluation.file or evaluation.shapes):
-        raise BadInput("evaluation names no held-out prompts: give them with --prompts FILE, or in the description")
+        raise BadInput("the description has no held-out prompts: give them with --prompts FILE or in evaluation")
     return config
 
 
 def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Callable[[str], None] = print) -> dict:
-    """Score the base model and each LoRA, and write the table, the figures and the contact sheet.
+    """Score the base model and each LoRA, and write the table, the statistics and the contact sheet.
 
     Args:
         paths: LoRA files, or directories of runs.
-        output: folder for the results, which holds none yet.
+        output: folder for the results; must not contain other results.
 
     Returns:
-        the figures, as in comparison.json.
+        the statistics, as in comparison.json.
 
     Raises:
-        BadInput: something cannot be used; all but what depends on loaded weights is looked at before any are.
+        BadInput: an input cannot be used. What does not depend on weights is checked before any are loaded.
     """
     if any((output / name).exists() for name in FILES):
         raise BadInput(f"--output {output} holds the results of another evaluation: name another folder")

@@ -1,4 +1,4 @@
-"""Models against each other on the same prompts and noise: figures as data and as a text table."""
+"""Compares models on the same prompts and noise, as data and as a text table."""
 
 from dataclasses import dataclass, field
 
@@ -18,12 +18,12 @@ TITLES = {
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What one model made of the held-out prompts.
+    """Results of one model on the held-out prompts.
 
     Attributes:
-        name: for people.
+        name: display name.
         scores: by reward, `[prompts, images per prompt]`; NaN where an image has no score.
-        looks: by name, `[prompts, images per prompt]` or, of whole prompts, `[prompts, 1]`.
+        looks: image statistics by name, `[prompts, images per prompt]` or, if per prompt, `[prompts, 1]`.
         images: `[N, 3, H, W]` or `[N, F, 3, H, W]` in [0, 1], the first image of some prompts.
         samples: their prompts, seeds and scores.
     """
@@ -36,7 +36,7 @@ class ModelScores:
 
 
 def compared(models: list[ModelScores]) -> dict:
-    """All figures as plain data; the first model is the base that the others are measured against."""
+    """All statistics as plain data; the first model is the base model, which the others are compared with."""
     base, shape = models[0], next(iter(models[0].scores.values())).shape
     return {
         "prompts": shape[0],
@@ -61,10 +61,10 @@ def _figures(model: ModelScores, base: ModelScores | None) -> dict:
 
 
 def text_table(record: dict) -> str:
-    """A block per reward and figure, with a line per model.
+    """A block per reward and image statistic, with a line per model.
 
     Args:
-        record: of `compared`.
+        record: returned by `compared`.
     """
     models = record["models"]
     titles = [TITLES.get(name, name) for name in models[0]["looks"]]
@@ -83,10 +83,10 @@ def text_table(record: dict) -> str:
 
 
 def summary(record: dict) -> str:
-    """A line per model: every mean, its change, and the share of wins.
+    """A line per model: mean, change and win rate of every reward.
 
     Args:
-        record: of `compared`.
+        record: returned by `compared`.
     """
     lines = []
     for model in record["models"]:

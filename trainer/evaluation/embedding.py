@@ -1,4 +1,4 @@
-"""CLIP's view of the images, from a reward that is a CLIP model."""
+"""CLIP image embeddings, from a reward that is a CLIP model."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from .looks import Embed
 
 
 def embedder(rewards: Mapping[str, Reward]) -> Embed | None:
-    """The image embeddings of the first reward that is a CLIP model; None where there is none."""
+    """The function that embeds images with the first reward that is a CLIP model; None if there is none."""
     for reward in rewards.values():
         inner = reward.reward if isinstance(reward, Threshold) else reward
         if (embed := getattr(inner, "embed", None)) is not None:

@@ -1,4 +1,4 @@
-"""LoRA files of a comparison: which there are, what they change, and their weights on a model."""
+"""LoRA files of a comparison: finds them, checks that they fit, and loads their weights into the model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ MOST_RANK = 1024
 class LoraFile:
     """
     Attributes:
-        name: for people, different from the others'.
+        name: display name, unique.
         path: a safetensors file.
     """
 
@@ -31,7 +31,7 @@ class LoraFile:
 
 
 def lora_files(paths: list[Path]) -> list[LoraFile]:
-    """The LoRAs of files and of run directories, which are named after the directory; nothing large is read.
+    """Find the LoRAs of files and run directories, from headers alone; a run's LoRA is named after its directory.
 
     Raises:
         BadInput: one is missing, or holds no LoRA.
@@ -54,7 +54,7 @@ def lora_files(paths: list[Path]) -> list[LoraFile]:
 
 
 class Adapters:
-    """One LoRA on a model, large enough for each of several files, whose weights take turns in it.
+    """One LoRA adapter whose rank suffices for every file; `use` loads the weights of one of them.
 
     Args:
         model: gets the LoRA injected here, if there are files.
@@ -73,7 +73,7 @@ class Adapters:
         self.fresh = {name: value.detach().clone() for name, value in lora.parameters(model.module).items()}
 
     def use(self, file: LoraFile | None) -> None:
-        """Run the model with this LoRA from now on, or as the base model."""
+        """Switch to this LoRA; None switches to the base model."""
         if self.modules:
             lora.set_enabled(self.model.module, file is not None)
         if file is not None:
@@ -83,7 +83,7 @@ class Adapters:
 
 
 def check_fit(family: type[DiffusionModel], config: RunConfig, files: list[LoraFile]) -> None:
-    """Raise BadInput where a file does not fit the model, which is not loaded; ComfyUI's models are looked at later."""
+    """Raise BadInput if a file does not fit the model, which is not loaded. ComfyUI's models are checked later."""
     if files and issubclass(family, DiffusersModel):
         _every_module(family.on_meta(config.model), files)
 

@@ -1,4 +1,4 @@
-"""Means with intervals, by bootstrap over prompts: images of one prompt are alike, so prompts are drawn as a whole."""
+"""Means with bootstrap confidence intervals. Images of one prompt are correlated, so whole prompts are resampled."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,12 +8,12 @@ from torch import Tensor
 LEVEL = 0.95
 RESAMPLES = 2000
 _CHUNK = 2**22
-"""Most numbers of a part of the resamples that is held at once."""
+"""Largest number of resampled indices in memory at once."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and the interval that covers the true one in about LEVEL of all cases; None where there is none."""
+    """A mean and its confidence interval at LEVEL; None where they cannot be computed."""
 
     mean: float | None
     low: float | None = None
@@ -26,11 +26,11 @@ class Estimate:
 def bootstrap(values: Tensor, level: float = LEVEL) -> Estimate:
     """Mean over all images, and its percentile interval over resampled prompts.
 
-    Resampling n prompts with replacement shrinks their spread by sqrt((n - 1) / n), which is made good (T. Hesterberg,
+    Resampling n prompts with replacement shrinks their spread by sqrt((n - 1) / n), which is corrected (T. Hesterberg,
     "What Teachers Should Know About the Bootstrap", 2015, section 4.4). The draws are the same in every call.
 
     Args:
-        values: `[prompts, images]`; what is not finite does not count.
+        values: `[prompts, images]`; values that are not finite are ignored.
     """
     finite = values.isfinite()
     counts, sums = finite.sum(1).double(), torch.where(finite, values, 0.0).double().sum(1)
@@ -53,12 +53,12 @@ def bootstrap(values: Tensor, level: float = LEVEL) -> Estimate:
 
 
 def change(values: Tensor, base: Tensor) -> Estimate:
-    """How much higher `values` are than `base`, image by image: both are of the same prompts and noise."""
+    """Mean paired difference; `values` and `base` score images of the same prompts and noise."""
     return bootstrap(values - base)
 
 
 def win_rate(values: Tensor, base: Tensor) -> Estimate:
-    """The share of images that score higher than the base's of the same prompt and noise; equal ones count half."""
+    """Share of images that score higher than the base model's of the same prompt and noise; ties count half."""
     wins = (values > base).double() + 0.5 * (values == base).double()
     found = bootstrap(torch.where((values - base).isfinite(), wins, torch.nan))
     if found.low is None:

@@ -1,8 +1,8 @@
-"""What images look like, without a reward model: brightness, saturation, and how much the images of a prompt differ.
+"""Image statistics that need no reward model: brightness, saturation, and diversity within a prompt.
 
-Diversity within a prompt is the mean, over all pairs of its images, of a distance: without CLIP the root mean square
-difference of their thumbnails, 0 to 1, which sees layout and colour; with CLIP 1 - cosine of their image embeddings,
-which sees content. A model that draws one picture for a prompt, whatever the noise, has 0.
+Diversity is the mean distance over all pairs of a prompt's images: the root mean square difference of their thumbnails
+(0 to 1; layout and colour) and, with a CLIP model, 1 - cosine similarity of their embeddings (content). It is 0 if a
+model draws the same picture from every noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from ..rewards.preprocess import luma
 
 THUMBNAIL = 32
-"""Edge of a thumbnail in pixels: each is the mean of its part of the image."""
+"""Edge of a thumbnail in pixels; thumbnails are made by average pooling."""
 PER_IMAGE, DIVERSITY, CLIP_DIVERSITY = ("brightness", "saturation"), "diversity", "diversity (CLIP)"
 Embed = Callable[[Tensor], Tensor]
 """Image embeddings `[B, D]` of images `[B, 3, H, W]`."""
@@ -23,12 +23,13 @@ Embed = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Look:
-    """
+    """Statistics of one image.
+
     Attributes:
         brightness: mean luma, 0 to 1.
         saturation: mean saturation of HSV, 0 (grey) to 1.
         thumbnail: `[3, THUMBNAIL, THUMBNAIL]` float16 on the CPU.
-        embedding: `[D]`, of CLIP; None where there is none.
+        embedding: CLIP image embedding `[D]`; None without a CLIP model.
     """
 
     brightness: float
@@ -38,9 +39,10 @@ class Look:
 
 
 def looks(images: Tensor, embed: Embed | None = None) -> list[Look]:
-    """
+    """Statistics of each image.
+
     Args:
-        images: `[B, 3, H, W]` in [0, 1], or videos `[B, F, 3, H, W]`, of which the middle frame is taken.
+        images: `[B, 3, H, W]` in [0, 1], or videos `[B, F, 3, H, W]`, of which the middle frame is used.
     """
     if images.ndim == 5:
         images = images[:, images.shape[1] // 2]
@@ -58,10 +60,10 @@ def saturation(images: Tensor) -> Tensor:
 
 
 def tabulate(found: Sequence[tuple[int, int, Look]], prompts: int, per_prompt: int) -> dict[str, Tensor]:
-    """The figures of all images by name: `[prompts, per_prompt]`, those of whole prompts `[prompts, 1]`.
+    """Statistics by name, `[prompts, per_prompt]` or, if per prompt, `[prompts, 1]`.
 
     Args:
-        found: prompt, number of its image, and the image's look; each image once.
+        found: (prompt, number of the image within its prompt, statistics), each image once.
     """
     table = {name: torch.full((prompts, per_prompt), torch.nan, dtype=torch.float64) for name in PER_IMAGE}
     groups: dict[int, list[Look]] = {}

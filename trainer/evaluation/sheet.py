@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST = 320
-"""Wanted longer edge of an image in pixels."""
+"""Longer edge of an image in pixels."""
 WIDTH = 1500
-"""Prompts go side by side up to this width."""
+"""Prompts are placed side by side up to this width in pixels."""
 
 
 def contact_sheet(models: list[ModelScores]) -> "Image":
-    """Where a reward gives 0 or 1 only, images are marked right or wrong by it.
+    """Draw the contact sheet. A reward that only gives 0 or 1 also marks the images as right or wrong.
 
     Args:
         models: with images of the same prompts, in the same order.
@@ -41,7 +41,7 @@ def contact_sheet(models: list[ModelScores]) -> "Image":
 
 
 def _cell(image: "Tensor", small: bool) -> "Image":
-    """An image or a video's middle frame; tiny ones are enlarged without smoothing, large ones made smaller."""
+    """An image, or the middle frame of a video; small ones are enlarged without smoothing, large ones reduced."""
     image = image[len(image) // 2] if image.ndim == 4 else image
     factor = magnification(image, CELL) if small else 1
     picture = to_picture(image.repeat_interleave(factor, -1).repeat_interleave(factor, -2))

@@ -1,4 +1,4 @@
-"""Model families. A new family is one file that registers itself in `FAMILIES`."""
+"""Model families. A new family is one file, and one entry in `FAMILIES`."""
 
 from ..config import ModelConfig, RolloutConfig
 from ..diffusion import kernels

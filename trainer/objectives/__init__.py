@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from ..utils.errors import shorten
 from .awm import Awm
 from .base import Objective, ObjectiveOptions
 from .dpo import Dpo
@@ -37,7 +38,7 @@ def _options(value: Any) -> Any:
     if isinstance(value, ObjectiveOptions):
         return value
     if not isinstance(value, dict):
-        raise ValueError(f"it must be a section such as {{name: grpo}}, not {type(value).__name__}")
+        raise ValueError(f"objective must be a section such as {{name: grpo}}, but it is {shorten(value)}")
     name = value.get("name", DEFAULT)
     if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(OBJECTIVES)}")

@@ -1,4 +1,4 @@
-"""The stored stochastic steps of a rollout, to be predicted and scored again."""
+"""Recomputes predictions and log-probabilities of the stochastic steps that a rollout stored."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ActionBatch(Batch):
-    """Actions: a stochastic step of a trajectory each.
+    """A batch of actions; each is a stochastic step of a trajectory.
 
     Attributes:
         rows: `[R, 2]` long, (trajectory, step) of each prediction.
         trajectory: `[N]` long, the trajectory of each item.
-        row_of: `[N]` long, the prediction each item uses.
+        row_of: `[N]` long, the prediction that each item uses.
     """
 
     rows: Tensor
@@ -31,12 +31,12 @@ class ActionBatch(Batch):
 
 
 class Actions:
-    """The stored actions of a batch, to be predicted and scored again.
+    """The stored actions of a batch.
 
     Attributes:
-        row_of: `[N]` long, the prediction each action uses.
-        log_probs: `[N]`, of the rollout.
-        means: `[N, ...]` of the rollout; None where they are not kept.
+        row_of: `[N]` long, the prediction that each action uses.
+        log_probs: `[N]`, from the rollout.
+        means: `[N, ...]` from the rollout; None if they are not stored.
         step_size: `[N]` float32, sigma minus the next sigma.
     """
 
@@ -61,7 +61,7 @@ class Actions:
         return self.model.predict_guided(self.latents, self.sigma.float(), self.conditions, guidance, negative)
 
     def score(self, prediction: Tensor) -> kernels.Step:
-        """The actions under a prediction, N of them."""
+        """Means and log-probabilities of the N actions, given predictions."""
         return kernels.step(
             self.rollout.plan.kernel,
             self.latents[self.row_of],

@@ -30,12 +30,12 @@ Member = tuple[int, int]
 
 @dataclass(frozen=True)
 class TrainingItem:
-    """One term of the loss.
+    """A training example: one term of the mean loss.
 
     Attributes:
-        member: the image it trains on; the process that sampled this image computes the term.
+        member: its image; the process that sampled the image computes the term.
         step: the sampling step, or the number of the draw for objectives that draw noise levels.
-        other: a second image that it is compared with, if any.
+        other: a second image to compare with, if any.
     """
 
     member: Member
@@ -199,12 +199,12 @@ class Objective(ABC):
 
     @classmethod
     def variant(cls, options: ObjectiveOptions) -> type[Objective]:
-        """The class that stands for these options, where some of them make it another kind of objective."""
+        """The class for these options; some options select a subclass, such as offline DPO."""
         return cls
 
     @classmethod
     def shares(cls, config: RunConfig) -> tuple[int, str]:
-        """How many things of an iteration processes share out, and what they are; no process may have none."""
+        """Number and name of what an iteration divides over the processes; each process needs at least one."""
         return config.rollout.prompts_per_iteration * config.rollout.group_size, "images"
 
     @classmethod

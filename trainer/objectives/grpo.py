@@ -105,7 +105,7 @@ class Grpo(Objective):
         self._kl = 0.0  # of the last iteration
         self._age = 0  # iterations since a moving reference was renewed
         self._mean_weight = 1.0  # of the steps in this optimizer step
-        self._gate: Tensor | None = None  # images that get the KL; None for all
+        self._gate: Tensor | None = None  # images that get the KL term; None for all
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:
@@ -128,7 +128,7 @@ class Grpo(Objective):
         return bool(self.options.kl_weight) and self.options.kl_share < 1
 
     def preflight(self, rollout: RolloutBatch) -> None:
-        """Rounding keeps a ratio within the clip range, where it reaches one."""
+        """Check that rounding alone does not move ratios out of the clip range, if the run has several updates."""
         if self.options.updates == 1 or self.scores_again:
             return
         step = rollout.trajectories.steps[0]
@@ -143,7 +143,7 @@ class Grpo(Objective):
 
     @property
     def scores_again(self) -> bool:
-        """Whether later optimizer steps score the old policy in batches of their own."""
+        """Whether later optimizer steps recompute the old policy's log-probabilities in the update's batches."""
         return self.options.old_log_prob == "update" and self.options.updates > 1
 
     @property
@@ -198,7 +198,7 @@ class Grpo(Objective):
         return flash_weight(plan.kernel, levels[index], levels[index + 1], plan.eta)
 
     def _suspicious(self, rollout: RolloutBatch) -> Tensor | None:
-        """`[P, G]` bool, the images that get the KL; None for all, where nothing has been scored (preflight)."""
+        """`[P, G]` bool, the images that get the KL term; None for all, before anything was scored (preflight)."""
         if not rollout.watched:
             return None
         weights = {reward.name: reward.weight for reward in self.config.rewards}
@@ -285,7 +285,7 @@ class Grpo(Objective):
         return value, ratio, (ratio.detach().double() - 1).abs() > options.clip_range
 
     def _gated(self, items: list[TrainingItem], kl: Tensor) -> Tensor:
-        """1 for the images that get the KL and 0 for the others, `[N]`."""
+        """1 for images that get the KL term, else 0, `[N]`."""
         if self._gate is None:
             return torch.ones_like(kl)
         slots, places = zip(*(item.member for item in items), strict=True)
@@ -311,7 +311,7 @@ class Grpo(Objective):
 
     @staticmethod
     def _figures(ratio: Tensor, clipped: Tensor, rollout_ratio: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums and peaks: of the ratios, and of those to the log-probabilities that the rollout stored."""
+        """Sums and peaks of the ratios, and of the ratios to the log-probabilities stored in the rollout."""
         deviation, rounding = (ratio.double() - 1).abs(), (rollout_ratio.double() - 1).abs()
         sums = {
             "ratio": ratio.double().sum(),
@@ -325,7 +325,7 @@ class Grpo(Objective):
         self._age += 1
 
     def _renew_reference(self) -> None:
-        """Move the reference on to the live weights where it is old, or where they have left it."""
+        """Copy the live weights to the moving reference if it is old, or if the KL to it is above the limit."""
         if self._age >= self.options.kl_reference_every or self._kl > self.options.kl_reference_limit:
             self.policy.update_old()
             self._age, self._kl = 0, 0.0
@@ -336,7 +336,7 @@ class Grpo(Objective):
     def restore(self, state: dict) -> None:
         self._kl, self._age = state["kl"], state["age"]
 
-    # ----------------------------------------------------------------------------------------------- what is said
+    # -------------------------------------------------------------------------------------------------- reporting
 
     def record(self, every: Totals, first: Totals) -> dict:
         """

@@ -25,18 +25,18 @@ class NoOptions(Section):
 class Reward(ABC):
     """A score for each image or video.
 
-    The constructor checks options and files and loads nothing; `load` does that.
+    The constructor checks options and files; `load` reads the weights.
 
     Attributes:
         name: its name in run descriptions.
-        typical_range: where its scores usually lie.
-        media: what it scores. An image reward scores a video frame by frame.
+        typical_range: usual range of its scores.
+        media: what it scores. An image reward scores a video by its frames.
         groupwise: whether it compares the images of a prompt, so that a score depends on the rest of the batch.
         differentiable: whether `score` can carry a gradient back to the pixels.
         remote: whether a server does the scoring, so that this process can sample the next images meanwhile.
-        licence: of its weights, if it has any.
-        packages: what must be installed for it beyond this pack's own requirements.
-        Options: its settings; fields made by `files.file_option` name files.
+        licence: licence of its weights, if any.
+        packages: packages that it needs beyond the requirements of this pack.
+        Options: its options; those made by `files.file_option` name files.
 
     Raises:
         BadInput: a file or a package is missing.
@@ -79,10 +79,10 @@ class Reward(ABC):
         """Raise ValueError if this reward cannot score images of one of the prompts."""
 
     def load(self) -> None:  # noqa: B027 - most rewards have no weights
-        """Read the weights into CPU memory; `score` does it if it has not been done.
+        """Read the weights into CPU memory; `score` does so if needed.
 
         Raises:
-            BadInput: a file does not hold what it should.
+            BadInput: a file is damaged or is not the expected one.
         """
 
     def idle(self) -> None:  # noqa: B027 - most rewards hold no memory
@@ -90,19 +90,19 @@ class Reward(ABC):
 
     @property
     def holder(self) -> "Reward":
-        """What holds the weights; rewards that share them have the same one."""
+        """The object that holds the weights; rewards that share weights have the same holder."""
         return self
 
     def memory(self) -> int:
-        """Bytes that the weights take on the device; activations come on top."""
+        """Bytes of the weights on the device, without activations."""
         return 0
 
     def register_memory_hook(self, hook: MemoryHook) -> None:  # noqa: B027 - most rewards hold no memory
-        """Have `hook(bytes, device)` called before weights move to an accelerator, so that it can free memory."""
+        """Register `hook(bytes, device)`, which is called before weights move to an accelerator and may free memory."""
 
 
 def memory_together(rewards: Iterable[Reward]) -> int:
-    """Bytes that the weights of several rewards take on the device; those that some share count once."""
+    """Bytes of the weights of several rewards on the device; shared weights count once."""
     holders = {id(reward.holder): reward.holder for reward in rewards}
     return sum(holder.memory() for holder in holders.values())
 
@@ -132,7 +132,7 @@ class ModelReward(Reward):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights and of the network's arithmetic."""
+        """dtype of the weights and of the computation."""
         return getattr(torch, getattr(self.options, "dtype", "float32"))
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -145,7 +145,7 @@ class ModelReward(Reward):
         return torch.cat(parts)
 
     def move_to(self, device: torch.device) -> None:
-        """Load the network, and move it to a device that has been asked for room."""
+        """Load the network and move it to a device, calling the memory hook first."""
         self.load()
         parameter = next(self.module.parameters(), None)
         moves = parameter is not None and parameter.device != device
@@ -154,13 +154,13 @@ class ModelReward(Reward):
         self.module.to(device)
 
     def memory(self) -> int:
-        """Bytes of the weights: of the network once it is loaded, before that at most as many as its files hold."""
+        """Bytes of the weights; before the network is loaded, an upper bound from its files."""
         if self.module is None:
             return self.stored_elements() * self.dtype.itemsize
         return sum(tensor.nbytes for tensor in (*self.module.parameters(), *self.module.buffers()))
 
     def stored_elements(self) -> int:
-        """How many numbers the files of the network hold."""
+        """Number of elements of all tensors in the files of weights."""
         return sum(map(stored_elements, self.weight_files()))
 
     def weight_files(self) -> list[Path]:
@@ -176,5 +176,5 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def dtype_option(default: str = "float32") -> str:
-    """The option for the type of a network's weights."""
+    """The option for the dtype of a network."""
     return Field(default, description="dtype of the weights and of the computation; scores are float32.")

@@ -1,4 +1,4 @@
-"""GenEval's questions, answered by the same kind of detector in transformers; not the official metric."""
+"""GenEval's checks with a detector of the same kind from transformers; not the official metric."""
 
 import json
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ OTHER_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keybo
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, MARGIN, MOST = 384, 0.1, 16
 UNUSED = r"relative_position_index$|^criterion\.empty_weight$"
-"""Buffers of published files: a table that transformers computes itself, and class weights of the training loss."""
+"""Buffers of published files that are not used: a table that transformers computes, and weights of the loss."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class GenEvalLike(ModelReward):
     """GenEval's checks (objects, counts, colours, positions) with the Mask2Former detector of transformers.
 
     This is not GenEval's official metric, which needs its own detector and environment (see external-scorers.md). The
-    detector is of the same family with other weights, and its confidences have another scale, so adjust `threshold` and
-    `counting` on images you have looked at. Every prompt must be one of GenEval's; `graded` gives part of the score
-    for part of what was asked, which is a denser signal than right or wrong.
+    detector has the same architecture but other weights, and its confidences have another scale, so adjust `threshold`
+    and `counting` on your own images. Every prompt must be one of GenEval's. `graded` gives partial credit, which is a
+    denser signal than right or wrong.
     """
 
     name = "geneval-like"
@@ -88,7 +88,7 @@ class GenEvalLike(ModelReward):
     def check_prompts(self, prompts: list[str]) -> None:
         for prompt in prompts:
             if prompt not in self.asked:
-                raise ValueError(f"{prompt[:100]!r} is none of the prompts of {self.options.prompts}")
+                raise ValueError(f"{prompt[:100]!r} is not one of the prompts in {self.options.prompts}")
 
     def weight_files(self) -> list[Path]:
         return [Path(self.options.clip), Path(self.options.detector) / "model.safetensors"]
@@ -116,7 +116,7 @@ class GenEvalLike(ModelReward):
         """Objects by name, the most confident first, at most 16 of each.
 
         Args:
-            least: confidence from which an object is detected.
+            least: smallest confidence.
         """
         from PIL import Image
 
@@ -140,7 +140,7 @@ class GenEvalLike(ModelReward):
         return found
 
     def color(self, image: Tensor, objects: list[Detection], name: str) -> list[str]:
-        """The colour of each object, by CLIP, on grey."""
+        """Classify the colour of each object with CLIP, on a grey background."""
         crops = [cut_out(image, found) for found in objects]
         pixels = torch.cat([normalize(shortest_and_crop(crop[None], self.size)) for crop in crops]).to(image.device)
         features = unit(self.module["clip"].encode_image(pixels.to(self.dtype)).float(), dim=-1)
@@ -156,10 +156,10 @@ class GenEvalLike(ModelReward):
 
 
 def load_detector(folder: Path) -> nn.Module:
-    """The Mask2Former of a folder, float32 on the CPU.
+    """Load the Mask2Former in a folder, float32 on the CPU.
 
     Raises:
-        BadInput: it holds another model.
+        BadInput: the folder does not contain one.
     """
     from transformers import Mask2FormerForUniversalSegmentation
 
@@ -175,15 +175,15 @@ def load_detector(folder: Path) -> nn.Module:
         raise BadInput(f"{folder} is not a Mask2Former: {' '.join(str(error).split())[:200]}") from error
     wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     if wrong:
-        raise BadInput(f"{folder} is not a Mask2Former: {wrong[0]} is missing or does not belong there")
+        raise BadInput(f"{folder} is not a Mask2Former: {wrong[0]} is missing or unexpected")
     return model
 
 
 def read_questions(path: Path) -> dict[str, dict[str, Any]]:
-    """GenEval's prompts and what each asks for.
+    """Read GenEval's prompts with their clauses.
 
     Raises:
-        BadInput: the file is another one.
+        BadInput: the file has another format.
     """
     try:
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
@@ -193,7 +193,7 @@ def read_questions(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
-    """A line of the file, if every clause names a class and a number of objects."""
+    """Validate the clauses of a prompt."""
     for number, clause in enumerate(entry["include"]):
         if clause["count"] < 1 or ("position" in clause and not 0 <= clause["position"][1] < number):
             raise ValueError(f"clause {number + 1} of {entry['prompt']!r}")
@@ -203,7 +203,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut_out(image: Tensor, found: Detection) -> Tensor:
-    """The object alone on grey (#999), `[3, h, w]`."""
+    """Crop an object, on a grey background (#999), `[3, h, w]`."""
     left, top, right_, bottom = (int(side) for side in found.box)
     alone = torch.where(found.mask.to(image.device), image, 0x99 / 255)
     return alone[:, top:bottom, left:right_]
@@ -214,14 +214,14 @@ def _box(mask: Tensor) -> tuple[float, float, float, float]:
     return (columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1)
 
 
-# -------------------------------------------------------------------------------------------------------- the questions
+# ------------------------------------------------------------------------------------------------------------ grading
 
 
 def right(found: dict[str, list[Detection]], question: dict, color_of: Any) -> float:
-    """1 if everything asked for is there, by GenEval's rules, else 0.
+    """1 if the image satisfies all clauses, by GenEval's rules, else 0.
 
     Args:
-        color_of: the colours of objects of a name.
+        color_of: classifies the colours of objects, given the name of their class.
     """
     groups: list[list[Detection] | None] = []
     for clause in question["include"]:
@@ -238,7 +238,7 @@ def right(found: dict[str, list[Detection]], question: dict, color_of: Any) -> f
 
 
 def graded(found: dict[str, list[Detection]], question: dict, color_of: Any) -> float:
-    """Mean over what is asked for: counts and colours by how far off they are, positions right or wrong."""
+    """Mean over the clauses: partial credit for counts and colours; positions are right or wrong."""
     parts: list[float] = []
     groups: list[list[Detection]] = []
     for clause in question["include"]:

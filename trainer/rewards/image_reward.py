@@ -1,4 +1,4 @@
-"""ImageReward v1.0: human preference by a BLIP model that reads the prompt beside the image (arXiv 2304.05977)."""
+"""ImageReward v1.0: human preference, by a BLIP model on image and prompt (arXiv 2304.05977)."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ UNUSED = frozenset(
         "blip.text_encoder.embeddings.position_ids",
     }
 )
-"""Tensors of the published file that scoring does not use: heads for contrastive training, and 0, 1, 2, ..."""
+"""Tensors in the published file that are not used: heads of contrastive training, and position indices."""
 
 _VISION = (
     (r"cls_token", "embeddings.class_embedding"),
@@ -40,10 +40,10 @@ _VISION = (
 
 
 class ImageReward(ModelReward):
-    """Human preference, ImageReward v1.0: mean 0 and standard deviation 1 on its authors' images.
+    """Human preference, ImageReward v1.0, normalized to mean 0 and std 1 on its authors' images.
 
-    A good metric, and useful in a mixture. Alone it corrupts images when FLUX is trained on it, as the paper's authors
-    report. It reads the first 35 tokens of a prompt.
+    Useful as a metric and together with other rewards. FLUX trained on it alone produces corrupted images, as the
+    authors of DanceGRPO report. It reads the first 35 tokens of a prompt.
     """
 
     name = "imagereward"
@@ -96,7 +96,7 @@ class ImageReward(ModelReward):
         try:
             words = path.read_text(encoding="utf-8").splitlines()
         except ValueError as error:
-            raise BadInput(f"{path} is not the vocabulary of bert-base-uncased: it is not a text in UTF-8") from error
+            raise BadInput(f"{path} is not the vocabulary of bert-base-uncased: it is not UTF-8 text") from error
         missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]") if word not in words]
         if missing or len(words) + 2 != self.text["vocab_size"]:
             expected = self.text["vocab_size"] - 2

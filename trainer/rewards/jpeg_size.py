@@ -9,7 +9,7 @@ from .base import Reward
 from .preprocess import to_pil
 
 LARGEST_SIDE = 65_500
-"""Pixels that libjpeg takes in one direction."""
+"""Largest side in pixels that libjpeg accepts."""
 
 
 class JpegSize(Reward):
@@ -21,7 +21,7 @@ class JpegSize(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         height, width = images.shape[-2:]
         if max(height, width) > LARGEST_SIDE:
-            raise ValueError(f"an image of {width} x {height} is too long for a JPEG file of {LARGEST_SIDE} pixels")
+            raise ValueError(f"an image of {width} x {height} is too large for JPEG: {LARGEST_SIDE} pixels is the most")
         return torch.tensor([_kilobytes(picture) for picture in to_pil(images)], dtype=torch.float32)
 
 

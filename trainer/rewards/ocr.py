@@ -1,4 +1,4 @@
-"""Text rendering: whether the words in quotes can be read in the image, by optical character recognition."""
+"""Text rendering: whether the quoted text of the prompt can be read in the image, by optical character recognition."""
 
 import io
 import re
@@ -15,10 +15,10 @@ _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 class TextRendering(Reward):
     """Text in the image: 1 if the quoted text of the prompt can be read, less for each wrong letter.
 
-    One minus the edit distance between the text that is read and the text asked for, per letter, ignoring spaces and
-    capitals, as in Flow-GRPO. The reader is RapidOCR, which brings its models along and runs on the CPU; Flow-GRPO uses
-    PaddleOCR, so the formula is the same and figures differ a little. Every prompt needs a text in double quotes. Its
-    packages: `pip install rapidocr onnxruntime`; nothing is downloaded when they are used.
+    One minus the edit distance per letter between the recognized and the quoted text, ignoring spaces and case, as in
+    Flow-GRPO. Recognition uses RapidOCR, which comes with its models and runs on the CPU; Flow-GRPO uses PaddleOCR, so
+    its scores differ a little. Every prompt needs a text in double quotes. Install its packages with
+    `pip install rapidocr onnxruntime`; nothing is downloaded when they are used.
     """
 
     name = "ocr"
@@ -51,19 +51,19 @@ def target(prompt: str) -> str:
     """The first text in double quotes, without spaces, in lower case.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the prompt has no quoted text.
     """
     for match in _QUOTED.finditer(prompt):
         if words := _bare(match[1] or match[2] or ""):
             return words
-    raise ValueError(f"{prompt[:100]!r} holds no text in double quotes that an image could show")
+    raise ValueError(f"{prompt[:100]!r} has no text in double quotes")
 
 
 def similarity(found: str, wanted: str) -> float:
-    """1 - edit distance / letters, in [0, 1]; 1 if `wanted` is part of what was found.
+    """1 - edit distance / letters, in [0, 1]; 1 if `found` contains `wanted`.
 
     Args:
-        wanted: as `target` gives it.
+        wanted: returned by `target`.
     """
     found = _bare(found)
     if wanted in found:
@@ -72,7 +72,7 @@ def similarity(found: str, wanted: str) -> float:
 
 
 def distance(first: str, second: str) -> int:
-    """The edit distance (Levenshtein): letters to insert, delete or replace until the texts are equal."""
+    """Edit distance (Levenshtein): insertions, deletions and replacements of letters."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         corner, row[0] = row[0], i

@@ -1,4 +1,4 @@
-"""What one person likes, from their votes on pairs of images: a Bradley-Terry model on image features."""
+"""A reward model of one person's preferences: a Bradley-Terry model on image features, fitted to votes on pairs."""
 
 import sys
 from pathlib import Path
@@ -10,29 +10,30 @@ from torch import Tensor, nn
 
 from ..config import Section
 from ..utils.errors import BadInput
-from ..utils.media import read_image, to_bytes
+from ..utils.media import read_image
 from ..votes.analysis import comparisons
 from ..votes.fit import Fit, agreement, enough, fit
 from ..votes.pixels import PixelFeatures
 from ..votes.store import Collection
 from .base import Dtype, ModelReward, dtype_option
 from .files import WEIGHTS
+from .preprocess import rounded
 
 PIXELS = "pixels"
 FEWEST = 2
 
 
 class Preference(ModelReward):
-    """A model of your own preference, fitted to your votes on pairs of images.
+    """A reward model of your own preferences, fitted to your votes on pairs of images.
 
-    The votes are a collection: a folder with `images/` and `votes.csv`. Collections are made and voted on in ComfyUI
+    The votes are in a collection: a folder with `images/` and `votes.csv`. Collections are made and voted on in ComfyUI
     (docs/votes.md); a hand-written one needs the columns `better` and `worse`, with names of files in `images/`. When
-    the reward is first used, a Bradley-Terry model on image features is fitted to the votes, and the share of votes
-    that a fit predicts without having seen them is printed with its 95% interval. Near 50% it has learned nothing.
-    Nothing is written, and the same votes give the same scores. The prompt is ignored, so add a reward that reads it.
+    the reward is first used, a Bradley-Terry model on image features is fitted to the votes, and its cross-validated
+    accuracy on the votes is printed with a 95% interval. Near 50% it has learned nothing. Nothing is written, and the
+    same votes give the same scores. The prompt is ignored, so add a reward that reads it.
 
-    The features are those of a backbone: `pixels` needs no file and describes colours and layout (260 numbers, see
-    trainer/votes/pixels.py); a CLIP or SigLIP vision model describes what an image shows, too.
+    The features come from a backbone: `pixels` needs no file and describes colours and layout (260 numbers, see
+    trainer/votes/pixels.py); a CLIP or SigLIP vision model also describes what an image shows.
 
     `python -m trainer score preference new.png --prompt "a red fox" --set collection=my_votes` fits and scores.
     """
@@ -45,13 +46,13 @@ class Preference(ModelReward):
     class Options(Section):
         collection: str = Field(
             "",
-            description="Collection of votes: its name in ComfyUI, else its folder.",
+            description="Collection of votes: its name in ComfyUI, or the path of its folder.",
             json_schema_extra={"votes": "collection"},
         )
         backbone: str = Field(
             PIXELS,
-            description="Where the features come from: pixels, which needs no file; or a CLIP or SigLIP vision model: "
-            "its name in models/clip_vision, clip-vit-l for the file of the reward aesthetic, else the path of a file.",
+            description="Source of the features: pixels, which needs no file; or a CLIP or SigLIP vision model, by its "
+            "name in models/clip_vision, as clip-vit-l (the file of the reward aesthetic), or by the path of a file.",
             json_schema_extra={"votes": "backbone"},
         )
         dtype: Dtype = dtype_option()
@@ -59,15 +60,15 @@ class Preference(ModelReward):
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
         if not self.options.collection:
-            raise BadInput("reward 'preference' needs a collection of votes, and collection is empty")
+            raise BadInput("reward 'preference': collection is empty: name a collection of votes")
         check_backbone(self.options.backbone)
         self.collection = Collection(Path(self.options.collection))
         self.vote_log = self.collection.vote_log()
         winners = self.vote_log.counts()["winners"]
         if winners < FEWEST:
             raise BadInput(
-                f"collection {self.collection.name!r} holds {winners} votes with a winner; at least {FEWEST} are "
-                "needed, and some dozens to be of use"
+                f"collection {self.collection.name!r} has {winners} votes with a winner: vote on more pairs; at least "
+                f"{FEWEST} are needed, and some dozens to be useful"
             )
 
     def build(self) -> nn.Module:
@@ -78,8 +79,8 @@ class Preference(ModelReward):
         return [] if self.options.backbone == PIXELS else [Path(self.options.backbone)]
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Utilities; 0 is that of the mean features of the images that were voted on, whose pixels are rounded too."""
-        images = images.float() if images.requires_grad else to_bytes(images).float() / 255
+        """Utilities, relative to that of the mean features of the images that were voted on."""
+        images = rounded(images)
         if self.fitted is None:
             self.fitted = self._fit(images.device)
         weights, center = (images.new_tensor(v, dtype=torch.float32) for v in (self.fitted.weights, self.fitted.center))
@@ -88,7 +89,7 @@ class Preference(ModelReward):
     def _fit(self, device: torch.device) -> Fit:
         names, votes = comparisons(self.vote_log)
         files = [self.collection.image_file(name) for name in names]
-        with torch.no_grad():  # one by one, since they are of many sizes
+        with torch.no_grad():  # one by one, because their sizes differ
             features = torch.cat([self.module(read_image(file)[None].to(device)).cpu() for file in files])
         table = features.double().numpy()
         for complaint in self.vote_log.complaints:
@@ -99,7 +100,7 @@ class Preference(ModelReward):
 
 
 def check_backbone(name: str) -> None:
-    """Raise BadInput unless it is `pixels` or a file that may hold weights."""
+    """Raise BadInput unless it is `pixels` or an existing file of weights."""
     if name == PIXELS:
         return
     if not Path(name).is_file() or Path(name).suffix.lower() not in WEIGHTS:
@@ -113,7 +114,7 @@ def load_backbone(name: str) -> nn.Module:
     """A network that turns images `[B, 3, H, W]` in [0, 1] into features `[B, D]` float32.
 
     Raises:
-        BadInput: a file holds no network that can be used.
+        BadInput: the file is not a supported vision model.
     """
     if name == PIXELS:
         return PixelFeatures()

@@ -1,7 +1,7 @@
 """Image preprocessing of reward models: rounding, resizing, cropping, normalizing.
 
-Reward models were trained on image files, so pixels are rounded to 256 values first and resized as the original code
-does it, by Pillow. Images that require a gradient are not rounded, and resized by PyTorch with the same filter.
+Reward models were trained on image files, so pixels are first rounded to 256 values, then resized with Pillow as in the
+original code. Images that require a gradient are not rounded, and are resized with the same filter in PyTorch.
 """
 
 import torch
@@ -13,7 +13,7 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 LONG = 16
-"""How many times longer than wide an image may be to be resized as a whole."""
+"""Largest aspect ratio of an image that is resized as a whole."""
 
 
 def luma(images: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 def rounded(images: Tensor) -> Tensor:
-    """Pixels rounded to 256 values, float32 in [0, 1]; as they are if they require a gradient."""
+    """Pixels rounded to 256 values, float32 in [0, 1]; unchanged if they require a gradient."""
     return images.float() if images.requires_grad else to_bytes(images).float() / 255
 
 
@@ -38,7 +38,7 @@ def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[
 
 
 def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """Float images `[..., 3, H, W]` resized with antialiasing, neither rounded nor clamped; gradients flow."""
+    """Resize float images `[..., 3, H, W]` with antialiasing, differentiably, without rounding or clamping."""
     from torchvision.transforms.functional import InterpolationMode
     from torchvision.transforms.functional import resize as torchvision_resize
 
@@ -46,10 +46,10 @@ def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Te
 
 
 def shortest_and_crop(images: Tensor, size: int, crop: str = "torchvision") -> Tensor:
-    """The shortest side resized to `size` (bicubic), the middle cropped: `[B, 3, size, size]` in [0, 1].
+    """Resize the shortest side to `size` (bicubic) and crop the centre: `[B, 3, size, size]` in [0, 1].
 
     Args:
-        crop: where the crop begins if the margin is odd: `torchvision` rounds half to even, `transformers` down.
+        crop: rounding of an odd margin: `torchvision` rounds half to even, `transformers` rounds down.
     """
     from PIL import Image
 
@@ -65,9 +65,9 @@ def shortest_and_crop(images: Tensor, size: int, crop: str = "torchvision") -> T
 
 
 def trimmed(images: Tensor) -> Tensor:
-    """`[..., H, W]`, the middle of an image that is more than `LONG` times longer than wide.
+    """Crop the centre of images `[..., H, W]` with an aspect ratio above `LONG`.
 
-    The crop that follows looks at the middle only, and resizing all of a very long image would fill the memory.
+    Only the centre is used afterwards, and resizing a very long image as a whole would exhaust the memory.
     """
     limit = LONG * min(images.shape[-2:])
     top, left = (max(0, side - limit) // 2 for side in images.shape[-2:])

@@ -1,8 +1,8 @@
-"""All rewards by name: those of this pack, and those that other installed packages bring along.
+"""All rewards by name: those of this pack, and those of other installed packages.
 
-A reward of another package needs no change here. Its package declares an entry point of the group `dancegrpo.rewards`;
-the name is the reward's, the object a function that gets the module `trainer.rewards.base` and returns a subclass of
-its `Reward`. (The module is handed over because the pack is imported under another name inside ComfyUI.)
+Another package adds a reward by an entry point in the group `dancegrpo.rewards`. Its name is the reward's name; its
+object is a function that takes the module `trainer.rewards.base` and returns a subclass of its `Reward`. (The module is
+an argument because ComfyUI imports this pack under another name.)
 """
 
 import sys
@@ -69,7 +69,7 @@ OWN: tuple[type[Reward], ...] = (
 
 
 def installed_rewards(points: Iterable[EntryPoint]) -> dict[str, type[Reward]]:
-    """Rewards of other packages; one that cannot be loaded is reported on stderr and left out."""
+    """Load the rewards of other packages; one that cannot be loaded is reported on stderr and skipped."""
     found: dict[str, type[Reward]] = {}
     for point in points:
         try:
@@ -94,12 +94,12 @@ def _installed(point: EntryPoint, taken: list[str]) -> type[Reward]:
 
 
 class Registry(dict[str, type[Reward]]):
-    """Rewards by name; those of other packages are looked for when one is asked for that this pack does not have."""
+    """Rewards by name; other packages are searched on the first look-up of a name that this pack does not have."""
 
     searched = False
 
     def with_others(self) -> "Registry":
-        """These, once other packages have been asked for theirs."""
+        """All rewards, after searching other packages."""
         if not self.searched:
             self.searched = True
             self.update(installed_rewards(entry_points(group=GROUP)))
@@ -118,10 +118,10 @@ REWARDS = Registry({reward.name: reward for reward in OWN})
 
 
 def reward_options(config: RewardConfig) -> Section:
-    """A reward's options, validated; no file is looked at.
+    """Validate a reward's options, without looking at files.
 
     Raises:
-        BadInput: unknown name or option, or a value that is not accepted.
+        BadInput: unknown name or option, or an invalid value.
     """
     if config.name not in REWARDS:
         raise BadInput(f"reward {config.name!r} is unknown: choose one of {', '.join(REWARDS.with_others())}")
@@ -137,20 +137,20 @@ def reward_options(config: RewardConfig) -> Section:
 
 
 def with_files_from(config: RewardConfig, folders: Iterable[Path]) -> RewardConfig:
-    """The same reward with full paths for its files, each found inside one of the folders (`models/rewards`).
+    """The same reward with absolute paths of its files, which must be inside one of the folders (`models/rewards`).
 
     Raises:
-        BadInput: options are not accepted, or a file is in none of the folders.
+        BadInput: an option is invalid, or a file is in none of the folders.
     """
     options = located(reward_options(config), config.name, folders)
     return config.model_copy(update={"options": options})
 
 
 def load_reward(config: RewardConfig) -> Reward:
-    """Make a reward from its configuration; its weights are read by `Reward.load`.
+    """Create a reward from its configuration; `Reward.load` reads its weights.
 
     Raises:
-        BadInput: unknown name or option, or a file or package that is missing.
+        BadInput: unknown name, invalid option, or missing file or package.
     """
     options = reward_options(config)
     reward = REWARDS[config.name](options)

@@ -1,4 +1,4 @@
-"""Scoring with any reward: images or videos, of one size or several, with or without a gradient."""
+"""Scores images or videos with any reward, with or without gradients."""
 
 import torch
 from torch import Tensor
@@ -6,26 +6,26 @@ from torch import Tensor
 from .base import Reward
 
 FRAMES = 8
-"""Frames of a video that an image reward scores, evenly spaced from the first to the last."""
+"""Number of frames of a video that an image reward scores, evenly spaced from the first to the last."""
 
 
 def score(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> Tensor:
-    """Score images, and check what the reward returns: `[B]` float32 on the CPU; NaN is no score.
+    """Scores `[B]` float32 on the CPU; NaN for an image without a score.
 
     Args:
         images: `[B, 3, H, W]` or a list of B `[3, H, W]` of any sizes; or videos, `[B, F, 3, H, W]` or a list of B
-            `[F, 3, H, W]` of any lengths and sizes. An image reward gives a video the mean score of `FRAMES` of its
-            frames. One channel is grey, a fourth is opacity, and the image is laid on white.
+            `[F, 3, H, W]` of any lengths and sizes. An image reward scores a video by the mean over `FRAMES` of its
+            frames. Images with one channel are grey; a fourth channel is opacity on a white background.
 
     Raises:
-        ValueError: counts do not match, pixels are not finite, the reward does not score images of this kind or size.
-        RunFailed: a server that does the scoring is unreachable.
+        ValueError: the counts differ, pixels are not finite, or the reward cannot score images of this kind or size.
+        RunFailed: the reward's server is unreachable.
     """
     _check_counts(images, prompts)
     if len(prompts) == 0:
         return torch.zeros(0)
     if not _finite(images).all():
-        raise ValueError("the images hold pixels that are not finite numbers")
+        raise ValueError("the images contain pixels that are not finite")
     with torch.no_grad():
         scores = _score(reward, _rgb_all(images, detach=True), prompts).float().cpu()
     _check_shape(reward, scores, len(prompts))
@@ -33,7 +33,7 @@ def score(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> 
 
 
 def score_or_nan(reward: Reward, images: Tensor | list[Tensor], prompts: list[str]) -> Tensor:
-    """Like `score`, but an image that is not finite gets NaN; its sample is to be dropped."""
+    """Like `score`, but images with pixels that are not finite get NaN."""
     finite = _finite(images)
     if isinstance(images, Tensor):
         mask = finite.to(images.device).view(-1, *[1] * (images.ndim - 1))
@@ -46,20 +46,19 @@ def score_or_nan(reward: Reward, images: Tensor | list[Tensor], prompts: list[st
 def differentiable_score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores `[B]` float32 on the images' device, whose gradient flows back to the pixels.
 
-    Pixels are not rounded to the 256 values of an image file and not clamped, so the scores differ from those of
-    `score` by about as much as rounding changes them.
+    Pixels are neither rounded to 256 values nor clamped, so the scores differ slightly from those of `score`.
 
     Args:
         images: `[B, 3, H, W]`, or `[B, F, 3, H, W]`, float, requiring a gradient.
 
     Raises:
-        ValueError: the reward is not differentiable, the images require no gradient, or as for `score`.
+        ValueError: the reward is not differentiable, the images do not require a gradient, or as for `score`.
     """
     if not reward.differentiable:
         raise ValueError(f"reward {reward.name!r} is not differentiable")
     _check_counts(images, prompts)
     if not images.requires_grad:
-        raise ValueError("the images require no gradient")
+        raise ValueError("the images do not require a gradient")
     with torch.enable_grad():
         scores = _score(reward, _rgb_all(images, detach=False), prompts).float()
     _check_shape(reward, scores, len(prompts))
@@ -77,7 +76,7 @@ def _check_shape(reward: Reward, scores: Tensor, count: int) -> None:
 
 
 def _finite(images: Tensor | list[Tensor]) -> Tensor:
-    """`[B]` bool on the CPU: which images hold finite numbers only."""
+    """`[B]` bool on the CPU: whether all pixels of an image are finite."""
     if isinstance(images, Tensor):
         return images.flatten(1).isfinite().all(1).cpu()
     return torch.stack([image.isfinite().all().cpu() for image in images])

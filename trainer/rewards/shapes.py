@@ -1,4 +1,4 @@
-"""The checker of the shapes world as rewards: graded, and right or wrong."""
+"""The shapes checker of the embedded model as rewards: graded, and right or wrong."""
 
 from torch import Tensor
 

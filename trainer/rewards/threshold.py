@@ -1,4 +1,4 @@
-"""A reward turned into 0 or 1: the paper's binary reward."""
+"""A reward turned into 0 or 1 by a threshold: DanceGRPO's binary reward."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from .base import MemoryHook, Reward
 
 
 class Threshold(Reward):
-    """1 where another reward is above a value, else 0; no score stays no score."""
+    """1 where another reward is above a value, else 0; NaN where it has no score."""
 
     name = "threshold"
     typical_range = (0.0, 1.0)

@@ -15,7 +15,7 @@ export function comparisonView(panel) {
   const element = h(
     "div",
     { class: "dg-view" },
-    h("p", { class: "dg-muted", text: "Held-out rewards of two runs. GRPO Compare LoRAs in a graph judges both on the same prompts and noise." }),
+    h("p", { class: "dg-muted", text: "Held-out rewards of two runs. The node Compare LoRAs scores both on the same prompts and noise." }),
     h("div", { class: "dg-vote-head" }, choices),
     message,
     table,

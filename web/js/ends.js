@@ -7,9 +7,9 @@ const INTERVAL = 15_000; // milliseconds
 const ENDED = ["finished", "stopped", "failed"];
 
 /**
- * The toasts for runs that have ended between two looks.
+ * Toasts for the runs that have ended since the last poll.
  *
- * @param {Map<string, string>} before states by name; empty before the first look
+ * @param {Map<string, string>} before states by name; empty before the first poll
  * @param {{name: string, state: string, error: string?}[]} runs
  */
 export function endToasts(before, runs) {

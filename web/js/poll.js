@@ -1,4 +1,4 @@
-/** Ask again and again, one request at a time, only while the page is visible. */
+/** Polling: one request at a time, and only while the page is visible. */
 
 /**
  * @param {(signal: AbortSignal) => Promise<number|void>} task returns the milliseconds until it should run again

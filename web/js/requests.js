@@ -2,7 +2,7 @@
 
 import { api } from "../../../scripts/api.js";
 
-/** The sentence a route gave in place of an answer. */
+/** The error message of a route. */
 export class Refused extends Error {}
 
 async function answer(response) {

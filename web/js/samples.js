@@ -1,4 +1,4 @@
-/** Samples of a run over time: every image with its prompt and scores, and before beside now. */
+/** Samples of a run over time: every image with its prompt and scores, and the first samples beside the latest. */
 
 import { button, h, put } from "./dom.js";
 import { format } from "./chart.js";

@@ -1,4 +1,4 @@
-/** The Votes view: pairs of images, one key per vote, and how well the votes are understood so far. */
+/** The Votes view: pairs of images, one key per vote, and how well a reward model fitted to the votes predicts them. */
 
 import { button, h, put } from "./dom.js";
 import { address, get, newId, part, post } from "./requests.js";
@@ -130,7 +130,7 @@ export function votesView(panel) {
     send(() => post(`/votes/${part(name)}/undo`, { id: newId() }));
   }
 
-  /** Requests go one after the other. */
+  /** Send one request at a time. */
   function send(request) {
     busy += 1;
     waiting = waiting.then(async () => {
@@ -181,7 +181,7 @@ export function votesView(panel) {
     action();
   }
 
-  /** Take the keys, unless the person is at work elsewhere. */
+  /** Take the keyboard focus, unless another element is in use. */
   function focus() {
     const active = document.activeElement;
     if (overlay || !active || active === document.body || active.closest(".dg-panel")) stage.focus({ preventScroll: true });

@@ -32,3 +32,15 @@ def test_what_is_chosen_for_grpo_reaches_the_description(pack: Callable) -> None
             assert widgets[key].min <= value <= widgets[key].max
     section = pack("nodes.objective").section({"objective": "grpo", **chosen})
     assert {key: section[key] for key in chosen} == chosen
+
+
+def test_an_objective_that_is_registered_at_run_time_is_a_choice_with_its_options(
+    pack: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objectives, nft = pack("trainer.objectives").OBJECTIVES, pack("trainer.objectives.nft")
+    options = type("MyOptions", (nft.NftOptions,), {"__annotations__": {"name": str}, "name": "mine"})
+    monkeypatch.setitem(objectives, "mine", type("Mine", (nft.Nft,), {"name": "mine", "Options": options}))
+    (combo,) = pack("nodes.objective").GRPOObjective.define_schema().inputs
+    shown = {option.key: [widget.id for widget in option.inputs] for option in combo.options}
+    assert "old_decay" in shown["mine"]
+    assert pack("nodes.objective").section({"objective": "mine", "beta": 0.5})["beta"] == 0.5

@@ -127,7 +127,7 @@ def test_the_best_come_first(nodes) -> None:
 
 @pytest.fixture
 def film(pack, monkeypatch):
-    """A judge of videos, registered like any other."""
+    """A reward for videos, registered like any other."""
     rewards = pack("trainer.rewards")
 
     class Film(rewards.Reward):
@@ -195,7 +195,7 @@ def test_a_video_reward_scores_frames(pack, film) -> None:
     assert scores["film"].tolist() == pytest.approx([GREY.mean().item()])
 
 
-# -------------------------------------------------------------------- every judge that works on the CPU, in small
+# -------------------------------------------------------------------- every reward that works on the CPU, in small
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +222,9 @@ def files(pack, tmp_path_factory):
 @pytest.mark.parametrize("name", tiny_rewards.LOCAL)
 def test_each_is_loaded_combined_scored_and_the_best_picked(pack, nodes, files, name, monkeypatch) -> None:
     video, prompt = name in tiny_rewards.VIDEO, tiny_rewards.prompt(name)
-    judge = nodes.LoadReward.execute({"reward": name, **files[name]}).result[0]
+    loaded = nodes.LoadReward.execute({"reward": name, **files[name]}).result[0]
     other = "sharpness" if name == "brightness" else "brightness"
-    both = weighed(nodes, (judge, 0.7), (nodes.LoadReward.execute({"reward": other}).result[0], 1.4))
+    both = weighed(nodes, (loaded, 0.7), (nodes.LoadReward.execute({"reward": other}).result[0], 1.4))
     images = torch.rand(3, 40, 40, 3, generator=torch.Generator().manual_seed(0))
     items = images.movedim(-1, 1)[None] if video else images.movedim(-1, 1)
     room, base = [], pack("trainer.rewards.base").ModelReward

@@ -236,7 +236,7 @@ def test_the_settings_node_at_its_defaults_is_the_run_descriptions_defaults(pack
     module, config = pack("nodes.settings"), pack("trainer.config")
     inputs = module.Settings.define_schema().inputs
     values = {i.id: i.default for i in inputs if i.id != "overrides"}
-    given = module.Settings.execute(**values).args[0]
+    given = module.Settings.execute(**values).args[0].sections
     plain = config.parse_config({"prompts": {"texts": ["any"]}, "rewards": [{"name": "any"}]})
     assert given == plain.model_dump(mode="json", include=set(module.SECTIONS))
 
@@ -283,7 +283,9 @@ def test_bad_overrides_are_one_sentence(pack, overrides: str, says: str) -> None
 def test_presets_are_settings_without_what_other_nodes_give(pack) -> None:
     module = pack("nodes.settings")
     for name in pack("trainer.config").preset_names():
-        given = module.Preset.execute(name, "# a note\n\nruntime.iterations=3\nrollout.window={size: 1}").args[0]
+        given = (
+            module.Preset.execute(name, "# a note\n\nruntime.iterations=3\nrollout.window={size: 1}").args[0].sections
+        )
         assert set(given) == set(module.SECTIONS)
         assert given["runtime"]["iterations"] == 3
         assert given["rollout"]["window"]["size"] == 1
@@ -370,7 +372,7 @@ def test_one_that_another_comfyui_has_started_meanwhile_is_not_started_again(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"rewards": [{"name": "film"}]}, "reward 'film' scores videos, and model.frames is 1"),
+        ({"rewards": [{"name": "film"}]}, "reward 'film' scores videos, but model.frames is 1"),
         ({"evaluation": {"texts": ["a green circle"], "rewards": [{"name": "film"}]}}, "reward 'film' scores videos"),
         ({"rollout": {"kernel": "ddim"}}, "rollout.kernel is 'ddim': models of family sd3 take dance"),
         ({"rewards": [{"name": "pickscore"}]}, "reward 'pickscore': path .* does not exist"),
@@ -468,4 +470,4 @@ def test_a_preset_that_does_not_fit_the_model_is_named_with_those_that_do(pack) 
     assert words.endswith(f"({fault})")
     assert "one-gpu-flux" in said(demo, flow_model, fault) and "one-gpu-sd14" not in said(demo, flow_model, fault)
     assert said(demo, flow_model, "the disk is full") == "the disk is full"
-    assert said(types.Settings(demo), flow_model, fault) == fault, "settings that come from no preset"
+    assert said(types.Settings(demo.sections), flow_model, fault) == fault, "settings that come from no preset"

@@ -1,4 +1,4 @@
-"""LAION aesthetic predictor v2: how much people like the look of an image, whatever it shows."""
+"""LAION aesthetic predictor v2: predicts how people rate the look of an image."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class _Tower(Section):
 
 
 class ClipLargeReward(ModelReward):
-    """A reward for the look alone, by the image encoder of OpenAI's CLIP ViT-L/14."""
+    """A reward on the image encoder of OpenAI's CLIP ViT-L/14, which ignores the prompt."""
 
     network = "ViT-L-14-quickgelu"
     differentiable = True
@@ -76,7 +76,7 @@ class Aesthetic(ClipLargeReward):
 
 
 class LinearHead(nn.Module):
-    """Five linear layers without activations, as in the aesthetic predictor and ImageReward; their dropout is off."""
+    """Five linear layers without activations or dropout: the head of the aesthetic predictor and of ImageReward."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -90,10 +90,10 @@ class LinearHead(nn.Module):
 
 
 def vision_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """The image encoder's weights out of a transformers file, for open_clip's encoder.
+    """Load the image encoder's weights from a transformers file, renamed for open_clip.
 
     Raises:
-        BadInput: the file does not hold a CLIP model.
+        BadInput: the file is not a CLIP model.
     """
     found = from_transformers(read_weights(path), path, what)
     return {key.removeprefix("visual."): value for key, value in found.items() if key.startswith("visual.")}

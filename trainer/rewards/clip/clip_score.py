@@ -1,4 +1,4 @@
-"""CLIP score: the cosine of an image and its prompt by any CLIP model of open_clip."""
+"""CLIP score: cosine similarity of image and prompt, by any CLIP model of open_clip."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ from .contrastive import ContrastiveReward, architecture, open_clip_network
 
 _NAMES = ("open_clip_model", "open_clip_pytorch_model")
 _UNUSED = ("input_resolution", "context_length", "vocab_size")
-"""Numbers that OpenAI's own state dicts carry beside the weights."""
+"""Metadata in OpenAI's state dicts."""
 
 
 class ClipScore(ContrastiveReward):
     """CLIP score: the cosine similarity of image and prompt embeddings, without logit scale.
 
-    The paper uses DFN5B ViT-H-14-378. The preprocessing is read from open_clip_config.json in the folder. Scores
-    of different models cannot be compared. ComfyUI's clip_vision files hold no text encoder and cannot be used.
+    DanceGRPO uses DFN5B ViT-H-14-378. The preprocessing is read from open_clip_config.json in the folder. Scores
+    of different models cannot be compared. ComfyUI's clip_vision files have no text encoder and cannot be used.
     """
 
     name = "clip"
@@ -43,7 +43,7 @@ class ClipScore(ContrastiveReward):
         )
         resize: Literal["config", "squash", "shortest", "longest"] = Field(
             "config",
-            description="How an image becomes square: squashed, cropped, or padded; config takes the model's own way.",
+            description="How images become square: squashed, cropped or padded; config as the model is configured.",
         )
         dtype: Dtype = dtype_option()
 
@@ -53,7 +53,7 @@ class ClipScore(ContrastiveReward):
         self.clean = self._cleaning()
 
     def _plan(self, path: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-        """File of the weights, configuration of the network, settings of the preprocessing."""
+        """The file of weights, the configuration of the network, and the settings of the preprocessing."""
         if path.is_dir():
             config = _read_config(path / "open_clip_config.json")
             file, network, preparation = _weights_in(path), config["model_cfg"], config.get("preprocess_cfg") or {}
@@ -150,7 +150,7 @@ def _weights_in(folder: Path) -> Path:
     for path in (folder / (name + ending) for ending in WEIGHTS for name in _NAMES):
         if path.is_file():
             return path
-    raise BadInput(f"reward 'clip': {folder} holds no open_clip_pytorch_model.bin or open_clip_model.safetensors")
+    raise BadInput(f"reward 'clip': {folder} has no open_clip_pytorch_model.bin or open_clip_model.safetensors")
 
 
 def _usual_preparation(name: str) -> dict[str, Any]:

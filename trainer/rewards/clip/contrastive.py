@@ -1,4 +1,4 @@
-"""What all rewards of the CLIP kind share: the cosine between an image's features and its prompt's."""
+"""Base of the CLIP rewards: the cosine similarity of image and prompt embeddings."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -12,11 +12,11 @@ from .text import TextCache, tokenizer
 
 
 class ContrastiveReward(ModelReward):
-    """Cosine between an image and its prompt in a shared space; each prompt is encoded once."""
+    """Cosine similarity of image and prompt embeddings; each prompt is encoded once."""
 
     differentiable = True
     clean: ClassVar[str] = "lower"
-    """How prompts are cleaned before they become tokens; see `text.tokenizer`."""
+    """How prompts are cleaned before they are tokenized; see `text.tokenizer`."""
     context: int = 77
     texts: TextCache
 
@@ -49,7 +49,7 @@ class ContrastiveReward(ModelReward):
         return torch.cat([self.image_features(self.pixels(part).to(self.dtype)).float() for part in parts])
 
     def tokens(self, prompts: list[str]) -> Tensor:
-        """`[B, context]` long; longer prompts are cut, and end with the end token."""
+        """Token ids `[B, context]`; longer prompts are truncated before the end token."""
         return tokenizer(self.clean)(prompts, context_length=self.context)
 
     def _encode(self, prompts: list[str]) -> Tensor:
@@ -62,7 +62,7 @@ def open_clip_network(config: dict[str, Any]) -> nn.Module:
     from open_clip.model import CLIP, CustomTextCLIP
 
     settings = {key: value for key, value in config.items() if key != "custom_text"}
-    # A tower of timm would otherwise fetch weights of its own, only to have them replaced.
+    # Otherwise timm would download weights, which are replaced afterwards.
     settings["vision_cfg"] = {**settings["vision_cfg"], "timm_model_pretrained": False}
     return (CustomTextCLIP if config.get("custom_text") else CLIP)(**settings)
 

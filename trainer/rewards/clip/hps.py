@@ -1,4 +1,4 @@
-"""HPS-v2.1: human preference, as a fine-tuned CLIP ViT-H/14 (arXiv 2306.09341; the paper's main reward)."""
+"""HPS-v2.1: human preference, by a fine-tuned CLIP ViT-H/14 (arXiv 2306.09341; DanceGRPO's main reward)."""
 
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from .contrastive import ContrastiveReward, architecture, open_clip_network
 class HPSv21(ContrastiveReward):
     """Human preference, HPS-v2.1: the cosine similarity of image and prompt embeddings, without logit scale.
 
-    The image is resized to 224 at its longest side and padded with black before it is normalized, as in HPSv2's own
-    code, whose scores it reproduces within rounding. Compare scores of one prompt only. Alone it drives a model towards
-    glossy, over-saturated images; the paper's authors advise 0.7 of this with 1.4 of `clip`.
+    The longest side of the image is resized to 224 pixels and the image is padded with black, as in HPSv2's code, whose
+    scores are reproduced within rounding. Scores of different prompts cannot be compared. A model trained on it alone
+    drifts to glossy, over-saturated images; DanceGRPO's authors advise a weight of 0.7 with 1.4 for `clip`.
     """
 
     name = "hps-v2.1"
@@ -43,7 +43,7 @@ class HPSv21(ContrastiveReward):
 
 
 def longest_and_pad(images: Tensor, size: int) -> Tensor:
-    """The longest side resized to `size` (bicubic, antialiased, unrounded), black bars to a square."""
+    """Resize the longest side to `size` (bicubic, antialiased, unrounded) and pad to a square with black."""
     scale = size / max(images.shape[-2:])
     height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
     images = resize(images, height, width)

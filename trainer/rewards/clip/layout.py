@@ -1,4 +1,4 @@
-"""CLIP weights as transformers writes them, under the names that open_clip gives the same tensors."""
+"""Renames CLIP weights from transformers to open_clip."""
 
 import re
 from pathlib import Path
@@ -39,7 +39,7 @@ _LAYER = re.compile(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight
 
 
 def from_transformers(weights: dict[str, Tensor], path: Path, what: str) -> dict[str, Tensor]:
-    """The weights of a `CLIPModel`, of one or both encoders, for open_clip's `CLIP`.
+    """Rename the weights of a transformers `CLIPModel` (one or both encoders) for open_clip's `CLIP`.
 
     Raises:
         BadInput: a key does not belong to a `CLIPModel`.

@@ -1,4 +1,4 @@
-"""PickScore: which of two images people picked, as a fine-tuned CLIP ViT-H/14 (arXiv 2305.01569)."""
+"""PickScore: human preference between two images, by a fine-tuned CLIP ViT-H/14 (arXiv 2305.01569)."""
 
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,8 @@ from .layout import from_transformers
 class PickScore(ContrastiveReward):
     """Human preference, PickScore v1: the cosine similarity of image and prompt embeddings.
 
-    It keeps images more natural than HPS-v2.1 does. The image is resized at its shortest side and cropped square; the
-    prompt is cleaned as transformers' CLIP tokenizer does it.
+    It keeps images more natural than HPS-v2.1 does. The shortest side of the image is resized and its centre cropped;
+    the prompt is normalized as by transformers' CLIP tokenizer.
     """
 
     name = "pickscore"
@@ -33,7 +33,8 @@ class PickScore(ContrastiveReward):
             "model.safetensors of yuvalkirstain/PickScore_v1 on the Hugging Face hub (3.9 GB).",
         )
         scale: Literal["cosine", "official"] = Field(
-            "cosine", description="cosine as the paper reports it, or official: times the model's own scale, about 100."
+            "cosine",
+            description="cosine similarity, as DanceGRPO reports it; or official: times the logit scale, about 100.",
         )
         dtype: Dtype = dtype_option()
 

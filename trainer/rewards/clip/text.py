@@ -1,4 +1,4 @@
-"""Text for CLIP models: tokens, and features that are computed once per prompt."""
+"""Text for CLIP models: tokens, and cached text embeddings."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ def tokenizer(clean: str = "lower") -> Any:
 
     Args:
         clean: how a text is cleaned first. `lower`, `whitespace` and `canonicalize` are open_clip's (they repair broken
-            Unicode and resolve HTML entities); `transformers` is that of transformers' CLIPTokenizerFast.
+            Unicode and resolve HTML entities); `transformers` is the normalization of CLIPTokenizerFast.
     """
     from open_clip.tokenizer import SimpleTokenizer
 
@@ -29,7 +29,7 @@ def tokenizer(clean: str = "lower") -> Any:
 
 
 def clean_as_transformers(text: str) -> str:
-    """Text as transformers' CLIP tokenizer normalizes it: NFC, runs of whitespace one space, lower case."""
+    """Normalize text as transformers' CLIP tokenizer does: NFC, single spaces, lower case."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower()
 
 
@@ -37,9 +37,9 @@ class TextCache:
     """Text features, computed once per prompt and kept on the CPU.
 
     Args:
-        encode: features `[N, D]` of N texts.
-        limit: tokens that the network reads.
-        count: number of tokens of a text; prompts of more than `limit` are reported, once each.
+        encode: returns features `[N, D]` of N texts.
+        limit: largest number of tokens that the network reads.
+        count: returns the number of tokens of a text; prompts above `limit` are reported once.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], limit: int, count: Callable[[str], int]) -> None:
@@ -47,7 +47,7 @@ class TextCache:
         self.known: dict[str, Tensor] = {}
 
     def __call__(self, prompts: list[str], device: torch.device) -> Tensor:
-        """Features `[B, D]` float32, a row per prompt; they carry no gradient."""
+        """Features `[B, D]` float32, without gradient."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
         for prompt in new:  # one by one, so that a score does not depend on the rest of the batch
             self._warn(prompt)
@@ -61,6 +61,6 @@ class TextCache:
 
 
 def warn_truncated(prompt: str, count: int, limit: int) -> None:
-    """Say on stderr that a reward model does not read a prompt to its end."""
+    """Warn on stderr that a reward model truncates a prompt."""
     words = f"{count} tokens, of which the reward model reads {limit}"
-    print(f"warning: the prompt {prompt[:60]!r} has {words}; the rest is not considered", file=sys.stderr)
+    print(f"warning: the prompt {prompt[:60]!r} has {words}; the rest is ignored", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""Image encoders of CLIP and SigLIP, from any file that ComfyUI's `models/clip_vision` holds for its own nodes.
+"""Image encoders of CLIP and SigLIP, from the files in ComfyUI's `models/clip_vision`.
 
-Which network a file holds is seen from the shapes of its tensors. Known are OpenAI's CLIP ViT-L/14 at 224 and 336
+The architecture is detected from the shapes of the tensors. Supported are OpenAI's CLIP ViT-L/14 at 224 and 336
 pixels (also as part of LLaVA), OpenCLIP's ViT-H/14 and ViT-bigG/14, and SigLIP SO400M at 384 and 512 pixels, with the
-names of transformers or, for CLIP, of OpenCLIP.
+tensor names of transformers or, for CLIP, of OpenCLIP.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from .layout import from_transformers
 
 @dataclass(frozen=True)
 class Layout:
-    """A network as its tensors show it.
+    """Sizes of a network, from the shapes of its tensors.
 
     Attributes:
-        width: of the layers.
-        layers: how many there are.
-        positions: rows of the position embedding: patches, and for CLIP the class token.
-        patch: pixels of a patch's side.
+        width: hidden size.
+        layers: number of layers.
+        positions: number of position embeddings: patches, and for CLIP the class token.
+        patch: side of a patch in pixels.
     """
 
     width: int
@@ -42,19 +42,19 @@ CLIP = {
     Layout(1280, 32, 257, 14): "ViT-H-14",
     Layout(1664, 48, 257, 14): "ViT-bigG-14",
 }
-"""open_clip's name of the network."""
+"""Name of the network in open_clip."""
 SIGLIP = {Layout(1152, 27, 729, 14): 384, Layout(1152, 27, 1024, 16): 512}
-"""Pixels of the image's side."""
+"""Side of the image in pixels."""
 SIGLIP_SIZES = {"num_attention_heads": 16, "intermediate_size": 4304}
 _POSITIONS = "vision_model.embeddings.position_embedding.weight"
 _PATCHES = "vision_model.embeddings.patch_embedding.weight"
 
 
 def load_vision_encoder(path: Path) -> "VisionEncoder":
-    """The network of a file with its weights, float32 on the CPU.
+    """Load the network of a file, float32 on the CPU.
 
     Raises:
-        BadInput: the file cannot be read, or holds no network that is known here.
+        BadInput: the file cannot be read, or its architecture is not supported.
     """
     weights = read_weights(path)
     layout = _layout(weights)
@@ -63,20 +63,20 @@ def load_vision_encoder(path: Path) -> "VisionEncoder":
     if layout in SIGLIP:
         return _load_siglip(weights, layout, path)
     raise BadInput(
-        f"{path} is not a CLIP or SigLIP vision model that can be used here: choose CLIP ViT-L/14, ViT-H/14 or "
+        f"{path} is not a supported CLIP or SigLIP vision model: choose CLIP ViT-L/14, ViT-H/14 or "
         "ViT-bigG/14, or SigLIP SO400M at 384 or 512 pixels"
     )
 
 
 class VisionEncoder(nn.Module):
-    """Image embeddings of length 1, `[B, D]` float32, of images `[B, 3, H, W]` in [0, 1].
+    """Normalized image embeddings `[B, D]` float32 of images `[B, 3, H, W]` in [0, 1].
 
-    The middle square of an image is resized (bicubic, with antialiasing) and not rounded, so gradients flow.
+    The central square of an image is resized (bicubic, antialiased) without rounding, so it is differentiable.
 
     Args:
-        network: gives embeddings `[B, D]` of normalized images.
-        size: pixels of the image's side.
-        mean, std: of the normalization, per channel.
+        network: returns embeddings `[B, D]` of normalized images.
+        size: side of the network's input in pixels.
+        mean, std: normalization per channel.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class VisionEncoder(nn.Module):
 
 
 def square(images: Tensor, size: int) -> Tensor:
-    """The middle square of `[B, 3, H, W]`, resized: `[B, 3, size, size]` in [0, 1]."""
+    """Crop the central square of `[B, 3, H, W]` and resize it: `[B, 3, size, size]` in [0, 1]."""
     height, width = images.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -103,7 +103,7 @@ def square(images: Tensor, size: int) -> Tensor:
 
 
 def _layout(weights: dict[str, Tensor]) -> Layout | None:
-    """What the tensors' names and shapes say, in either of the two naming schemes."""
+    """Detect the sizes from names and shapes, in either naming scheme; None if neither fits."""
     schemes = (
         (_POSITIONS, _PATCHES, "vision_model.encoder.layers.{}.mlp.fc1.weight"),
         ("visual.positional_embedding", "visual.conv1.weight", "visual.transformer.resblocks.{}.mlp.c_fc.weight"),
@@ -132,11 +132,11 @@ def _load_clip(weights: dict[str, Tensor], name: str, path: Path) -> VisionEncod
 
 
 class Siglip(nn.Module):
-    """SigLIP's image encoder with its pooling; the mean over patches if the file lacks the weights of the pooling.
+    """SigLIP's image encoder with its pooling head; without the head, the mean over patches.
 
     Args:
-        size: pixels of the image's side.
-        pooling: whether the file has them.
+        size: side of the image in pixels.
+        pooling: whether the file has the weights of the head.
     """
 
     def __init__(self, layout: Layout, size: int, pooling: bool) -> None:

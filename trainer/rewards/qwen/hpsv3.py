@@ -15,12 +15,11 @@ PIXELS = 256 * 28 * 28
 
 
 class HPSv3(QwenReward):
-    """Human preference, HPSv3: the mean of its two outputs (the other is its uncertainty), without bounds.
+    """Human preference, HPSv3. The score is the predicted mean (its second output, the uncertainty, is not used).
 
-    The largest of the preference models, and the closest to human judgement by its authors' figures. Every image is
-    resized to about 448 x 448 pixels. In bfloat16 it takes 17 GB; on a smaller card serve it from another with
-    `reward-server`. Text of the form `<|...|>` is removed from prompts on purpose: the tokenizer would read it as a
-    special token.
+    The largest of the preference models, and the one that agrees best with people in its authors' measurements. Every
+    image is resized to about 448 x 448 pixels. It takes 17 GB in bfloat16; `reward-server` can run it on another GPU.
+    Text of the form `<|...|>` is removed from prompts, because it would become special tokens.
 
     The text around a prompt is read from two files: the constants INSTRUCTION and prompt_with_special_token of
     `hpsv3/dataset/data_collator_qwen.py`, with the spaces and empty lines at their ends. If that is installed:
@@ -79,7 +78,7 @@ class HPSv3(QwenReward):
         return self.read_out(self._frames(images), text)[0, :1]
 
     def _frames(self, images: Tensor) -> Tensor:
-        """The resized image twice, since two frames make one patch."""
+        """The resized image twice, because a patch spans two frames."""
         from PIL import Image
 
         height, width = smart_size(images.shape[-2], images.shape[-1], PIXELS, PIXELS)

@@ -1,7 +1,7 @@
-"""What the rewards on Qwen2-VL share: the network with a head, image patches, the prompt template.
+"""Shared by the rewards on Qwen2-VL: the network with a head, image patches, the prompt template.
 
-They were trained with plain sequential positions instead of Qwen2-VL's three-dimensional ones, and the head is applied
-to marker tokens of their own.
+These reward models were trained with sequential positions instead of Qwen2-VL's three-dimensional ones, and their head
+is applied to the hidden states of marker tokens.
 """
 
 import math
@@ -21,7 +21,7 @@ from ..preprocess import normalize
 PATCH, MERGE = 14, 2
 FACTOR = PATCH * MERGE
 WORDS = 151657
-"""Tokens of Qwen2-VL's tokenizer; the marker tokens come after them."""
+"""Vocabulary size of Qwen2-VL's tokenizer; the marker tokens are appended to it."""
 
 SIZES_2B: dict[str, Any] = {
     "hidden_size": 1536,
@@ -46,12 +46,12 @@ CHAT = (
 
 
 class QwenNetwork(nn.Module):
-    """Qwen2-VL's two towers and a head on its last states.
+    """Qwen2-VL with a head on its last hidden states.
 
     Args:
-        sizes: as `SIZES_2B`.
-        words: rows of the token embedding.
-        head: from the hidden size to the scores.
+        sizes: such as `SIZES_2B`.
+        words: number of token embeddings.
+        head: maps hidden states to scores.
     """
 
     def __init__(self, sizes: dict[str, Any], words: int, head: nn.Module) -> None:
@@ -75,13 +75,13 @@ class QwenNetwork(nn.Module):
         self.head = head
 
     def forward(self, patches: Tensor, grid: tuple[int, int, int], tokens: Tensor, pad: int, first: int) -> Tensor:
-        """The head at every marker, `[M, outputs]` float32.
+        """Outputs of the head at every marker token, `[M, outputs]` float32.
 
         Args:
-            patches: `[T H W, C]` of `patchify`.
+            patches: `[T H W, C]`, from `patchify`.
             grid: T, H, W in patches.
             tokens: `[L]` long, with a `pad` in place of each merged patch.
-            first: markers are the tokens with this id or a higher one.
+            first: id of the first marker token.
         """
         dtype = self.language.embed_tokens.weight.dtype
         seen = self.visual(patches.to(dtype), grid_thw=torch.tensor([grid], device=patches.device))
@@ -120,7 +120,7 @@ class QwenReward(ModelReward):
         return module
 
     def read_out(self, frames: Tensor, text: str) -> Tensor:
-        """The head at every marker, `[M, outputs]`.
+        """Outputs of the head at every marker token, `[M, outputs]`.
 
         Args:
             frames: `[T, 3, H, W]` in [0, 1], H and W multiples of 28, T even.
@@ -134,10 +134,10 @@ class QwenReward(ModelReward):
 
 
 def read_tokenizer(path: Path, markers: tuple[str, ...]) -> Any:
-    """Qwen2-VL's tokenizer with the marker tokens after its own.
+    """Load Qwen2-VL's tokenizer and append the marker tokens.
 
     Raises:
-        BadInput: the file is another tokenizer.
+        BadInput: the file is not Qwen2-VL's tokenizer.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -154,7 +154,7 @@ def read_tokenizer(path: Path, markers: tuple[str, ...]) -> Any:
 
 
 def plain(prompt: str) -> str:
-    """A prompt without text of the form `<|...|>`, which would be read as a special token."""
+    """Remove text of the form `<|...|>`, which would become special tokens, from a prompt."""
     return re.sub(r"<\|.*?\|>", "", prompt)
 
 
@@ -165,7 +165,7 @@ def smart_size(height: int, width: int, smallest: int, largest: int) -> tuple[in
         ValueError: one side is more than 200 times the other.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width} x {height} is too long for this reward: 200 to 1 is the most")
+        raise ValueError(f"an image of {width} x {height} is too long for this reward: its aspect ratio is above 200")
     rows, columns = (max(FACTOR, round(side / FACTOR) * FACTOR) for side in (height, width))
     if rows * columns > largest:
         scale = math.sqrt(height * width / largest)
@@ -195,10 +195,10 @@ def read_named(path: Path, what: str, head: str) -> dict[str, Tensor]:
     """Weights of a reward on Qwen2-VL under the names of `QwenNetwork`, without the language model's output layer.
 
     Args:
-        head: the name of the head in the file, `rm_head`.
+        head: name of the head in the file, `rm_head`.
 
     Raises:
-        BadInput: a tensor does not belong there.
+        BadInput: there is an unexpected tensor.
     """
     return rename(merge_lora(read_weights(path), path), lambda key: new_name(key, head), path, what)
 
@@ -218,10 +218,10 @@ def new_name(key: str, head: str) -> str | None:
 
 
 def merge_lora(weights: dict[str, Tensor], path: Path, scale: float = 2.0) -> dict[str, Tensor]:
-    """The weights of a file written by PEFT with the LoRA merged: W + scale B A, in float32; another file as it is.
+    """Merge the LoRA of a PEFT checkpoint into its weights, W + scale B A in float32; other weights are unchanged.
 
     Raises:
-        BadInput: one half of a LoRA is missing.
+        BadInput: a matrix of the LoRA is missing.
     """
     prefix = "base_model.model."
     if not any(key.startswith(prefix) for key in weights):
@@ -234,5 +234,5 @@ def merge_lora(weights: dict[str, Tensor], path: Path, scale: float = 2.0) -> di
             raise BadInput(f"{path} is not a complete LoRA: {other if other not in weights else target} is missing")
         merged[target] = merged[target].float() + scale * weights.pop(other).float() @ weights[key].float()
     if left := [key for key in weights if ".lora_B." in key]:
-        raise BadInput(f"{path} is not a complete LoRA: nothing belongs to {left[0]}")
+        raise BadInput(f"{path} is not a complete LoRA: there is no lora_A for {left[0]}")
     return merged

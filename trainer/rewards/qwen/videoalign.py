@@ -36,13 +36,13 @@ class _Options(Section):
     )
     fps: Annotated[float, Field(gt=0, le=240)] = Field(
         8.0,
-        description="Frames per second the video is taken to have, whatever model.fps is; 8 as in the paper's recipe "
-        "for HunyuanVideo.",
+        description="Assumed frame rate of the video, independent of model.fps; 8 as in DanceGRPO's recipe for "
+        "HunyuanVideo.",
     )
     scale: Literal["normalized", "raw"] = Field(
         "normalized",
-        description="normalized to mean 0 and standard deviation 1 by the authors' constants, as the paper's trainers "
-        "use it; or raw, the network's own output.",
+        description="normalized to mean 0 and std 1 with the authors' constants, as in DanceGRPO's code; or raw, the "
+        "output of the network.",
     )
     dtype: Dtype = dtype_option("bfloat16")
 
@@ -57,7 +57,7 @@ class _SumOptions(_Options):
 
 
 class VideoAlignNetwork(QwenReward):
-    """The three scores of a video; one network in memory serves all rewards that use its files."""
+    """The network with three scores per video, which all rewards with the same files share."""
 
     name = "videoalign"
     typical_range = (-2.0, 2.0)
@@ -86,7 +86,7 @@ class VideoAlignNetwork(QwenReward):
         raise NotImplementedError("videos are scored by `scores`")
 
     def scores(self, video: Tensor, prompt: str) -> Tensor:
-        """VQ, MQ and TA as the network outputs them, `[3]`; remembered for the other rewards that share it.
+        """Raw scores VQ, MQ and TA, `[3]`; cached for other rewards that share the network.
 
         Args:
             video: `[F, 3, H, W]` in [0, 1].
@@ -107,7 +107,7 @@ _NETWORKS: WeakValueDictionary[tuple, VideoAlignNetwork] = WeakValueDictionary()
 
 
 def shared_network(options: Section) -> VideoAlignNetwork:
-    """The network of these files: the one that another reward made, or a new one."""
+    """The network of these files, shared with other rewards that use them."""
     own = VideoAlignNetwork.Options(**{name: getattr(options, name) for name in VideoAlignNetwork.Options.model_fields})
     key = tuple(own.model_dump(exclude={"scale"}).values())
     network = _NETWORKS.get(key)
@@ -120,11 +120,11 @@ class VideoAlign(VideoAlignNetwork):
     """Videos: the weighted sum of visual quality, motion quality and text alignment.
 
     With all weights 1 it is the authors' overall score. `videoalign-vq`, `videoalign-mq` and `videoalign-ta` give one
-    of the three; several of them in one run share one network, which sees each video once. The paper trains on visual
-    and motion quality and leaves text alignment out as unstable. Visual quality alone ends in an animated look.
+    of the three; several of them in one run share the network and evaluate each video once. DanceGRPO trains on visual
+    and motion quality and leaves out text alignment as unstable. Visual quality alone leads to an animated look.
 
-    The network sees two frames per second (by `fps`), at least 4 frames, at 100,000 to 200,000 pixels each. Text of the
-    form `<|...|>` is removed from prompts on purpose: the tokenizer would read it as a special token.
+    The network sees two frames per second (according to `fps`), at least 4 frames, of 100,000 to 200,000 pixels each.
+    Text of the form `<|...|>` is removed from prompts, because it would become special tokens.
 
     The text around a prompt is read from a file: the constant DETAILED_PROMPT_WITH_SPECIAL_TOKEN of VideoAlign's
     `prompt_template.py`, with the empty lines at both ends. In the folder of that file:
@@ -168,7 +168,7 @@ class VideoAlign(VideoAlignNetwork):
         return torch.stack([self.combined(self.shared.scores(video, prompt)) for video, prompt in pairs])
 
     def combined(self, scores: Tensor) -> Tensor:
-        """The reward's score from VQ, MQ and TA `[3]`."""
+        """The score from VQ, MQ and TA `[3]`."""
         weights = torch.tensor([self.options.visual, self.options.motion, self.options.text])
         return (scaled(scores, self.options.scale) * weights).sum()
 
@@ -203,7 +203,7 @@ class VideoAlignTA(_OneDimension):
 
 
 def scaled(scores: Tensor, scale: str) -> Tensor:
-    """VQ, MQ, TA `[3]` on the scale asked for."""
+    """Convert VQ, MQ, TA `[3]` to a scale."""
     if scale == "raw":
         return scores
     mean, std = (torch.tensor([table[name] for name in ("VQ", "MQ", "TA")]) for table in (MEAN, STD))
@@ -220,7 +220,7 @@ def frame_indices(total: int, fps: float) -> Tensor:
     count = min(max(total / fps * SAMPLED_FPS, FEWEST), most)
     count = round(count / 2) * 2
     if not 2 <= count <= total:
-        raise ValueError(f"a video of {total} frames is too short for this reward: 2 are the least")
+        raise ValueError(f"a video of {total} frames is too short for this reward: it needs at least 2")
     return torch.linspace(0, total - 1, count).round().long()
 
 

@@ -1,6 +1,7 @@
 """The reward `mllm-pairwise`: win rates of the images of a prompt in pairwise comparisons."""
 
 import itertools
+import math
 import re
 
 import torch
@@ -53,7 +54,7 @@ def win_rates(pairs: list[tuple[int, int]], results: list[float], alone: list[bo
     """
     wins, games = torch.zeros(len(alone)), torch.zeros(len(alone))
     for (i, j), value in zip(pairs, results, strict=True):
-        if value != value:
+        if math.isnan(value):
             continue
         wins[i] += value
         wins[j] += 1 - value

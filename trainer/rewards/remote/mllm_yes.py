@@ -37,7 +37,7 @@ def probability(choice: dict) -> float:
     """P(yes) against P(no) of the first token.
 
     Raises:
-        ValueError: neither is among the likeliest tokens.
+        ValueError: neither is among the most likely tokens.
     """
     found = {"yes": 0.0, "no": 0.0}
     for entry in choice["logprobs"]["content"][0]["top_logprobs"]:

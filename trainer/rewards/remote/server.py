@@ -3,6 +3,7 @@
 import contextlib
 import hmac
 import json
+import math
 import os
 import sys
 import threading
@@ -81,7 +82,7 @@ class RewardServer(ThreadingHTTPServer):
         message = read_message(body, self.reward.media)
         with self.scoring:
             values = score(self.reward, message.decoded(self.device), message.prompts)
-        return [value if value == value else None for value in values.tolist()]
+        return [None if math.isnan(value) else value for value in values.tolist()]
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
