@@ -46,7 +46,7 @@ class Example:
         patch: a ModelSampling node and its widgets.
         size: width, height and frames in training.
         full: the same as the released model is used.
-        preset: settings, and lines that change them.
+        overrides: settings, beside what preset auto chooses.
         guidance: true guidance; 1 is none.
         scheduler: a name of core's, or the node that makes SIGMAS and its widgets.
         embedded: guidance that the network takes as an input, where it differs from core's default.
@@ -63,7 +63,6 @@ class Example:
     vae: tuple[str, int]
     size: tuple[int, int, int]
     steps: int
-    preset: str
     says: str
     overrides: tuple[str, ...] = ()
     patch: tuple[str, dict] | None = None
@@ -112,7 +111,6 @@ EXAMPLES = (
         **DIFFUSION,
         size=(512, 512, 1),
         steps=20,
-        preset="one-gpu-sd14",
         guidance=5.0,
         scheduler="normal",
         negative="blurry, watermark",
@@ -123,7 +121,7 @@ EXAMPLES = (
 | size | 512 x 512 | 512 x 512 |
 | steps | 20 | 50 (model card), 20 (ComfyUI's template) |
 | guidance | 5, the paper's | 7.5 (model card) |
-| kernel of the preset | `ddim`, eta 1, the paper's for SD1.4 | |""",
+| kernel | `ddim`, eta 1, the paper's for SD1.4 | |""",
     ),
     Example(
         name="05 Train SDXL",
@@ -133,8 +131,6 @@ EXAMPLES = (
         **DIFFUSION,
         size=(768, 768, 1),
         steps=20,
-        preset="one-gpu-sd14",
-        overrides=("rollout.batch_size=4", "objective.batch_size=1"),
         guidance=5.0,
         scheduler="normal",
         negative="text, watermark",
@@ -145,7 +141,7 @@ EXAMPLES = (
 | size | 768 x 768, for time and memory | 1024 x 1024 |
 | steps | 20 | 25 (ComfyUI's template), 50 (diffusers) |
 | guidance | 5 | 8 (ComfyUI's template), 5 (diffusers) |
-| kernel of the preset | `ddim`, eta 1, the paper's for SD1.4 | |""",
+| kernel | `ddim`, eta 1, the paper's for SD1.4 | |""",
     ),
     Example(
         name="06 Train SD3.5",
@@ -166,7 +162,6 @@ EXAMPLES = (
         vae=("checkpoint", 2),
         size=(512, 512, 1),
         steps=10,
-        preset="one-gpu-flux",
         overrides=("rollout.steps=10", "rollout.guidance_scale=4.5", "objective.updates=1"),
         guidance=4.5,
         patch=("ModelSamplingSD3", {"shift": 3.0}),
@@ -191,7 +186,6 @@ EXAMPLES = (
         **SEPARATE,
         size=(512, 512, 1),
         steps=12,
-        preset="one-gpu-flux",
         says="""`flux1-dev.safetensors` in `models/diffusion_models` (24 GB in bf16; set *weight_dtype* to `fp8_e4m3fn` for half of it), `clip_l.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`.
 
 | | here | the model as released |
@@ -213,8 +207,7 @@ EXAMPLES = (
         **SEPARATE,
         size=(512, 512, 1),
         steps=12,
-        preset="one-gpu-flux",
-        overrides=("rollout.guidance_scale=5", "objective.updates=1", "rollout.batch_size=6", "objective.batch_size=2"),
+        overrides=("rollout.guidance_scale=5", "objective.updates=1"),
         guidance=5.0,
         scheduler=("Flux2Scheduler", {"steps": 12, "width": 512, "height": 512}),
         latent="EmptyFlux2LatentImage",
@@ -238,7 +231,6 @@ EXAMPLES = (
         **SEPARATE,
         size=(512, 512, 1),
         steps=12,
-        preset="one-gpu-qwen-image",
         patch=("ModelSamplingAuraFlow", {"shift": 3.1}),
         says="""`qwen_image_fp8_e4m3fn.safetensors` (20 GB) in `models/diffusion_models`, `qwen_2.5_vl_7b_fp8_scaled.safetensors` in `models/text_encoders`, `qwen_image_vae.safetensors` in `models/vae`.
 
@@ -256,8 +248,7 @@ EXAMPLES = (
         **SEPARATE,
         size=(512, 512, 1),
         steps=12,
-        preset="one-gpu-flux",
-        overrides=("rollout.guidance_scale=4", "objective.updates=1", "rollout.batch_size=6", "objective.batch_size=2"),
+        overrides=("rollout.guidance_scale=4", "objective.updates=1"),
         guidance=4.0,
         patch=("ModelSamplingAuraFlow", {"shift": 3.0}),
         says="""`z_image_bf16.safetensors` (the base, not the turbo) in `models/diffusion_models`, `qwen_3_4b.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`.
@@ -282,7 +273,6 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         **SEPARATE,
         size=(416, 240, 33),
         steps=12,
-        preset="one-gpu-wan21",
         guidance=5.0,
         patch=("ModelSamplingSD3", {"shift": 8.0}),
         latent="EmptyHunyuanLatentVideo",
@@ -310,7 +300,6 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         **SEPARATE,
         size=(416, 240, 33),
         steps=12,
-        preset="one-gpu-wan21",
         guidance=5.0,
         patch=("ModelSamplingSD3", {"shift": 8.0}),
         negative=WAN_NEGATIVE,
@@ -335,7 +324,6 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         **SEPARATE,
         size=(480, 320, 17),
         steps=12,
-        preset="one-gpu-hunyuanvideo",
         patch=("ModelSamplingSD3", {"shift": 5.0}),
         latent="EmptyHunyuanLatentVideo",
         fps=24.0,
@@ -359,7 +347,6 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         **SEPARATE,
         size=(512, 320, 17),
         steps=12,
-        preset="one-gpu-skyreels-i2v",
         guidance=5.0,
         patch=("ModelSamplingSD3", {"shift": 7.0}),
         embedded=1.0,
@@ -387,7 +374,6 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         vae=("checkpoint", 2),
         size=(512, 320, 33),
         steps=12,
-        preset="one-gpu-wan21",
         overrides=("rollout.guidance_scale=3",),
         guidance=3.0,
         scheduler=(
@@ -427,7 +413,7 @@ def build(example: Example, graph: Graph) -> None:
     settings = graph.add(
         3,
         "DanceGRPO_Preset",
-        preset=example.preset,
+        preset="auto",
         overrides="\n".join(("runtime.iterations=200", *example.overrides)),
     )
     texts = (MOVING, MOVING_HELD_OUT) if example.is_video else (PROMPTS, HELD_OUT)
@@ -545,6 +531,6 @@ Queue it: training runs in a process of its own. The LoRA is then compared with 
 
 **For a real model:** {example.says}
 
-**Rewards** go into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where they are from. **Prompts**: these are a beginning; write some hundreds of your own. **Settings** are the preset's with the lines below it. Size and noise levels are set on *GRPO Base Model* for training, and on the empty latent and *Compare LoRAs* for the comparison; the number of steps in training is the preset's (`rollout.steps=...`).
+**Rewards** go into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where they are from. **Prompts**: these are a beginning; write some hundreds of your own. **Settings**: preset `auto` chooses them for this model and your GPU, and *GRPO Train LoRA* says which and why; lines below the preset take precedence. Size and noise levels are set on *GRPO Base Model* for training, and on the empty latent and *Compare LoRAs* for the comparison; the number of steps in training is a setting (`rollout.steps=...`).
 
 The settings are starting points: they were checked against the nodes, and never run on the released weights."""
