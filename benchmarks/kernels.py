@@ -132,9 +132,7 @@ def main() -> None:
     from trainer.adapters.compute import cast_once
 
     nn.functional.scaled_dot_product_attention = flash_attention
-    print(
-        "| network | LoRA | sampling: operations | casts | GiB | update (forward, backward): operations | casts | GiB |"
-    )
+    print("| network | LoRA | sampling: operations | casts | GiB | update: operations | casts | GiB |")
     print("|---|---|---|---|---|---|---|---|")
     for name in args.names:
         for variant in ("base", "peft", "ours"):
