@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 HALF = (torch.bfloat16, torch.float16)
-_CASTS = "_casts"
-"""Attribute of a layer in `cast_once`: its two matrices by dtype."""
 
 
 def compute_in_base_dtype(module: nn.Module) -> None:
@@ -32,12 +30,12 @@ def cast_once(module: nn.Module) -> Iterator[None]:
     """
     layers = list(_layers(module))
     for layer in layers:
-        setattr(layer, _CASTS, {})
+        layer.casts = {}
     try:
         yield
     finally:
         for layer in layers:
-            delattr(layer, _CASTS)
+            layer.casts = None
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
@@ -59,12 +57,13 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
             result = _added(result, x, down, up, _cast(self, down, up, x.dtype), self.scaling[name])
         return result
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    # `casts`: in `cast_once`, the two matrices by dtype.
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "casts": None})
 
 
 def _cast(layer: nn.Module, down: nn.Module, up: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both matrices of a layer's LoRA in another dtype."""
-    kept = layer.__dict__.get(_CASTS)
+    kept = layer.casts
     if kept is None or torch.is_grad_enabled():
         return down.weight.to(dtype), up.weight.to(dtype)
     if dtype not in kept:
