@@ -167,7 +167,8 @@ class Evaluator:
         steps = config.steps or rollout.steps
         guidance = rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
         sigmas = self.model.sigmas(steps, rollout.shift)
-        return Plan("ode", 0.0, sigmas, [False] * steps, False, guidance, config.solver)
+        guided = rollout.guided(steps)
+        return Plan("ode", 0.0, sigmas, [False] * steps, False, guidance, config.solver, guided=guided)
 
     def _mixture(self, spread: dict[str, float | None]) -> Mixture | None:
         """The trained rewards as one number; None for fewer than two.

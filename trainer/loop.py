@@ -31,6 +31,7 @@ from .runs.watchdog import Watchdog
 from .score import fps_notes
 from .utils.distributed import Processes
 from .utils.errors import BadInput, RunFailed, StoppedByWatchdog, StopRequested
+from .utils.precision import tf32
 
 
 class Trainer:
@@ -112,6 +113,10 @@ class Trainer:
         Raises:
             RunFailed: training failed or the watchdog stopped it; the newest checkpoint and LoRA are kept.
         """
+        with tf32(self.config.runtime.tf32):
+            return self._train()
+
+    def _train(self) -> dict:
         self._resume()
         self.recorder.status("running", self.iteration)
         try:

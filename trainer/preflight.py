@@ -74,7 +74,7 @@ def _rollout(updater: Updater, plan: Plan, prompting: Prompting, text: str) -> R
     start, end = (0, len(plan.stochastic) if plan.stop is None else plan.stop) if first is None else (first, first + 1)
     levels = [plan.sigmas[start], plan.sigmas[end]] if end > start else [plan.sigmas[start]]
     flags = [first is not None][: len(levels) - 1]
-    step = replace(plan, sigmas=levels, stochastic=flags, shared_noise=False, stop=None, windows=None)
+    step = replace(plan, sigmas=levels, stochastic=flags, shared_noise=False, stop=None, windows=None, guided=None)
     prompt_of = torch.zeros(2, dtype=torch.long, device=model.device)
     draw = lambda name: torch.stack([_draw(model, name, i) for i in range(2)])  # noqa: E731
     trajectories = sample(model, step, prompting, prompt_of, draw("start"), lambda _: draw("step"), updater.execution)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +34,7 @@ class Plan:
         stop: number of steps to take; None for all. Fewer leave `Trajectories.final` at noise level `sigmas[stop]`.
         windows: T flags for each prompt slot, if the stochastic steps of prompts differ; `stochastic` is then their
             union.
+        guided: T flags for the steps that use guidance; None for all.
     """
 
     kernel: str
@@ -46,6 +47,11 @@ class Plan:
     keep_means: bool = False
     stop: int | None = None
     windows: list[list[bool]] | None = None
+    guided: list[bool] | None = None
+
+    def at(self, step: int) -> Plan:
+        """The plan with the guidance of a step."""
+        return self if self.guided is None or self.guided[step] else replace(self, guidance_scale=1.0)
 
     def stochastic_of(self, slot: int) -> list[bool]:
         """T flags of the prompt in this slot."""
@@ -233,7 +239,7 @@ def sample(
         execution.report("rollout", i, steps, aligned=True)
         latents = torch.cat([partial.latents for partial in partials])
         index = torch.cat([partial.index for partial in partials])
-        predictions = predict(model, latents, plan.sigmas[i], prompting, index, plan, execution)
+        predictions = predict(model, latents, plan.sigmas[i], prompting, index, plan.at(i), execution)
         forwards += len(latents)
         parts = predictions.split([len(partial.latents) for partial in partials])
         for partial, part, solver in zip(partials, parts, solvers, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..models.base import FusedRows, matching
 from ..utils.files import write_atomically
+from .compute import compute_in_base_dtype
 
 ADAPTER = "default"
 
@@ -44,6 +45,7 @@ def inject(
     for parameter in parameters(module).values():
         parameter.data = parameter.data.to(device or parameter.device, torch.float32)
         parameter.requires_grad_(True)
+    compute_in_base_dtype(module)
     return sorted({name.rsplit(".lora_", 1)[0] for name in parameters(module)})
 
 

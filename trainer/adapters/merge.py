@@ -1,13 +1,14 @@
 """The LoRA merged into the base model's weights, for forward passes without gradient: fewer and larger operations."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
 from ..config import RunConfig
 from ..utils.errors import BadInput
+from .compute import cast_once
 from .lora import ADAPTER
 
 FIELD = "rollout.merge_lora"
@@ -33,8 +34,8 @@ def check_merged(module: nn.Module) -> None:
 
 
 def sampling(config: RunConfig, module: nn.Module) -> AbstractContextManager:
-    """Context in which the run samples: `merged`, if the description asks for it."""
-    return merged(module) if config.rollout.merge_lora else nullcontext()
+    """Context in which the run samples, with weights that do not change: `merged` if the description asks for it."""
+    return merged(module) if config.rollout.merge_lora else cast_once(module)
 
 
 @contextmanager

@@ -66,7 +66,8 @@ class ModelConfig(Section):
     height: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image height in pixels.")
     width: Annotated[int, Field(ge=8, le=16384, multiple_of=8)] = Field(64, description="Image width in pixels.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="dtype of the frozen base model; the LoRA is always float32."
+        "float32",
+        description="dtype of the frozen base model. The LoRA computes in this dtype, from float32 weights.",
     )
     frames: Annotated[int, Field(ge=1, le=10_000)] = Field(
         1, description="Frames of a video; 1 for images. Most video models need a multiple of 4, plus 1."

@@ -94,6 +94,12 @@ class RolloutConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="Scale of classifier-free guidance; 1 is off."
     )
+    guidance_steps: tuple[Annotated[int, Field(ge=0, le=1000)], Annotated[int, Field(ge=1, le=1000)]] | None = Field(
+        None,
+        description="[first, end]: only the sampling steps from first to end - 1 use guidance; the others take half "
+        "the time. null for all steps. Evaluations with another number of steps use the same share of them. Trained "
+        "predictions always use guidance, so for the objective grpo the range must have every stochastic step.",
+    )
     group_size: Annotated[int, Field(ge=2, le=10_000)] = Field(12, description="Number of images per prompt (G).")
     prompts_per_iteration: Positive = Field(8, description="Prompts per iteration (P), over all processes.")
     shared_noise: bool = Field(True, description="Start all images of a group from the same noise.")
@@ -113,7 +119,34 @@ class RolloutConfig(Section):
                 f"window of {self.window.size} from step {self.window.start} does not fit: "
                 f"the first {self.steps - 1} of {self.steps} steps can be stochastic"
             )
+        if self.guidance_steps is not None:
+            first, end = self.guidance_steps
+            if not first < end <= self.steps:
+                raise ValueError(f"guidance_steps [{first}, {end}] must be two rising numbers of at most {self.steps}")
+            if self.guidance_scale == 1:
+                raise ValueError("guidance_steps needs guidance: set guidance_scale to another number than 1")
         return self
+
+    def guided(self, steps: int) -> list[bool] | None:
+        """Which of so many sampling steps use guidance; None for all."""
+        if self.guidance_steps is None:
+            return None
+        first, end = (step * steps for step in self.guidance_steps)
+        return [first <= i * self.steps < end for i in range(steps)]
+
+    def check_stochastic_steps_are_guided(self) -> None:
+        """Raise ValueError if a step that can be stochastic is sampled without guidance."""
+        if self.guidance_steps is None:
+            return
+        start, end = (self.window.start if self.window else 0), self.steps - 1
+        if self.window and self.window.position == "fixed":
+            end = start + self.window.size
+        first, last = self.guidance_steps
+        if not first <= start <= end <= last:
+            raise ValueError(
+                f"rollout.guidance_steps [{first}, {last}] must have all steps that can be stochastic, which are "
+                f"[{start}, {end}]: widen it, or set rollout.window to a fixed one inside it"
+            )
 
 
 class RewardConfig(Section):
@@ -235,6 +268,11 @@ class RuntimeConfig(Section):
     iterations: Positive = Field(100, description="Total number of iterations; raise it later to extend the run.")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Seed of all random numbers.")
     device: Literal["auto", "cpu"] = Field("auto", description="auto uses a GPU if there is one.")
+    tf32: bool = Field(
+        True,
+        description="On an NVIDIA GPU, multiply float32 matrices in TF32, which is faster and rounds factors to 10 "
+        "bits; false multiplies in full float32. No effect on a CPU and on other dtypes.",
+    )
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
     keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Checkpoints to keep.")
     samples_every: int = Field(

@@ -10,6 +10,7 @@ from ..config import RunConfig
 from ..rewards.threshold import Threshold
 from ..utils.console import quiet_libraries
 from ..utils.distributed import Processes
+from ..utils.precision import tf32
 from . import memory
 from .calls import evaluation_calls, evaluations, iteration_calls
 from .forecast import Forecast
@@ -42,7 +43,8 @@ def run_estimate(config: RunConfig, processes: int = 1) -> Forecast:
     try:
         trainer = Trainer(config, None, here)
         forecast.start = time.perf_counter() - started
-        measure(forecast, trainer, checked, processes)
+        with tf32(config.runtime.tf32):
+            measure(forecast, trainer, checked, processes)
     except torch.OutOfMemoryError:
         forecast.needed, forecast.is_measured, forecast.seconds = forecast.free + 1, True, {}
     return forecast

@@ -15,6 +15,7 @@ from ..utils.distributed import Processes
 from ..utils.errors import BadInput
 from ..utils.files import write_atomically, write_json
 from ..utils.media import save_picture
+from ..utils.precision import tf32
 from .comparison import ModelScores, compared, text_table
 from .embedding import embedder
 from .files import BASE, Adapters, LoraFile, check_fit, lora_files
@@ -61,7 +62,8 @@ def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Call
     files = lora_files(paths)
     checked = check_run(config, 1)
     check_fit(checked.family, config, files)
-    models = score_models(config, checked, files, say)
+    with tf32(config.runtime.tf32):
+        models = score_models(config, checked, files, say)
     record = {**compared(models), "seed": config.evaluation.seed}
     record["files"] = {file.name: str(file.path.resolve()) for file in files}
     table = text_table(record)

@@ -70,6 +70,7 @@ class ForwardProcessObjective(Objective):
             shared_noise=False,  # with deterministic steps, the images of a group would be identical
             guidance_scale=rollout.guidance_scale,
             solver=rollout.solver,
+            guided=rollout.guided(rollout.steps),
         )
 
     def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:

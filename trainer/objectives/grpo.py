@@ -110,6 +110,7 @@ class Grpo(Objective):
     @classmethod
     def check_config(cls, config: RunConfig) -> None:
         super().check_config(config)
+        config.rollout.check_stochastic_steps_are_guided()
         options = config.objective
         if options.kl_share < 1 and not config.evaluation.rewards:
             raise ValueError(
@@ -176,6 +177,7 @@ class Grpo(Objective):
             solver=config.solver,
             keep_means=self.options.ratio != "plain" and self.options.updates > 1 and not self.scores_again,
             windows=windows,
+            guided=config.guided(config.steps),
         )
 
     def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:

@@ -95,6 +95,7 @@ class RewardGradient(Objective):
             guidance_scale=rollout.guidance_scale,
             solver=rollout.solver,
             stop=self._stop(iteration),
+            guided=rollout.guided(rollout.steps),
         )
 
     def _stop(self, iteration: int) -> int | None:

@@ -68,6 +68,17 @@ class EntryConditions(Conditions):
                 yield rows, mapped(entry, Tensor.clone)
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Whether nested values have the same names, tensors of the same shapes, and otherwise equal values."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(part, b[name]) for name, part in a.items())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return type(a) is type(b) and a == b
+
+
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested lists and dicts in which `change` has been applied to every tensor."""
     if isinstance(value, Tensor):

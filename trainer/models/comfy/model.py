@@ -17,7 +17,7 @@ from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
 from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels
-from .conditions import EntryConditions
+from .conditions import Entry, EntryConditions, alike, mapped
 from .load import (
     attention_layers,
     check_extra_channels,
@@ -124,7 +124,7 @@ class ComfyModel(DiffusionModel):
         return self.patcher.load_device
 
     def predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions) -> Tensor:
-        return self._predict(latents, sigma, conditions, "positive")
+        return self._branches(latents, sigma, conditions)[0]
 
     def predict_guided(
         self,
@@ -134,22 +134,43 @@ class ComfyModel(DiffusionModel):
         guidance_scale: float = 1.0,
         unconditional: EntryConditions | None = None,
     ) -> Tensor:
-        positive = self._predict(latents, sigma, conditions, "positive")
         if guidance_scale == 1.0:
-            return positive
-        alone = unconditional.rows(torch.zeros(len(latents), dtype=torch.long))
-        return self.guided(positive, self._predict(latents, sigma, alone, "negative"), guidance_scale)
+            return self.predict(latents, sigma, conditions)
+        return self.guided(*self._branches(latents, sigma, conditions, unconditional), guidance_scale)
 
-    def _predict(self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, branch: str) -> Tensor:
+    def _branches(
+        self, latents: Tensor, sigma: Tensor, conditions: EntryConditions, negative: EntryConditions | None = None
+    ) -> list[Tensor]:
+        """The prediction for `conditions`, and the one for the first row of `negative`, if there is one.
+
+        Where the shapes of both are alike, ComfyUI calls the network once for both, as it does in sampling, if it has
+        the memory. The rows of other entries take one more call with the negative prompt, all together.
+        """
         level = self._with_signal(sigma.float().double())
         scale = self.process.k_scale(level)
         sigmas = (level * scale).float()
         noisy = latents * _column(scale, latents).to(latents.dtype)
         self._make_resident()
-        groups = [(rows.to(latents.device), entry) for rows, entry in conditions.groups()]
-        parts = [self._denoised(noisy[rows], sigmas[rows], entry, branch) for rows, entry in groups]
-        order = torch.cat([rows for rows, _ in groups]).argsort()
-        return self.process.predicting(latents, torch.cat(parts)[order], level).float()
+        branches: dict[str, list[tuple[Tensor, Tensor]]] = {"positive": []}
+        against, left = None, []
+        if negative is not None:
+            ((_, against),) = negative.rows(torch.zeros(1, dtype=torch.long)).groups()
+            branches["negative"] = []
+
+        def denoise(rows: Tensor, entries: dict[str, Entry]) -> None:
+            for name, clean in self._denoised(noisy[rows], sigmas[rows], entries).items():
+                branches[name].append((rows, clean))
+
+        for rows, entry in conditions.groups():
+            rows = rows.to(latents.device)
+            if against is not None and alike(entry, against):
+                denoise(rows, {"positive": entry, "negative": mapped(against, Tensor.clone)})
+            else:
+                denoise(rows, {"positive": entry})
+                left.append(rows)
+        if against is not None and left:
+            denoise(torch.cat(left), {"negative": against})
+        return [self.process.predicting(latents, _in_order(parts), level).float() for parts in branches.values()]
 
     def _with_signal(self, level: Tensor) -> Tensor:
         """ComfyUI has a little signal at the highest level of models with zero terminal SNR; float32 rounds it to 0."""
@@ -157,10 +178,11 @@ class ComfyModel(DiffusionModel):
             return level
         return level.clamp(max=self.process.from_k_sigma(self._largest_sigma))
 
-    def _denoised(self, noisy: Tensor, sigmas: Tensor, entry: dict[str, Any], branch: str) -> Tensor:
-        """ComfyUI's estimate of the clean latents (x0)."""
-        conditions = self._conditions_of(noisy, entry, branch)
-        return self.comfy.samplers.calc_cond_batch(self.base, [conditions], noisy, sigmas, self._options)[0]
+    def _denoised(self, noisy: Tensor, sigmas: Tensor, entries: dict[str, Entry]) -> dict[str, Tensor]:
+        """ComfyUI's estimates of the clean latents (x0) by branch."""
+        conditions = [self._conditions_of(noisy, entry, branch) for branch, entry in entries.items()]
+        found = self.comfy.samplers.calc_cond_batch(self.base, conditions, noisy, sigmas, self._options)
+        return dict(zip(entries, found, strict=True))
 
     def _conditions_of(self, latents: Tensor, entry: dict[str, Any], branch: str) -> list[dict]:
         """Process an entry of CONDITIONING with ComfyUI, for latents of this shape and device."""
@@ -289,6 +311,16 @@ def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
     with OutOfPlace():
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
+def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Rows that were computed in parts, in the order of their numbers.
+
+    Args:
+        parts: numbers of rows, and the rows.
+    """
+    order = torch.cat([rows for rows, _ in parts]).argsort()
+    return torch.cat([values for _, values in parts])[order]
 
 
 def _column(value: Tensor, like: Tensor) -> Tensor:
