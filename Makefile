@@ -9,7 +9,7 @@ export COMFYUI_PATH
 # Where ComfyUI is found, the tests run in it; else they say so.
 COMFYUI_REQUIREMENTS := $(patsubst %,-r %,$(wildcard $(COMFYUI_PATH)/requirements.txt))
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test test-gpu lint format docs clean
 
 $(VENV)/run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,9 @@ format: $(VENV)/dev
 
 test: lint  ## Lint, then every test, in JOBS processes of about 3 GiB each
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+test-gpu: $(VENV)/dev  ## What only a GPU can show; gpu.jsonl keeps the figures, benchmarks/gpu.py --report prints them
+	$(BIN)/python -m pytest -m gpu -rs
 
 docs: $(VENV)/dev  ## Write the pages and tables of settings, rewards and kernels from the code itself
 	$(BIN)/python -m tools.reference > docs/configuration.md

@@ -143,7 +143,8 @@ def native_weights(comfyui: Path) -> dict[str, Any]:
     import_comfyui(comfyui)
     import comfy.supported_models
     from comfy.ldm.models.autoencoder import AutoencoderKL
-    from memory import SD15
+
+    from benchmarks.core_models import SD15
 
     description = comfy.supported_models.SD15(dict(SD15))
     description.unet_config = dict(SD15)

@@ -4,13 +4,15 @@
     python benchmarks/memory_presets.py one-gpu-sd14
 
 Nothing is loaded: folders of configurations alone are written, with the values of the released models, and the trainer
-counts the memory of the run that the preset describes (`trainer.models.run_memory`). Rewards count with their weights
-in float32; with several, all of them are on the GPU while they score. Not counted: the GPU's own context (about 0.5
-GB), fragmentation, and workspaces of kernels.
+counts the memory of the run that the preset describes, as its estimate does. Rewards count with their weights in
+float32; with several, all of them are on the GPU while they score. A preset reads a diffusers folder, which ComfyUI's
+server does not load, so of the server only its GPU context is left free. Not counted: what is left free (`FREE`), and
+activations of the rewards.
 """
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,39 +23,51 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.core_models import FOLDER_KL, FOLDER_KL_16, FOLDER_WAN_SMALL
 from trainer.config import PRESETS, RunConfig, parse_config, preset
-from trainer.models import FAMILIES, RunMemory, run_memory
+from trainer.estimate import memory
+from trainer.models import FAMILIES, run_memory
 from trainer.models.memory import BYTES
+from trainer.runs.memory import iteration_bytes
 
 GB = 2**30
 CARDS = (12, 16, 24, 48, 80)
-CONTEXT = 1.5 * GB
-"""Left free for what is not counted."""
-KL = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-}
-WAN_SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+FREE = 1.5 * GB
+"""GPU contexts of the training process and of ComfyUI's server (about 0.5 GB each), fragmentation and workspaces."""
 NETWORKS = {
     "sd": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
     "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}),
     "qwen-image": ("QwenImageTransformer2DModel", {}),
     "hunyuanvideo": ("HunyuanVideoTransformer3DModel", {}),
     "skyreels": ("HunyuanVideoTransformer3DModel", {"in_channels": 32}),
-    "wan": ("WanTransformer3DModel", WAN_SMALL),
+    "wan": ("WanTransformer3DModel", FOLDER_WAN_SMALL),
 }
 VAES = {
-    "sd": ("AutoencoderKL", KL),
-    "flux": ("AutoencoderKL", KL | {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+    "sd": ("AutoencoderKL", FOLDER_KL),
+    "flux": ("AutoencoderKL", FOLDER_KL_16),
     "qwen-image": ("AutoencoderKLQwenImage", {}),
     "hunyuanvideo": ("AutoencoderKLHunyuanVideo", {}),
     "skyreels": ("AutoencoderKLHunyuanVideo", {}),
     "wan": ("AutoencoderKLWan", {}),
 }
-REWARDS = {"hps-v2.1": 0.986e9, "clip": 0.987e9, "videoalign-vq": 2.2e9, "videoalign-mq": 2.2e9}
-"""Weights of the published reward models: ViT-H-14, DFN5B ViT-H-14-378, Qwen2-VL-2B."""
+ENCODERS = {
+    "sd": 0.123e9,
+    "flux": 4.89e9,
+    "qwen-image": 8.29e9,
+    "hunyuanvideo": 8.15e9,
+    "skyreels": 8.15e9,
+    "wan": 5.68e9,
+}
+"""Weights of the released text encoders, which are there while the prompts are encoded, and nothing else is."""
+REWARDS = {
+    "hps-v2.1": 0.986e9,
+    "clip": 0.987e9,
+    "aesthetic": 0.304e9,
+    "imagereward": 0.447e9,
+    "videoalign-vq": 2.2e9,
+    "videoalign-mq": 2.2e9,
+}
+"""Weights of the published reward models: ViT-H-14, DFN5B ViT-H-14-378, ViT-L-14's tower, BLIP, Qwen2-VL-2B."""
 
 
 def write_folder(folder: Path, family: str) -> tuple[int, int]:
@@ -74,27 +88,42 @@ def write_folder(folder: Path, family: str) -> tuple[int, int]:
     return tuple(sizes)
 
 
-def memory_of(name: str) -> tuple[RunConfig, RunMemory, int]:
-    """A preset's description, its memory, and that of its rewards."""
-    config = parse_config(preset(name))
+def parts_of(config: RunConfig) -> dict[str, int]:
+    """Bytes by part, named and added up as in the trainer's estimate."""
+    model, family = config.model, FAMILIES[config.model.family]
     with tempfile.TemporaryDirectory() as base:
-        network, vae = write_folder(Path(base) / "model", config.model.family)
-        model = config.model.model_copy(update={"path": str(Path(base) / "model")})
-        parts = run_memory(FAMILIES[model.family], config.model_copy(update={"model": model}))
-    weights = network * BYTES[model.quantization or model.dtype] + vae * BYTES[model.vae_dtype]
-    counted = RunMemory(int(weights), parts.adapter, parts.rollout, parts.update, parts.decode)
-    return config, counted, int(sum(4 * REWARDS[reward.name] for reward in config.rewards))
+        network, vae = write_folder(Path(base) / "model", model.family)
+        model = model.model_copy(update={"path": str(Path(base) / "model")})
+        counted = run_memory(family, config.model_copy(update={"model": model}))
+        latents = math.prod(family.on_meta(model).latent_shape)
+    return {
+        memory.NETWORK: int(network * BYTES[model.quantization or model.dtype] + vae * BYTES[model.vae_dtype]),
+        memory.ADAPTER: counted.adapter,
+        memory.HELD: iteration_bytes(config, 1, latents),
+        memory.ROLLOUT: counted.rollout,
+        memory.UPDATE: counted.update,
+        memory.DECODE: counted.decode,
+        memory.REWARDS: int(sum(4 * REWARDS[reward.name] for reward in config.rewards)),
+        memory.ENCODERS: int(ENCODERS[model.family] * BYTES[model.dtype]),
+    }
+
+
+def on_card(needed: float, card: int) -> str:
+    """Whether it fits, or how many GB are missing."""
+    over = needed + FREE - card * GB
+    return "fits" if over <= 0 else f"{over / GB:.1f} over"
 
 
 def rows(names: list[str]) -> Iterator[str]:
-    yield "| preset | weights | LoRA | rollout | update | decoding | rewards | total | smallest card |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    titles = ["weights", "LoRA", "latents, images", "rollout", "update", "decoding", "rewards", "text encoders"]
+    titles += ["peak", *(f"{card} GB" for card in CARDS)]
+    yield f"| preset | {' | '.join(titles)} |"
+    yield f"|{'---|' * (1 + len(titles))}"
     for name in names:
-        _, parts, rewards = memory_of(name)
-        total = parts.total(rewards)
-        card = next((f"{size} GB" for size in CARDS if total + CONTEXT <= size * GB), f"none of {CARDS[-1]} GB")
-        figures = (parts.weights, parts.adapter, parts.rollout, parts.update, parts.decode, rewards, total)
-        yield f"| `{name}` | {' | '.join(f'{figure / GB:.1f}' for figure in figures)} | {card} |"
+        parts = parts_of(parse_config(preset(name)))
+        needed = memory.peak(parts, on_cpu=False)
+        figures = [f"{size / GB:.1f}" for size in (*parts.values(), needed)]
+        yield f"| `{name}` | {' | '.join([*figures, *(on_card(needed, card) for card in CARDS)])} |"
 
 
 def main() -> None:

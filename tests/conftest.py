@@ -196,9 +196,23 @@ def results_of(run: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "memory_mb")} for line in lines]
 
 
+NO_GPU = "no GPU: torch.cuda.is_available() is false"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that are marked `gpu` are skipped where there is none; the summary says so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from comfy_host import absence
 
     reason = absence()
     if reason:
         terminalreporter.write_line(f"ComfyUI was absent, so tests/comfy was skipped: {reason}", yellow=True)
+    left_out = [report for report in terminalreporter.stats.get("skipped", []) if NO_GPU in str(report.longrepr)]
+    if left_out:
+        terminalreporter.write_line(f"{len(left_out)} tests marked gpu were skipped: {NO_GPU}", yellow=True)
