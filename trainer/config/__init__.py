@@ -2,10 +2,10 @@
 
 from ..objectives.advantage import AdvantageConfig
 from ..utils.section import Section
+from .faults import describe
 from .model import GraphLora, GraphModel, GraphSampling, ModelConfig
 from .parse import (
     PRESETS,
-    describe,
     parse_config,
     parse_sections,
     preset,
