@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..trainer.evaluation.comparison import compared, summary, text_table
 from ..trainer.evaluation.sheet import contact_sheet
+from ..trainer.prompts.forms import check_lines
 from ..trainer.prompts.text import check_prompts, prompt_lines
 from ..trainer.rewards.files import read_weights
 from ..trainer.utils.errors import BadInput
@@ -176,7 +177,9 @@ def _waiting(given: dict[str, list], names: tuple[str, ...]) -> list[str]:
 
 
 def _texts(given: dict[str, list]) -> list[str]:
-    texts = prompt_lines("\n".join(inputs.text(text, "prompts") for text in given["prompts"]))
+    whole = "\n".join(inputs.text(text, "prompts") for text in given["prompts"])
+    check_lines(whole, "prompts")
+    texts = prompt_lines(whole)
     if not texts:
         raise BadInput(inputs.NO_PROMPTS)
     check_prompts(texts, "prompts")

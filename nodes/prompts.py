@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..trainer.prompts.forms import check_lines
 from ..trainer.prompts.text import check_text, prompt_lines
 from ..trainer.utils.errors import BadInput
 from .host import inputs
@@ -45,6 +46,7 @@ class PromptLines(io.ComfyNode):
 
 def _lines(text: str) -> list[str]:
     check_text(text, "prompts")
+    check_lines(text, "prompts")
     lines = prompt_lines(text)
     if not lines:
         raise BadInput(inputs.NO_PROMPTS)

@@ -112,7 +112,7 @@ class Server:
         if not (packs / PACK).exists():
             (packs / PACK).symlink_to(ROOT, target_is_directory=True)
 
-    def start(self, patience: float = 240) -> "Server":
+    def start(self, patience: float = 600) -> "Server":
         self.port = free_port()
         command = [sys.executable, str(COMFYUI / "main.py"), "--cpu", "--disable-api-nodes", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", *self.arguments]
@@ -185,7 +185,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise PromptFailed(json.loads(error.read())) from error
 
-    def wait(self, prompt_id: str, patience: float = 300) -> dict:
+    def wait(self, prompt_id: str, patience: float = 900) -> dict:
         """The history entry of a prompt, once it has ended in whatever way."""
         end = time.monotonic() + patience
         while time.monotonic() < end:
@@ -196,7 +196,7 @@ class Server:
             time.sleep(0.1)
         raise AssertionError(f"prompt {prompt_id} still runs after {patience} s:\n{self.output[-4000:]}")
 
-    def run(self, prompt: dict, patience: float = 300) -> dict[str, dict]:
+    def run(self, prompt: dict, patience: float = 900) -> dict[str, dict]:
         """Outputs of a prompt by node id.
 
         Raises:

@@ -104,7 +104,7 @@ def run_program(*arguments: object, check: bool = True, **options: object) -> su
         capture_output=True,
         text=True,
         check=check,
-        timeout=300,
+        timeout=900,
         **options,
     )
 
@@ -115,7 +115,7 @@ class Child:
     def __init__(self, server: "Forks", pid: int, log: Path) -> None:
         self.server, self.pid, self.log = server, pid, log
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Exit code; negative for a signal."""
         code = self.server.ask({"pid": self.pid, "timeout": timeout})
         assert code is not None, f"process still runs after {timeout} s:\n{self.output}"

@@ -1,6 +1,7 @@
 """The command line: exit codes, what is printed, and runs that go wrong."""
 
 import json
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from conftest import (
     run_program,
     write_description,
 )
+from stub_server import free_port
 
 from trainer import rewards
 from trainer.cli import main
@@ -169,6 +171,42 @@ def test_another_description_in_a_used_directory(short: dict, tmp_path: Path, ca
     assert RunDirectory(run).status()["state"] == "finished"
 
 
+def test_a_refused_run_leaves_its_directory_to_the_corrected_description(
+    short: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Refused before the directory is made, and after it: a scoring server is asked once the run has begun."""
+    run, address = tmp_path / "run", f"http://127.0.0.1:{free_port()}"
+    bad = short | {"rewards": [{"name": "external", "options": {"url": address, "retries": 0}}]}
+    assert main(["train", str(write_description(tmp_path / "a.json", bad)), "--output", str(run)]) == 2
+    assert f"the server {address} cannot be reached" in capsys.readouterr().err
+    lost = short | {"lora": {"start_from": str(tmp_path / "none.safetensors")}}
+    assert main(["train", str(write_description(tmp_path / "b.json", lost)), "--output", str(run)]) == 2
+    assert "none.safetensors: there is no file of this name" in capsys.readouterr().err
+    assert main(["train", str(write_description(tmp_path / "b.json", lost)), "--output", str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+    assert main(["train", str(write_description(tmp_path / "c.json", short)), "--output", str(run)]) == 0
+    assert RunDirectory(run).is_finished()
+
+
+def test_a_file_name_that_is_not_text_is_refused_or_used(
+    short: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """On Linux a name may be any bytes; Python gives those that are not UTF-8 as unpaired surrogates."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    file = str(write_description(folder / "run.json", short))
+    assert main(["train", file, "--output", str(folder / "run")]) == 2
+    assert "has a name that is not UTF-8; choose another name" in capsys.readouterr().err
+    for arguments in (["train", file, "--output", str(tmp_path / "run")], ["resume", str(tmp_path / "run")]):
+        assert main(arguments) == 0
+    short["prompts"] = {"file": "prompts.txt"}
+    (folder / "prompts.txt").write_text("a red circle\n")
+    write_description(folder / "run.json", short)
+    assert main(["train", file, "--output", str(tmp_path / "other")]) == 2
+    assert "prompts.txt', which has an unpaired Unicode surrogate" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_status_and_stop_of_a_run_that_is_not_running(
     short: dict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -305,22 +343,31 @@ def test_too_many_dropped_samples_stop_the_run_with_a_reason(
     assert RunDirectory(run).summary()["state"] == "failed"
 
 
-def test_no_finite_reward_at_all_changes_nothing(short: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, lambda scores, call: scores * float("nan"))
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [(float("nan"), "no image had a finite reward"), (0.3, "the images of every group had equal rewards (odd 0.3)")],
+    ids=["no finite reward", "equal rewards"],
+)
+def test_rewards_that_teach_nothing_change_nothing_and_are_no_success(
+    short: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    value: float,
+    words: str,
+) -> None:
+    install(monkeypatch, lambda scores, call: torch.full_like(scores, value))
     short["rewards"] = [{"name": "odd"}]
     file, run = write_description(tmp_path / "run.json", short), tmp_path / "run"
-    assert main(["train", str(file), "--output", str(run)]) == 0
+    for arguments in (["train", str(file), "--output", str(run)], ["resume", str(run)]):
+        assert main(arguments) == 1
+        assert f"failed: no iteration has trained anything: {words}" in capsys.readouterr().err
     for event in results_of(run):
-        assert (event["dropped_samples"], event["objective"]["actions"], event["grad_norm"]) == (8, 0, None)
-    assert all((value == 0).all() for name, value in lora_of(run).items() if "lora_B" in name)
-
-
-def test_equal_rewards_teach_nothing(short: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, lambda scores, call: torch.full_like(scores, 0.3))
-    short["rewards"] = [{"name": "odd"}]
-    file, run = write_description(tmp_path / "run.json", short), tmp_path / "run"
-    assert main(["train", str(file), "--output", str(run)]) == 0
-    assert [event["skipped_groups"] for event in results_of(run)] == [2, 2]
+        assert event["grad_norm"] is None
+        assert (event["dropped_samples"], event["skipped_groups"]) == ((0, 2) if value == 0.3 else (8, 2))
+    assert len(results_of(run)) == 2
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["error"].startswith("no iteration has trained anything")) == ("failed", True)
     assert all((value == 0).all() for name, value in lora_of(run).items() if "lora_B" in name)
 
 

@@ -61,18 +61,18 @@ FAULTS = {
     # what is changed, and what the sentence must hold: field, value, what is accepted
     "unknown key": ("rollout.etaa=1", ["rollout.etaa", "not a setting"]),
     "unknown section": ("rolout.eta=1", ["rolout", "not a setting"]),
-    "word for a number": ("rollout.eta=much", ["rollout.eta", "'much'", "valid number"]),
-    "fraction for a count": ("rollout.steps=5.5", ["rollout.steps", "5.5", "valid integer"]),
-    "number for a text": ("model.path=5", ["model.path", "5", "valid string"]),
+    "word for a number": ("rollout.eta=much", ["rollout.eta", "'much'", "it must be a number"]),
+    "fraction for a count": ("rollout.steps=5.5", ["rollout.steps", "5.5", "it must be a whole number"]),
+    "number for a text": ("model.path=5", ["model.path", "5", "it must be text"]),
     "unknown choice": ("rollout.kernel=dpm", ["rollout.kernel", "'dpm'", "'dance'", "'cps'"]),
-    "below range": ("rollout.steps=1", ["rollout.steps", "1", "greater than or equal to 2"]),
-    "above range": ("optimizer.learning_rate=2", ["optimizer.learning_rate", "2", "less than or equal to 1"]),
+    "below range": ("rollout.steps=1", ["rollout.steps", "1", "it must be at least 2"]),
+    "above range": ("optimizer.learning_rate=2", ["optimizer.learning_rate", "2", "it must be at most 1"]),
     "NaN": ("rollout.shift=.nan", ["rollout.shift", "nan", "finite number"]),
     "infinity": ("advantage.clip=.inf", ["advantage.clip", "inf", "finite number"]),
     "NaN in a nested section": ("runtime.watchdog.reward_drop=.nan", ["runtime.watchdog.reward_drop", "nan", "finite"]),
-    "group of one": ("rollout.group_size=1", ["rollout.group_size", "1", "greater than or equal to 2"]),
-    "eta 0": ("rollout.eta=0", ["rollout.eta", "0", "greater than 0"]),
-    "eta below 0": ("rollout.eta=-0.5", ["rollout.eta", "-0.5", "greater than 0"]),
+    "group of one": ("rollout.group_size=1", ["rollout.group_size", "1", "it must be at least 2"]),
+    "eta 0": ("rollout.eta=0", ["rollout.eta", "0", "it must be above 0"]),
+    "eta below 0": ("rollout.eta=-0.5", ["rollout.eta", "-0.5", "it must be above 0"]),
     "height not of the grid": ("model.height=63", ["model.height", "63", "multiple of 8"]),
     "no prompts": ("prompts.texts=[]", ["prompts", "exactly one of texts, file and shapes"]),
     "two sources": ("prompts.shapes=4", ["prompts", "exactly one of texts, file and shapes"]),
@@ -83,8 +83,14 @@ FAULTS = {
     "the same reward twice": ("rewards=[{name: a}, {name: a}]", ["rewards", "more than once"]),
     "reward without a name": ("rewards=[{weight: 1}]", ["rewards.0.name", "missing"]),
     "odd best_of_n": ("advantage.best_of_n=3", ["advantage.best_of_n", "3", "multiple of 2"]),
-    "one checkpoint": ("runtime.keep_checkpoints=1", ["runtime.keep_checkpoints", "1", "greater than or equal to 2"]),
-    "section that is a number": ("rollout=5", ["rollout", "5", "dictionary"]),
+    "one checkpoint": ("runtime.keep_checkpoints=1", ["runtime.keep_checkpoints", "1", "it must be at least 2"]),
+    "section that is a number": ("rollout=5", ["rollout", "5", "it must be a section"]),
+    "reward without its section": ("rewards=[brightness]", ["rewards.0", "'brightness'", "it must be a section"]),
+    "section for a list": ("rewards={name: brightness}", ["rewards", "'name'", "it must be a list"]),
+    "true for a count": ("runtime.iterations=true", ["runtime.iterations", "True", "it must be a number, not true"]),
+    "true for a number": ("optimizer.learning_rate=true", ["optimizer.learning_rate", "it must be a number, not true"]),
+    "true in a list of numbers": ("optimizer.betas=[true, 0.9]", ["optimizer.betas", "it must be a number, not true"]),
+    "word for true": ("rollout.shared_noise=perhaps", ["'perhaps'", "it must be true or false"]),
 }
 
 
@@ -239,7 +245,9 @@ def test_setting_to_null_removes() -> None:
         ("rewards.3.weight=1", ["rewards.3.weight", "3", "index below 1"]),
         ("rewards.first.weight=1", ["rewards.first.weight", "first", "index below 1"]),
         ("prompts.texts.0.size=1", ["prompts.texts.0.size", "0", "not a section"]),
-        ("rollout.eta=", ["rollout.eta", "None", "valid number"]),
+        ("=5", ["setting '=5'", "section.field=value"]),
+        ("rollout.=5", ["setting 'rollout.=5'", "section.field=value"]),
+        ("rollout.eta=", ["rollout.eta", "None", "it must be a number"]),
     ],
 )
 def test_malformed_setting(setting: str, words: list[str]) -> None:
@@ -280,7 +288,7 @@ def test_numbers_as_yaml_reads_them(tmp_path: Path) -> None:
         ),
         (b"", ["must be a mapping", "prompts"]),
         (b"- 1\n", ["must be a mapping", "prompts"]),
-        (b"prompts: {texts: [2020-01-01, 3]}\nrewards: [{name: a}]\n", ["prompts.texts.1 is 3", "valid string"]),
+        (b"prompts: {texts: [2020-01-01, 3]}\nrewards: [{name: a}]\n", ["prompts.texts.1 is 3", "it must be text"]),
     ],
 )
 def test_unreadable_description(tmp_path: Path, content: bytes | None, words: list[str]) -> None:

@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"failed: {error}", file=sys.stderr)
         return FAILED
     except OSError as error:
-        print(f"failed: {error.strerror or error}: {error.filename or 'a file of the run'}", file=sys.stderr)
+        print(
+            f"failed: {error.strerror or error}: {error.filename2 or error.filename or 'a file of the run'}",
+            file=sys.stderr,
+        )
         return FAILED
 
 
@@ -239,8 +242,10 @@ def _encode(args: argparse.Namespace) -> int:
     from .models import model_class
     from .prompts.conditions import encode_into, prompts_to_encode
     from .prompts.sets import read_prompts
+    from .utils.console import quiet_libraries
     from .utils.distributed import Processes
 
+    quiet_libraries()
     config = read_config(args.description, args.overrides)
     family = model_class(config.model)
     wanted = prompts_to_encode(config, *read_prompts(config), with_negative=True)

@@ -132,6 +132,8 @@ class Trainer:
             if self.evaluations and self.evaluations[-1]["iteration"] != self.iteration:
                 self.evaluate()
             self._save()
+            if verdict := self.watchdog.final_verdict():
+                raise RunFailed(verdict)
         except StopRequested:
             self.recorder.status("stopping", self.iteration)
             self._save()

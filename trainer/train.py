@@ -55,11 +55,14 @@ def _check(config: RunConfig, output: Path, world_size: int) -> None:
     Raises:
         BadInput: the description cannot be run.
     """
-    if (output / "run.yaml").exists() or (is_rank() and os.environ["RANK"] != "0"):
+    run = RunDirectory(output)
+    if ((output / "run.yaml").exists() and not run.never_began()) or (is_rank() and os.environ["RANK"] != "0"):
         return
+    from .adapters.start import check_start
     from .check import check_run
 
     check_run(config, world_size)
+    check_start(config.lora)
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

@@ -15,7 +15,6 @@ from ...trainer.runs.pictures import captioned
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import read_image, to_tensor
 from ..types import RunType
-from . import runs
 from .folders import publish_lora, published_loras, run_folder
 from .progress import RunView, newest_sample, say
 
@@ -153,7 +152,7 @@ def _curve(run: RunDirectory, events: list[dict]) -> torch.Tensor | None:
 
 def _samples(run: RunDirectory) -> torch.Tensor | None:
     both = run.path / "report" / "before_after.png"
-    if both.exists() and runs.is_finished(run):
+    if both.exists() and run.is_finished():
         return _image(both)
     newest = newest_sample(run)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from ...trainer.check import check_rewards, check_run
 from ...trainer.config import RunConfig, parse_config, parse_sections
 from ...trainer.objectives import objective_class
+from ...trainer.prompts.forms import check_lines
 from ...trainer.prompts.sets import read_prompts
 from ...trainer.prompts.text import check_prompts, prompt_lines, same_text
 from ...trainer.rewards import load_reward, memory_together
@@ -30,8 +31,11 @@ def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[
         needed: whether there must be training prompts.
 
     Raises:
-        BadInput: there are no prompts, one is repeated, or one is both held out and trained on.
+        BadInput: there are no prompts, a text is not one prompt per line, a prompt is repeated, or one is both held
+            out and trained on.
     """
+    check_lines(prompts, "prompts")
+    check_lines(held_out, "held_out_prompts")
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts and needed:
         raise BadInput(NO_PROMPTS)
@@ -128,10 +132,6 @@ def existing(name: str) -> RunDirectory:
     return RunDirectory(folder)
 
 
-def is_finished(run: RunDirectory) -> bool:
-    return (run.summary() or {}).get("state") == "finished"
-
-
 def begin(
     name: str,
     data: dict,
@@ -166,7 +166,7 @@ def begin(
         if launch.is_running(run):
             _refuse_extension(name, run, config)
             return run
-        if is_finished(run) and not _is_extended(run, config):
+        if run.is_finished() and not _is_extended(run, config):
             return run
     check(config, processes, gpus)
     if conditioning is not None and (config.model.graph is None or clip is None):
@@ -194,7 +194,7 @@ def resume(run: RunDirectory) -> bool:
     Raises:
         BadInput: there is too little memory, or a file that the run needs is missing.
     """
-    if launch.is_running(run) or is_finished(run):
+    if launch.is_running(run) or run.is_finished():
         return False
     status, config = run.status(), run.config()
     processes, gpus = status.get("processes") or 1, status.get("gpus") or None

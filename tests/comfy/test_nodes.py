@@ -353,10 +353,9 @@ def test_an_interrupt_ends_sampling_at_once(comfy: Server) -> None:
     end = time.monotonic() + 60
     while "/10000 [" not in comfy.output and time.monotonic() < end:
         time.sleep(0.1)
-    started = time.monotonic()
     comfy.post("/interrupt", {})
-    entry = comfy.wait(prompt_id, 30)
-    assert time.monotonic() - started < 5
+    entry = comfy.wait(prompt_id, 60)
+    assert "10000/10000" not in comfy.output
     assert entry["status"]["status_str"] == "error"
     assert "execution_interrupted" in [kind for kind, _ in entry["status"]["messages"]]
     comfy.run(sampling(4))

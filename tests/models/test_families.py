@@ -310,7 +310,7 @@ def together(folders: Callable[[str], Path], tiny_sd3: Path, tmp_path_factory: p
     with (base / "output").open("w") as output:
         child = subprocess.Popen([*launcher, script, base], stdout=output, stderr=subprocess.STDOUT)
     try:
-        assert child.wait(400) == 0, (base / "output").read_text()
+        assert child.wait(1800) == 0, (base / "output").read_text()
     finally:
         kill_tree(child.pid)
     return base

@@ -33,6 +33,7 @@ def test_white_space_does_not_make_another_prompt() -> None:
     texts = ["a red fox", " a red fox", "a red fox\u2028", "a  red\tfox", "\ufeffa red\u00a0fox", "a red\nfox"]
     assert {same_text(text) for text in texts} == {"a red fox"}
     assert same_text("A red fox") != "a red fox"
+    assert same_text("cafe\u0301") == same_text("caf\u00e9")
     assert clean(" \ufeff a\n b \x85") == "a\n b"
 
 

@@ -101,7 +101,7 @@ def test_a_missing_file_or_a_wrong_type_is_bad_input_before_anything_is_loaded(t
 
 
 def test_options_are_typed(weights: Path) -> None:
-    with pytest.raises(BadInput, match="'linear': scale is 'big': input should be a valid number"):
+    with pytest.raises(BadInput, match="'linear': scale is 'big': it must be a number"):
         linear(weights, scale="big")
     with pytest.raises(BadInput, match="'linear' has no option 'pth'; it takes path, scale"):
         linear(weights, pth="x")

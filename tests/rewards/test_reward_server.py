@@ -222,8 +222,8 @@ HEAD = b"POST /score HTTP/1.1\r\nContent-Length: 1000\r\n\r\n"
 def test_a_request_in_drops_is_hung_up_on(serving: Callable, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
     monkeypatch.setattr(server, "READING", 0.4)
     url, begun = serving(reward("brightness")), time.monotonic()
-    assert b" 200 " not in talk(url, head, *[b" "] * 1000, pause=0.02)
-    assert time.monotonic() - begun < 10
+    assert b" 200 " not in talk(url, head, *[b" "] * 1000, pause=0.2)
+    assert time.monotonic() - begun < 100
     assert post(url, {"images": [], "prompts": []}) == (200, '{"scores": []}')
 
 

@@ -181,10 +181,15 @@ def test_an_extended_run_says_what_its_learning_rate_does(
     assert any(not torch.equal(value, before[name]) for name, value in lora_of(run).items()), "it is not 0"
 
 
-def test_a_finished_run_whose_lora_was_deleted_gives_it_again(finished: Path, program: Forks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["deleted", "emptied"])
+def test_a_finished_run_whose_lora_was_deleted_gives_it_again(
+    finished: Path, program: Forks, tmp_path: Path, damage: str
+) -> None:
     run = RunDirectory(shutil.copytree(finished / "run", tmp_path / "run"))
     learned, events = lora_of(run.path), results_of(run.path)
     run.lora_file.unlink()
+    if damage == "emptied":
+        run.lora_file.touch()
     code, output = program.run("resume", run.path)
     assert code == 0, output
     assert "iteration 1/4" not in output, "nothing is trained again"

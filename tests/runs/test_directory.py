@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from filelock import FileLock
+from safetensors.torch import save_file
 
 from trainer.cli import main
 from trainer.config import RunConfig, parse_config
@@ -86,12 +87,16 @@ def test_a_damaged_summary_is_none_and_a_run_without_its_lora_is_not_finished(ru
     damaged += [json.dumps({**SUMMARY, key: 5}).encode() for key in ("state", "eval", "evaluations")]
     damaged += [json.dumps({**SUMMARY, "seconds": None}).encode()]
     damaged += [json.dumps({**SUMMARY, "eval": {"before": {"rewards": 5}}}).encode()]
-    run.lora_file.write_bytes(b"a LoRA")
+    save_file({"a": torch.ones(3)}, run.lora_file)
     for content in damaged:
         file.write_bytes(content)
         assert (run.summary(), run.is_finished()) == (None, False), content
     file.write_text(json.dumps(SUMMARY))
     assert (run.summary(), run.is_finished()) == (SUMMARY, True)
+    whole = run.lora_file.read_bytes()
+    for content in (b"", whole[:9], whole[:-1], whole + b"x", b"\xff" * 100, b"\2" + bytes(7) + b"{}"):
+        run.lora_file.write_bytes(content)
+        assert not run.is_finished(), content
     run.lora_file.unlink()
     assert not run.is_finished()
 
@@ -107,6 +112,43 @@ def test_description_is_kept_with_versions_and_command(run: RunDirectory, config
     assert record["hash"] == description_hash(config)
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert RunDirectory.attach(run.path).config() == config
+
+
+def test_a_command_line_that_is_not_text_leaves_the_description_readable(tmp_path: Path, config: RunConfig) -> None:
+    name = os.fsdecode(b"caf\xe9")  # as Python gives a file name that is not UTF-8
+    run = RunDirectory.open(tmp_path / "run", config, ["train", name])
+    assert run.config() == config
+    assert "caf\\xe9" in (run.path / "run.yaml").read_text(encoding="utf-8")
+    run.write_status("failed", error=f"{name} is gone")
+    assert run.status()["error"] == f"{name} is gone"
+    with pytest.raises(BadInput, match="has a name that is not UTF-8; choose another name"):
+        RunDirectory.open(tmp_path / name, config, [])
+    assert not (tmp_path / name).exists()
+
+
+def test_a_run_that_was_refused_before_it_began_holds_its_directory_for_nobody(
+    run: RunDirectory, tiny_description: dict
+) -> None:
+    tiny_description["rollout"]["eta"] = 0.9
+    other = parse_config(tiny_description)
+    run.write_status("failed", error="the server cannot be reached", bad_input=True)
+    run.release()
+    assert run.changes(other) == []
+    RunDirectory.open(run.path, other, ["train"]).release()
+    assert run.config() == other
+
+
+@pytest.mark.parametrize("what", ["failed while it trained", "has an event", "has a checkpoint"])
+def test_a_run_that_began_keeps_its_directory(run: RunDirectory, tiny_description: dict, what: str) -> None:
+    tiny_description["rollout"]["eta"] = 0.9
+    run.write_status("failed", error="a reward is gone", bad_input=what != "failed while it trained")
+    if what == "has an event":
+        run.events_file.write_text('{"iteration": 1')
+    if what == "has a checkpoint":
+        run.save_checkpoint(0, Checkpoint({"a": torch.zeros(1)}, {}), 2)
+    run.release()
+    with pytest.raises(BadInput, match="rollout.eta was 0.5 and is now 0.9"):
+        RunDirectory.open(run.path, parse_config(tiny_description), [])
 
 
 def test_hash_stands_for_the_description(tiny_description: dict) -> None:
@@ -155,7 +197,8 @@ def test_a_run_is_extended_and_not_shortened(run: RunDirectory, tiny_description
     run.release()
     (run.path / "report").mkdir()
     (run.path / "report" / "summary.json").write_text(json.dumps(SUMMARY))
-    run.lora_file.write_bytes(b"a LoRA")
+    save_file({"a": torch.ones(3)}, run.lora_file)
+    lora = run.lora_file.read_bytes()
     assert run.is_finished()
     tiny_description["runtime"]["iterations"] = 9
     longer = parse_config(tiny_description)
@@ -164,12 +207,15 @@ def test_a_run_is_extended_and_not_shortened(run: RunDirectory, tiny_description
     assert again.extended_from == 4
     assert again.config() == longer
     assert not again.is_finished(), "it goes on"
-    assert again.lora_file.read_bytes() == b"a LoRA"
+    assert again.lora_file.read_bytes() == lora
     again.release()
     assert RunDirectory.open(run.path, longer, []).extended_from is None
     for iterations, eta in ((8, 0.5), (12, 0.9)):
         tiny_description["runtime"]["iterations"], tiny_description["rollout"]["eta"] = iterations, eta
-        with pytest.raises(BadInput, match="runtime.iterations was 9 and is now 8|rollout.eta was 0.5 and is now 0.9"):
+        with pytest.raises(
+            BadInput,
+            match="was 9 and is now 8, but can only be raised|rollout.eta was 0.5 and is now 0.9",
+        ):
             RunDirectory.open(run.path, parse_config(tiny_description), [])
 
 

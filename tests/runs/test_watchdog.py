@@ -1,5 +1,6 @@
 """A run that trains nothing stops early, with the reason."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,24 @@ def test_the_reason_is_another_where_no_image_had_a_reward() -> None:
         "nothing was trained for 2 iterations in a row: no image had a finite reward; "
         "check the log for warnings of the reward"
     )
+
+
+def test_a_run_that_is_over_before_the_limit_has_failed_if_nothing_was_trained() -> None:
+    def verdict(*events: dict) -> str | None:
+        watchdog = Watchdog(WatchdogConfig(), {"a": 1.0})
+        for each in events:
+            assert watchdog.watch(each)[1] is None
+        resumed = Watchdog(WatchdogConfig(), {"a": 1.0})
+        resumed.restore(json.loads(json.dumps(watchdog.state())))
+        return resumed.final_verdict()
+
+    idle, busy, bad = event(), event(norm=1.0), event(bad=1)
+    assert verdict(idle, busy, idle) is None
+    assert verdict(idle, idle).startswith("no iteration has trained anything: the images of every group had equal")
+    assert verdict(idle, event(mean=None, skipped=0, dropped=4)).endswith(
+        "no image had a finite reward; check the log for warnings of the reward"
+    )
+    assert verdict(bad, bad) == "no iteration has trained anything: no update had a finite loss and gradient"
 
 
 def test_an_alarm_of_the_objective_is_a_sign_of_collapse() -> None:

@@ -148,7 +148,7 @@ def test_files(tmp_path: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbfa: \xc3\xbc\n")
     assert read_document(file, "the file") == {"a": "ü"}, "without its byte order mark"
     file.write_bytes(b"a: \xc3")
-    with pytest.raises(BadInput, match=r"^the file is not UTF-8 text: byte 4 is not valid$"):
+    with pytest.raises(BadInput, match=r"^the file is not UTF-8 text: byte 4 is not valid; save it as UTF-8$"):
         read_document(file, "the file")
     file = tmp_path / "a.json"
     file.write_text("a: 1")

@@ -2,11 +2,11 @@
 
 from ..objectives.advantage import AdvantageConfig
 from ..utils.section import Section
+from .faults import describe
 from .model import GraphLora, GraphModel, GraphSampling, ModelConfig
 from .parse import (
     AUTO,
     PRESETS,
-    describe,
     parse_config,
     parse_sections,
     preset,

@@ -1,4 +1,4 @@
-"""Reading run descriptions: files, overrides, presets, and what pydantic finds in them as sentences."""
+"""Reading run descriptions: files, overrides and presets."""
 
 import copy
 from pathlib import Path
@@ -10,6 +10,7 @@ from ..paths import with_absolute_paths
 from ..utils.documents import check_data, parse_document, read_document
 from ..utils.errors import BadInput, cut, shorten
 from ..utils.section import Section
+from .faults import describe
 from .sections import RunConfig
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -113,7 +114,7 @@ def preset_names() -> list[str]:
 
 def _override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator:
+    if not separator or "" in key.strip().split("."):
         raise BadInput(f"setting {shorten(override)} is not of the form section.field=value")
     *parents, last = key.strip().split(".")
     key = cut(key.strip(), 100)
@@ -134,30 +135,3 @@ def _index(target: list, text: str, key: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10) or int(text) >= len(target):
         raise BadInput(f"setting {key}: {cut(text, 100)} is not an index below {len(target)}")
     return int(text)
-
-
-def describe(error: ValidationError, section: str = "") -> str:
-    """Pydantic's findings as sentences that name the field, the value and what is accepted."""
-    sentences = []
-    for fault in error.errors()[:5]:
-        location = [section, *fault["loc"]] if section else fault["loc"]
-        field = cut(".".join(str(part)[:100] for part in location), 200) or "run description"
-        message = cut(fault["msg"].removeprefix("Value error, "), 400)
-        if fault["type"] == "extra_forbidden":
-            sentences.append(f"{field} is not a setting; check the spelling (docs/configuration.md lists them all)")
-        elif fault["type"] == "missing":
-            sentences.append(f"{field} is missing")
-        elif fault["type"] == "value_error":
-            sentences.append(_with_field(message, field, str(location[-1]) if location else ""))
-        else:
-            sentences.append(f"{field} is {shorten(fault['input'])}: {message[0].lower()}{message[1:]}")
-    return "; ".join(sentences)
-
-
-def _with_field(message: str, field: str, last: str) -> str:
-    """Prefix a validator's message with the full name of the field, unless it begins with the name already."""
-    if message.startswith((f"{field} ", f"{field}.")):
-        return message
-    if last and message.startswith(f"{last} "):
-        return f"{field}{message[len(last) :]}"
-    return f"{field}: {message}"

@@ -21,7 +21,8 @@ from ..config import EvaluationConfig, PromptsConfig, RunConfig
 from ..utils.documents import parse_json, read_text
 from ..utils.errors import BadInput, cut, shorten
 from ..utils.media import check_image
-from .text import Key, check_text, clean, first_repeated, numbered_lines, same_text, without_weights
+from .forms import COLUMNS, is_json, other_form
+from .text import Key, check_text, clean, first_repeated, prompt_lines, same_text, without_weights
 
 if TYPE_CHECKING:
     from ..objectives import Objective
@@ -165,40 +166,18 @@ def _read(path: Path, what: str) -> list[_Entry]:
 
 
 def _read_lines(text: str, path: Path) -> list[_Entry]:
-    lines = numbered_lines(text)
-    if lines and (form := _other_form(text, lines)):
-        raise BadInput(f"{path} {form}; a .txt file must have one prompt per line")
-    return [_Entry(line) for _, line in lines]
-
-
-def _other_form(text: str, lines: list[tuple[int, str]]) -> str | None:
-    """A clause about the format of a text that is not one prompt per line, else None."""
-    first = lines[0][1]
-    if "\0" in text:
-        return "is not UTF-8 text: it contains NUL characters"
-    if first.lower().startswith(("<!doctype", "<html", "<?xml", "{\\rtf")):
-        return f"contains markup ({cut(first, 20)})"
-    if first in ("[", "{") or _is_json(text) or all(_is_json(line) for _, line in lines[:10]):
-        return "contains JSON: rename it to .json, or to .jsonl if it has one object per line"
-    columns = [column.strip(' "').lower() for column in first.split(",")]
-    if len(columns) > 1 and "prompt" in columns and set(columns) <= _COLUMNS:
-        return "begins with a CSV header: rename it to .csv"
-    return None
-
-
-def _is_json(text: str) -> bool:
-    if text.strip()[:1] not in ("[", "{"):
-        return False
-    try:
-        parse_json(text, "it")
-    except BadInput:
-        return False
-    return True
+    if form := other_form(text):
+        raise BadInput(f"{path} {form[0]}: {form[1]}; a .txt file must have one prompt per line")
+    return [_Entry(line) for line in prompt_lines(text)]
 
 
 def _read_json_lines(text: str, path: Path) -> list[_Entry]:
     images = _Images(path)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if len(lines) > 1 and not is_json(lines[0][1]) and is_json(text):
+        raise BadInput(
+            f"{path} is one JSON text over several lines: rename it to .json, or put one object on each line"
+        )
     return [_json_entry(parse_json(line, f"{path} line {n}"), f"{path} line {n}", images) for n, line in lines]
 
 
@@ -217,18 +196,16 @@ def _json_entry(record: Any, where: str, images: "_Images") -> _Entry:
     return _entry(record["prompt"], record.get("category", ""), record.get("image", ""), where, images)
 
 
-_COLUMNS = {"prompt", "category", "image"}
-
-
 def _read_csv(text: str, path: Path) -> list[_Entry]:
     table, images = csv.DictReader(io.StringIO(text, newline=""), strict=True), _Images(path)
     try:
         columns = [name.strip() for name in table.fieldnames or []]
         table.fieldnames = columns
-        if "prompt" not in columns or not set(columns) <= _COLUMNS or len(set(columns)) < len(columns):
+        if "prompt" not in columns or not set(columns) <= COLUMNS or len(set(columns)) < len(columns):
             names = cut(", ".join(columns), 200) or "(none)"
             raise BadInput(
-                f"{path} has the columns {names}: it needs prompt and, optionally, category and image, each once"
+                f"{path} has the columns {names}: it needs prompt and, optionally, category and image, each once, "
+                "separated by commas"
             )
         rows = [(table.line_num, row) for row in table]
     except csv.Error as error:

@@ -1,6 +1,7 @@
 """Prompt texts: splitting into lines, comparing, and removing ComfyUI's prompt weights."""
 
 import re
+import unicodedata
 from collections.abc import Hashable, Iterable
 
 from ..utils.errors import BadInput, shorten
@@ -22,8 +23,8 @@ def clean(text: str) -> str:
 
 
 def same_text(text: str) -> str:
-    """Normalise white space, so that prompts that differ only in white space compare equal."""
-    return " ".join(clean(text).split())
+    """Normalise white space and composed characters, so that prompts that look the same compare equal."""
+    return " ".join(unicodedata.normalize("NFC", clean(text)).split())
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
@@ -42,7 +43,7 @@ def prompt_lines(text: str) -> list[str]:
 
 
 def check_text(text: str, field: str) -> None:
-    """Raise BadInput for a text that is not valid Unicode, because it has an unpaired surrogate.
+    """Raise BadInput for a text with an unpaired surrogate, which is not valid Unicode, or with a NUL character.
 
     Args:
         field: name of the text's source for messages, such as `prompts.negative`.
@@ -51,6 +52,8 @@ def check_text(text: str, field: str) -> None:
         raise BadInput(
             f"{field} contains {shorten(text)}, which has an unpaired Unicode surrogate: type the character itself"
         )
+    if "\0" in text:
+        raise BadInput(f"{field} contains {shorten(text)}, which has a NUL character: remove it")
 
 
 def check_prompts(texts: list[str], field: str) -> None:

@@ -15,16 +15,15 @@ from filelock import FileLock, Timeout
 
 from ..config import RunConfig, parse_config
 from ..utils.documents import dump_yaml, is_number, read_document, try_json
-from ..utils.errors import BadInput, RunFailed, shorten
-from ..utils.files import remove_leftovers, write_atomically, write_json
+from ..utils.errors import BadInput, RunFailed
+from ..utils.files import is_whole_safetensors, remove_leftovers, write_atomically, write_json
 from . import checkpoints, events
+from .changes import setting_changes
 from .checkpoints import Checkpoint
 from .events import Event
 
 STATES = ("starting", "running", "stopping", "finished", "stopped", "failed")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
-RAISABLE = "runtime.iterations"
-"""The only setting of an existing run that may change: raising it extends the run."""
 
 
 def description_hash(config: RunConfig) -> str:
@@ -37,24 +36,9 @@ def _hash(description: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def changed_fields(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The settings in which two descriptions differ: old and new value by dotted name."""
-    changes = {}
-    for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changes |= changed_fields(before, after, f"{prefix}{key}.")
-        elif before != after:
-            changes[f"{prefix}{key}"] = before, after
-    return changes
-
-
-def _changes(old: RunConfig, new: RunConfig) -> list[str]:
-    """A sentence for each changed setting with which the run cannot be resumed."""
-    changed = changed_fields(old.model_dump(mode="json"), new.model_dump(mode="json"))
-    if RAISABLE in changed and changed[RAISABLE][1] > changed[RAISABLE][0]:
-        del changed[RAISABLE]
-    return [f"{name} was {shorten(before)} and is now {shorten(after)}" for name, (before, after) in changed.items()]
+def _printable(word: str) -> str:
+    r"""A word of the command line; bytes of a file name that are not UTF-8 become `\\xe9` or the like."""
+    return os.fsencode(word).decode("utf-8", "backslashreplace")
 
 
 class RunDirectory:
@@ -93,6 +77,8 @@ class RunDirectory:
     def take(self, config: RunConfig, command: list[str]) -> None:
         """The same as `open`, for an existing object."""
         path = self.path
+        if str(path).encode("utf-8", "ignore") != os.fsencode(path):
+            raise BadInput(f"run directory {path} has a name that is not UTF-8; choose another name")
         if path.exists() and not path.is_dir():
             raise BadInput(f"run directory {path} is a file; choose another name")
         if path.is_dir() and any(path.iterdir()) and not (path / "run.yaml").exists() and not (path / ".lock").exists():
@@ -118,7 +104,10 @@ class RunDirectory:
                 raise
             self._write_description(config, command)  # run.yaml was damaged or edited; restore it
             stored = config
-        if changes := _changes(stored, config):
+        if self.never_began():
+            self._write_description(config, command)
+            stored = config
+        if changes := setting_changes(stored, config):
             raise BadInput(f"run directory {self.path} has a run with other settings: {'; '.join(changes[:5])}")
         if config != stored:
             self.extended_from = stored.runtime.iterations
@@ -214,7 +203,7 @@ class RunDirectory:
         record = {
             "description": config.model_dump(mode="json"),
             "hash": description_hash(config),
-            "command": command,
+            "command": [_printable(word) for word in command],
             "versions": {"python": sys.version.split()[0], **versions},
         }
         write_atomically(self.path / "run.yaml", dump_yaml(record))
@@ -252,7 +241,14 @@ class RunDirectory:
         Raises:
             BadInput: run.yaml is damaged, or was edited.
         """
-        return _changes(self.config(), config)
+        return [] if self.never_began() else setting_changes(self.config(), config)
+
+    def never_began(self) -> bool:
+        """Whether the run was refused before its first iteration: another description may take its directory."""
+        status = self.status()
+        refused = status.get("state") == "failed" and status.get("bad_input") is True
+        has_events = self.events_file.is_file() and self.events_file.stat().st_size > 0
+        return refused and not has_events and not self.checkpoints()
 
     # ------------------------------------------------------------------------------------------------ status
 
@@ -281,8 +277,8 @@ class RunDirectory:
         return summary if _is_summary(summary) else None
 
     def is_finished(self) -> bool:
-        """Whether the run has finished all iterations and its LoRA exists."""
-        return (self.summary() or {}).get("state") == "finished" and self.lora_file.is_file()
+        """Whether the run has finished all iterations and its LoRA is there, whole."""
+        return (self.summary() or {}).get("state") == "finished" and is_whole_safetensors(self.lora_file)
 
     @property
     def log_file(self) -> Path:

@@ -20,6 +20,8 @@ class Watchdog:
         gradients: the last 50 gradient norms.
         signs: number of consecutive iterations with a sign of collapse.
         idle: number of consecutive iterations without an optimizer step.
+        trained: number of iterations with an optimizer step.
+        obstacle: why the last iteration without an optimizer step had none.
         dropped, bad_updates: totals of the run.
     """
 
@@ -32,6 +34,8 @@ class Watchdog:
     gradients: list[float] = field(default_factory=list)
     signs: int = 0
     idle: int = 0
+    trained: int = 0
+    obstacle: str = ""
     dropped: int = 0
     bad_updates: int = 0
 
@@ -63,11 +67,23 @@ class Watchdog:
         self._take_baseline(event["rewards"])
         self.dropped += event["dropped_samples"]
         self.bad_updates += event["bad_updates"]
-        self.idle = self.idle + 1 if event["grad_norm"] is None and not event["bad_updates"] else 0
+        self._count_training(event)
         improved = self._take_reward(rewards)
         signs = [sign for sign in (self._reward_sign(), alarm, self._gradient_sign(event)) if sign]
         self.signs = self.signs + 1 if signs else 0
-        return improved, self._verdict(signs, event)
+        return improved, self._verdict(signs)
+
+    def final_verdict(self) -> str | None:
+        """Why a run that has done all its iterations has nevertheless failed: the LoRA is as it was."""
+        return None if self.trained else f"no iteration has trained anything: {self.obstacle}"
+
+    def _count_training(self, event: dict) -> None:
+        if event["grad_norm"] is not None:
+            self.trained, self.idle = self.trained + 1, 0
+        elif event["bad_updates"]:
+            self.idle, self.obstacle = 0, "no update had a finite loss and gradient"
+        else:
+            self.idle, self.obstacle = self.idle + 1, _why_idle(event)
 
     def diversity_warning(self, first: dict, last: dict) -> str | None:
         """A sentence where the images of a prompt have become alike.
@@ -116,13 +132,13 @@ class Watchdog:
             return None
         return f"the gradient norm is {norm:.3g}, its running median {median:.3g}"
 
-    def _verdict(self, signs: list[str], event: dict) -> str | None:
+    def _verdict(self, signs: list[str]) -> str | None:
         if self.dropped > self.config.max_dropped:
             return f"{self.dropped} samples had no finite reward (limit {self.config.max_dropped})"
         if self.bad_updates > self.config.max_bad_updates:
             return f"{self.bad_updates} updates had no finite loss or gradient (limit {self.config.max_bad_updates})"
         if self.idle >= self.config.max_idle:
-            return f"nothing was trained for {self.idle} iterations in a row: {_why_idle(event)}"
+            return f"nothing was trained for {self.idle} iterations in a row: {self.obstacle}"
         if signs and self.signs >= self.config.patience:
             return f"collapse: {'; '.join(signs)}, for {self.signs} iterations in a row"
         return None

@@ -60,7 +60,7 @@ def read_text(path: Path, what: str) -> str:
     except OSError as error:
         raise BadInput(f"{what} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{what} is not UTF-8 text: byte {error.start + 1} is not valid") from error
+        raise BadInput(f"{what} is not UTF-8 text: byte {error.start + 1} is not valid; save it as UTF-8") from error
 
 
 def read_document(path: Path, what: str) -> Any:

@@ -71,8 +71,27 @@ def move_file(source: Path, target: Path) -> None:
         source.unlink()
 
 
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a safetensors file has the length that its header says; its numbers are not looked at."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(length)) if length <= size else None
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        return 8 + length + max(ends) == size
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        return False
+
+
 def write_json(path: Path, data: Any) -> None:
-    write_atomically(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    """Write JSON; file names in it that are not UTF-8, and other unpaired surrogates, are escaped.
+
+    Raises:
+        OSError: see `write_atomically`.
+    """
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def remove_leftovers(folder: Path) -> None:

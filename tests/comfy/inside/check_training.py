@@ -320,6 +320,9 @@ def test_what_is_upstream_counts_and_node_numbers_do_not(pack) -> None:
         ("a b\nc", "# d\na  b", "held_out_prompts: 'a b' is also in prompts"),
         ("a\nb \ud83e", "", "prompts contains 'b .ud83e', which has an unpaired Unicode surrogate"),
         ("a", "b\nb", "held_out_prompts contains 'b' more than once"),
+        ('[\n "a",\n "b"\n]', "", "prompts contains JSON: enter one prompt per line"),
+        ("a", "prompt,category\nb,c", "held_out_prompts begins with a CSV header: enter one prompt per line"),
+        ("a\nb\0", "", "prompts contains NUL characters"),
         ("a\nb", "b", "held_out_prompts: 'b' is also in prompts"),
     ],
 )

@@ -89,4 +89,4 @@ def _scores(answer: Any, count: int) -> list[float]:
     scores = answer["scores"]
     if not isinstance(scores, list) or len(scores) != count:
         raise ValueError(f"expected a list of {count} scores, got {str(scores)[:60]}")
-    return [float("nan") if value is None else number(value) for value in scores]
+    return [float("nan") if value is None or value != value else number(value) for value in scores]
