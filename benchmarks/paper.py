@@ -47,9 +47,10 @@ def base_evaluation(output: Path, config: object) -> dict | None:
     return None
 
 
-def scored(config: object) -> list[dict]:
-    """The rewards that an evaluation scores, as JSON."""
-    return [reward.model_dump(mode="json") for reward in (*config.rewards, *config.evaluation.rewards)]
+def scored(config: object) -> list:
+    """What an evaluation's figures depend on, as JSON: its rewards, and how the trained ones are combined."""
+    rewards = [reward.model_dump(mode="json") for reward in (*config.rewards, *config.evaluation.rewards)]
+    return [*rewards, config.advantage.combine]
 
 
 def run(output: Path, name: str, settings: list[str], seed: int, iterations: int) -> dict:
