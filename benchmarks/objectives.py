@@ -72,17 +72,22 @@ def begin(config: object) -> tuple[object, Cost]:
 
 
 def train(base: str, settings: list[str], rate: float, seed: int, budget: int, points: int, first: dict | None) -> dict:
+    """One run of as many iterations as the budget pays for; see `follow`."""
+    trainer, cost = begin(description(base, settings, rate, seed, 1))
+    with cost.counted():
+        trainer.iterate()
+    return follow(description(base, settings, rate, seed, budget // cost.total), points, first)
+
+
+def follow(config: object, points: int, first: dict | None) -> dict:
     """One run: its evaluations with their costs.
 
     Args:
         points: evaluations after the first, evenly spaced.
-        first: evaluation of the base model, which is the same for every run; None to make it.
+        first: evaluation of the base model, where another run has made it already; None to make it.
     """
-    trainer, cost = begin(description(base, settings, rate, seed, 1))
-    with cost.counted():
-        trainer.iterate()
-    iterations = budget // cost.total
-    trainer, cost = begin(description(base, settings, rate, seed, iterations))
+    iterations = config.runtime.iterations
+    trainer, cost = begin(config)
     if first is None:
         trainer.evaluate()
     else:
@@ -99,7 +104,7 @@ def train(base: str, settings: list[str], rate: float, seed: int, budget: int, p
             curve.append({"cost": cost.total, **trainer.evaluations[-1]})
         if stopped:
             break
-    per_image = cost.total / trainer.iteration / event_images(trainer.config)
+    per_image = cost.total / trainer.iteration / event_images(config)
     return {"curve": curve, "per_image": per_image, "decode_seconds": decode, "stopped": stopped}
 
 

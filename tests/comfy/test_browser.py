@@ -46,6 +46,25 @@ def test_the_reason_of_an_error_is_a_toast_and_is_text(page: Any) -> None:
     assert [text for text in page.complaints if "DanceGRPO" in text] == []
 
 
+def test_the_reason_of_a_refusal_is_a_toast(page: Any) -> None:
+    """The page's own way to queue; the server refuses the name before anything runs."""
+    outcome = page.evaluate("""async () => {
+        const {api} = await import('/scripts/api.js');
+        const node = {class_type: 'DanceGRPO_Run', inputs: {name: '../<b>x</b>', action: 'look'}};
+        try {
+            await api.queuePrompt(0, {output: {1: node}, workflow: {}});
+            return 'accepted';
+        } catch (error) {
+            return Object.keys(error.response?.node_errors ?? {}).join();
+        }
+    }""")
+    assert outcome == "1", "the refusal reaches whoever queued as before"
+    toast = page.locator(".p-toast-message", has_text="name '../<b>x</b>'")
+    toast.first.wait_for(timeout=30_000)
+    assert toast.count() == 1, "said once"
+    assert "name - " not in toast.first.inner_text()
+
+
 def test_markup_in_an_error_stays_text(page: Any) -> None:
     page.evaluate("""async () => {
         const {errorToast} = await import('/extensions/ComfyUI-DanceGRPO/js/errors.js');

@@ -1,6 +1,6 @@
 /**
- * Why a node of this pack stopped, as a toast: ComfyUI's own message says only that a node threw an error.
- * Text is handed on as text, never as HTML.
+ * Why a node of this pack stopped or was not accepted, as a toast: ComfyUI's own message says only that a node threw an
+ * error, or that one rejected its input. Text is handed on as text, never as HTML.
  */
 
 const OWN = "DanceGRPO_";
@@ -16,14 +16,50 @@ export function errorToast(error, title) {
   if (!String(error?.node_type).startsWith(OWN)) return null;
   // The lines that follow are the end of a run's log, which the node's report shows.
   const sentence = String(error.exception_message ?? "").trim().split("\n")[0];
-  const shown = sentence.length > LONGEST ? `${sentence.slice(0, LONGEST)}...` : sentence;
-  return { severity: "error", summary: title || error.node_type, detail: shown };
+  return { severity: "error", summary: title || error.node_type, detail: cut(sentence) };
+}
+
+/**
+ * A toast for every sentence that the server refused a graph with, each once per node.
+ *
+ * @param {Object<string, {class_type: string, errors: {message: string, details: string}[]}>} nodeErrors
+ *     `node_errors` of the answer to POST /prompt
+ * @param {(id: string) => string | undefined} titleOf the node's title in the graph
+ */
+export function refusalToasts(nodeErrors, titleOf) {
+  return Object.entries(nodeErrors ?? {}).flatMap(([id, { class_type: kind, errors }]) => {
+    if (!String(kind).startsWith(OWN)) return [];
+    const sentences = new Set((errors ?? []).map((error) => sentenceOf(error)));
+    return [...sentences].map((detail) => ({ severity: "error", summary: titleOf(id) || kind, detail: cut(detail) }));
+  });
+}
+
+/** ComfyUI writes "<input> - <sentence>" where a node's own validation refused, and "<input>" with its own messages. */
+function sentenceOf({ message, details, extra_info: extra }) {
+  const name = extra?.input_name ?? "";
+  const text = String(details ?? "");
+  if (name && text.startsWith(`${name} - `)) return text.slice(name.length + 3);
+  return text && !String(message).includes(text) ? `${message}: ${text}` : String(message);
+}
+
+function cut(sentence) {
+  return sentence.length > LONGEST ? `${sentence.slice(0, LONGEST)}...` : sentence;
 }
 
 /** Show these toasts from now on. */
 export function showErrors(app, api) {
+  const titleOf = (id) => app.graph?.getNodeById?.(id)?.title;
   api.addEventListener("execution_error", ({ detail }) => {
-    const toast = errorToast(detail, app.graph?.getNodeById?.(detail?.node_id)?.title);
+    const toast = errorToast(detail, titleOf(detail?.node_id));
     if (toast) app.extensionManager.toast.add(toast);
   });
+  const queuePrompt = api.queuePrompt;
+  api.queuePrompt = async function (...given) {
+    try {
+      return await queuePrompt.apply(this, given);
+    } catch (error) {
+      refusalToasts(error?.response?.node_errors, titleOf).forEach((toast) => app.extensionManager.toast.add(toast));
+      throw error;
+    }
+  };
 }
