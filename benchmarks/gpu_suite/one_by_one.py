@@ -17,7 +17,7 @@ from trainer.diffusion import kernels
 from trainer.diffusion.solvers import SOLVERS
 from trainer.loop import Trainer
 from trainer.objectives.advantage import advantages_of
-from trainer.objectives.base import Item
+from trainer.objectives.base import TrainingItem
 from trainer.runs.metrics import Clock
 from trainer.score import score_by_group
 from trainer.utils.seeds import prompt_indices
@@ -152,8 +152,8 @@ def compare(setting: Setting, data: dict, prepare: Prepare) -> dict:
 def same_gradient(trainer: Trainer, other: OneByOne) -> dict:
     rollout = trainer.collector.collect(0, Clock())
     (items,) = trainer.objective.items(rollout)
-    mine = torch.cat([g.flatten() for g in trainer.engine.gradient(items, rollout, 1.0, len(items))])
-    every = [Item(key, step) for key in rollout.members for step in trainer.objective._steps(rollout, key)]
+    mine = torch.cat([g.flatten() for g in trainer.updater.gradient(items, rollout, 1.0, len(items))])
+    every = [TrainingItem(key, step) for key in rollout.members for step in trainer.objective._steps(rollout, key)]
     if len(every) != len(items):
         raise ValueError("a group was left out of the update, so the gradients are not of the same images")
     other.iterate(0, step=False)

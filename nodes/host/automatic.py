@@ -10,7 +10,6 @@ from ...trainer.estimate.automatic import Choice, Facts, choose, choose_for, fil
 from ...trainer.estimate.memory import graph_bytes, name_of
 from ...trainer.models.distilled import distilled_steps
 from ...trainer.runs.memory import memory_bytes
-from ...trainer.utils.distributed import Processes
 from .. import types
 
 
@@ -45,6 +44,8 @@ def _choice(plain: dict, model: types.Model, processes: int) -> Choice:
     if model.spec is None:
         return choose_for(plain, processes)
     config = ModelConfig.model_validate(model.section)
+    from ...trainer.utils.distributed import Processes  # accelerate, which ComfyUI's start does not need
+
     device = Processes("auto").device
     facts = Facts(
         family=config.family,

@@ -9,7 +9,6 @@ from ..config import parse_config, preset, preset_names
 from ..diffusion.process import FLOW, Process
 from ..models.distilled import distilled_steps
 from ..runs.memory import memory_bytes
-from ..utils.distributed import Processes
 from ..utils.errors import BadInput
 from . import memory
 from .forecast import size
@@ -188,6 +187,8 @@ def choose_for(data: dict[str, Any], processes: int = 1) -> Choice:
     if config.model.path == "embedded":
         return demo_choice()
     checked = check_run(config, processes)
+    from ..utils.distributed import Processes  # accelerate, which ComfyUI's start does not need
+
     device = Processes(config.runtime.device).device
     on_cpu = device.type == "cpu"
 
