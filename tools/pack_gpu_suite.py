@@ -17,8 +17,9 @@ from io import BytesIO
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = shutil.ignore_patterns(
-    ".git", "__pycache__", "models", "output", "input", "temp", "user", "custom_nodes", "venv", ".venv", "*.safetensors"
+LEFT_OUT_ANYWHERE = shutil.ignore_patterns("__pycache__", "*.safetensors")
+LEFT_OUT_AT_THE_TOP = shutil.ignore_patterns(
+    ".git", "models", "output", "input", "temp", "user", "custom_nodes", "venv", ".venv"
 )
 EXTRA = ["bitsandbytes>=0.43.3"]
 RUN = """#!/bin/sh
@@ -51,7 +52,13 @@ def pack(folder: Path, comfyui: Path, with_wheels: bool) -> None:
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=BytesIO(archive)) as content:
         content.extractall(folder / "repository", filter="data")
-    shutil.copytree(comfyui, folder / "ComfyUI", ignore=LEFT_OUT)
+
+    def left_out(inside: str, names: list[str]) -> set[str]:
+        """ComfyUI has a package `comfy/ldm/models` beside its folder of weights, `models`."""
+        at_the_top = LEFT_OUT_AT_THE_TOP(inside, names) if Path(inside) == comfyui else set()
+        return LEFT_OUT_ANYWHERE(inside, names) | at_the_top
+
+    shutil.copytree(comfyui, folder / "ComfyUI", ignore=left_out)
     if with_wheels:
         download(folder / "wheels", [ROOT / "requirements-dev.txt", comfyui / "requirements.txt"])
     script = folder / "run.sh"

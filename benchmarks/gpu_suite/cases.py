@@ -131,7 +131,8 @@ def description(**sections: dict) -> dict:
     data = {
         "prompts": {"texts": models.PROMPTS},
         "rollout": {"steps": 6, "group_size": 4, "prompts_per_iteration": 2, "batch_size": 4, "window": {"size": 2}},
-        "rewards": [{"name": "brightness"}, {"name": "colorfulness"}],
+        # In a group of two, equal weights would cancel wherever the rewards disagree.
+        "rewards": [{"name": "brightness"}, {"name": "colorfulness", "weight": 0.5}],
         "objective": {"batch_size": 1},
         "lora": {"rank": 16, "alpha": 32},
         "optimizer": {"learning_rate": 1e-4},
