@@ -14,9 +14,9 @@ from ..trainer.prompts.forms import check_lines
 from ..trainer.prompts.text import check_prompts, prompt_lines
 from ..trainer.rewards.files import read_weights
 from ..trainer.utils.errors import BadInput
-from ..trainer.utils.media import to_tensor
 from . import types
 from .host import comparing, inputs, progress, results
+from .host.images import image_output
 from .types import CATEGORY, RewardType, connected
 
 NONE = "(none)"
@@ -88,7 +88,7 @@ class CompareLoRAs(io.ComfyNode):
             parts = comparing.Parts(*_parts(given))
             models = comparing.score_models(parts, sampling, texts, reward, loras, cls.hidden.unique_id)
         record = compared(models)
-        text, sheet = text_table(record), to_tensor(contact_sheet(models)).movedim(0, -1)[None]
+        text, sheet = text_table(record), image_output(contact_sheet(models))
         progress.say(summary(record), cls.hidden.unique_id)
         data = {**record, "seed": sampling.seed, "prompt_texts": texts}
         shown = ui.PreviewImage(sheet, cls=cls).as_dict() | {"text": (text,), results.DATA: (results.jsonable(data),)}

@@ -13,9 +13,10 @@ from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.pictures import captioned
 from ...trainer.utils.errors import BadInput
-from ...trainer.utils.media import read_image, to_tensor
+from ...trainer.utils.media import read_image
 from ..types import RunType
 from .folders import publish_lora, published_loras, run_folder
+from .images import image_output
 from .progress import RunView, newest_sample, say
 
 DATA = "dancegrpo"
@@ -156,7 +157,7 @@ def _samples(run: RunDirectory) -> torch.Tensor | None:
         return _image(both)
     newest = newest_sample(run)
     try:
-        return None if newest is None else to_tensor(captioned(newest)).movedim(0, -1)[None]
+        return None if newest is None else image_output(captioned(newest))
     except BadInput:
         return None
 
@@ -164,7 +165,7 @@ def _samples(run: RunDirectory) -> torch.Tensor | None:
 def _image(source: Path | bytes) -> torch.Tensor | None:
     """An image file as ComfyUI's IMAGE, `[1, H, W, 3]`; None if it is damaged."""
     try:
-        return read_image(source).movedim(0, -1)[None]
+        return image_output(read_image(source))
     except BadInput:
         return None
 

@@ -11,8 +11,8 @@ from ...trainer.prompts.text import check_text, prompt_lines
 from ...trainer.rewards.base import ModelReward
 from ...trainer.rewards.remote.http import interruptible
 from ...trainer.utils.errors import BadInput
-from ...trainer.utils.media import to_tensor
 from ..types import Rewards
+from .images import image_output
 from .progress import check_interrupt
 
 
@@ -145,4 +145,4 @@ def bar_plot(parts: dict[str, Tensor], total: Tensor) -> Tensor:
         axis.set(title=name, xlabel="image", xlim=(0.4, len(values) + 0.6))
         axis.xaxis.get_major_locator().set_params(integer=True)
     canvas.draw()
-    return to_tensor(Image.fromarray(np.asarray(canvas.buffer_rgba()))).movedim(0, -1)[None]
+    return image_output(Image.fromarray(np.asarray(canvas.buffer_rgba())))
