@@ -259,6 +259,7 @@ def test_forty_votes_are_cast_by_keyboard(comfy: Server, collection: store.Colle
         assert "predicts" in page.locator(".dg-vote-state").inner_text(), "agreement with votes left out"
         page.keyboard.press("u")
         page.wait_for_function("document.querySelector('.dg-vote-state').textContent.startsWith('39 votes')")
+        page.wait_for_function(f"document.querySelectorAll('.dg-choice img').length === 2 && {IDLE}")
         page.keyboard.press("s")
         page.wait_for_function("document.querySelector('.dg-vote-state').textContent.includes('1 skipped')")
         assert page.evaluate("window.hacked") is None
@@ -389,5 +390,5 @@ def cast_by_keyboard(page: Any, collection: store.Collection, count: int) -> Non
 
 
 SHOWN = "[...document.querySelectorAll('.dg-choice img')].map((i) => i.src.split('/').pop()).join(' ')"
-IDLE = "!document.querySelector('.dg-chosen')"
-"""No vote is on its way: the chosen image is marked until the next pair is shown."""
+IDLE = "document.querySelector('.dg-stage').getAttribute('aria-busy') !== 'true'"
+"""No request is on its way, so keys are taken."""

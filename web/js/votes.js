@@ -132,7 +132,7 @@ export function votesView(panel) {
 
   /** Send one request at a time. */
   function send(request) {
-    busy += 1;
+    setBusy(busy + 1);
     waiting = waiting.then(async () => {
       try {
         const answer = await request();
@@ -144,9 +144,15 @@ export function votesView(panel) {
         stage.querySelector(".dg-chosen")?.classList.remove("dg-chosen");
         await choose(name);
       } finally {
-        busy -= 1;
+        setBusy(busy - 1);
       }
     });
+  }
+
+  /** Votes are taken only while no request is on its way. */
+  function setBusy(requests) {
+    busy = requests;
+    stage.setAttribute("aria-busy", String(busy > 0));
   }
 
   /** Load both pictures before they are shown, so that the pair changes at once. */
