@@ -116,4 +116,4 @@ def test_the_command_prints_a_description_that_runs(
     assert main(["presets", "auto"]) == 2
     assert "--for FILE" in capsys.readouterr().err
     assert main(["presets", "demo", "--for", str(file)]) == 2
-    assert "--for goes with preset auto, not with demo" in capsys.readouterr().err
+    assert "--for is only for preset auto, not for demo" in capsys.readouterr().err
