@@ -76,7 +76,7 @@ def _run_commands(commands: Commands) -> None:
     status.add_argument("directory", type=Path)
     status.set_defaults(run=_status)
 
-    stop = commands.add_parser("stop", help="stop a run; it keeps what was learned and can be resumed")
+    stop = commands.add_parser("stop", help="stop a run, which keeps its newest checkpoint and can be resumed")
     stop.add_argument("directory", type=Path)
     stop.set_defaults(run=_stop)
 
@@ -233,7 +233,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _unused(folder: Path) -> Path:
-    """The folder, or one beside it with a number, so that no results are written over."""
+    """The folder, or one with a number added to its name, so that no results are overwritten."""
     number, free = 2, folder
     while free.exists():
         free, number = folder.with_name(f"{folder.name}-{number}"), number + 1

@@ -118,7 +118,7 @@ class RolloutConfig(Section):
         if self.window and self.window.start + self.window.size > self.steps - 1:
             raise ValueError(
                 f"window of {self.window.size} from step {self.window.start} does not fit: "
-                f"the first {self.steps - 1} of {self.steps} steps can be stochastic"
+                f"only the first {self.steps - 1} of {self.steps} steps can be stochastic; lower window.start or size"
             )
         if self.guidance_steps is not None:
             first, end = self.guidance_steps
@@ -131,7 +131,7 @@ class RolloutConfig(Section):
         return self
 
     def guided(self, steps: int) -> list[bool] | None:
-        """Which of so many sampling steps use guidance; None for all."""
+        """Which sampling steps use guidance, in a schedule of `steps` steps; None for all."""
         if self.guidance_steps is None:
             return None
         first, end = (step * steps for step in self.guidance_steps)

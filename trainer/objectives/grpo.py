@@ -107,7 +107,7 @@ class Grpo(Objective):
         self._kl = 0.0  # of the last iteration
         self._age = 0  # iterations since a moving reference was renewed
         self._mean_weight = 1.0  # of the steps in this optimizer step
-        self._gate: Tensor | None = None  # images that get the KL term; None for all
+        self._gate: Tensor | None = None  # which images get the KL term (GARDO's gate); None for all
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:
