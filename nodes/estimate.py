@@ -71,7 +71,7 @@ class Estimate(io.ComfyNode):
             if conditioning is not None:
                 inputs.conditioning(conditioning, "conditioning")
                 if clip is None:
-                    raise BadInput("conditioning needs clip: connect clip too, or disconnect conditioning")
+                    raise BadInput("conditioning goes with a connected clip: connect it, or disconnect conditioning")
             processes, gpus = training.processes_of(given)
             data, chosen = training.chosen_description(given, model, processes)
             with preset_is_named(training.optional(given, "settings"), model):
