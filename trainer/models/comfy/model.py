@@ -35,7 +35,7 @@ from .load import (
 
 WEIGHT_FILES = (".safetensors", ".sft")
 LARGEST_SIGMA = 1000.0
-"""Noise levels of epsilon and v models (in ComfyUI's scale) are limited to the model's largest, or to this if larger."""
+"""Noise levels of epsilon and v models, in ComfyUI's scale, are limited to the model's largest or this, if larger."""
 
 
 class ComfyModel(DiffusionModel):
