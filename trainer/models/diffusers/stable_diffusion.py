@@ -68,8 +68,8 @@ class StableDiffusionModel(DiffusersModel):
         if other:
             named = ", ".join(f"{name} {value!r}" for name, value in other.items())
             raise BadInput(
-                f"model.path: {cls.folder(config) / cls.component} has {named}: its network takes an input that family "
-                f"{cls.family} does not give it"
+                f"model.path: {cls.folder(config) / cls.component} has {named}: its network needs an input that family "
+                f"{cls.family} does not provide"
             )
 
     @classmethod
