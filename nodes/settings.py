@@ -93,7 +93,7 @@ class Settings(io.ComfyNode):
             node_id="DanceGRPO_Settings",
             display_name="GRPO Settings",
             category=CATEGORY,
-            description="How a LoRA is trained: sampling, learning rate, iterations. Every other setting goes into "
+            description="How a LoRA is trained: sampling, learning rate, iterations. All other settings go into "
             "overrides.",
             search_aliases=[
                 "grpo settings",

@@ -113,7 +113,7 @@ Queue it: training runs in a separate process, and *GRPO Train LoRA* shows progr
 
 The second reward is a **threshold**: an image that is bright enough gets 1, any other 0. With a plain score, training would keep raising the brightness, and the shapes would become pale.
 
-**For a real model:** replace *Demo Model*'s MODEL, CLIP and VAE by those of your own loaders, connect MODEL and VAE to *GRPO Base Model*, and its GRPO_MODEL to *GRPO Train LoRA*: the model that your graph loads is trained. Choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts (at least a few dozen; the more varied, the better), and set *GRPO Preset* to `auto`. Examples 04 to 15 do this for released models."""
+**For a real model:** replace *Demo Model*'s MODEL, CLIP and VAE with those of your own loaders, connect MODEL and VAE to *GRPO Base Model*, and its GRPO_MODEL to *GRPO Train LoRA*: the model that your graph loads is trained. Choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts (at least a few dozen; the more varied, the better), and set *GRPO Preset* to `auto`. Examples 04 to 15 do this for released models."""
 
 
 def compare(add: Add, column: int, model: str, latent: str, reward: str, train: str, prompts: str | list) -> None:

@@ -6,7 +6,7 @@ from .embedded_workflows import HELD_OUT, PROMPTS
 from .workflow_graph import Add, Layout
 
 BACKGROUND, PROCESSES = "16 Train in the background", "17 Train on two processes"
-REAL = """**For a real model:** replace *Demo Model* by your own loaders and *GRPO Base Model*, choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts, and use *GRPO Preset* `auto` for the settings. Examples 04 to 15 show the loaders."""
+REAL = """**For a real model:** replace *Demo Model* with your own loaders and *GRPO Base Model*, choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts, and use *GRPO Preset* `auto` for the settings. Examples 04 to 15 show the loaders."""
 NOTES = {
     BACKGROUND: f"""# Train in the background
 
@@ -29,7 +29,7 @@ In another graph, give *GRPO Run* the **name** of the run.
 
 **gpus** (advanced) lists the GPUs, such as `0,1,2,3`. If it is empty, those that ComfyUI sees are used. Started with `--cuda-device 0`, ComfyUI sees only one: list the others there. Several GPUs need Linux (or WSL).
 
-This graph uses *GRPO Settings*: twelve settings that matter most as widgets, and every other one as a line in **overrides**.
+This graph uses *GRPO Settings*: the twelve settings that matter most are widgets, and all others are lines in **overrides**.
 
 {REAL}""",
 }

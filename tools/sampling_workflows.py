@@ -14,7 +14,7 @@ Sixteen images of one prompt are scored by the reward `shapes` (does an image sh
 
 Other prompts that the demo model knows: `three triangles`, `a circle above a square`, `a purple square`. Change both prompts, the one that is sampled and the one on *Score Images*.
 
-**For a real model:** replace *Demo Model* by your own loaders and set the latent's size. Choose another reward in *Load Reward*; its files go into `models/rewards`. `shapes` scores only images of the demo model; `brightness`, `colorfulness`, `sharpness` and `jpeg-size` score any image.""",
+**For a real model:** replace *Demo Model* with your own loaders and set the latent's size. Choose another reward in *Load Reward*; its files go into `models/rewards`. `shapes` scores only images of the demo model; `brightness`, `colorfulness`, `sharpness` and `jpeg-size` score any image.""",
     PARTLY: """# Use a LoRA early or late
 
 The same LoRA and the same initial noise of eight images, twice:
@@ -25,7 +25,7 @@ What a reward teaches well is mostly decided early; over-optimisation shows most
 
 The LoRA here was trained on the demo model by this pack's demo (`make demo`).
 
-**For a real model:** replace *Demo Model* by your own loaders, and choose your file in `lora_name` of *Apply LoRA over Sigmas*: trained LoRAs are listed under `dancegrpo/`. The `lora` input takes the LORA_MODEL of *GRPO Train LoRA* or *GRPO Run* in the same graph.""",
+**For a real model:** replace *Demo Model* with your own loaders, and choose your file in `lora_name` of *Apply LoRA over Sigmas*: trained LoRAs are listed under `dancegrpo/`. The `lora` input takes the LORA_MODEL of *GRPO Train LoRA* or *GRPO Run* in the same graph.""",
     ETA: """# What eta does
 
 Four images, one prompt, **one initial noise** (*Group Noise*). They differ only by the noise that the steps add: this is how GRPO makes the images of a group.
@@ -39,7 +39,7 @@ Change `kernel` and `eta` on the *SDE Sampler*, and queue again:
 
 For training, choose an eta at which the images differ in what you reward and have no visible noise.
 
-**For a real model:** replace *Demo Model* (MODEL, CLIP, VAE) by your own loaders, set the size of the empty latent, and use 16 to 28 steps. FLUX, SD3, Qwen-Image, Wan: `dance` with eta 0.3. SD1.5 and SDXL: kernel `ddim`, eta 0 to 1.""",
+**For a real model:** replace *Demo Model* (MODEL, CLIP, VAE) with your own loaders, set the size of the empty latent, and use 16 to 28 steps. FLUX, SD3, Qwen-Image, Wan: `dance` with eta 0.3. SD1.5 and SDXL: kernel `ddim`, eta 0 to 1.""",
 }
 LAYOUTS = {
     BEST: Layout(

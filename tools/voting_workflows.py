@@ -49,7 +49,7 @@ PAIRS = """rollout.prompts_per_iteration=24
 optimizer.learning_rate=1e-3
 lora.ema_decay=0
 runtime.iterations=30"""
-MODELS = """**For a real model:** replace *Demo Model* by your own loaders and *GRPO Base Model*, connect the loaders' CLIP to *GRPO Train LoRA*, and set *GRPO Preset* to `auto`; examples 04 to 15 show the loaders. The **overrides** are for the embedded model only: replace them by `optimizer.learning_rate=1e-4`, to begin with."""
+MODELS = """**For a real model:** replace *Demo Model* with your own loaders and *GRPO Base Model*, connect the loaders' CLIP to *GRPO Train LoRA*, and set *GRPO Preset* to `auto`; examples 04 to 15 show the loaders. The **overrides** are for the embedded model only: replace them with `optimizer.learning_rate=1e-4`, to begin with."""
 STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: only that part runs, and makes 128 images.
 2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. The panel shows the agreement: how well the fitted model predicts your votes.
 3. Queue the graph."""

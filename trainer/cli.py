@@ -48,7 +48,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Teach an image model what you like.")
+    description = "Teach an image or video model what you like."
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _run_commands(commands)
     _evaluation_commands(commands)
