@@ -1,4 +1,4 @@
-"""DanceGRPO: teach an image model what you like."""
+"""DanceGRPO: teach an image or video model what you like."""
 
 WEB_DIRECTORY = "./web"
 

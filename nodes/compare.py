@@ -51,7 +51,7 @@ class CompareLoRAs(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, prompts: list[str | None] = (None,)) -> bool | str:
         try:
-            if None not in prompts:  # else they arrive through a link
+            if None not in prompts:  # None comes through a link and is not known yet
                 _texts({"prompts": prompts})
         except BadInput as error:
             return str(error)

@@ -24,7 +24,7 @@ def widgets(kind: type[Objective]) -> list[io.Input]:
 def _widget(name: str, field: FieldInfo) -> io.Input:
     """Optional texts and numbers are text boxes; an empty box stands for None.
 
-    All are optional, so that a program need not name them, and options that are new later break no saved graph.
+    All are optional, so that an API client can leave them out, and options added later do not break saved graphs.
     """
     if field.annotation is str or field.default is None:
         text = f"{field.description} Empty for none."

@@ -93,7 +93,8 @@ class Settings(io.ComfyNode):
             node_id="DanceGRPO_Settings",
             display_name="GRPO Settings",
             category=CATEGORY,
-            description="How a LoRA is trained: sampling, learning rate, iterations. All else is a line in overrides.",
+            description="How a LoRA is trained: sampling, learning rate, iterations. All other settings go into "
+            "overrides.",
             search_aliases=[
                 "grpo settings",
                 "training settings",

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT
 
 from tools import reference
-from trainer.config import RewardConfig, preset_names
+from trainer.config import AUTO, RewardConfig, preset_names
 from trainer.diffusion.kernels import KERNELS
 from trainer.rewards import REWARDS, reward_options
 from trainer.rewards.files import file_rule
@@ -72,7 +72,7 @@ def test_readme_links_and_pictures_exist() -> None:
 
 def test_readme_names_presets_that_exist() -> None:
     named = re.findall(r"trainer presets ([\w-]+)", (ROOT / "README.md").read_text())
-    assert set(named) <= set(preset_names())
+    assert set(named) <= {AUTO, *preset_names()}
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ def test_only_these_steps_and_what_is_trained_use_guidance(
 @pytest.mark.parametrize(
     ("guidance_steps", "rollout", "said"),
     [
-        ([3, 3], {}, "guidance_steps .3, 3. must be two rising numbers of at most 5"),
-        ([0, 6], {}, "guidance_steps .0, 6. must be two rising numbers of at most 5"),
+        ([3, 3], {}, "guidance_steps .3, 3. must be two increasing numbers, at most 5"),
+        ([0, 6], {}, "guidance_steps .0, 6. must be two increasing numbers, at most 5"),
         ([0, 3], {"guidance_scale": 1.0}, "guidance_steps needs guidance"),
-        ([1, 3], {}, r"must have all steps that can be stochastic, which are .0, 2."),
+        ([1, 3], {}, r"must include all steps that can be stochastic, which are .0, 2."),
         ([0, 3], {"window": {"size": 2}}, r"which are .0, 4."),
         ([0, 3], {"window": None}, r"which are .0, 4."),
     ],

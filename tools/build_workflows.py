@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "workflows"
 
 
 def graphs(info: dict) -> Iterator[tuple[str, Graph, Layout]]:
-    """Name, nodes and layout of every example that is written here."""
+    """Name, nodes and layout of every example."""
     for example in released_workflows.EXAMPLES:
         graph = Graph(info)
         released_workflows.build(example, graph)
@@ -34,7 +34,7 @@ def files(info: dict) -> dict[str, str]:
     """Path below `workflows` and content of every file.
 
     Args:
-        info: what ComfyUI's /object_info gives.
+        info: the answer of ComfyUI's /object_info.
     """
     written = {}
     for name, graph, layout in graphs(info):

@@ -104,20 +104,20 @@ a yellow square and a red triangle
 an image of a red triangle and a blue square"""
 NOTE = """# Train a LoRA from rewards
 
-Queue it: the training starts in a process of its own, and *GRPO Train LoRA* shows progress, rewards and fresh samples. Then *Compare LoRAs* draws the held-out prompts with the base model and with the LoRA, from the same noise, and scores both.
+Queue it: training runs in a separate process, and *GRPO Train LoRA* shows progress, rewards and the newest samples. Then *Compare LoRAs* samples the held-out prompts with the base model and with the LoRA, from the same noise, and scores both.
 
-- **Queue again** and nothing is trained twice: the run called `shapes_lora` is there, and its result is used. Other settings or prompts need another **name**.
-- **Cancel** stops the training within seconds and keeps what was learned. Queue again, and it goes on. After a crash or a restart, too.
+- **Queue again**, and nothing is trained twice: the result of the run `shapes_lora` is used. Other settings or prompts need another **name**.
+- **Cancel** stops the training within seconds and keeps the newest LoRA. Queue again to resume, also after a crash or a restart.
 - The LoRA is also a file, `output/loras/dancegrpo/shapes_lora_<iteration>.safetensors`, which every LoRA loader lists (press R).
-- Each iteration samples a group of images for each of some training prompts, scores them, and moves the LoRA towards the better ones of each group.
+- Each iteration samples a group of images for each of several training prompts, scores them, and moves the LoRA towards the better images of each group.
 
-The second reward is a **threshold**: a picture that is light enough gets 1, and more light earns nothing. A plain score would be pushed on and on, and the shapes would pale.
+The second reward is a **threshold**: an image that is bright enough gets 1, any other 0. With a plain score, training would keep raising the brightness, and the shapes would become pale.
 
-**For a real model:** put your own loaders in place of *Demo Model*'s MODEL, CLIP and VAE, and wire MODEL and VAE into *GRPO Base Model*, whose GRPO_MODEL goes into the training: exactly the model of your graph is trained. Choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts (at least some dozens; the more varied, the better), and choose a preset for your model. Examples for released models are beside this one."""
+**For a real model:** replace *Demo Model*'s MODEL, CLIP and VAE with those of your own loaders, connect MODEL and VAE to *GRPO Base Model*, and its GRPO_MODEL to *GRPO Train LoRA*: the model that your graph loads is trained. Choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts (at least a few dozen; the more varied, the better), and set *GRPO Preset* to `auto`. Examples 04 to 15 do this for released models."""
 
 
 def compare(add: Add, column: int, model: str, latent: str, reward: str, train: str, prompts: str | list) -> None:
-    """Compare LoRAs on the demo model, sampled as the demo samples."""
+    """Add Compare LoRAs for the demo model, with the sampling settings of the demo's evaluation."""
     add(
         column,
         "DanceGRPO_CompareLoRAs",

@@ -45,14 +45,14 @@ class Example:
         loaders: nodes by name; `model`, `clip` and `vae` say which outputs of theirs are the model's.
         patch: a ModelSampling node and its widgets.
         size: width, height and frames in training.
-        full: the same as the released model is used.
-        overrides: settings, beside what preset auto chooses.
-        guidance: true guidance; 1 is none.
-        scheduler: a name of core's, or the node that makes SIGMAS and its widgets.
-        embedded: guidance that the network takes as an input, where it differs from core's default.
-        latent: the node of empty latents and the name of its size's third widget.
+        steps: sampling steps of the comparison.
+        overrides: settings in addition to what preset auto chooses.
+        guidance: classifier-free guidance; 1 is none.
+        scheduler: one of core's schedulers, or a node that outputs SIGMAS, and its widgets.
+        embedded: embedded guidance (an input of the network), if it differs from core's default.
+        latent: the node for the empty latent.
         first_frame: core's node that adds a first frame to conditioning.
-        says: the note: files, the real model's settings, and where they are from.
+        says: part of the note: files, and settings beside those of the released model, with their sources.
     """
 
     name: str
@@ -166,7 +166,7 @@ EXAMPLES = (
         guidance=4.5,
         patch=("ModelSamplingSD3", {"shift": 3.0}),
         negative="blurry, watermark",
-        says="""`sd3.5_medium.safetensors` (network and VAE) in `models/checkpoints`; `clip_l.safetensors`, `clip_g.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`. SD3.5 large goes in the same place, also as `fp8_scaled`.
+        says="""`sd3.5_medium.safetensors` (network and VAE) in `models/checkpoints`; `clip_l.safetensors`, `clip_g.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`. SD3.5 large can be used in its place, also as `fp8_scaled`.
 
 | | here | the model as released |
 |---|---|---|
@@ -186,13 +186,13 @@ EXAMPLES = (
         **SEPARATE,
         size=(512, 512, 1),
         steps=12,
-        says="""`flux1-dev.safetensors` in `models/diffusion_models` (24 GB in bf16; set *weight_dtype* to `fp8_e4m3fn` for half of it), `clip_l.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`.
+        says="""`flux1-dev.safetensors` in `models/diffusion_models` (24 GB in bf16; set *weight_dtype* to `fp8_e4m3fn` for half of that), `clip_l.safetensors` and `t5xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `ae.safetensors` in `models/vae`.
 
 | | here | the model as released |
 |---|---|---|
 | size | 512 x 512 | 1024 x 1024; the paper trains at 720 x 720 |
 | steps | 12, the paper's LoRA script | 20 (ComfyUI's template), 50 (model card) |
-| embedded guidance | 3.5, core's default; for another wire *FluxGuidance* into *conditioning* | 3.5 (model card and paper) |
+| embedded guidance | 3.5, core's default; for another value connect *FluxGuidance* to *conditioning* | 3.5 (model card and paper) |
 | true guidance | none | none |
 | shift | ComfyUI's own for FLUX, e^1.15 = 3.16 | 3 in the paper |""",
     ),
@@ -211,14 +211,14 @@ EXAMPLES = (
         guidance=5.0,
         scheduler=("Flux2Scheduler", {"steps": 12, "width": 512, "height": 512}),
         latent="EmptyFlux2LatentImage",
-        says="""FLUX.2 klein, the base model of 4 billion weights, which fits one card: `flux-2-klein-base-4b.safetensors` in `models/diffusion_models`, `qwen_3_4b.safetensors` in `models/text_encoders`, `flux2-vae.safetensors` in `models/vae`. FLUX.2 dev goes in the same way with `mistral_3_small_flux2_bf16.safetensors`, guidance 1 and *FluxGuidance* 4 on *conditioning*, also as `fp8mixed`.
+        says="""FLUX.2 klein, the base model of 4 billion weights, which fits one card: `flux-2-klein-base-4b.safetensors` in `models/diffusion_models`, `qwen_3_4b.safetensors` in `models/text_encoders`, `flux2-vae.safetensors` in `models/vae`. FLUX.2 dev can be used in the same way, with `mistral_3_small_flux2_bf16.safetensors`, guidance 1 and *FluxGuidance* 4 on *conditioning*; the `fp8mixed` file works too.
 
 | | here | the model as released |
 |---|---|---|
 | size | 512 x 512 | 1024 x 1024 (ComfyUI's template) |
 | steps | 12, as for FLUX.1 | 20 (ComfyUI's template) |
 | guidance | 5 | 5 (ComfyUI's template) |
-| noise levels | *Flux2Scheduler*, wired into *sigmas* | the same |""",
+| noise levels | *Flux2Scheduler*, connected to *sigmas* | the same |""",
     ),
     Example(
         name="09 Train Qwen-Image",
@@ -238,7 +238,7 @@ EXAMPLES = (
 |---|---|---|
 | size | 512 x 512; multiples of 32 | 1328 x 1328 |
 | steps | 12 | 50 (model card), 20 (ComfyUI's template without its Lightning LoRA) |
-| guidance | none, as the reference trains | 4 (model card), 2.5 (ComfyUI) |
+| guidance | none, as in DanceGRPO's script | 4 (model card), 2.5 (ComfyUI) |
 | shift | 3.1 | 3.1 (ComfyUI's template) |""",
     ),
     Example(
@@ -260,7 +260,7 @@ EXAMPLES = (
 | guidance | 4 | 4 (ComfyUI's template) |
 | shift | 3 | 3 (ComfyUI's template) |
 
-For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides and in the guider.""",
+For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides and as *cfg* on *Compare LoRAs*.""",
     ),
     Example(
         name="11 Train Wan 2.1 T2V",
@@ -283,7 +283,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
 |---|---|---|
 | size, frames | 416 x 240, 33 (Flow-GRPO's) | 832 x 480, 81 (33 in ComfyUI's template) at 16 a second |
 | steps | 12 | 50 (model card), 30 (ComfyUI's template) |
-| guidance | 5, the reference's | 6 (ComfyUI's template) |
+| guidance | 5, as in DanceGRPO's script | 6 (ComfyUI's template) |
 | shift | 8 | 8 (model card and ComfyUI's template) |""",
     ),
     Example(
@@ -304,13 +304,13 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         patch=("ModelSamplingSD3", {"shift": 8.0}),
         negative=WAN_NEGATIVE,
         first_frame="WanImageToVideo",
-        says="""`wan2.1_i2v_480p_14B_fp16.safetensors` (33 GB; *weight_dtype* `fp8_e4m3fn` for half of it) in `models/diffusion_models`, `umt5_xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `wan_2.1_vae.safetensors` in `models/vae`, `clip_vision_h.safetensors` in `models/clip_vision`, and a first frame in `input`. All prompts of a run share that frame, so they say what moves.
+        says="""`wan2.1_i2v_480p_14B_fp16.safetensors` (33 GB; *weight_dtype* `fp8_e4m3fn` for half of that) in `models/diffusion_models`, `umt5_xxl_fp8_e4m3fn_scaled.safetensors` in `models/text_encoders`, `wan_2.1_vae.safetensors` in `models/vae`, `clip_vision_h.safetensors` in `models/clip_vision`, and a first frame in `input`. All prompts of a run share that frame, so they say what moves.
 
 | | here | the model as released |
 |---|---|---|
 | size, frames | 416 x 240, 33 | 832 x 480, 81 at 16 a second |
 | steps | 12 | 40 (model card), 20 (ComfyUI's template) |
-| guidance | 5, the reference's | 5 (model card), 6 (ComfyUI's template) |
+| guidance | 5, as in DanceGRPO's script for T2V | 5 (model card), 6 (ComfyUI's template) |
 | shift | 8 | 8 (ComfyUI's template), 3 at 480p (model card) |""",
     ),
     Example(
@@ -327,7 +327,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         patch=("ModelSamplingSD3", {"shift": 5.0}),
         latent="EmptyHunyuanLatentVideo",
         fps=24.0,
-        says="""`hunyuan_video_t2v_720p_bf16.safetensors` (26 GB; *weight_dtype* `fp8_e4m3fn` for half of it) in `models/diffusion_models`, `clip_l.safetensors` and `llava_llama3_fp8_scaled.safetensors` in `models/text_encoders`, `hunyuan_video_vae_bf16.safetensors` in `models/vae`.
+        says="""`hunyuan_video_t2v_720p_bf16.safetensors` (26 GB; *weight_dtype* `fp8_e4m3fn` for half of that) in `models/diffusion_models`, `clip_l.safetensors` and `llava_llama3_fp8_scaled.safetensors` in `models/text_encoders`, `hunyuan_video_vae_bf16.safetensors` in `models/vae`.
 
 | | here | the model as released |
 |---|---|---|
@@ -353,7 +353,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         negative="static, blurred, deformed, low quality",
         first_frame="HunyuanImageToVideo",
         fps=24.0,
-        says="""`skyreels_hunyuan_i2v_bf16.safetensors` (26 GB; *weight_dtype* `fp8_e4m3fn` for half of it) in `models/diffusion_models`, `clip_l.safetensors` and `llava_llama3_fp8_scaled.safetensors` in `models/text_encoders`, `hunyuan_video_vae_bf16.safetensors` in `models/vae`, and a first frame in `input`. All prompts of a run share that frame, so they say what moves.
+        says="""`skyreels_hunyuan_i2v_bf16.safetensors` (26 GB; *weight_dtype* `fp8_e4m3fn` for half of that) in `models/diffusion_models`, `clip_l.safetensors` and `llava_llama3_fp8_scaled.safetensors` in `models/text_encoders`, `hunyuan_video_vae_bf16.safetensors` in `models/vae`, and a first frame in `input`. All prompts of a run share that frame, so they say what moves.
 
 | | here | the model as released |
 |---|---|---|
@@ -390,7 +390,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
 | size, frames | 512 x 320, 33; multiples of 32, and 1 more than a multiple of 8 | 768 x 512, 97 at 25 a second (ComfyUI's template) |
 | steps | 12 | 30 (ComfyUI's template) |
 | guidance | 3 | 3 (ComfyUI's template) |
-| noise levels | *LTXVScheduler* 2.05, 0.95, stretched to 0.1, wired into *sigmas* | the same |
+| noise levels | *LTXVScheduler* 2.05, 0.95, stretched to 0.1, connected to *sigmas* | the same |
 | frame rate | 25, by *LTXVConditioning* | 25 |""",
     ),
 )
@@ -457,7 +457,7 @@ def layout(example: Example) -> Layout:
 
 
 def _base_model(example: Example, graph: Graph, model: list, vae: list) -> tuple[str, list | None]:
-    """GRPO Base Model, and the noise levels where a node of their own makes them."""
+    """GRPO Base Model, and the noise levels if a separate node outputs them."""
     width, height, frames = example.size
     levels = None
     if isinstance(example.scheduler, tuple):
@@ -492,11 +492,13 @@ def _reward(graph: Graph, is_video: bool) -> str:
 def _carried(
     example: Example, graph: Graph, loaded: dict[str, str], clip: list, vae: list
 ) -> tuple[dict[str, list], list]:
-    """What conditioning carries beside the text, as an input of nodes; and the empty latent."""
+    """What the conditioning has besides the text, as an input of nodes; and the empty latent."""
     width, height, frames = example.size
     size = {"width": width, "height": height, "batch_size": 1}
     is_carried = example.embedded is not None or example.first_frame or example.latent == "EmptyLTXVLatentVideo"
-    positive = [graph.add(3, "CLIPTextEncode", "Carries what is no text", clip=clip, text=""), 0] if is_carried else []
+    positive = (
+        [graph.add(3, "CLIPTextEncode", "Conditioning besides the text", clip=clip, text=""), 0] if is_carried else []
+    )
     if example.embedded is not None:
         positive = [graph.add(3, "FluxGuidance", conditioning=positive, guidance=example.embedded), 0]
     if example.first_frame:
@@ -527,10 +529,10 @@ def _first_frame(
 def _note(example: Example) -> str:
     return f"""# {example.name.split(" ", 1)[1]}
 
-Queue it: training runs in a process of its own. The LoRA is then compared with the base model on the held-out prompts, from the same noise, and is a file in `output/loras/dancegrpo` that every LoRA loader lists.
+Queue it: training runs in a separate process. The LoRA is then compared with the base model on the held-out prompts, from the same noise. It is also a file in `output/loras/dancegrpo`, which every LoRA loader lists.
 
-**For a real model:** {example.says}
+**Files:** {example.says}
 
-**Rewards** go into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where they are from. **Prompts**: these are a beginning; write some hundreds of your own. **Settings**: preset `auto` chooses them for this model and your GPU, and *GRPO Train LoRA* says which and why; lines below the preset take precedence. Size and noise levels are set on *GRPO Base Model* for training, and on the empty latent and *Compare LoRAs* for the comparison; the number of steps in training is a setting (`rollout.steps=...`).
+**Rewards**: put their files into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where to get them. **Prompts**: these are examples; write a few hundred of your own. **Settings**: preset `auto` chooses them for this model and your GPU, and *GRPO Train LoRA* shows what it chose and why; the lines in **overrides** take precedence. Size and noise levels are set on *GRPO Base Model* for training, and on the empty latent and *Compare LoRAs* for the comparison; the number of steps in training is a setting (`rollout.steps=...`).
 
-The settings are starting points: they were checked against the nodes, and never run on the released weights."""
+The settings are starting points: the graph was checked with ComfyUI's nodes, but never run on the released weights."""

@@ -6,30 +6,30 @@ from .embedded_workflows import HELD_OUT, PROMPTS
 from .workflow_graph import Add, Layout
 
 BACKGROUND, PROCESSES = "16 Train in the background", "17 Train on two processes"
-REAL = """**For a real model:** put your own loaders and *GRPO Base Model* in place of *Demo Model*, choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts, and choose a preset for your model. Examples 04 to 15 show the loaders."""
+REAL = """**For a real model:** replace *Demo Model* with your own loaders and *GRPO Base Model*, choose a reward model in *Load Reward* (files in `models/rewards`), write your own prompts, and use *GRPO Preset* `auto` for the settings. Examples 04 to 15 show the loaders."""
 NOTES = {
     BACKGROUND: f"""# Train in the background
 
-Queue it, and it is done at once: *GRPO Train LoRA* is set to **in the background**. The training is a process of its own, which goes on while you queue other things, with the browser closed, and through a restart of ComfyUI.
+Queue it, and the graph ends at once, because *GRPO Train LoRA* is set to **in the background**. The training process continues while you queue other graphs, when the browser is closed, and when ComfyUI restarts.
 
 Watch it in the **GRPO** tab of the sidebar: reward curves, samples and time left; **Stop** and **Resume** act at once, outside the queue. A toast says when the run ends.
 
-*GRPO Run* does the same from a graph. Queue again, and it says how far the run is and gives its newest LoRA. Its **action**:
-- **look** gives state, rewards, time left and the newest LoRA, also during training.
-- **stop** ends every process within seconds and keeps what was learned.
-- **resume** goes on from the last iteration.
-- **watch** waits for the end; cancelling it ends the watching alone.
+*GRPO Run* does the same in a graph. Queue again, and it shows the progress and outputs the newest LoRA. Its **action**:
+- **look** returns state, rewards, time left and the newest LoRA at once, also during training.
+- **stop** ends all processes of the run within seconds and keeps the newest LoRA.
+- **resume** continues from the newest checkpoint.
+- **watch** waits for the end; Cancel stops the waiting, not the run.
 
-In a graph of its own, give *GRPO Run* the **name** of the run.
+In another graph, give *GRPO Run* the **name** of the run.
 
 {REAL}""",
     PROCESSES: f"""# Train on two processes
 
-**processes** is how many share the training: one per GPU. The images of an iteration are divided among them and the gradients are added up, so the result is that of one process, only sooner. Here both run on the CPU (or share what GPU there is), just to show it: with two processes on one device nothing gets faster.
+**processes** is the number of processes that share the training: one per GPU. The images of an iteration are divided among them and the gradients are summed, so the result is that of one process. Here both run on the CPU (or share one GPU) to show how it works; two processes on one device are not faster.
 
-**gpus** (advanced) names the GPUs, such as `0,1,2,3`. Empty takes those that ComfyUI itself sees: started with `--cuda-device 0` it sees one, so name the others. Several GPUs need Linux (or WSL).
+**gpus** (advanced) lists the GPUs, such as `0,1,2,3`. If it is empty, those that ComfyUI sees are used. Started with `--cuda-device 0`, ComfyUI sees only one: list the others there. Several GPUs need Linux (or WSL).
 
-This graph uses *GRPO Settings*: the dozen settings that matter most, and every other one as a line in the box **overrides**.
+This graph uses *GRPO Settings*: the twelve settings that matter most are widgets, and all others are lines in **overrides**.
 
 {REAL}""",
 }
@@ -59,7 +59,7 @@ def background(add: Add) -> None:
         wait=False,
     )
     run = add(3, "DanceGRPO_Run", run=[train, 3], action="look")
-    add(3, "PreviewAny", "How far it is", source=[run, 0])
+    add(3, "PreviewAny", "Progress", source=[run, 0])
 
 
 def two_processes(add: Add) -> None:

@@ -8,46 +8,44 @@ BEST, PARTLY, ETA = "18 Score and pick the best of 16", "19 Use a LoRA early or 
 NOTES = {
     BEST: """# Score and pick the best of 16
 
-Sixteen images of one prompt are scored by the reward model `shapes` (does it show what the prompt says?), and the best four are kept, best first.
+Sixteen images of one prompt are scored by the reward `shapes` (does an image show what the prompt says?), and the best four are kept, best first.
 
-*Score Images* shows a bar per image. It also gives the scores as a list of floats and as text, for any other node. *Combine Rewards* adds several reward models up.
+*Score Images* shows a bar per image. It also gives the scores as a list of floats and as text, for other nodes. *Combine Rewards* gives the weighted sum of several rewards.
 
-Other prompts of the shapes world: `three triangles`, `a circle above a square`, `a purple square`; change both prompts, the one that is drawn and the one that is scored.
+Other prompts that the demo model knows: `three triangles`, `a circle above a square`, `a purple square`. Change both prompts, the one that is sampled and the one on *Score Images*.
 
-**For a real model:** put your own loaders in place of *Demo Model* and set the latent's size. Choose another reward in *Load Reward*; its files go into `models/rewards`. `shapes` knows the demo's world only; `brightness`, `colorfulness`, `sharpness` and `jpeg-size` score any image.""",
+**For a real model:** replace *Demo Model* with your own loaders and set the latent's size. Choose another reward in *Load Reward*; its files go into `models/rewards`. `shapes` scores only images of the demo model; `brightness`, `colorfulness`, `sharpness` and `jpeg-size` score any image.""",
     PARTLY: """# Use a LoRA early or late
 
-The same LoRA and the same eight noises, twice:
-- **above: early** (percent 0 to 0.5), where composition, counts and colours are decided
-- **below: late** (percent 0.5 to 1), where edges and texture are
+The same LoRA and the same initial noise of eight images, twice:
+- **upper row: early** (percent 0 to 0.5), where composition, counts and colours are decided
+- **lower row: late** (percent 0.5 to 1), where edges and texture are decided
 
-What a reward model teaches well is mostly decided early; where the LoRA is over-optimised, it shows as texture. So a LoRA that looks too glossy can often be kept by ending it at 0.5 to 0.8.
+What a reward teaches well is mostly decided early; over-optimisation shows mostly in the texture. So a LoRA that looks too glossy is often still useful if *end_percent* is 0.5 to 0.8.
 
-The LoRA here was trained with DanceGRPO on the demo model by the demo of this pack.
+The LoRA here was trained on the demo model by this pack's demo (`make demo`).
 
-**For a real model:** put your own loaders in place of *Demo Model*, and in *Apply LoRA over Sigmas* choose your file in `lora_name`: trained LoRAs are listed under `dancegrpo/`. The `lora` input takes the LORA_MODEL of *GRPO Train LoRA* or *GRPO Run* in the same graph.""",
+**For a real model:** replace *Demo Model* with your own loaders, and choose your file in `lora_name` of *Apply LoRA over Sigmas*: trained LoRAs are listed under `dancegrpo/`. The `lora` input takes the LORA_MODEL of *GRPO Train LoRA* or *GRPO Run* in the same graph.""",
     ETA: """# What eta does
 
 Four images, one prompt, **one initial noise** (*Group Noise*). They differ only by the noise that the steps add: this is how GRPO makes the images of a group.
 
 Change `kernel` and `eta` on the *SDE Sampler*, and queue again:
-- `ode`, or eta 0: no noise, so four times the same image
+- `ode`, or eta 0: no noise, so all four images are the same
 - `dance`, eta 0.3 to 0.5: the paper's kernel
 - `dance`, eta 1.0: more variety
-- `dance-exact`: the same process solved exactly, without the residue of noise that `dance` leaves at few steps
-- `cps`, eta 0.9: nearly everything is drawn anew at each step
+- `dance-exact`: the same SDE solved exactly, without the residual noise that `dance` leaves at few steps
+- `cps`, eta 0.9: nearly all of the noise is new at each step
 
-For training, choose an eta whose images differ in what you reward and are still clean.
+For training, choose an eta at which the images differ in what you reward and have no visible noise.
 
-**For a real model:** put your own loaders in place of *Demo Model* (MODEL, CLIP, VAE), set the size of the empty latent and 16 to 28 steps. FLUX, SD3, Qwen-Image, Wan: `dance` with eta 0.3. SD1.5 and SDXL: kernel `ddim`, eta 0 to 1.""",
+**For a real model:** replace *Demo Model* (MODEL, CLIP, VAE) with your own loaders, set the size of the empty latent, and use 16 to 28 steps. FLUX, SD3, Qwen-Image, Wan: `dance` with eta 0.3. SD1.5 and SDXL: kernel `ddim`, eta 0 to 1.""",
 }
 LAYOUTS = {
     BEST: Layout(
         NOTES[BEST], (440, 320, 340, 340), (("1. Sixteen images", 1, 2), ("2. Score, and keep the best", 3, 3))
     ),
-    PARTLY: Layout(
-        NOTES[PARTLY], (440, 320, 340, 320, 420), (("1. Early and late", 1, 3), ("2. Above each other", 4, 4))
-    ),
+    PARTLY: Layout(NOTES[PARTLY], (440, 320, 340, 320, 420), (("1. Early and late", 1, 3), ("2. Compare", 4, 4))),
     ETA: Layout(NOTES[ETA], (440, 320, 320, 420), (("1. A group of four", 1, 2), ("2. The images", 3, 3))),
 }
 PLAIN = {"cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -126,7 +124,13 @@ def what_eta_does(add: Add) -> None:
         latent_image=[latent, 0],
     )
     images = add(3, "VAEDecode", samples=[sampled, 0], vae=[model, 2])
-    add(3, "SaveImage", "Four images of one noise", images=[images, 0], filename_prefix="dancegrpo/what_eta_does")
+    add(
+        3,
+        "SaveImage",
+        "Four images from one initial noise",
+        images=[images, 0],
+        filename_prefix="dancegrpo/what_eta_does",
+    )
 
 
 GRAPHS: dict[str, Callable[[Add], None]] = {BEST: best_of_16, PARTLY: early_or_late, ETA: what_eta_does}

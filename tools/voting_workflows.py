@@ -1,4 +1,4 @@
-"""The examples for votes, on the embedded model: what stands in them. `build_workflows` writes them."""
+"""The examples for votes, on the embedded model; `build_workflows` writes them."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from .embedded_workflows import compare
 from .workflow_graph import Add, Layout
 
 WIDTHS = (440, 300, 320, 340, 360, 420, 420)
-"""Of the columns; the note stands in the first."""
+"""Of the columns; the note is in the first."""
 GROUPS = (
     ("1. Make images, and vote on them in the sidebar", 1, 3),
     ("2. Train on your votes", 4, 5),
@@ -49,9 +49,9 @@ PAIRS = """rollout.prompts_per_iteration=24
 optimizer.learning_rate=1e-3
 lora.ema_decay=0
 runtime.iterations=30"""
-MODELS = """**For a real model:** put its loaders and *GRPO Base Model* in place of *Demo Model*, with its *clip* wired into *GRPO Train LoRA*, and a preset such as `one-gpu-flux`; examples 04 to 15 show the loaders. The numbers under **Train** are for the embedded model alone: begin with a learning rate of 1e-4. The backbone `pixels` sees colours and layout; choose a CLIP vision file to teach what an image shows."""
-STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: that part alone runs, and makes 128 images.
-2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. It says how well your votes are understood.
+MODELS = """**For a real model:** replace *Demo Model* with your own loaders and *GRPO Base Model*, connect the loaders' CLIP to *GRPO Train LoRA*, and set *GRPO Preset* to `auto`; examples 04 to 15 show the loaders. The **overrides** are for the embedded model only: replace them with `optimizer.learning_rate=1e-4`, to begin with."""
+STEPS = """1. Select *GRPO Collect for Voting* and press the small play button above it: only that part runs, and makes 128 images.
+2. Open the **GRPO** tab of the sidebar, *Votes*: arrow keys choose the better image of a pair. 40 votes take about two minutes. The panel shows the agreement: how well the fitted model predicts your votes.
 3. Queue the graph."""
 
 NOTES = {
@@ -61,30 +61,30 @@ Vote on pairs of images; a reward model learns from the votes what you like, and
 
 {STEPS}
 
-Without votes, *Load Reward* refuses and says so. New votes are another run: change the *name* on *GRPO Train LoRA*.
+Without votes, *Load Reward* reports an error. To train with new votes, start another run: change the *name* on *GRPO Train LoRA*.
 
-The reward model scores any image and does not read prompts, so a picture that it likes need not show what was asked for: look at the pictures, train for few iterations, or mix in a reward that reads prompts with *Combine Rewards*. `docs/votes.md` has figures.
+The reward model does not read prompts, so an image with a high score need not show what its prompt asks for: look at the images, train for few iterations, or add a reward that reads prompts with *Combine Rewards*. `docs/votes.md` has measurements.
 
-{MODELS}""",
+{MODELS} The backbone `pixels` describes only colours and layout; choose a CLIP vision file in *Load Reward* to describe what an image shows, too.""",
     "03 dpo straight from pairs": f"""# dpo straight from pairs
 
-Vote on pairs of images; the LoRA learns from the pairs alone. No images are made while it trains, and no reward is needed.
+Vote on pairs of images; the LoRA learns directly from the pairs. No images are made while it trains, and no reward is needed.
 
 {STEPS}
 
-Pairs are votes with a winner between two images of one prompt. Ties and skipped pairs are left out, and the log says how many. New votes are another run: change the *name* on *GRPO Train LoRA*.
+A pair is a vote with a winner on two images of one prompt. Ties and skipped pairs are left out; the log says how many. To train with new votes, start another run: change the *name* on *GRPO Train LoRA*.
 
-*beta* says how firmly the model is held to what it was: a smaller one moves it further, and away from its prompts, too. `docs/votes.md` has figures of both ways.
+*beta* says how closely the model is kept to the base model: a smaller one moves it further, also away from its prompts. `docs/votes.md` compares both ways.
 
 {MODELS}""",
 }
 
 
 def _collected(add: Add, name: str) -> tuple[str, str, str]:
-    """Images of every prompt, put into a collection; the model, the prompts and the empty latent."""
+    """Add images of every prompt to a collection; returns the model, the prompts and the empty latent."""
     model = add(1, "DanceGRPO_DemoModel")
     prompts = add(1, "DanceGRPO_PromptLines", prompts=PROMPTS)
-    text = add(2, "CLIPTextEncode", "Prompt, one after the other", clip=[model, 1], text=[prompts, 0])
+    text = add(2, "CLIPTextEncode", "Prompts, one at a time", clip=[model, 1], text=[prompts, 0])
     latent = add(1, "EmptySD3LatentImage", width=64, height=64, batch_size=8)
     sample = add(
         2,

@@ -1,4 +1,4 @@
-"""A graph in API format, and the same as the interface saves it: columns of nodes, a note, titled groups."""
+"""A graph in API format, and the same graph as the interface saves it: columns of nodes, a note, titled groups."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ RESULTS = {
     "SaveImage": 300,
     "SaveVideo": 300,
 }
-"""Room for what a node shows when it has run."""
+"""Height in pixels of what a node shows after it has run."""
 
 
 Add = Callable[..., str]
@@ -39,13 +39,13 @@ class Layout:
 
 
 class Graph:
-    """Nodes in API format, by number, with the column each stands in."""
+    """Nodes in API format by number, and the column of each."""
 
     def __init__(self, info: dict) -> None:
         self.info, self.nodes, self.columns = info, {}, {}
 
     def add(self, column: int, class_type: str, title: str = "", **inputs: object) -> str:
-        """Add a node; widgets that are not given are at their defaults. Its number."""
+        """Add a node and return its number; widgets that are not given have their defaults."""
         key = str(len(self.nodes) + 1)
         node = {"class_type": class_type, "inputs": inputs}
         for name, kind, options in widgets(self.info[class_type], inputs):
@@ -91,7 +91,7 @@ def default(kind: object, options: dict) -> object:
 
 
 def interface_graph(graph: Graph, layout: Layout) -> dict:
-    """The same as the interface saves it: the note at the top left, and a titled group around each part."""
+    """The graph as the interface saves it: the note at the top left, and a titled group around each part."""
     widths, gap = layout.widths, 60
     left = [sum(widths[:i]) + i * gap for i in range(len(widths))]
     nodes, links, feet = placed(graph, left, widths)
@@ -105,7 +105,7 @@ def interface_graph(graph: Graph, layout: Layout) -> dict:
 
 
 def placed(graph: Graph, left: list[int], widths: tuple[int, ...]) -> tuple[list, list, list[int]]:
-    """Nodes and links as the interface saves them, the nodes of a column below each other; and where columns end.
+    """Nodes and links as the interface saves them, with each column's nodes stacked; and the bottom of each column.
 
     Args:
         left, widths: of the columns.

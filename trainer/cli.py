@@ -48,7 +48,8 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Teach an image model what you like.")
+    description = "Teach an image or video model what you like."
+    parser = argparse.ArgumentParser(prog="python -m trainer", description=description)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _run_commands(commands)
     _evaluation_commands(commands)
@@ -66,9 +67,9 @@ def _run_commands(commands: Commands) -> None:
     train.add_argument("--processes", type=_positive, default=1, help="processes on this host (one per GPU)")
     train.set_defaults(run=_train)
 
-    resume = commands.add_parser("resume", help="go on with a run that was stopped or killed, or extend it")
+    resume = commands.add_parser("resume", help="continue a run that was stopped or killed, or extend it")
     resume.add_argument("directory", type=Path)
-    resume.add_argument("--iterations", type=_positive, help="extend the run to so many iterations in all")
+    resume.add_argument("--iterations", type=_positive, help="extend the run to this many iterations in total")
     resume.add_argument("--processes", type=_positive, default=1)
     resume.set_defaults(run=_resume)
 
@@ -76,7 +77,7 @@ def _run_commands(commands: Commands) -> None:
     status.add_argument("directory", type=Path)
     status.set_defaults(run=_status)
 
-    stop = commands.add_parser("stop", help="stop a run; it keeps what was learned and can be resumed")
+    stop = commands.add_parser("stop", help="stop a run, which keeps its newest checkpoint and can be resumed")
     stop.add_argument("directory", type=Path)
     stop.set_defaults(run=_stop)
 
@@ -96,7 +97,7 @@ def _run_commands(commands: Commands) -> None:
     encode.set_defaults(run=_encode)
 
     presets = commands.add_parser("presets", help="list the presets, or print one as a run description")
-    presets.add_argument("name", nargs="?", help="one of the list, or auto, with --for")
+    presets.add_argument("name", nargs="?", help="name of a preset; auto needs --for")
     presets.add_argument(
         "--for", type=Path, dest="description", metavar="FILE", help="a description whose settings auto chooses"
     )
@@ -105,7 +106,7 @@ def _run_commands(commands: Commands) -> None:
 
 def _evaluation_commands(commands: Commands) -> None:
     """Commands that look at a description or at LoRAs without training."""
-    estimate = commands.add_parser("estimate", help="say what a run takes in memory and time, without training")
+    estimate = commands.add_parser("estimate", help="estimate the memory and time of a run, without training")
     estimate.add_argument("description", type=Path, help="run description, YAML or JSON")
     _settings(estimate)
     estimate.add_argument("--processes", type=_positive, default=1, help="processes that will share the run")
@@ -131,7 +132,7 @@ def _reward_commands(commands: Commands) -> None:
 
     server = commands.add_parser("reward-server", help="serve a reward to other programs and hosts")
     _reward_arguments(server)
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all network interfaces")
     server.add_argument("--port", type=_port, default=8100)
     server.set_defaults(run=_reward_server)
 
@@ -143,7 +144,7 @@ def _settings(parser: argparse.ArgumentParser) -> None:
 def _collect_arguments(commands: Commands) -> None:
     collect = commands.add_parser("collect", help="put a run's samples into a collection of votes")
     collect.add_argument("directory", type=Path, help="run directory")
-    collect.add_argument("collection", type=Path, help="folder of the collection; made if there is none")
+    collect.add_argument("collection", type=Path, help="folder of the collection; created if it does not exist")
     collect.add_argument("--kind", default="rollout", help="rollout (default) or evaluation")
     collect.add_argument("--iteration", type=int, help="of the samples; default the newest")
     collect.set_defaults(run=_collect)
@@ -152,18 +153,20 @@ def _collect_arguments(commands: Commands) -> None:
 def _reward_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("reward", help="name of the reward")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="options")
-    parser.add_argument("--files", type=Path, help="folder of the rewards' files; without it their paths are plain")
+    parser.add_argument(
+        "--files", type=Path, help="folder of the rewards' files; without it, give their paths with --set"
+    )
 
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text)):
-        raise argparse.ArgumentTypeError(f"{cut(text, 40)} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{cut(text, 40)} is not a whole number of at least 1")
     return int(text)
 
 
 def _port(text: str) -> int:
     if _positive(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port: they end at 65535")
+        raise argparse.ArgumentTypeError(f"{text} is not a port: the largest is 65535")
     return int(text)
 
 
@@ -231,7 +234,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _unused(folder: Path) -> Path:
-    """The folder, or one beside it with a number, so that no results are written over."""
+    """The folder, or one with a number added to its name, so that no results are overwritten."""
     number, free = 2, folder
     while free.exists():
         free, number = folder.with_name(f"{folder.name}-{number}"), number + 1
@@ -308,7 +311,7 @@ def _presets(args: argparse.Namespace) -> int:
     elif args.name == AUTO:
         print(_automatic(args.description), end="")
     elif args.description is not None:
-        raise BadInput(f"--for goes with preset {AUTO}, not with {args.name}")
+        raise BadInput(f"--for is only for preset {AUTO}, not for {args.name}")
     else:
         print(parse_config(preset(args.name)).to_yaml(), end="")
     return FINISHED

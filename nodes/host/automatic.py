@@ -1,4 +1,4 @@
-"""Preset `auto` for a model of a graph: what the rules of `trainer/estimate/automatic.py` need to know of it."""
+"""Preset `auto` for a model of a graph: what the rules of `trainer/estimate/automatic.py` need to know about it."""
 
 from collections.abc import Callable
 

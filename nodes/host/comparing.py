@@ -1,4 +1,4 @@
-"""Images of one model after the other by ComfyUI's own samplers, and how rewards score them."""
+"""Samples images with each model by ComfyUI's own samplers, and scores them with rewards."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Parts:
-    """What comes through the sockets: ComfyUI's MODEL, CLIP, VAE, LATENT and, or None, CONDITIONING and SIGMAS."""
+    """The values of the sockets: ComfyUI's MODEL, CLIP, VAE and LATENT; CONDITIONING and SIGMAS, or None."""
 
     model: Any
     clip: Any
@@ -93,7 +93,7 @@ def _patches(model: Any, name: str, lora: dict[str, Tensor]) -> dict:
 
 
 def _encoded(parts: Parts, text: str) -> list:
-    """CONDITIONING of a prompt, with what the connected one carries beside its text."""
+    """CONDITIONING of a prompt, with everything but the text of the connected CONDITIONING."""
     check_interrupt()
     encoded = parts.clip.encode_from_tokens_scheduled(parts.clip.tokenize(text))
     if parts.conditioning is None:

@@ -29,7 +29,7 @@ class MetaModel(ComfyModel):
     """The trainer's model on the meta device: it computes shapes only."""
 
     def _make_resident(self) -> None:
-        """There is nothing to move."""
+        """Nothing is in memory, so there is nothing to move."""
 
     def take(self, entry: Entry) -> None:
         """Run the network on the conditioning of a prompt.
@@ -104,7 +104,7 @@ def _meta_model(spec: ModelSpec, config: RunConfig) -> MetaModel | None:
 
 @contextmanager
 def _with_shapes() -> Iterator[None]:
-    """Turn ComfyUI's dynamic memory off, with which layers have no weights before a file is loaded."""
+    """Turn off ComfyUI's dynamic memory, because with it layers have no weights until a file is loaded."""
     settings = sys.modules.get("comfy.memory_management", SimpleNamespace())  # older ones have none
     dynamic = getattr(settings, "aimdo_enabled", False)
     settings.aimdo_enabled = False

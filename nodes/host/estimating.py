@@ -1,4 +1,4 @@
-"""What a run will cost, found out by a process of its own, as the run would be one."""
+"""Estimates the memory and time of a run in a separate process, as the run itself would be."""
 
 import json
 import tempfile

@@ -97,10 +97,10 @@ def text(value: object, field: str) -> str:
 
 
 def accepted(value: object, field: str, check: Callable[[str], object]) -> bool | str:
-    """An answer of `validate_inputs` about a text widget, which may hold any literal.
+    """The answer of `validate_inputs` for a text widget, whose value may be any literal.
 
     Args:
-        value: None where it arrives by wire, and is not known yet.
+        value: None if it comes through a link and is not known yet.
         check: raises BadInput for a text that is refused.
     """
     if value is None:

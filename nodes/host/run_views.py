@@ -131,7 +131,7 @@ def brief(run: RunDirectory) -> dict[str, Any]:
 
 
 def _seconds_left(status: dict[str, Any], pace: float | None, iterations: int) -> float | None:
-    """To the end: from the newest iterations, before them from the run's own estimate."""
+    """Seconds to the end: from the newest iterations, or before there are any, from the run's own estimate."""
     if pace is not None:
         return pace * iterations
     estimate = status.get("estimate")
@@ -170,11 +170,11 @@ def list_runs() -> list[dict[str, Any]]:
 
 
 _ended: dict[Path, tuple[tuple, dict[str, Any]]] = {}
-"""Lines of runs that have ended, with what their files looked like: most of a long list never changes again."""
+"""Summaries of runs that have ended, with the times and sizes of their files: most of a long list never changes."""
 
 
 def _listed(run: RunDirectory) -> dict[str, Any]:
-    """`brief`, read again only where the run goes on or its files have changed."""
+    """`brief`, read again only if the run is in progress or its files have changed."""
     stamp = tuple(_stamp(run.path / name) for name in ("status.json", "events.jsonl", "run.yaml"))
     known = _ended.get(run.path)
     if known is not None and known[0] == stamp:

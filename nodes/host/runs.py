@@ -73,10 +73,10 @@ def describe(
     offline = not _samples(data.get("objective"))
     texts, tests = check_texts(prompts, held_out, needed=not offline)
     if offline and texts:
-        raise BadInput("prompts is not empty, and the pairs of the objective's collection bring their own: clear it")
+        raise BadInput("prompts is not empty, but the objective trains on the prompts of its collection: clear prompts")
     if offline and rewards is not None:
         raise BadInput(
-            "reward is connected, and the objective trains on the pairs of its collection: disconnect it, or connect "
+            "reward is connected, but the objective trains on the pairs of its collection: disconnect it, or connect "
             "it to evaluation_rewards"
         )
     if not offline and rewards is None:

@@ -176,7 +176,7 @@ def test_what_does_not_go_with_pairs_is_one_sentence_on_the_node(comfy: Server, 
     left, right, third, *_ = sorted(collection.files())
     for graph, says in [
         (dpo("by rule"), "there are 0 pairs of by rule: at least 2 are needed"),
-        (dpo("by rule", prompts="a circle"), "the pairs of the objective's collection bring their own: clear it"),
+        (dpo("by rule", prompts="a circle"), "the objective trains on the prompts of its collection: clear prompts"),
         (dpo("by rule", reward=["reward", 0]), "disconnect it, or connect it to evaluation_rewards"),
         (dpo("", prompts="a circle"), "reward is not connected: only objective dpo with a collection trains without"),
     ]:

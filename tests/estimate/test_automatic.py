@@ -80,7 +80,7 @@ def test_what_is_known_of_the_model_decides_steps_and_guidance() -> None:
 
 
 def test_too_little_memory_is_refused_with_the_smallest_that_was_tried() -> None:
-    with pytest.raises(BadInput, match=r"rank 8 the run needs 10.25 GB, and 7.20 GB can be planned with on a card"):
+    with pytest.raises(BadInput, match=r"rank 8 the run needs 10.25 GB, but only 7.20 GB are usable on a card"):
         choose(replace(FLUX_LIKE, memory=8 * GB, needed=linear(40.0)))
 
 
@@ -116,4 +116,4 @@ def test_the_command_prints_a_description_that_runs(
     assert main(["presets", "auto"]) == 2
     assert "--for FILE" in capsys.readouterr().err
     assert main(["presets", "demo", "--for", str(file)]) == 2
-    assert "--for goes with preset auto, not with demo" in capsys.readouterr().err
+    assert "--for is only for preset auto, not for demo" in capsys.readouterr().err

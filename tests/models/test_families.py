@@ -376,5 +376,5 @@ def test_sharding_takes_several_processes_and_a_plain_diffusers_folder(tiny_sd3:
     config = uneven(tiny_sd3).model_dump()
     with pytest.raises(BadInput, match="model.sharded is true: it takes several processes"):
         Trainer(parse_config(config, ["model.sharded=true"]), None, Processes("cpu"))
-    with pytest.raises(BadInput, match="sharded goes with diffusers folders alone, and without quantization"):
+    with pytest.raises(BadInput, match="sharded needs a diffusers folder and no quantization"):
         parse_config(config, ["model.sharded=true", "model.quantization=nf4"])

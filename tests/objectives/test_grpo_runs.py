@@ -114,8 +114,8 @@ def test_the_gate_gives_the_kl_to_its_share_of_the_images(tiny_description: dict
 def test_what_gardo_lacks_is_said(tiny_description: dict) -> None:
     data = described(tiny_description, "gardo")
     del data["evaluation"]["rewards"]
-    with pytest.raises(BadInput, match="evaluation.rewards names none: name one there, or set kl_share to 1"):
+    with pytest.raises(BadInput, match="evaluation.rewards is empty: name a reward there, or set kl_share to 1"):
         parse_config(data)
     data["objective"] = {**GARDO, "kl_share": 1.0, "old_log_prob": "update", "updates": 2}
-    with pytest.raises(BadInput, match="both need the one older copy of the LoRA"):
+    with pytest.raises(BadInput, match="both need the old copy of the LoRA"):
         parse_config(data)

@@ -207,7 +207,7 @@ def test_the_collection_decides_which_objective_it_is(offline: dict, tiny_descri
     tiny_description["objective"] = {"name": "dpo"}
     assert type(make_objective(parse_config(tiny_description))) is Dpo
     del tiny_description["rewards"]
-    with pytest.raises(BadInput, match="rewards names none"):
+    with pytest.raises(BadInput, match="rewards is empty"):
         parse_config(tiny_description)
 
 

@@ -101,7 +101,7 @@ def test_parse_by_hand(text: str, phrases: tuple[Phrase, ...], relation: str | N
     ],
 )
 def test_other_texts_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match="is not of the shapes world: write for example") as caught:
+    with pytest.raises(ValueError, match="is not one for images of shapes: write, for example,") as caught:
         parse(text)
     assert repr(text) in str(caught.value)
 

@@ -110,5 +110,8 @@ class ModelConfig(Section):
         if self.graph is not None and (self.network_file or self.quantization):
             raise ValueError("network_file and quantization need a diffusers folder: remove them, or remove graph")
         if self.sharded and (self.graph is not None or self.quantization):
-            raise ValueError("sharded goes with diffusers folders alone, and without quantization")
+            raise ValueError(
+                "sharded needs a diffusers folder and no quantization: set sharded to false, or remove graph or "
+                "quantization"
+            )
         return self

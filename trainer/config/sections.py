@@ -64,8 +64,9 @@ class WindowConfig(Section):
     size: Positive = Field(2, description="Number of steps in the window.")
     position: Literal["fixed", "random", "moving", "per-prompt"] = Field(
         "random",
-        description="Where it lies: always at start, anywhere from start on, moving on from start, or anywhere from "
-        "start on and drawn for each prompt (Flash-GRPO).",
+        description="Where the window begins. fixed: at start. random: at a step from start on, drawn in each "
+        "iteration. moving: at start, and one step later whenever `every` iterations have passed. per-prompt: as "
+        "random, but drawn for each prompt (Flash-GRPO).",
     )
     start: int = Field(0, ge=0, le=1000, description="First step at which the window may begin.")
     every: Positive = Field(25, description="Iterations before a moving window moves by one step.")
@@ -98,7 +99,7 @@ class RolloutConfig(Section):
         None,
         description="[first, end]: only the sampling steps from first to end - 1 use guidance; the others take half "
         "the time. null for all steps. Evaluations with another number of steps use the same share of them. Trained "
-        "predictions always use guidance, so for the objective grpo the range must have every stochastic step.",
+        "predictions always use guidance, so for the objective grpo the range must include every stochastic step.",
     )
     group_size: Annotated[int, Field(ge=2, le=10_000)] = Field(12, description="Number of images per prompt (G).")
     prompts_per_iteration: Positive = Field(8, description="Prompts per iteration (P), over all processes.")
@@ -117,18 +118,20 @@ class RolloutConfig(Section):
         if self.window and self.window.start + self.window.size > self.steps - 1:
             raise ValueError(
                 f"window of {self.window.size} from step {self.window.start} does not fit: "
-                f"the first {self.steps - 1} of {self.steps} steps can be stochastic"
+                f"only the first {self.steps - 1} of {self.steps} steps can be stochastic; lower window.start or size"
             )
         if self.guidance_steps is not None:
             first, end = self.guidance_steps
             if not first < end <= self.steps:
-                raise ValueError(f"guidance_steps [{first}, {end}] must be two rising numbers of at most {self.steps}")
+                raise ValueError(
+                    f"guidance_steps [{first}, {end}] must be two increasing numbers, at most {self.steps}"
+                )
             if self.guidance_scale == 1:
                 raise ValueError("guidance_steps needs guidance: set guidance_scale to another number than 1")
         return self
 
     def guided(self, steps: int) -> list[bool] | None:
-        """Which of so many sampling steps use guidance; None for all."""
+        """Which sampling steps use guidance, in a schedule of `steps` steps; None for all."""
         if self.guidance_steps is None:
             return None
         first, end = (step * steps for step in self.guidance_steps)
@@ -144,7 +147,7 @@ class RolloutConfig(Section):
         first, last = self.guidance_steps
         if not first <= start <= end <= last:
             raise ValueError(
-                f"rollout.guidance_steps [{first}, {last}] must have all steps that can be stochastic, which are "
+                f"rollout.guidance_steps [{first}, {last}] must include all steps that can be stochastic, which are "
                 f"[{start}, {end}]: widen it, or set rollout.window to a fixed one inside it"
             )
 
@@ -166,7 +169,8 @@ class LoraConfig(Section):
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="Endings of the names of linear and convolution layers; null for the family's own, its attention.",
+        description="Endings of the names of the linear and convolution layers that get a LoRA; null for the family's "
+        "attention layers.",
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Moving average of the LoRA; 0 is off.")
     start_from: str | None = Field(
@@ -314,9 +318,9 @@ class RunConfig(Section):
     def _fits(self) -> "RunConfig":
         objective = objective_class(self.objective)
         if not self.prompts.has_source and objective.needs_rollout:
-            raise ValueError("prompts names none: give them in exactly one of texts, file and shapes")
+            raise ValueError("prompts is empty: give training prompts in exactly one of texts, file and shapes")
         if not self.rewards and objective.needs_rewards:
-            raise ValueError("rewards names none, so there is nothing to learn")
+            raise ValueError("rewards is empty, so there is nothing to learn: name at least one reward")
         if self.rewards and not any(reward.weight for reward in self.rewards):
             raise ValueError("every reward has weight 0, so there is nothing to learn")
         trained = {reward.name: reward for reward in self.rewards}

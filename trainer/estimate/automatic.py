@@ -139,11 +139,11 @@ def _fitted(facts: Facts, sections: dict[str, dict]) -> tuple[dict[str, dict], s
             recomputed = "gradient checkpointing" if checkpointing else "no gradient checkpointing"
             return candidate, (
                 f"{recomputed}, batches of {batch} in the update and {rollout_batch} in the rollout, rank {rank}: "
-                f"{size(needed)} of the {size(usable)} to plan with on {facts.device} (computed)"
+                f"{size(needed)} of the {size(usable)} usable on {facts.device} (computed)"
             )
     raise BadInput(
         f"preset auto finds no settings that fit: with gradient checkpointing, batches of 1 and rank {rank} "
-        f"the run needs {size(needed)}, and {size(usable)} can be planned with on {facts.device}; choose a smaller "
+        f"the run needs {size(needed)}, but only {size(usable)} are usable on {facts.device}: choose a smaller "
         "image size, fewer frames or smaller weights (fp8, nf4)"
     )
 

@@ -278,7 +278,7 @@ class DiffusionModel(ABC):
         return next(self.module.parameters()).device
 
     def make_room(self, size: int, device: torch.device) -> None:  # noqa: B027 - most models stay where they are
-        """Free so many bytes on a device for a reward's weights, where the model's host can."""
+        """Free `size` bytes on a device for a reward's weights, if ComfyUI manages this model's memory."""
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         """Run `call` with the model in inference mode, as outside training."""
@@ -349,7 +349,7 @@ def require_files(folder: Path, names: list[str], family: str) -> None:
 
 
 def matching(module: nn.Module, targets: list[str]) -> list[str]:
-    """Names of the linear and convolution layers that targets, endings of names, choose.
+    """Names of the linear and convolution layers whose names end in a target.
 
     Raises:
         BadInput: a target matches nothing.

@@ -115,7 +115,7 @@ class RolloutBatch:
         advantages: of the images of all processes.
         active: `[P, G]` bool, the images of all processes that may be trained on.
         scores: reward per name, `[P, G]` float64 over all processes, NaN where an image has none. An objective that
-            scores images itself fills in those of its own members, and the rest is NaN until they are gathered.
+            scores images itself fills in the scores of its own members; the rest is NaN until they are gathered.
         watched: as `scores`, by the rewards that are not trained on, where the objective needs them.
         optimizer_steps: optimizer steps already made in this iteration.
     """

@@ -57,24 +57,26 @@ class GrpoOptions(ObjectiveOptions):
     )
     divergence_limit: Annotated[float, Field(gt=0)] = Field(
         1e-5,
-        description="With ratio dppo: an action whose KL from the old policy has reached this, and that moves on away, "
-        "is dropped.",
+        description="With ratio dppo: an action is dropped if the KL of its step to the old policy reaches this and "
+        "the update would increase it.",
     )
     step_weights: Literal["equal", "flash"] = Field(
         "equal",
-        description="flash weights each step by std / |d mean / d prediction| over its mean, so that steps at all "
-        "noise levels pull alike (Flash-GRPO).",
+        description="flash weights each step by std / |d mean / d prediction|, divided by the mean of these weights, "
+        "so that steps at all noise levels have gradients of equal size (Flash-GRPO).",
     )
     kl_weight: Annotated[float, Field(ge=0)] = Field(
         0.0, description="Weight of the KL to the reference: the squared distance of the predictions, with guidance."
     )
     kl_reference: Literal["base", "moving"] = Field(
         "base",
-        description="The reference of the KL: the base model, or an earlier state of the LoRA that moves on (GARDO).",
+        description="Reference of the KL: the base model, or a copy of the LoRA that is replaced now and then (GARDO).",
     )
-    kl_reference_every: Positive = Field(15, description="A moving reference is renewed after so many iterations.")
+    kl_reference_every: Positive = Field(
+        15, description="Iterations after which a moving reference is replaced by the current LoRA."
+    )
     kl_reference_limit: Annotated[float, Field(gt=0)] = Field(
-        3e-4, description="It is renewed at once when the mean KL of an iteration is above this."
+        3e-4, description="A moving reference is replaced at once when the mean KL of an iteration is above this."
     )
     kl_share: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0,
@@ -105,7 +107,7 @@ class Grpo(Objective):
         self._kl = 0.0  # of the last iteration
         self._age = 0  # iterations since a moving reference was renewed
         self._mean_weight = 1.0  # of the steps in this optimizer step
-        self._gate: Tensor | None = None  # images that get the KL term; None for all
+        self._gate: Tensor | None = None  # which images get the KL term (GARDO's gate); None for all
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:
@@ -115,13 +117,13 @@ class Grpo(Objective):
         if options.kl_share < 1 and not config.evaluation.rewards:
             raise ValueError(
                 f"objective.kl_share {options.kl_share:g} compares the trained rewards with others, and "
-                "evaluation.rewards names none: name one there, or set kl_share to 1"
+                "evaluation.rewards is empty: name a reward there, or set kl_share to 1"
             )
         moving = options.kl_weight and options.kl_reference == "moving"
         if moving and options.old_log_prob == "update" and options.updates > 1:
             raise ValueError(
-                "objective.kl_reference moving and objective.old_log_prob update both need the one older copy of the "
-                "LoRA: set one of them otherwise, or objective.updates to 1"
+                "objective.kl_reference moving and objective.old_log_prob update both need the old copy of the LoRA, "
+                "and there is only one: change one of them, or set objective.updates to 1"
             )
 
     @property

@@ -144,8 +144,8 @@ class OfflineDpo(Dpo):
         """
         if state["pairs"] != self.data.digest():
             raise BadInput(
-                f"the votes of {self.data.name} have changed since this run was stopped: start another run for them, "
-                "with this one's LoRA as lora.start_from if it should go on from there"
+                f"the votes of {self.data.name} have changed since this run was stopped: start another run to train on "
+                "the new votes, with this run's LoRA as lora.start_from to continue from it"
             )
 
 

@@ -84,8 +84,8 @@ def read_pairs(path: Path) -> Pairs:
     found = Pairs(path.name, pairs, dict(left_out))
     if len(pairs) < FEWEST:
         raise BadInput(
-            f"there are {found.sentence()}: at least {FEWEST} are needed, and some dozens to be of use. A pair is a "
-            "vote with a winner between two images of one prompt"
+            f"there are {found.sentence()}: at least {FEWEST} are needed, and a few dozen to be useful. A pair is a "
+            "vote with a winner on two images of one prompt"
         )
     for prompt in found.prompts:
         check_text(prompt, f"{path.name}: a prompt")

@@ -21,7 +21,7 @@ class JpegSize(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         height, width = images.shape[-2:]
         if max(height, width) > LARGEST_SIDE:
-            raise ValueError(f"an image of {width} x {height} is too large for JPEG: {LARGEST_SIDE} pixels is the most")
+            raise ValueError(f"an image of {width} x {height} is too large for JPEG: at most {LARGEST_SIDE} pixels")
         return torch.tensor([_kilobytes(picture) for picture in to_pil(images)], dtype=torch.float32)
 
 

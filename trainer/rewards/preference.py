@@ -68,7 +68,7 @@ class Preference(ModelReward):
         if winners < FEWEST:
             raise BadInput(
                 f"collection {self.collection.name!r} has {winners} votes with a winner: vote on more pairs; at least "
-                f"{FEWEST} are needed, and some dozens to be useful"
+                f"{FEWEST} are needed, and a few dozen to be useful"
             )
 
     def build(self) -> nn.Module:

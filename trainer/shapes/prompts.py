@@ -82,7 +82,7 @@ def parse(text: str) -> Prompt:
     related = not relations or (len(parts) == 3 and all(phrase.count == 1 for phrase in phrases))
     if not distinct or not related:
         raise ValueError(
-            f"prompt {text!r} is not of the shapes world: write for example 'a red circle and a blue square', "
+            f"prompt {text!r} is not one for images of shapes: write, for example, 'a red circle and a blue square', "
             f"'three triangles' or 'a circle above a square' (each shape once; shapes {', '.join(SHAPES)}; "
             f"colours {', '.join(COLORS)})"
         )

@@ -5,11 +5,11 @@ A collection is a folder:
 - `images/`: PNG files named by a hash of their pixels, so that equal images are stored once.
 - `items.jsonl`: a line per image, `{"image": "3f2a....png", "prompt": "a red fox", "source": "run fox"}`.
 - `votes.csv`: a row per vote, with the columns `better,worse,tie,skip,undo,id,time`. Where `tie` or `skip` is 1,
-  `better` and `worse` are just the two images. A row with `undo` takes back the vote of that id.
+  the order of `better` and `worse` has no meaning. A row with `undo` cancels the vote with that id.
 
 Rows are only ever appended, under a file lock, and are on disk before a call returns. Every vote carries an id that
 the caller has chosen. A repeated id is counted once, so a call that got no answer can be repeated. A row that cannot be
-read costs that row only. A hand-written `votes.csv` needs the columns `better` and `worse` alone.
+read is ignored. A hand-written `votes.csv` needs only the columns `better` and `worse`.
 """
 
 import hashlib

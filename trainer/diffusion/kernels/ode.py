@@ -20,5 +20,5 @@ ODE = Kernel(
     largest_eta=0.0,
     mean="x + v (s' - s)",
     std="0",
-    summary="deterministic Euler step: evaluation, and all steps outside a stochastic window",
+    summary="deterministic Euler step, for evaluation and for all steps outside a stochastic window",
 )

@@ -47,10 +47,10 @@ def _with_lora(patcher: Any, file: str, strength: float, comfy: SimpleNamespace)
 
 
 def load_vae(graph: GraphModel, comfy: SimpleNamespace) -> Any:
-    """What core's loader gives for the VAE's file.
+    """Load the VAE with core's loader.
 
     Raises:
-        BadInput: it is none, or lacks weights of the decoder.
+        BadInput: the file has no VAE, or lacks weights of its decoder.
     """
     try:
         with _missing_weights() as missing:
@@ -73,12 +73,13 @@ def load_vae(graph: GraphModel, comfy: SimpleNamespace) -> Any:
 
 
 _WEIGHTS, _ENCODER = (".weight", ".bias", ".gamma"), ("encoder.", "taesd_encoder.", "quant_conv.")
-"""Names of what core leaves uninitialised where a file lacks it; and of what decoding does not use, which some lack."""
+"""Endings of weights that core leaves uninitialised if a file lacks them; prefixes of weights that decoding does not
+need and some files lack."""
 
 
 @contextmanager
 def _missing_weights() -> Iterator[list[str]]:
-    """The names of weights that modules ask for in this block and are not given; core only warns of them."""
+    """Collects the names of weights that are missing when modules are loaded in this block; core only warns of them."""
     load, missing = nn.Module.load_state_dict, []
 
     def recording(module: nn.Module, *arguments: Any, **options: Any) -> Any:
@@ -131,11 +132,11 @@ def describe_sampling(sampling: Any, kinds: ModuleType) -> dict[str, Any]:
 
 
 def process_of(sampling: Any, kinds: ModuleType) -> Process:
-    """The process of a `model_sampling`: FLOW for a flow model; for one of noise levels x0 + s noise VP_V where the
-    network predicts v, else VP.
+    """The process of a `model_sampling`: FLOW for a flow model; for latents x0 + s noise, VP_V if the network predicts
+    v, else VP.
 
     Raises:
-        BadInput: it is neither of them.
+        BadInput: it is none of these.
     """
     names = [kind.__name__ for kind in type(sampling).__mro__ if kind.__module__ == kinds.__name__]
     if getattr(sampling, "noise_scale", 1.0) != 1.0:
@@ -148,8 +149,8 @@ def process_of(sampling: Any, kinds: ModuleType) -> Process:
         return VP_V
     if getattr(sampling, "zsnr", False):
         raise BadInput(
-            "the model predicts noise and has zero signal at its end, where noise says nothing: set zsnr off, or "
-            "sampling to v_prediction if the model predicts that, in core's ModelSamplingDiscrete"
+            "the model predicts noise with zero terminal SNR, where a prediction of noise determines no image: in "
+            "core's ModelSamplingDiscrete set zsnr off, or sampling to v_prediction if the model predicts v"
         )
     return VP
 
@@ -213,7 +214,7 @@ def check_extra_channels(base: Any, conds: list[dict], given: set[str]) -> None:
     """
     Args:
         base: ComfyUI's `BaseModel`.
-        conds: what it has made of a prompt's conditions.
+        conds: a prompt's conditions as it has processed them.
         given: names of these conditions.
 
     Raises:

@@ -35,14 +35,14 @@ from .load import (
 
 WEIGHT_FILES = (".safetensors", ".sft")
 LARGEST_SIGMA = 1000.0
-"""Levels of noise models (in ComfyUI's scale) up to here are taken as they are, also above the model's own."""
+"""Noise levels of epsilon and v models, in ComfyUI's scale, are limited to the model's largest or this, if larger."""
 
 
 class ComfyModel(DiffusionModel):
     """An image or video model of ComfyUI (`BaseModel`).
 
-    Flow models are of the process FLOW, models that predict v of VP_V, those that predict noise or the image of VP.
-    ComfyUI holds the latents of the two latter as x0 + s noise, this pack as that divided by `VP.k_scale`.
+    The process is FLOW for flow models, VP_V for models that predict v, and VP for models that predict noise or the
+    image. For VP and VP_V, ComfyUI's latents are x0 + s noise; this pack's are these divided by `VP.k_scale`.
 
     Args:
         patcher: ComfyUI's `ModelPatcher`, loaded, without patches.

@@ -23,7 +23,7 @@ class FluxModel(DiffusersModel):
     condition_widths = {"embeds": "joint_attention_dim", "pooled": "pooled_projection_dim"}
     text_tokens = 512
     input_layers = ("x_embedder.weight", "img_in.weight")
-    # In double and single blocks; what the reference's LoRA script trains.
+    # In double and single blocks; what DanceGRPO's LoRA script trains.
     default_targets = ATTENTION
 
     @classmethod

@@ -41,7 +41,7 @@ def check_quantization(config: ModelConfig) -> None:
             f"model.quantization is {config.quantization!r}: it needs the package bitsandbytes, which is not installed"
         )
     if config.quantization and not torch.cuda.is_available():
-        raise BadInput(f"model.quantization is {config.quantization!r}: diffusers quantises on a GPU, and none is seen")
+        raise BadInput(f"model.quantization is {config.quantization!r}: it needs a GPU, and none was found")
 
 
 def quantization(config: ModelConfig, device: torch.device) -> dict[str, Any]:

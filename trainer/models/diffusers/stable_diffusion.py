@@ -55,9 +55,9 @@ class StableDiffusionModel(DiffusersModel):
             )
         if scheduler.get("rescale_betas_zero_snr") and kind == "epsilon":
             raise BadInput(
-                "model.path: the scheduler has rescale_betas_zero_snr with prediction_type epsilon, and a predicted "
-                "noise says nothing at a level without signal: set prediction_type to v_prediction if the model "
-                "predicts that"
+                "model.path: the scheduler has rescale_betas_zero_snr with prediction_type epsilon, but with zero "
+                "terminal SNR a prediction of noise determines no image: set prediction_type to v_prediction if the "
+                "model predicts v"
             )
 
     @classmethod
@@ -68,8 +68,8 @@ class StableDiffusionModel(DiffusersModel):
         if other:
             named = ", ".join(f"{name} {value!r}" for name, value in other.items())
             raise BadInput(
-                f"model.path: {cls.folder(config) / cls.component} has {named}: its network takes an input that family "
-                f"{cls.family} does not give it"
+                f"model.path: {cls.folder(config) / cls.component} has {named}: its network needs an input that family "
+                f"{cls.family} does not provide"
             )
 
     @classmethod
