@@ -126,14 +126,14 @@ def report(args: argparse.Namespace, spec: dict) -> None:
 
 
 def row(name: str, runs: list[dict]) -> dict[str, str]:
-    """A line of a table: means over seeds, and each seed's strict score."""
+    """A line of a table: means over seeds, and each seed's gain and strict score."""
     firsts, lasts = [run["curve"][0] for run in runs], [run["curve"][-1] for run in runs]
     cells = {"variant": name, "thousand FE": f"{mean([last['cost'] for last in lasts]) / 1000:.0f}"}
-    strict = [last["rewards"]["shapes-strict"] for last in lasts]
-    cells["strict, before"] = f"{firsts[0]['rewards']['shapes-strict']:.3f}"
-    cells["strict, mean (seeds)"] = f"**{mean(strict):.3f}** ({', '.join(f'{value:.3f}' for value in strict)})"
+    gained, strict = [gain(run) for run in runs], [last["rewards"]["shapes-strict"] for last in lasts]
+    cells["trained, mean (seeds)"] = f"**{mean(gained):+.2f}** ({', '.join(f'{value:+.2f}' for value in gained)})"
+    cells["strict, mean (seeds)"] = f"{mean(strict):.3f} ({', '.join(f'{value:.3f}' for value in strict)})"
     for reward in firsts[0]["rewards"]:
-        if reward != "shapes-strict":
+        if reward not in ("shapes-strict", "mix"):
             change = [(b["rewards"][reward] - a["rewards"][reward]) / a["spread"][reward] for a, b in pairs(runs)]
             cells[reward] = f"{mean(change):+.2f}"
     for look in ("brightness", "diversity"):
