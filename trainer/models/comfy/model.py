@@ -91,18 +91,25 @@ class ComfyModel(DiffusionModel):
         graph = config.graph
         require_version(Path(graph.folder))
         named = [("file", graph.file), ("vae_file", graph.vae_file), *(("loras", lora.file) for lora in graph.loras)]
+        if (low := graph.low_noise) is not None:
+            named += [("low_noise.file", low.file), *(("low_noise.loras", lora.file) for lora in low.loras)]
         for field, file in named:
             if Path(file).suffix not in WEIGHT_FILES or not Path(file).is_file():
                 raise BadInput(f"model.graph.{field} is {file!r}: this .safetensors file does not exist")
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
-        comfy = _import(config.graph.folder, device)
+        comfy = import_comfy(config.graph.folder, device)
         patcher = load_network(config.graph, comfy)
         model = cls(patcher, load_vae(config.graph, comfy), config)
         model._make_resident()
-        check_offload(patcher.model_size() - patcher.loaded_size() if model.base.model_lowvram else 0, config)
+        model._check_offload()
         return model
+
+    def _check_offload(self) -> None:
+        """Raise BadInput if the weights do not fit on the GPU and the backward pass would need all of them there."""
+        offloaded = self.patcher.model_size() - self.patcher.loaded_size() if self.base.model_lowvram else 0
+        check_offload(offloaded, self.config)
 
     @classmethod
     def encode_batches(cls, config: ModelConfig, *_: Any) -> Conditions:
@@ -170,7 +177,7 @@ class ComfyModel(DiffusionModel):
                 left.append(rows)
         if against is not None and left:
             denoise(torch.cat(left), {"negative": against})
-        return [self.process.predicting(latents, _in_order(parts), level).float() for parts in branches.values()]
+        return [self.process.predicting(latents, in_order(parts), level).float() for parts in branches.values()]
 
     def _with_signal(self, level: Tensor) -> Tensor:
         """ComfyUI has a little signal at the highest level of models with zero terminal SNR; float32 rounds it to 0."""
@@ -215,20 +222,22 @@ class ComfyModel(DiffusionModel):
             )
 
     def _make_resident(self) -> None:
+        if not self._is_resident:  # never between a forward and its backward pass, which needs the same weights
+            self._load([self.patcher])
+            self._is_resident = True
+
+    def _load(self, patchers: list[Any]) -> None:
         """Move the VAE off the GPU, and as many weights as fit onto it, with ComfyUI's memory management."""
-        if self._is_resident:  # never between a forward and its backward pass, which needs the same weights
-            return
         management = self.comfy.management
         if self.vae is not None:
             others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
             management.free_memory(1e30, self.vae.patcher.load_device, others)
         reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
         needed = self.patcher.memory_required([1, *self._shape]) + reserve
-        management.load_models_gpu([self.patcher], memory_required=needed)
+        management.load_models_gpu(patchers, memory_required=needed)
         for parameter in self.module.parameters():
             if parameter.requires_grad:  # ComfyUI may leave the LoRA in RAM, without casting it
                 parameter.data = parameter.data.to(self.device)
-        self._is_resident = True
 
     def make_room(self, size: int, device: torch.device) -> None:
         if torch.is_grad_enabled():  # the backward pass needs the weights where they were
@@ -244,6 +253,10 @@ class ComfyModel(DiffusionModel):
             self.comfy.management.in_training = True
 
     # ------------------------------------------------------------------------------------------------ the rest
+
+    def is_trained_at(self, sigma: float) -> bool:
+        low = None if self.config.graph is None else self.config.graph.low_noise
+        return low is None or low.is_trained_at(sigma)
 
     def sigmas(self, steps: int, shift: float | None) -> list[float]:
         graph = self.config.graph
@@ -313,7 +326,7 @@ def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
-def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows that were computed in parts, in the order of their numbers.
 
     Args:
@@ -330,7 +343,7 @@ def _column(value: Tensor, like: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- ComfyUI itself
 
 
-def _import(folder: str, device: torch.device) -> SimpleNamespace:
+def import_comfy(folder: str, device: torch.device) -> SimpleNamespace:
     """Import ComfyUI's modules from its folder, if they are not loaded yet."""
     if "comfy" not in sys.modules:
         sys.path.insert(0, folder)
