@@ -216,7 +216,9 @@ def test_settings_that_train_nothing_are_refused(pack: Callable) -> None:
 
     def plan(options: dict, model: Any = given.model, **rollout: object) -> Any:
         data = {"prompts": {"texts": ["any"]}, "rewards": [{"name": "brightness"}], "objective": options}
-        return objectives.make_objective(parse({**data, "rollout": {"steps": STEPS, "shift": None, **rollout}})).plan(model, 0)
+        return objectives.make_objective(parse({**data, "rollout": {"steps": STEPS, "shift": None, **rollout}})).plan(
+            model, 0
+        )
 
     with pytest.raises(bad, match=r"window of 4 steps from step 0 does not fit: .* trained are 0 to 2"):
         plan({"name": "grpo"}, window={"size": 4})
