@@ -476,6 +476,21 @@ def test_a_run_of_two_networks_resumes_and_publishes_a_file_for_each_that_it_tra
     for number, event in enumerate([e for e in directory.events() if "loss" in e]):
         assert event["objective"]["rollout_deviation"]["max"] < 1e-5 or number
 
+    begun = config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": str(directory.lora_file)})})
+    started = loop.Trainer(begun, None, pack("trainer.utils.distributed").Processes("cpu"))
+    started.policy.start()
+    found = pack("trainer.evaluation.files")
+    switch = found.Adapters(
+        pack("trainer.models").model_class(config.model).load(config.model, CPU),
+        [file := found.LoraFile("mine", directory.lora_file)],
+    )
+    switch.use(file)
+    switched = pack("trainer.adapters.lora").parameters(switch.model.module)
+    for name, value in whole.policy.parameters.items():
+        torch.testing.assert_close(started.policy.parameters[name], value, rtol=0, atol=1e-7)
+        scale = 1 if "lora_A" in name else config.lora.alpha / config.lora.rank
+        torch.testing.assert_close(switched[name], value * scale, rtol=0, atol=1e-6)
+
     monkeypatch.setattr(folder_paths, "output_directory", str(files.folder))
     published = pack("nodes.host.folders").publish_loras(directory.lora_file, "mine")
     networks = ["high", "low"] if trained == "both" else ["high"]
