@@ -254,10 +254,16 @@ UNET = {
 VIDEO = (32, 48, 5)
 
 
-def references() -> dict:
-    """Two pictures, as core's TextEncodeQwenImageEditPlus hands them over."""
-    pictures = [draw(1, 16, 1, 4, 6, seed=9), draw(1, 16, 1, 2, 4, seed=10)]
+def references(count: int = 2) -> dict:
+    """Pictures of different sizes, as core's TextEncodeQwenImageEditPlus hands them over."""
+    sizes = [(4, 6), (2, 4), (6, 2)][:count]
+    pictures = [draw(1, 16, 1, *size, seed=9 + i) for i, size in enumerate(sizes)]
     return {"reference_latents": pictures, "reference_latents_method": "index_timestep_zero"}
+
+
+def three_references() -> dict:
+    """As Qwen-Image-Edit 2509 has them: positions by the index alone."""
+    return {"reference_latents": references(3)["reference_latents"]}
 
 
 def llama() -> dict:
@@ -311,6 +317,7 @@ MORE = [
     {"core": "HunyuanImage21", "config": HUNYUAN_IMAGE, "text": (16, None), "size": (64, 96, 1)},
     {"core": "WAN22_T2V", "config": WAN | {"in_dim": 48, "out_dim": 48}, "text": (16, None), "size": VIDEO},
     {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": references, "name": "QwenImageEditPlus"},
+    {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": three_references, "name": "QwenImageEdit3"},
 ]
 for given in MORE:
     given["shapes"] = given["core"] not in PARTLY_SHAPED

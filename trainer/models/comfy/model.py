@@ -17,7 +17,7 @@ from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
 from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels
-from .conditions import Entry, EntryConditions, alike, mapped
+from .conditions import Entry, EntryConditions, alike, mapped, own_pictures
 from .load import (
     attention_layers,
     check_extra_channels,
@@ -151,7 +151,8 @@ class ComfyModel(DiffusionModel):
         """The prediction for `conditions`, and the one for the first row of `negative`, if there is one.
 
         Where the shapes of both are alike, ComfyUI calls the network once for both, as it does in sampling, if it has
-        the memory. The rows of other entries take one more call with the negative prompt, all together.
+        the memory. The rows of other entries take one more call with the negative prompt, all together. The negative
+        prompt gets the pictures of each entry, if it has none of its own.
         """
         level = self._with_signal(sigma.float().double())
         scale = self.process.k_scale(level)
@@ -170,10 +171,15 @@ class ComfyModel(DiffusionModel):
 
         for rows, entry in conditions.groups():
             rows = rows.to(latents.device)
-            if against is not None and alike(entry, against):
-                denoise(rows, {"positive": entry, "negative": mapped(against, Tensor.clone)})
+            pictures = {} if against is None else own_pictures(entry, against)
+            opposite = None if against is None else mapped(against | pictures, Tensor.clone)
+            if opposite is not None and alike(entry, opposite):
+                denoise(rows, {"positive": entry, "negative": opposite})
+                continue
+            denoise(rows, {"positive": entry})
+            if pictures:
+                denoise(rows, {"negative": opposite})
             else:
-                denoise(rows, {"positive": entry})
                 left.append(rows)
         if against is not None and left:
             denoise(torch.cat(left), {"negative": against})
