@@ -143,6 +143,20 @@ LENS = {
     "axes_dims_rope": (4, 6, 6),
     "selected_layer_index": (0, 1),
 }
+LTX2 = {
+    "image_model": "ltxav",
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 32,
+    "caption_channels": 16,
+    "audio_attention_head_dim": 8,
+    "audio_num_attention_heads": 2,
+    "audio_cross_attention_dim": 16,
+    "connector_attention_head_dim": 8,
+    "connector_num_attention_heads": 2,
+    "connector_num_layers": 1,
+}
 COSMOS = {
     "max_img_h": 16,
     "max_img_w": 16,
@@ -279,7 +293,17 @@ def mt5() -> dict:
     }
 
 
-PARTLY_SHAPED = ("HiDream", "ErnieImage", "Krea2", "Lens", "PixArtAlpha", "PixArtSigma", "HunyuanDiT", "HunyuanVideo15")
+PARTLY_SHAPED = (
+    "HiDream",
+    "ErnieImage",
+    "Krea2",
+    "Lens",
+    "PixArtAlpha",
+    "PixArtSigma",
+    "HunyuanDiT",
+    "HunyuanVideo15",
+    "LTXAV",
+)
 """Networks that need values for some step, so that without weights their conditions are looked at in part."""
 MORE = [
     {"core": "SD20", "config": UNET | {"adm_in_channels": None}, "text": (16, None), "size": (64, 64, 1)},
@@ -304,6 +328,7 @@ MORE = [
     {"core": "Ideogram4", "config": IDEOGRAM, "text": (16, None), "scale": 2.0},
     {"core": "Lens", "config": LENS, "text": (16, None)},
     {"core": "CosmosT2V", "config": COSMOS1, "text": (16, None), "size": (32, 48, 9)},
+    {"core": "LTXAV", "config": LTX2, "text": (16, None), "size": (64, 96, 9), "extra": lambda: {"frame_rate": 24}},
     {"core": "AuraFlow", "config": AURA, "text": (16, None), "scale": 2.0},
     {"core": "PixArtAlpha", "config": PIXART, "text": (16, None), "size": (320, 320, 1)},
     {

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,7 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels
+from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels, kept_in_place
 from .conditions import Entry, EntryConditions, alike, mapped, own_pictures
 from .load import (
     attention_layers,
@@ -28,6 +28,7 @@ from .load import (
     latent_shape,
     load_network,
     load_vae,
+    may_have_sound,
     open_mixed_layers,
     process_of,
     require_version,
@@ -69,7 +70,8 @@ class ComfyModel(DiffusionModel):
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
         self._keys = self.comfy.lora.model_lora_keys_unet(self.base, {})
-        self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
+        apply = partial(_apply, keeps=kept_in_place(self.module))
+        self._options = {"transformer_options": {}, "model_function_wrapper": apply}
         self._shape = latent_shape(self.base.latent_format, config)
         if vae is not None:
             check_vae(vae, self.base.latent_format)
@@ -203,8 +205,9 @@ class ComfyModel(DiffusionModel):
         given = set(entry)
         tokens = entry.pop("cross_attn")
         conds = {branch: self.comfy.sampler_helpers.convert_cond([[tokens, entry]])}
+        silent = {"latent_shapes": [latents.shape]} if may_have_sound(self.base) else {}
         conds = self.comfy.samplers.process_conds(
-            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0
+            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0, **silent
         )
         self._check_guidance(conds[branch])
         check_extra_channels(self.base, conds[branch], given)
@@ -324,11 +327,11 @@ class ComfyModel(DiffusionModel):
         return [name for name, weight in self._keys.items() if weight == f"diffusion_model.{module_name}.weight"]
 
 
-def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
-    """A `model_function_wrapper` that calls the network without in-place operations if gradients are enabled."""
+def _apply(function: Any, arguments: dict[str, Any], keeps: frozenset[Callable]) -> Tensor:
+    """A `model_function_wrapper` that calls the network as `OutOfPlace` does if gradients are enabled."""
     if not torch.is_grad_enabled():
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
-    with OutOfPlace():
+    with OutOfPlace(keeps):
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
