@@ -75,7 +75,7 @@ class Estimate(io.ComfyNode):
             data, chosen = training.chosen_description(given, model, processes, conditioning, ("prompt", "held-out"))
             with preset_is_named(training.optional(given, "settings"), model):
                 found = estimating.estimate(data, clip, conditioning, processes, gpus, model.spec, node_id)
-        text = "\n\n".join(filter(None, (chosen, found.pop("text"))))
+        text = "\n\n".join(filter(None, (training.noted(data, chosen), found.pop("text"))))
         progress.say(text, node_id)
         shown = {"text": (text,), results.DATA: (results.jsonable(found),)}
         return io.NodeOutput(text, found["memory"]["fits"], found["seconds"]["iteration"], ui=shown)

@@ -5,6 +5,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..trainer.config import parse_config
+from ..trainer.models.distilled import distilled_notes
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from . import types
@@ -81,14 +83,14 @@ class TrainLoRA(io.ComfyNode):
             source += "".join(f"-{each}" for each in sources if each)
             (processes, gpus), node_id = processes_of(given), cls.hidden.unique_id
             data, chosen = chosen_description(given, model, processes, conditioning, sources)
-            if chosen:
-                progress.say(chosen, node_id)
+            if note := noted(data, chosen):
+                progress.say(note, node_id)
             with preset_is_named(optional(given, "settings"), model):
                 run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.spec)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
                 progress.wait_or_cancel(run, name, bar)
-            return results.result(run, cls, status_first=False, note=chosen)
+            return results.result(run, cls, status_first=False, note=note)
 
     @classmethod
     def _source_of(cls, name: str) -> str:
@@ -318,6 +320,11 @@ def description(given: dict[str, list], model: dict) -> dict:
         start_from(given),
         may_repeat="conditioning" in given,
     )
+
+
+def noted(data: dict, chosen: str) -> str:
+    """What the node says of a description beside the run's state: what preset auto chose, and warnings."""
+    return "\n\n".join(filter(None, (chosen, *(f"warning: {each}" for each in distilled_notes(parse_config(data))))))
 
 
 def chosen_description(
