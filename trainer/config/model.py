@@ -94,6 +94,14 @@ class GraphModel(Section):
         "for sampling. Weights that do not fit stay in RAM.",
     )
 
+    @property
+    def trained_files(self) -> list[str]:
+        """The files of the networks that get a LoRA."""
+        if self.low_noise is None:
+            return [self.file]
+        files = {HIGH: self.file, LOW: self.low_noise.file}
+        return [file for network, file in files.items() if self.low_noise.trained in (BOTH, network)]
+
 
 class ModelConfig(Section):
     """The base model."""
