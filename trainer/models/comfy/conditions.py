@@ -25,6 +25,7 @@ TEXT = (
     "pooled_output",
     "t5xxl_ids",
     "t5xxl_weights",
+    "unprocessed_ltxav_embeds",
 )
 """What text encoders put into CONDITIONING beside the embeddings, and other nodes do not."""
 
