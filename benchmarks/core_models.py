@@ -183,9 +183,9 @@ KL = {
 
 def use_comfyui(folder: Path, device: torch.device) -> None:
     """Import ComfyUI from its folder, for this device."""
-    from trainer.models.comfy.model import _import
+    from trainer.models.comfy.model import import_comfy
 
-    _import(str(folder.expanduser().resolve()), device)
+    import_comfy(str(folder.expanduser().resolve()), device)
 
 
 def core_model(

@@ -1,11 +1,13 @@
 """GRPO Base Model: the model to train, from core's loaders or from a diffusers folder."""
 
+from typing import get_args
+
 import torch
 from comfy.samplers import SCHEDULER_NAMES
 from comfy_api.latest import io
 from pydantic import ValidationError
 
-from ..trainer.config import GraphModel, ModelConfig
+from ..trainer.config import GraphExpert, GraphModel, ModelConfig
 from ..trainer.config import describe as describe_errors
 from ..trainer.models import FAMILIES, model_class
 from ..trainer.models.comfy import describe
@@ -93,6 +95,36 @@ def model_inputs() -> list[io.Input]:
             advanced=True,
             tooltip=f"{GraphModel.model_fields['reserve_gb'].description} For a connected model only.",
         ),
+        *expert_inputs(),
+    ]
+
+
+def expert_inputs() -> list[io.Input]:
+    """The socket and widgets of the second network of a model with two, such as Wan 2.2."""
+    fields = GraphExpert.model_fields
+    return [
+        io.Model.Input(
+            "low_noise_model",
+            optional=True,
+            tooltip="For a model in two files, such as Wan 2.2: the one for low noise; model is then the one for high "
+            "noise.",
+        ),
+        io.Float.Input(
+            "boundary",
+            default=fields["boundary"].default,
+            min=0.01,
+            max=0.99,
+            step=0.005,
+            optional=True,
+            tooltip=f"{fields['boundary'].description} Used if low_noise_model is connected.",
+        ),
+        io.Combo.Input(
+            "trained_network",
+            options=list(get_args(fields["trained"].annotation)),
+            default=fields["trained"].default,
+            optional=True,
+            tooltip=f"{fields['trained'].description} Used if low_noise_model is connected.",
+        ),
     ]
 
 
@@ -130,8 +162,13 @@ class BaseModel(io.ComfyNode):
         sigmas: torch.Tensor | None = None,
         scheduler: str = "simple",
         reserve_gb: float = 0.0,
+        low_noise_model: object | None = None,
+        boundary: float = 0.875,
+        trained_network: str = "both",
         **values: object,
     ) -> io.NodeOutput:
+        if model is None and low_noise_model is not None:
+            raise BadInput("low_noise_model is connected and model is not: connect the network for high noise to model")
         if model is None:
             return cls._of_folder(folder, {**values, "family": family})
         inputs.linked(model, "model", "MODEL")
@@ -150,6 +187,12 @@ class BaseModel(io.ComfyNode):
             describe.nodes_above(get_node, links.get("model")),
         )
         graph["reserve_gb"] = inputs.finite(reserve_gb, "reserve_gb")
+        if low_noise_model is not None:
+            inputs.linked(low_noise_model, "low_noise_model", "MODEL")
+            above = describe.nodes_above(get_node, links.get("low_noise_model"))
+            graph["low_noise"] = describe.describe_low_noise(
+                low_noise_model, model, above, inputs.finite(boundary, "boundary"), trained_network
+            )
         used = {name: value for name, value in values.items() if name not in FOR_FOLDERS}
         config = _checked({**used, "family": "comfy", "graph": graph})
         describe.check_size(model, config)

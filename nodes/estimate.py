@@ -40,6 +40,7 @@ class Estimate(io.ComfyNode):
                 *training.process_inputs(),
                 training.conditioning_input(),
                 training.objective_input(),
+                training.held_out_conditioning_input(),
             ],
             outputs=[
                 io.String.Output(display_name="estimate", tooltip="The estimate as text."),
@@ -65,18 +66,16 @@ class Estimate(io.ComfyNode):
         with progress.errors_on_node(node_id):
             model = inputs.single(given["grpo_model"], "grpo_model")
             connected(model, types.Model, "grpo_model")
-            clip, conditioning = training.optional(given, "clip"), training.optional(given, "conditioning")
+            clip, conditioning = training.optional(given, "clip"), training.conditioning_of(given)
             if clip is not None:
                 inputs.linked(clip, "clip", "CLIP")
-            if conditioning is not None:
-                inputs.conditioning(conditioning, "conditioning")
-                if clip is None:
-                    raise BadInput("conditioning goes with a connected clip: connect it, or disconnect conditioning")
+            elif conditioning is not None:
+                raise BadInput("conditioning goes with a connected clip: connect it, or disconnect conditioning")
             processes, gpus = training.processes_of(given)
-            data, chosen = training.chosen_description(given, model, processes)
+            data, chosen = training.chosen_description(given, model, processes, conditioning, ("prompt", "held-out"))
             with preset_is_named(training.optional(given, "settings"), model):
                 found = estimating.estimate(data, clip, conditioning, processes, gpus, model.spec, node_id)
-        text = "\n\n".join(filter(None, (chosen, found.pop("text"))))
+        text = "\n\n".join(filter(None, (training.noted(data, chosen), found.pop("text"))))
         progress.say(text, node_id)
         shown = {"text": (text,), results.DATA: (results.jsonable(found),)}
         return io.NodeOutput(text, found["memory"]["fits"], found["seconds"]["iteration"], ui=shown)

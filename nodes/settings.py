@@ -14,6 +14,7 @@ from ..trainer.models import FAMILIES
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput, shorten
 from . import types
+from .host import inputs
 from .host.vote_collections import with_collection
 from .host.widgets import LARGEST, field_widget
 from .types import CATEGORY, SettingsType
@@ -158,12 +159,22 @@ class Preset(io.ComfyNode):
                     dynamic_prompts=False,
                     tooltip=OVERRIDES_TOOLTIP,
                 ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    tooltip="Sampling steps in training, in place of the preset's; 0 leaves them to the preset.",
+                ),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="For GRPO Train LoRA.")],
         )
 
     @classmethod
-    def execute(cls, preset: str, overrides: str = "") -> io.NodeOutput:
+    def execute(cls, preset: str, overrides: str = "", steps: int = 0) -> io.NodeOutput:
+        if inputs.whole_number(steps, "steps", 0, 1000):
+            overrides = f"rollout.steps={steps}\n{overrides}"
         if preset == AUTO:  # what it chooses depends on the model, which the training node knows
             given = given_settings(list(_lines(overrides)))
             return io.NodeOutput(types.Settings(settings({}, overrides), preset, given))

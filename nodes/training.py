@@ -5,9 +5,13 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..trainer.config import parse_config
+from ..trainer.models.distilled import distilled_notes
+from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from . import types
 from .host import automatic, inputs, memory, progress, results, runs
+from .host.encoding import GraphConditioning
 from .host.folders import check_name
 from .settings import preset_is_named
 from .types import CATEGORY, ModelType, ObjectiveType, RewardType, SettingsType, connected
@@ -16,8 +20,9 @@ BASE_MODEL = "(the base model)"
 MOST_PROCESSES = 64
 DESCRIPTIONS = ("reward", "settings", "evaluation_rewards", "objective")
 """Inputs that are cheap to compute. They are checked first, because most mistakes are in them."""
-LOADED = ("grpo_model", "clip", "conditioning")
+LOADED = ("grpo_model", "clip", "conditioning", "held_out_conditioning")
 """Inputs whose computation loads a model."""
+CONDITIONINGS = ("conditioning", "held_out_conditioning")
 
 
 class TrainLoRA(io.ComfyNode):
@@ -69,24 +74,23 @@ class TrainLoRA(io.ComfyNode):
         with progress.errors_on_node(cls.hidden.unique_id):
             name, model = inputs.single(given["name"], "name"), inputs.single(given["grpo_model"], "grpo_model")
             connected(model, types.Model, "grpo_model")
-            clip, conditioning = optional(given, "clip"), optional(given, "conditioning")
+            clip, conditioning = optional(given, "clip"), conditioning_of(given)
             source = ""
             if clip is not None:
                 source = cls._source_of("clip")
                 inputs.linked(clip, "clip", "CLIP")
-            if conditioning is not None:
-                source += f"-{cls._source_of('conditioning')}"
-                inputs.conditioning(conditioning, "conditioning")
+            sources = tuple(cls._source_of(name) if name in given else "" for name in CONDITIONINGS)
+            source += "".join(f"-{each}" for each in sources if each)
             (processes, gpus), node_id = processes_of(given), cls.hidden.unique_id
-            data, chosen = chosen_description(given, model, processes)
-            if chosen:
-                progress.say(chosen, node_id)
+            data, chosen = chosen_description(given, model, processes, conditioning, sources)
+            if note := noted(data, chosen):
+                progress.say(note, node_id)
             with preset_is_named(optional(given, "settings"), model):
                 run = runs.begin(name, data, clip, source, processes, gpus, conditioning, model.spec)
             if inputs.single(given["wait"], "wait"):
                 bar = progress.NodeProgress(cls.hidden.unique_id, run.config().runtime.iterations)
                 progress.wait_or_cancel(run, name, bar)
-            return results.result(run, cls, status_first=False, note=chosen)
+            return results.result(run, cls, status_first=False, note=note)
 
     @classmethod
     def _source_of(cls, name: str) -> str:
@@ -186,6 +190,7 @@ def _late_inputs() -> list[io.Input]:
             "higher than lora.rank.",
         ),
         objective_input(),
+        held_out_conditioning_input(),
     ]
 
 
@@ -200,7 +205,16 @@ def conditioning_input() -> io.Input:
         optional=True,
         lazy=True,
         tooltip="What all prompts share besides the text, for a connected model: guidance, reference latents, a first "
-        "frame, masks. Its text is ignored.",
+        "frame, masks. Its text is ignored. Or a list with one for each prompt, which then is used with its text.",
+    )
+
+
+def held_out_conditioning_input() -> io.Input:
+    return io.Conditioning.Input(
+        "held_out_conditioning",
+        optional=True,
+        lazy=True,
+        tooltip="One for each held-out prompt, if conditioning has one for each prompt.",
     )
 
 
@@ -243,7 +257,30 @@ def _check_widgets(given: dict[str, list]) -> None:
 def check_prompts_of(given: dict[str, list]) -> None:
     """Raise BadInput where prompts are missing, repeated, or both held out and trained on."""
     decided = "settings" not in given and "objective" not in given  # else the objective may bring its own
-    runs.check_texts(prompts_of(given, "prompts"), prompts_of(given, "held_out_prompts"), needed=decided)
+    texts = prompts_of(given, "prompts"), prompts_of(given, "held_out_prompts")
+    runs.check_texts(*texts, needed=decided, may_repeat="conditioning" in given)
+
+
+def conditioning_of(given: dict[str, list]) -> GraphConditioning | None:
+    """What is connected to `conditioning` and `held_out_conditioning`.
+
+    Raises:
+        BadInput: there are several, but not one for each prompt.
+    """
+    found = {name: [inputs.conditioning(each, name) for each in given.get(name, [])] for name in CONDITIONINGS}
+    shared, held_out = found.values()
+    if not shared and not held_out:
+        return None
+    if len(shared) == 1 and not held_out:
+        return GraphConditioning(shared[0])
+    for (name, own), field in zip(found.items(), ("prompts", "held_out_prompts"), strict=True):
+        count = len(prompt_lines(prompts_of(given, field)))
+        if len(own) != count:
+            raise BadInput(
+                f"{name} has {len(own)} entries and {field} has {count} lines: connect one for each line, or a single "
+                "conditioning for all prompts"
+            )
+    return GraphConditioning(None, tuple(shared), tuple(held_out))
 
 
 def start_from(given: dict[str, list]) -> Path | None:
@@ -281,12 +318,30 @@ def description(given: dict[str, list], model: dict) -> dict:
         prompts_of(given, "held_out_prompts"),
         negative,
         start_from(given),
+        may_repeat="conditioning" in given,
     )
 
 
-def chosen_description(given: dict[str, list], model: types.Model, processes: int) -> tuple[dict, str]:
-    """The plain data of the run description, with what preset auto chooses, and its reasons as text."""
+def noted(data: dict, chosen: str) -> str:
+    """What the node says of a description beside the run's state: what preset auto chose, and warnings."""
+    return "\n\n".join(filter(None, (chosen, *(f"warning: {each}" for each in distilled_notes(parse_config(data))))))
+
+
+def chosen_description(
+    given: dict[str, list],
+    model: types.Model,
+    processes: int,
+    conditioning: GraphConditioning | None,
+    sources: tuple[str, str],
+) -> tuple[dict, str]:
+    """The plain data of the run description, with what preset auto chooses, and its reasons as text.
+
+    Args:
+        sources: digests of what CONDITIONINGS are connected to.
+    """
     data = description(given, model.section)
+    if conditioning is not None:
+        data = runs.described_apart(data, sources) if conditioning.is_own else runs.described_alike(data)
     return automatic.resolved(data, optional(given, "settings"), optional(given, "objective"), model, processes)
 
 

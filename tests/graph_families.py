@@ -143,6 +143,20 @@ LENS = {
     "axes_dims_rope": (4, 6, 6),
     "selected_layer_index": (0, 1),
 }
+LTX2 = {
+    "image_model": "ltxav",
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 32,
+    "caption_channels": 16,
+    "audio_attention_head_dim": 8,
+    "audio_num_attention_heads": 2,
+    "audio_cross_attention_dim": 16,
+    "connector_attention_head_dim": 8,
+    "connector_num_attention_heads": 2,
+    "connector_num_layers": 1,
+}
 COSMOS = {
     "max_img_h": 16,
     "max_img_w": 16,
@@ -254,10 +268,16 @@ UNET = {
 VIDEO = (32, 48, 5)
 
 
-def references() -> dict:
-    """Two pictures, as core's TextEncodeQwenImageEditPlus hands them over."""
-    pictures = [draw(1, 16, 1, 4, 6, seed=9), draw(1, 16, 1, 2, 4, seed=10)]
+def references(count: int = 2) -> dict:
+    """Pictures of different sizes, as core's TextEncodeQwenImageEditPlus hands them over."""
+    sizes = [(4, 6), (2, 4), (6, 2)][:count]
+    pictures = [draw(1, 16, 1, *size, seed=9 + i) for i, size in enumerate(sizes)]
     return {"reference_latents": pictures, "reference_latents_method": "index_timestep_zero"}
+
+
+def three_references() -> dict:
+    """As Qwen-Image-Edit 2509 has them: positions by the index alone."""
+    return {"reference_latents": references(3)["reference_latents"]}
 
 
 def llama() -> dict:
@@ -273,7 +293,17 @@ def mt5() -> dict:
     }
 
 
-PARTLY_SHAPED = ("HiDream", "ErnieImage", "Krea2", "Lens", "PixArtAlpha", "PixArtSigma", "HunyuanDiT", "HunyuanVideo15")
+PARTLY_SHAPED = (
+    "HiDream",
+    "ErnieImage",
+    "Krea2",
+    "Lens",
+    "PixArtAlpha",
+    "PixArtSigma",
+    "HunyuanDiT",
+    "HunyuanVideo15",
+    "LTXAV",
+)
 """Networks that need values for some step, so that without weights their conditions are looked at in part."""
 MORE = [
     {"core": "SD20", "config": UNET | {"adm_in_channels": None}, "text": (16, None), "size": (64, 64, 1)},
@@ -298,6 +328,7 @@ MORE = [
     {"core": "Ideogram4", "config": IDEOGRAM, "text": (16, None), "scale": 2.0},
     {"core": "Lens", "config": LENS, "text": (16, None)},
     {"core": "CosmosT2V", "config": COSMOS1, "text": (16, None), "size": (32, 48, 9)},
+    {"core": "LTXAV", "config": LTX2, "text": (16, None), "size": (64, 96, 9), "extra": lambda: {"frame_rate": 24}},
     {"core": "AuraFlow", "config": AURA, "text": (16, None), "scale": 2.0},
     {"core": "PixArtAlpha", "config": PIXART, "text": (16, None), "size": (320, 320, 1)},
     {
@@ -311,6 +342,7 @@ MORE = [
     {"core": "HunyuanImage21", "config": HUNYUAN_IMAGE, "text": (16, None), "size": (64, 96, 1)},
     {"core": "WAN22_T2V", "config": WAN | {"in_dim": 48, "out_dim": 48}, "text": (16, None), "size": VIDEO},
     {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": references, "name": "QwenImageEditPlus"},
+    {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": three_references, "name": "QwenImageEdit3"},
 ]
 for given in MORE:
     given["shapes"] = given["core"] not in PARTLY_SHAPED

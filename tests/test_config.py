@@ -47,7 +47,7 @@ def test_every_setting_has_a_description_and_a_default() -> None:
                 assert field.description.endswith("."), f"{section.__name__}.{name}"
             if field.is_required():
                 without_default.add(f"{section.__name__}.{name}")
-    files = {"GraphModel.folder", "GraphModel.file", "GraphModel.vae_file", "GraphLora.file"}
+    files = {"GraphModel.folder", "GraphModel.file", "GraphModel.vae_file", "GraphLora.file", "GraphExpert.file"}
     assert without_default == {"RewardConfig.name", "ObjectiveOptions.name"} | files
 
 

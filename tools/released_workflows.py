@@ -44,12 +44,12 @@ class Example:
         run: name of its run and LoRA.
         loaders: nodes by name; `model`, `clip` and `vae` say which outputs of theirs are the model's.
         patch: a ModelSampling node and its widgets.
-        size: width, height and frames in training.
-        steps: sampling steps of the comparison.
+        size: width, height and frames.
         overrides: settings in addition to what preset auto chooses.
         guidance: classifier-free guidance; 1 is none.
-        scheduler: one of core's schedulers, or a node that outputs SIGMAS, and its widgets.
+        scheduler: one of core's schedulers, or a node that outputs SIGMAS, and its widgets besides steps and size.
         embedded: embedded guidance (an input of the network), if it differs from core's default.
+        steps: sampling steps of training and of the comparison.
         latent: the node for the empty latent.
         first_frame: core's node that adds a first frame to conditioning.
         says: part of the note: files, and settings beside those of the released model, with their sources.
@@ -162,7 +162,7 @@ EXAMPLES = (
         vae=("checkpoint", 2),
         size=(512, 512, 1),
         steps=10,
-        overrides=("rollout.steps=10", "rollout.guidance_scale=4.5", "objective.updates=1"),
+        overrides=("rollout.guidance_scale=4.5", "objective.updates=1"),
         guidance=4.5,
         patch=("ModelSamplingSD3", {"shift": 3.0}),
         negative="blurry, watermark",
@@ -209,7 +209,7 @@ EXAMPLES = (
         steps=12,
         overrides=("rollout.guidance_scale=5", "objective.updates=1"),
         guidance=5.0,
-        scheduler=("Flux2Scheduler", {"steps": 12, "width": 512, "height": 512}),
+        scheduler=("Flux2Scheduler", {}),
         latent="EmptyFlux2LatentImage",
         says="""FLUX.2 klein, the base model of 4 billion weights, which fits one card: `flux-2-klein-base-4b.safetensors` in `models/diffusion_models`, `qwen_3_4b.safetensors` in `models/text_encoders`, `flux2-vae.safetensors` in `models/vae`. FLUX.2 dev can be used in the same way, with `mistral_3_small_flux2_bf16.safetensors`, guidance 1 and *FluxGuidance* 4 on *conditioning*; the `fp8mixed` file works too.
 
@@ -260,7 +260,7 @@ EXAMPLES = (
 | guidance | 4 | 4 (ComfyUI's template) |
 | shift | 3 | 3 (ComfyUI's template) |
 
-For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides and as *cfg* on *Compare LoRAs*.""",
+For `z_image_turbo_bf16.safetensors`: 8 *Steps*, and guidance 1 in the overrides and as *cfg* on *Compare LoRAs*.""",
     ),
     Example(
         name="11 Train Wan 2.1 T2V",
@@ -378,7 +378,7 @@ For `z_image_turbo_bf16.safetensors`: 8 steps, and guidance 1 in the overrides a
         guidance=3.0,
         scheduler=(
             "LTXVScheduler",
-            {"steps": 12, "max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1},
+            {"max_shift": 2.05, "base_shift": 0.95, "stretch": True, "terminal": 0.1},
         ),
         latent="EmptyLTXVLatentVideo",
         negative="low quality, worst quality, deformed, distorted, disfigured, motion smear, motion artifacts",
@@ -408,18 +408,21 @@ def build(example: Example, graph: Graph) -> None:
     if example.patch:
         kind, inputs = example.patch
         model = [graph.add(1, kind, model=model, **inputs), 0]
-    base, levels = _base_model(example, graph, model, vae)
+    size = _size(example, graph)
+    steps = [graph.add(1, "PrimitiveInt", "Steps", value=example.steps), 0]
+    base, levels = _base_model(example, graph, model, vae, size, steps)
     reward = _reward(graph, example.is_video)
     settings = graph.add(
         3,
         "DanceGRPO_Preset",
         preset="auto",
         overrides="\n".join(("runtime.iterations=200", *example.overrides)),
+        steps=steps,
     )
     texts = (MOVING, MOVING_HELD_OUT) if example.is_video else (PROMPTS, HELD_OUT)
     texts = (FROM_FRAME, FROM_FRAME_HELD_OUT) if example.first_frame else texts
     held_out = graph.add(3, "PrimitiveStringMultiline", "Held-out prompts", value=texts[1])
-    carried, latent = _carried(example, graph, loaded, clip, vae)
+    carried, latent = _carried(example, graph, loaded, clip, vae, size)
     train = graph.add(
         4,
         "DanceGRPO_TrainLoRA",
@@ -445,7 +448,7 @@ def build(example: Example, graph: Graph) -> None:
         prompts=[held_out, 0],
         negative=example.negative,
         images_per_prompt=1 if example.is_video else 4,
-        steps=example.steps,
+        steps=steps,
         cfg=example.guidance,
         **({"scheduler": example.scheduler} if levels is None else {"sigmas": levels}),
         **carried,
@@ -456,26 +459,40 @@ def layout(example: Example) -> Layout:
     return Layout(_note(example), WIDTHS, GROUPS, 980)
 
 
-def _base_model(example: Example, graph: Graph, model: list, vae: list) -> tuple[str, list | None]:
+def _size(example: Example, graph: Graph) -> dict[str, list]:
+    """Width, height and, of videos, frames, each in one place for training and comparison."""
+    names = ("width", "height", "frames") if example.is_video else ("width", "height")
+    return {
+        name: [graph.add(1, "PrimitiveInt", name.capitalize(), value=value), 0]
+        for name, value in zip(names, example.size, strict=False)
+    }
+
+
+def _base_model(
+    example: Example, graph: Graph, model: list, vae: list, size: dict[str, list], steps: list
+) -> tuple[str, list | None]:
     """GRPO Base Model, and the noise levels if a separate node outputs them."""
-    width, height, frames = example.size
     levels = None
     if isinstance(example.scheduler, tuple):
         kind, inputs = example.scheduler
-        levels = [graph.add(2, kind, **inputs), 0]
+        wired = {name: link for name, link in {**size, "steps": steps}.items() if name in _inputs(graph, kind)}
+        levels = [graph.add(2, kind, **inputs, **wired), 0]
     base = graph.add(
         2,
         "DanceGRPO_BaseModel",
         folder="(none in models/diffusers)",
         model=model,
         vae=vae,
-        width=width,
-        height=height,
-        frames=frames,
+        **size,
         gradient_checkpointing=example.checkpointing,
         **({"scheduler": example.scheduler} if levels is None else {"sigmas": levels}),
     )
     return base, levels
+
+
+def _inputs(graph: Graph, kind: str) -> set[str]:
+    """Names of a node's inputs."""
+    return {name for section in graph.info[kind]["input"].values() for name in section}
 
 
 def _reward(graph: Graph, is_video: bool) -> str:
@@ -490,11 +507,11 @@ def _reward(graph: Graph, is_video: bool) -> str:
 
 
 def _carried(
-    example: Example, graph: Graph, loaded: dict[str, str], clip: list, vae: list
+    example: Example, graph: Graph, loaded: dict[str, str], clip: list, vae: list, size: dict[str, list]
 ) -> tuple[dict[str, list], list]:
     """What the conditioning has besides the text, as an input of nodes; and the empty latent."""
-    width, height, frames = example.size
-    size = {"width": width, "height": height, "batch_size": 1}
+    length = {"length": size["frames"]} if example.is_video else {}
+    size = {"width": size["width"], "height": size["height"], "batch_size": 1}
     is_carried = example.embedded is not None or example.first_frame or example.latent == "EmptyLTXVLatentVideo"
     positive = (
         [graph.add(3, "CLIPTextEncode", "Conditioning besides the text", clip=clip, text=""), 0] if is_carried else []
@@ -502,11 +519,10 @@ def _carried(
     if example.embedded is not None:
         positive = [graph.add(3, "FluxGuidance", conditioning=positive, guidance=example.embedded), 0]
     if example.first_frame:
-        return _first_frame(example, graph, loaded, vae, positive, size | {"length": frames})
+        return _first_frame(example, graph, loaded, vae, positive, size | length)
     if example.latent == "EmptyLTXVLatentVideo":
         rate = graph.add(3, "LTXVConditioning", positive=positive, negative=positive, frame_rate=example.fps)
         positive = [rate, 0]
-    length = {"length": frames} if example.is_video else {}
     latent = [graph.add(4, example.latent, **size, **length), 0]
     return ({"conditioning": positive} if positive else {}), latent
 
@@ -533,6 +549,6 @@ Queue it: training runs in a separate process. The LoRA is then compared with th
 
 **Files:** {example.says}
 
-**Rewards**: put their files into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where to get them. **Prompts**: these are examples; write a few hundred of your own. **Settings**: preset `auto` chooses them for this model and your GPU, and *GRPO Train LoRA* shows what it chose and why; the lines in **overrides** take precedence. Size and noise levels are set on *GRPO Base Model* for training, and on the empty latent and *Compare LoRAs* for the comparison; the number of steps in training is a setting (`rollout.steps=...`).
+**Rewards**: put their files into `models/rewards` under the names on *Load Reward*; `docs/rewards.md` of this pack says where to get them. **Prompts**: these are examples; write a few hundred of your own. **Settings**: preset `auto` chooses them for this model and your GPU, and *GRPO Train LoRA* shows what it chose and why; the lines in **overrides** take precedence. Size and steps are set once, on the nodes with those names beside the loaders, for training and comparison; guidance is set in the overrides of the preset and as *cfg* on *Compare LoRAs*.
 
 The settings are starting points: the graph was checked with ComfyUI's nodes, but never run on the released weights."""

@@ -44,7 +44,8 @@ def _draw(model: DiffusionModel, *name: object) -> Tensor:
 
 
 def _check_prediction(model: DiffusionModel, plan: Plan, prompting: Prompting) -> None:
-    latents, levels = _draw(model, "latents")[None], torch.tensor([plan.sigmas[0]], device=model.device)
+    first = next(level for level in plan.sigmas if model.is_trained_at(level))
+    latents, levels = _draw(model, "latents")[None], torch.tensor([first], device=model.device)
 
     def predict() -> Tensor:
         return model.predict_guided(latents, levels, prompting.conditions, plan.guidance_scale, prompting.unconditional)

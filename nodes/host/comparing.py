@@ -12,12 +12,12 @@ from torch import Tensor
 from ...trainer.evaluation.comparison import ModelScores
 from ...trainer.evaluation.embedding import embedder
 from ...trainer.evaluation.looks import looks, tabulate
+from ...trainer.models.comfy.conditions import pictures_of
 from ...trainer.runs.pictures import Sample
 from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.seeds import derive, noise
 from ..lora import load_patches
 from ..types import Rewards
-from .encoding import TEXT
 from .progress import check_interrupt, say
 from .scoring import LoadedReward, load_rewards
 
@@ -98,7 +98,7 @@ def _encoded(parts: Parts, text: str) -> list:
     encoded = parts.clip.encode_from_tokens_scheduled(parts.clip.tokenize(text))
     if parts.conditioning is None:
         return encoded
-    carried = {name: value for name, value in parts.conditioning[0][1].items() if name not in TEXT}
+    carried = pictures_of(parts.conditioning[0][1])
     return [[tokens, extra | carried] for tokens, extra in encoded]
 
 

@@ -19,6 +19,7 @@ from ...trainer.config import RunConfig
 from ...trainer.models import EntryConditions, check_kernel
 from ...trainer.models.comfy.conditions import Entry
 from ...trainer.models.comfy.model import ComfyModel
+from ...trainer.objectives import make_objective
 from ...trainer.utils.errors import BadInput
 from ..types import ModelSpec
 
@@ -80,7 +81,7 @@ def refuse(spec: ModelSpec, config: RunConfig, conditions: EntryConditions | Non
         if meta_model is None:
             return
         check_kernel(meta_model, config.model.family, config.rollout)
-        meta_model.sigmas(config.rollout.steps, config.rollout.shift)
+        make_objective(config).plan(meta_model, 0)
         if conditions is not None:
             _refuse_conditions(meta_model, conditions)
         with META:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import folder_paths
@@ -10,7 +11,7 @@ import torch
 
 from ...trainer.config import RunConfig
 from ...trainer.models import Conditions, DiffusionModel, EntryConditions, model_class
-from ...trainer.models.comfy.conditions import Entry, check_entry, mapped
+from ...trainer.models.comfy.conditions import Entry, check_entry, mapped, pictures_of
 from ...trainer.prompts.conditions import announcer, needs_negative, prompts_to_encode
 from ...trainer.prompts.sets import read_prompts
 from ...trainer.prompts.store import open_conditions, write_conditions
@@ -18,8 +19,26 @@ from ...trainer.utils.errors import BadInput, shorten
 from .progress import check_interrupt
 
 
+@dataclass(frozen=True)
+class GraphConditioning:
+    """CONDITIONING of a graph: one that all prompts share without its text, or a whole one for each prompt.
+
+    Attributes:
+        shared: the one; None if there is none, or each prompt has its own.
+        training, held_out: those of the prompts, in their order.
+    """
+
+    shared: list | None = None
+    training: tuple[list, ...] = ()
+    held_out: tuple[list, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        return bool(self.training or self.held_out)
+
+
 @contextmanager
-def encoded_prompts(clip: object, config: RunConfig, conditioning: list | None = None) -> Iterator[Path]:
+def encoded_prompts(clip: object, config: RunConfig, conditioning: GraphConditioning | None = None) -> Iterator[Path]:
     """A temporary file with a run's encoded prompts. It is deleted at the end unless the caller has moved it.
 
     Raises:
@@ -37,11 +56,11 @@ def encoded_prompts(clip: object, config: RunConfig, conditioning: list | None =
         path.unlink(missing_ok=True)
 
 
-def write(path: Path, clip: object, config: RunConfig, conditioning: list | None = None) -> None:
+def write(path: Path, clip: object, config: RunConfig, conditioning: GraphConditioning | None = None) -> None:
     """Encode the prompts of a run, one at a time, into a file. The negative prompt is included if guidance uses it.
 
     Args:
-        conditioning: CONDITIONING that is added to every prompt without its text, for a connected model.
+        conditioning: CONDITIONING of the graph, for a connected model.
 
     Raises:
         BadInput: the text encoders do not belong to the model, the conditioning contains something that cannot be
@@ -49,13 +68,18 @@ def write(path: Path, clip: object, config: RunConfig, conditioning: list | None
     """
     training, held_out = read_prompts(config)
     keys = list(prompts_to_encode(config, training, held_out, needs_negative(config, held_out)))
-    texts = [text for text, _ in keys]
     if config.model.graph is not None:
-        carried = _carried(conditioning)
-        batches = (EntryConditions.of([_entry(*_encoded(clip, text), carried)]) for text in texts)
+        given = conditioning or GraphConditioning()
+        carried = _carried(given.shared)
+        whole = [*given.training, *given.held_out]
+        own = dict(zip([*training.keys, *held_out.keys], whole, strict=True)) if whole else {}
+        batches = (
+            EntryConditions.of([_own(own[key]) if key in own else _entry(*_encoded(clip, key[0]), carried)])
+            for key in keys
+        )
     else:
         family = model_class(config.model)
-        batches = (_row(family, config, *_encoded(clip, text)) for text in texts)
+        batches = (_row(family, config, *_encoded(clip, text)) for text, _ in keys)
     write_conditions(path, keys, batches, announce=announcer(path, len(keys)))
 
 
@@ -98,22 +122,6 @@ def _row(family: type[DiffusionModel], config: RunConfig, tokens: torch.Tensor, 
     return family.outside_conditions(config.model, tokens.float().cpu(), pooled)
 
 
-TEXT = (
-    "attention_mask",
-    "attention_mask_mt5xl",
-    "conditioning_byt5small",
-    "conditioning_llama3",
-    "conditioning_lyrics",
-    "conditioning_mt5xl",
-    "num_layers_stacked",
-    "num_tokens",
-    "pooled_output",
-    "t5xxl_ids",
-    "t5xxl_weights",
-)
-"""What text encoders put into CONDITIONING, and other nodes do not."""
-
-
 def _entry(tokens: torch.Tensor, extra: dict, carried: Entry) -> Entry:
     entry = {"cross_attn": tokens, **extra}
     check_entry(entry)
@@ -128,11 +136,31 @@ def _carried(conditioning: list | None) -> Entry:
     """
     if conditioning is None:
         return {}
-    if len(conditioning) != 1:
-        raise BadInput(f"conditioning has {len(conditioning)} parts: connect one that is not combined from several")
-    carried = {name: value for name, value in conditioning[0][1].items() if name not in TEXT}
-    if (seen := carried.get("clip_vision_output")) is not None:
-        names = ("last_hidden_state", "penultimate_hidden_states", "image_embeds", "mm_projected", "image_sizes")
-        carried["clip_vision_output"] = {name: getattr(seen, name, None) for name in names}
+    _, extra = _single_part(conditioning)
+    carried = _plain(pictures_of(extra))
     check_entry(carried)
     return mapped(carried, lambda tensor: tensor.cpu())
+
+
+def _own(conditioning: list) -> Entry:
+    """The entry of a prompt that has a CONDITIONING of its own, text included.
+
+    Raises:
+        BadInput: as `_carried`.
+    """
+    tokens, extra = _single_part(conditioning)
+    return _entry(tokens, _plain(extra), {})
+
+
+def _single_part(conditioning: list) -> list:
+    if len(conditioning) != 1:
+        raise BadInput(f"conditioning has {len(conditioning)} parts: connect one that is not combined from several")
+    return conditioning[0]
+
+
+def _plain(extra: dict) -> dict:
+    """The entries of a CONDITIONING with what CLIP vision saw as plain data."""
+    if (seen := extra.get("clip_vision_output")) is None:
+        return dict(extra)
+    names = ("last_hidden_state", "penultimate_hidden_states", "image_embeds", "mm_projected", "image_sizes")
+    return {**extra, "clip_vision_output": {name: getattr(seen, name, None) for name in names}}

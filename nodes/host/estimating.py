@@ -14,7 +14,7 @@ from ...trainer.runs import launch
 from ...trainer.utils.errors import BadInput, RunFailed
 from ..types import ModelSpec
 from . import dry_run, runs
-from .encoding import applies_weights, encoded_prompts, first_row
+from .encoding import GraphConditioning, applies_weights, encoded_prompts, first_row
 from .progress import POLL, check_interrupt, say
 
 BAD_INPUT = 2
@@ -23,7 +23,7 @@ BAD_INPUT = 2
 def estimate(
     data: dict,
     clip: object | None,
-    conditioning: list | None,
+    conditioning: GraphConditioning | None,
     processes: int,
     gpus: list[int] | None,
     spec: ModelSpec | None,

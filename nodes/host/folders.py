@@ -7,6 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ...trainer.config.model import BOTH, HIGH, LOW
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.files import write_atomically
 from ...trainer.utils.names import check_name
@@ -41,17 +42,25 @@ def register_loras() -> None:
         folder_paths.add_model_folder_path("loras", str(_loras_root()))
 
 
-def publish_lora(source: Path, name: str) -> str:
+def publish_loras(source: Path, name: str) -> list[str]:
     """Copy a run's LoRA to where ComfyUI lists it, unless it is there already; never overwrites another file.
 
     Returns:
-        its name in ComfyUI's list of LoRAs.
+        its name in ComfyUI's list of LoRAs; two, for high and for low noise, if the run trains two networks.
 
     Raises:
         BadInput: the file is damaged, or there are too many LoRAs of this name.
     """
-    content = source.read_bytes()
-    stem = f"{name}_{_iteration(source)}"
+    record = _metadata(source)
+    stem = f"{name}_{record['iteration']}"
+    graph = record.get("description", {}).get("model", {}).get("graph") or {}
+    trained = (graph.get("low_noise") or {}).get("trained")
+    if trained != BOTH:
+        return [_publish(source.read_bytes(), stem if trained is None else f"{stem}_{trained}")]
+    return [_publish(_part(source, network), f"{stem}_{network}") for network in (HIGH, LOW)]
+
+
+def _publish(content: bytes, stem: str) -> str:
     for number in range(1, 10_000):
         target = (
             _loras_root() / "dancegrpo" / (f"{stem}.safetensors" if number == 1 else f"{stem}-{number}.safetensors")
@@ -65,17 +74,29 @@ def publish_lora(source: Path, name: str) -> str:
     raise BadInput(f"there are too many LoRAs named {stem} in output/loras/dancegrpo: move or delete some")
 
 
+def _part(source: Path, network: str) -> bytes:
+    """The LoRA file of one of two networks, out of the run's file for both."""
+    from safetensors import safe_open
+    from safetensors.torch import save
+
+    start = f"{network}."
+    with safe_open(source, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(start)]  # noqa: SIM118
+        return save({name.removeprefix(start): file.get_tensor(name) for name in names}, file.metadata())
+
+
 def published_loras(name: str) -> list[Path]:
-    """The LoRA files that `publish_lora` has written for a run."""
+    """The LoRA files that `publish_loras` has written for a run."""
     return sorted((_loras_root() / "dancegrpo").glob(f"{name}_*.safetensors"))
 
 
-def _iteration(lora: Path) -> int:
+def _metadata(lora: Path) -> dict:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(lora, framework="pt") as file:
-            return int(json.loads(file.metadata()["dancegrpo"])["iteration"])
+            record = json.loads(file.metadata()["dancegrpo"])
+        return record | {"iteration": int(record["iteration"])}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{lora} is damaged: its metadata with the iteration cannot be read") from error
 

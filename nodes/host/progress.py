@@ -16,7 +16,7 @@ from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.pictures import captioned
 from ...trainer.runs.progress import duration, number, table
 from ...trainer.utils.errors import BadInput, RunFailed
-from .folders import publish_lora
+from .folders import publish_loras
 
 GRACE = 6.0
 """Seconds a run has to stop by itself when the user cancels; after that its processes are killed."""
@@ -191,7 +191,7 @@ def cancel(run: RunDirectory, name: str) -> None:
     """Stop a run, and copy its newest LoRA to where ComfyUI lists it."""
     launch.stop(run, grace=GRACE)
     if run.lora_file.exists():
-        publish_lora(run.lora_file, name)
+        publish_loras(run.lora_file, name)
 
 
 def wait_or_cancel(run: RunDirectory, name: str, progress: NodeProgress) -> None:

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
+from ...trainer.config.model import BOTH
 from ...trainer.objectives.advantage import Mixture
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
@@ -15,7 +16,7 @@ from ...trainer.runs.pictures import captioned
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import read_image
 from ..types import RunType
-from .folders import publish_lora, published_loras, run_folder
+from .folders import publish_loras, published_loras, run_folder
 from .images import image_output
 from .progress import RunView, newest_sample, say
 
@@ -55,9 +56,12 @@ def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool, note:
     text, events = RunView(run).text(running), run.events()
     samples, values = _samples(run), losses(run, events)
     try:
-        lora, lora_name = _lora(run, running)
+        lora, names = _lora(run, running)
+        if len(names) > 1:
+            text = f"{text}\nthe LoRAs for high and low noise, each for its own loader: {', '.join(names)}"
     except BadInput as error:  # the other outputs are still valid
-        lora, lora_name, text = None, None, f"{text}\n{error}"
+        lora, names, text = None, [], f"{text}\n{error}"
+    lora_name = names[0] if len(names) == 1 else None
     found = [
         _or_blocked(lora),
         _or_blocked({"loss": values} if len(set(values)) > 1 else None),  # core's plot divides by max - min
@@ -131,8 +135,10 @@ def losses(run: RunDirectory, events: list[dict]) -> list[float]:
     return [-mixture.of(mean) for mean in means if None not in mean.values()]
 
 
-def _lora(run: RunDirectory, running: bool) -> tuple[dict[str, torch.Tensor] | None, str | None]:
-    """The newest LoRA, and its name in ComfyUI's list once the run has ended; None if not available yet.
+def _lora(run: RunDirectory, running: bool) -> tuple[dict[str, torch.Tensor] | None, list[str]]:
+    """The newest LoRA, or None, and its name in ComfyUI's list once the run has ended.
+
+    A run that trains two networks has two names, and no LoRA that one loader could take.
 
     Raises:
         BadInput: its file is damaged.
@@ -140,8 +146,11 @@ def _lora(run: RunDirectory, running: bool) -> tuple[dict[str, torch.Tensor] | N
     from ...trainer.rewards.files import read_weights
 
     if not run.lora_file.exists():
-        return None, None
-    return read_weights(run.lora_file), None if running else publish_lora(run.lora_file, run.path.name)
+        return None, []
+    names = [] if running else publish_loras(run.lora_file, run.path.name)
+    graph = run.config().model.graph
+    has_two = graph is not None and graph.low_noise is not None and graph.low_noise.trained == BOTH
+    return None if has_two else read_weights(run.lora_file), names
 
 
 def _curve(run: RunDirectory, events: list[dict]) -> torch.Tensor | None:

@@ -19,16 +19,19 @@ from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.files import move_file
 from ..types import ModelSpec, Rewards
 from . import dry_run, memory
-from .encoding import applies_weights, encoded_prompts, first_row
+from .encoding import GraphConditioning, applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
 from .inputs import NO_PROMPTS
 
 
-def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[str], list[str]]:
+def check_texts(
+    prompts: str, held_out: str, needed: bool = True, may_repeat: bool = False
+) -> tuple[list[str], list[str]]:
     """Training prompts and held-out ones.
 
     Args:
         needed: whether there must be training prompts.
+        may_repeat: whether texts may occur again, because each prompt may have conditions of its own.
 
     Raises:
         BadInput: there are no prompts, a text is not one prompt per line, a prompt is repeated, or one is both held
@@ -39,13 +42,41 @@ def check_texts(prompts: str, held_out: str, needed: bool = True) -> tuple[list[
     texts, tests = prompt_lines(prompts), prompt_lines(held_out)
     if not texts and needed:
         raise BadInput(NO_PROMPTS)
-    check_prompts(texts, "prompts")
-    check_prompts(tests, "held_out_prompts")
-    known = set(map(same_text, texts))
+    check_prompts(texts, "prompts", _numbers(texts) if may_repeat else None)
+    check_prompts(tests, "held_out_prompts", _numbers(tests) if may_repeat else None)
+    known = set() if may_repeat else set(map(same_text, texts))
     for text in tests:
         if same_text(text) in known:
             raise BadInput(f"held_out_prompts: {shorten(text)} is also in prompts; remove it from one of them")
     return texts, tests
+
+
+def _numbers(texts: list[str], prefix: str = "") -> list[str]:
+    return [f"{prefix}{number}" for number in range(len(texts))]
+
+
+def described_apart(data: dict, sources: tuple[str, str]) -> dict:
+    """A description in which every prompt has conditions of its own, so that texts may occur again.
+
+    Args:
+        sources: digests of what makes the conditions of the training prompts and of the held-out ones.
+    """
+    result = dict(data)
+    for section, source in zip(("prompts", "evaluation"), sources, strict=True):
+        texts = data[section]["texts"]
+        result[section] = {**data[section], "digests": _numbers(texts, f"{source}-")}
+    return result
+
+
+def described_alike(data: dict) -> dict:
+    """A description in which prompts share their conditions beside the text.
+
+    Raises:
+        BadInput: a text occurs twice.
+    """
+    prompts, tests = ("\n".join(data[section]["texts"]) for section in ("prompts", "evaluation"))
+    check_texts(prompts, tests, needed=False)
+    return {**data, **{section: {**data[section], "digests": []} for section in ("prompts", "evaluation")}}
 
 
 def describe(
@@ -57,6 +88,7 @@ def describe(
     held_out: str,
     negative: str,
     start_from: Path | None = None,
+    may_repeat: bool = False,
 ) -> dict:
     """The plain data of a run description.
 
@@ -64,6 +96,7 @@ def describe(
         model: its `model` section.
         rewards: None where the objective needs none.
         start_from: LoRA file that training starts from.
+        may_repeat: as for `check_texts`; `described_apart` or `described_alike` then decides.
 
     Raises:
         BadInput: there are no prompts, or one is both held out and trained on; there is no reward; or the objective
@@ -71,7 +104,7 @@ def describe(
     """
     data = dict(settings or {})
     offline = not _samples(data.get("objective"))
-    texts, tests = check_texts(prompts, held_out, needed=not offline)
+    texts, tests = check_texts(prompts, held_out, needed=not offline, may_repeat=may_repeat)
     if offline and texts:
         raise BadInput("prompts is not empty, but the objective trains on the prompts of its collection: clear prompts")
     if offline and rewards is not None:
@@ -89,7 +122,7 @@ def describe(
         data["evaluation"]["rewards"] = evaluation_rewards.description()
     if start_from is not None:
         data["lora"] = {**data.get("lora", {}), "start_from": str(start_from)}
-    return data
+    return described_apart(data, ("prompt", "held-out")) if may_repeat else data
 
 
 def _samples(objective: dict | None) -> bool:
@@ -139,7 +172,7 @@ def begin(
     clip_source: str,
     processes: int,
     gpus: list[int] | None,
-    conditioning: list | None = None,
+    conditioning: GraphConditioning | None = None,
     spec: ModelSpec | None = None,
 ) -> RunDirectory:
     """The run of this name, started, resumed or extended as needed; unchanged if it is running or finished.
@@ -148,7 +181,7 @@ def begin(
         data: plain data of its description.
         clip: ComfyUI's text encoders; None if the trainer encodes the prompts.
         clip_source: digest of what `clip` and `conditioning` are connected to.
-        conditioning: CONDITIONING that is added to every prompt, without its text.
+        conditioning: CONDITIONING of the graph beside its prompts.
         spec: of a connected model.
 
     Raises:

@@ -130,6 +130,38 @@ def test_a_graph_of_core_loaders_trains_and_uses_the_lora(comfy: Server, files: 
     assert "lora key not loaded" not in comfy.output
 
 
+def test_two_networks_are_trained_with_a_conditioning_for_each_prompt(comfy: Server, files: None) -> None:
+    folder, generator = comfy.base / "models" / "diffusion_models", torch.Generator().manual_seed(1)
+    weights = load_file(folder / "shapes.safetensors")
+    changed = {k: v + 0.02 * torch.randn(v.shape, generator=generator).to(v) for k, v in weights.items()}
+    save_file(changed, folder / "low.safetensors")
+    prompt = graph("graph_experts", low_noise_model=["low_shift", 0], boundary=0.875, trained_network="both")
+    prompt["low"] = node("UNETLoader", unet_name="low.safetensors", weight_dtype="default")
+    prompt["low_shift"] = node("ModelSamplingSD3", model=["low", 0], shift=3.0)
+    prompt["lines"] = node("DanceGRPO_PromptLines", prompts="a red circle\na red circle")
+    prompt["each"] = node("CLIPTextEncode", text=["lines", 0], clip=["demo", 1])
+    own = {"prompts": ["lines", 0], "conditioning": ["each", 0], "held_out_conditioning": ["text", 0]}
+    prompt["train"]["inputs"] |= own
+    wanted = above(prompt, "train")
+    outputs = comfy.run({key: prompt[key] for key in wanted}, patience=400)
+    says, data = outputs["train"]["text"][0], outputs["train"]["dancegrpo"][0]
+    published = comfy.base / "output" / "loras" / "dancegrpo"
+    for network in ("high", "low"):
+        file = published / f"graph_experts_2_{network}.safetensors"
+        assert file.name in says
+        assert all(key.startswith("diffusion_model.joint_blocks.") for key in load_file(file))
+    assert data["lora_name"] is None, "one loader cannot take two LoRAs"
+    run = comfy.base / "output" / "dancegrpo" / "runs" / "graph_experts"
+    description = yaml.safe_load((run / "run.yaml").read_text())["description"]
+    assert description["prompts"]["texts"] == ["a red circle"] * 2
+    assert len(set(description["prompts"]["digests"])) == 2
+    again = comfy.run({key: prompt[key] for key in wanted}, patience=400)
+    assert "finished" in again["train"]["text"][0]
+    del prompt["train"]["inputs"]["held_out_conditioning"]
+    with pytest.raises(PromptFailed, match="held_out_conditioning has 0 entries and held_out_prompts has 1 lines"):
+        comfy.run({key: prompt[key] for key in above(prompt, "train")})
+
+
 def test_what_cannot_be_trained_is_said_on_the_node(comfy: Server, files: None) -> None:
     with pytest.raises(PromptFailed, match="model.frames is 5: it must be 1, because this model generates images"):
         comfy.run(graph("graph_loaders_frames", frames=5))

@@ -124,6 +124,25 @@ def test_a_graph_for_a_released_model_lacks_nothing_but_its_files(comfy: Server,
                     assert name in node["inputs"]
 
 
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_size_and_steps_of_a_released_model_stand_in_one_place(path: Path) -> None:
+    prompt, found = api(path.stem), {}
+    names = {"width": "Width", "height": "Height", "frames": "Frames", "length": "Frames", "steps": "Steps"}
+    for node in prompt.values():
+        for name in names.keys() & node["inputs"].keys():
+            value = node["inputs"][name]
+            if isinstance(value, list):
+                found.setdefault(names[name], set()).add(value[0])
+            else:
+                assert (name, value) == ("frames", 1), f"{node['class_type']}.{name} is {value}"
+    assert {"Width", "Height", "Steps"} <= set(found)
+    for title, sources in found.items():
+        (source,) = sources
+        assert (prompt[source]["class_type"], prompt[source]["_meta"]["title"]) == ("PrimitiveInt", title)
+    fed = [node["class_type"] for node in prompt.values() if isinstance(node["inputs"].get("steps"), list)]
+    assert {"DanceGRPO_Preset", "DanceGRPO_CompareLoRAs"} <= set(fed)
+
+
 def test_graphs_are_what_the_script_writes(info: dict) -> None:
     written = build_workflows.files(info)
     assert len(written) == 2 * len(GRAPHS) == 40

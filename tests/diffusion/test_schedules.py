@@ -5,6 +5,7 @@ import random
 import pytest
 
 from trainer.diffusion.schedules import Window, sigma_schedule, stochastic_steps, trained_steps
+from trainer.utils.errors import BadInput
 
 
 def test_shifted_levels_by_hand() -> None:
@@ -45,6 +46,20 @@ def test_random_window_visits_every_place_from_its_start_on() -> None:
 def test_moving_window_goes_through_every_place_and_back_to_its_start() -> None:
     window = Window(2, "moving", start=1, every=3)
     assert begins(window, 6, range(12)) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 1, 1, 1]
+
+
+def test_steps_that_train_nothing_are_outside_of_every_window() -> None:
+    rng = random.Random(0)
+    assert stochastic_steps(6, None, 0, rng, range(2, 5)) == [False, False, True, True, True, False]
+    for position in ("random", "moving"):
+        window = Window(2, position, every=1)
+        begun = {stochastic_steps(6, window, i, rng, range(2, 5)).index(True) for i in range(50)}
+        assert begun == {2, 3}, position
+    for window in (Window(2, "fixed", 0), Window(4, "random"), Window(2, "random", 4)):
+        with pytest.raises(
+            BadInput, match=r"does not fit: the steps that can be stochastic and are trained are 2 to 4"
+        ):
+            stochastic_steps(6, window, 0, rng, range(2, 5))
 
 
 @pytest.mark.parametrize("position", ["fixed", "random", "moving"])

@@ -42,6 +42,14 @@ def test_a_lora_may_be_what_distils() -> None:
     assert "sdxl_lightning_8step_lora.safetensors" in note
 
 
+def test_the_network_for_low_noise_counts_too() -> None:
+    low = {"file": "/models/wan_low.safetensors", "loras": [{"file": "/loras/wan_lightning_low.safetensors"}]}
+    graph = {"folder": "x", "file": "wan_high.safetensors", "vae_file": "x", "low_noise": low}
+    data = {"model": {"family": "comfy", "graph": graph}, "prompts": {"texts": ["any"]}, "rollout": {"steps": 20}}
+    [note] = distilled_notes(parse_config({**data, "rewards": [{"name": "brightness"}]}))
+    assert "wan_lightning_low.safetensors" in note
+
+
 @pytest.mark.parametrize("file", ["flux1-dev.safetensors", "flux-2-klein-base-4b.safetensors", "hypernova.safetensors"])
 def test_other_models_are_left_alone(file: str) -> None:
     assert notes(f"/turbo/{file}", steps=30, guidance_scale=4.0) == []

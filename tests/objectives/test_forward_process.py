@@ -13,7 +13,7 @@ from torch import Tensor
 from trainer.diffusion.process import FLOW, VP
 from trainer.objectives.awm import awm_loss, log_likelihood
 from trainer.objectives.dpo import best_and_worst, dpo_loss
-from trainer.objectives.forward_process import ForwardProcessOptions, draw_levels, mean_square
+from trainer.objectives.forward_process import ForwardProcessOptions, draw_levels, mean_square, usable_levels
 from trainer.objectives.nft import NftOptions, nft_loss, optimality
 from trainer.objectives.reward_gradient import reward_loss
 from trainer.utils.errors import BadInput
@@ -174,14 +174,21 @@ def test_a_pair_is_the_best_and_the_worst_and_ties_are_none() -> None:
 def test_levels_come_from_the_noisy_share_of_the_schedule_without_repetition() -> None:
     sigmas = [1.0, 0.9, 0.7, 0.4, 0.1, 0.0]
     options = ForwardProcessOptions(name="x", level_fraction=0.6)
+    taken = usable_levels(sigmas, options, lambda level: True)
     for seed in range(20):
-        levels = draw_levels(sigmas, options, 3, generator(seed))
+        levels = draw_levels(taken, "schedule", 3, generator(seed))
         assert sorted(levels) == [0.7, 0.9, 1.0]
-    assert sorted(draw_levels(sigmas, options, 4, generator(0)))[0] == 0.7
+    assert sorted(draw_levels(taken, "schedule", 4, generator(0)))[0] == 0.7
     for distribution in ("uniform", "logit-normal"):
-        levels = draw_levels(sigmas, options.model_copy(update={"level_distribution": distribution}), 500, generator(1))
+        levels = draw_levels(taken, distribution, 500, generator(1))
         assert 0.7 <= min(levels) < 0.75
         assert 0.95 < max(levels) <= 1.0
+
+
+def test_levels_of_a_network_that_is_not_trained_are_left_out() -> None:
+    sigmas, options = [1.0, 0.9, 0.7, 0.4, 0.1, 0.0], ForwardProcessOptions(name="x", level_fraction=0.8)
+    assert usable_levels(sigmas, options, lambda level: level < 0.8) == [0.7, 0.4]
+    assert usable_levels(sigmas, options, lambda level: level >= 0.8) == [1.0, 0.9]
 
 
 def test_reward_loss_is_minus_the_reward_or_a_hinge() -> None:

@@ -3,7 +3,7 @@
 from ..objectives.advantage import AdvantageConfig
 from ..utils.section import Section
 from .faults import describe
-from .model import GraphLora, GraphModel, GraphSampling, ModelConfig
+from .model import GraphExpert, GraphLora, GraphModel, GraphSampling, ModelConfig
 from .parse import (
     AUTO,
     PRESETS,
@@ -33,6 +33,7 @@ __all__ = [
     "PRESETS",
     "AdvantageConfig",
     "EvaluationConfig",
+    "GraphExpert",
     "GraphLora",
     "GraphModel",
     "GraphSampling",

@@ -1,6 +1,6 @@
 """The section `model` of a run description: the base model, from a diffusers folder or from a ComfyUI graph."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,41 @@ class GraphLora(Section):
     strength: Annotated[float, Field(ge=-100, le=100)] = Field(1.0, description="Strength of the LoRA.")
 
 
+HIGH, LOW, BOTH = "high", "low", "both"
+_ROUNDED = 1e-6
+"""Noise levels are rounded to float32, so one this far below the boundary lies on it."""
+
+
+class GraphExpert(Section):
+    """The network for low noise of a model that has one for high noise and one for low noise (Wan 2.2)."""
+
+    loader: Literal["diffusion_model", "checkpoint"] = Field(
+        "diffusion_model", description="Loader of the network: Load Diffusion Model or Load Checkpoint."
+    )
+    file: str = Field(description="File that the loader loads.")
+    weights: Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"] | None = Field(
+        None, description="dtype of the frozen weights; null leaves the choice to ComfyUI."
+    )
+    loras: list[GraphLora] = Field([], description="LoRAs merged into this network before training.")
+    boundary: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.875,
+        description="Noise level (sigma) from which on the network for high noise predicts; below it, this one. Wan "
+        "2.2 was made with 0.875 for text to video and 0.9 for image to video.",
+    )
+    trained: Literal["both", "high", "low"] = Field(
+        "both",
+        description="Which of the two networks gets a LoRA. A network is trained at the steps at which it predicts; "
+        "the other one is used as it is.",
+    )
+
+    def is_low(self, sigma: Any) -> Any:
+        """Whether the network for low noise predicts at a noise level, a number or a tensor of them."""
+        return sigma < self.boundary - _ROUNDED
+
+    def is_trained_at(self, sigma: float) -> bool:
+        return self.trained == BOTH or self.is_low(sigma) == (self.trained == LOW)
+
+
 class GraphModel(Section):
     """A model of a ComfyUI graph: its loaders and files. Written by the node GRPO Base Model."""
 
@@ -49,11 +84,23 @@ class GraphModel(Section):
     sigmas: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, min_length=3, description="Noise levels in ComfyUI's scale; their number is rollout.steps + 1."
     )
+    low_noise: GraphExpert | None = Field(
+        None,
+        description="The network for low noise, if `file` is the one for high noise (Wan 2.2); null for other models.",
+    )
     reserve_gb: Annotated[float, Field(ge=0, le=1000)] = Field(
         0.0,
         description="GPU memory in GB to keep free for activations and rewards, in addition to what ComfyUI keeps free "
         "for sampling. Weights that do not fit stay in RAM.",
     )
+
+    @property
+    def trained_files(self) -> list[str]:
+        """The files of the networks that get a LoRA."""
+        if self.low_noise is None:
+            return [self.file]
+        files = {HIGH: self.file, LOW: self.low_noise.file}
+        return [file for network, file in files.items() if self.low_noise.trained in (BOTH, network)]
 
 
 class ModelConfig(Section):

@@ -38,6 +38,12 @@ class PromptsConfig(Section):
         "models get the prompts without them.",
     )
 
+    digests: list[str] = Field(
+        [],
+        description="What tells texts apart that each have conditions with pictures of their own, one for each text. "
+        "Written by GRPO Train LoRA.",
+    )
+
     _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
     _clean_negative = field_validator("negative")(clean)
 
@@ -45,7 +51,7 @@ class PromptsConfig(Section):
     def _one_source(self) -> "PromptsConfig":
         if sum(self._sources()) > 1:
             raise ValueError("give prompts in exactly one of texts, file and shapes")
-        check_prompts(self.texts, "texts")
+        check_prompts(self.texts, "texts", self.digests)
         check_text(self.negative, "negative")
         return self
 
@@ -228,6 +234,7 @@ class EvaluationConfig(Section):
     )
     seed: int = Field(1234, ge=0, le=2**63 - 1, description="Seed of the initial noise.")
     rewards: list[RewardConfig] = Field([], description="Further rewards, which are evaluated but not trained.")
+    digests: list[str] = Field([], description="As prompts.digests.")
 
     _clean_texts = field_validator("texts")(lambda texts: [clean(text) for text in texts])
 
@@ -235,7 +242,7 @@ class EvaluationConfig(Section):
     def _one_source(self) -> "EvaluationConfig":
         if sum([bool(self.texts), self.file is not None, self.shapes is not None]) > 1:
             raise ValueError("give evaluation prompts in at most one of texts, file and shapes")
-        check_prompts(self.texts, "texts")
+        check_prompts(self.texts, "texts", self.digests)
         if len({reward.name for reward in self.rewards}) != len(self.rewards):
             raise ValueError("a reward is named more than once")
         return self

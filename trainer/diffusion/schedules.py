@@ -3,6 +3,8 @@
 import random
 from dataclasses import dataclass
 
+from ..utils.errors import BadInput
+
 
 def sigma_schedule(steps: int, shift: float = 1.0) -> list[float]:
     """Evenly spaced noise levels from 1 to 0 with a timestep shift (SD3, arXiv 2403.03206, eq. 23).
@@ -27,27 +29,44 @@ class Window:
     start: int = 0
     every: int = 25
 
-    def begin(self, steps: int, iteration: int, rng: random.Random) -> int:
+    def begin(self, allowed: range, iteration: int, rng: random.Random) -> int:
         """First step of the window in this iteration.
 
         `fixed` stays at `start`; `random` and `per-prompt` are anywhere; `moving` starts at `start` and moves on by one
-        step every `every` iterations, back to `start` after the last position. The last step of the schedule is never
-        inside.
+        step every `every` iterations, back to `start` after the last position.
+
+        Args:
+            allowed: the steps that can be inside.
+
+        Raises:
+            BadInput: the window does not fit them.
         """
-        positions = steps - 1 - self.size - self.start + 1
+        start = self.start if self.position == "fixed" else max(self.start, allowed.start)
+        positions = allowed.stop - self.size - start + 1
+        if positions < 1 or start < allowed.start:
+            raise BadInput(
+                f"rollout.window of {self.size} steps from step {self.start} does not fit: the steps that can be "
+                f"stochastic and are trained are {allowed.start} to {allowed.stop - 1}; change its size or its start"
+            )
         if self.position == "fixed":
-            return self.start
+            return start
         if self.position == "moving":
-            return self.start + (iteration // self.every) % positions
-        return self.start + rng.randrange(positions)
+            return start + (iteration // self.every) % positions
+        return start + rng.randrange(positions)
 
 
-def stochastic_steps(steps: int, window: Window | None, iteration: int, rng: random.Random) -> list[bool]:
-    """Which steps add noise: all but the last, or those of the window."""
-    if window is None:
-        return [True] * (steps - 1) + [False]
-    begin = window.begin(steps, iteration, rng)
-    return [begin <= i < begin + window.size for i in range(steps)]
+def stochastic_steps(
+    steps: int, window: Window | None, iteration: int, rng: random.Random, allowed: range | None = None
+) -> list[bool]:
+    """Which steps add noise: those of the window, or without one all that are allowed.
+
+    Args:
+        allowed: the steps that can add noise; None for all but the last.
+    """
+    allowed = range(steps - 1) if allowed is None else allowed
+    begin = allowed.start if window is None else window.begin(allowed, iteration, rng)
+    end = allowed.stop if window is None else begin + window.size
+    return [begin <= i < end for i in range(steps)]
 
 
 def trained_steps(stochastic: list[bool], mode: str, fraction: float, rng: random.Random) -> list[int]:

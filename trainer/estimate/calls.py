@@ -54,14 +54,21 @@ class CountingModel(DiffusionModel):
         process: diffusion process of the real model.
         levels: returns the noise levels of the real model.
         calls: the counter.
+        is_trained_at: tells whether the real model is trained at a noise level.
     """
 
     family = "stand-in"
     default_targets = ("0",)
 
     def __init__(
-        self, process: Process, levels: Callable[[int, float | None], list[float]], device: torch.device, calls: Calls
+        self,
+        process: Process,
+        levels: Callable[[int, float | None], list[float]],
+        device: torch.device,
+        calls: Calls,
+        is_trained_at: Callable[[float], bool],
     ) -> None:
+        self.is_trained_at = is_trained_at
         self.config, self.process, self.levels, self.calls = ModelConfig(), process, levels, calls
         self.module = nn.Sequential(nn.Linear(2, 2)).to(device).requires_grad_(False)
 
@@ -137,17 +144,18 @@ def iteration_calls(
     process: Process,
     levels: Callable[[int, float | None], list[float]],
     processes: Processes,
+    is_trained_at: Callable[[float], bool] = lambda sigma: True,
 ) -> Calls:
     """The calls that this process makes in a run's first iteration, if no group is skipped.
 
     Args:
         checked: prompts and rewards; its objective is not used.
-        process, levels: as in `CountingModel`.
+        process, levels, is_trained_at: as in `CountingModel`.
     """
     calls: Calls = Counter()
     lora = config.lora.model_copy(update={"targets": ["0"], "rank": 1, "alpha": 1.0, "start_from": None})
     config = config.model_copy(update={"lora": lora})
-    model, objective = CountingModel(process, levels, processes.device, calls), make_objective(config)
+    model, objective = CountingModel(process, levels, processes.device, calls, is_trained_at), make_objective(config)
     checked = replace(checked, objective=objective, rewards=_counting_rewards(checked.rewards, calls))
     policy = Policy(model, config, objective.keeps_old_weights)
     prompting = _prompting(len(checked.prompts.texts))

@@ -72,7 +72,7 @@ def measure(forecast: Forecast, trainer: "Trainer", checked: CheckedRun, process
     config, device = trainer.config, trainer.processes.device
     model, meter = trainer.model, Meter(trainer, quick)
     forecast.unmeasured = [name for name, reward in checked.all_rewards.items() if _is_remote(reward)]
-    calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes)
+    calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes, model.is_trained_at)
     evaluated = evaluation_calls(config, checked, trainer.processes)
     for counted in (calls, evaluated):
         for call in [call for call in counted if call.reward in forecast.unmeasured]:

@@ -95,7 +95,8 @@ class Meter:
         prompting = self.trainer.prompting
         index = torch.arange(call.rows) % len(self.trainer.prompts.texts)
         latents, conditions = self._latents(call.rows), prompting.rows(index).to(self.device)
-        level = torch.full((call.rows,), 0.7, device=self.device)
+        trained = next(level for level in (0.7, 1.0, 0.005) if self.model.is_trained_at(level))
+        level = torch.full((call.rows,), trained, device=self.device)
         return lambda: self.model.predict_guided(
             latents, level, conditions.conditions, call.scale, conditions.unconditional
         )

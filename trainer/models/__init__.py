@@ -5,6 +5,7 @@ from ..diffusion import kernels
 from ..utils.errors import BadInput
 from .base import Conditions, DiffusionModel
 from .comfy.conditions import EntryConditions
+from .comfy.experts import TwoExperts
 from .comfy.model import ComfyModel
 from .diffusers.flux import FluxModel
 from .diffusers.hunyuan_video import HunyuanVideoModel, SkyReelsModel
@@ -40,7 +41,8 @@ def model_class(config: ModelConfig) -> type[DiffusionModel]:
     if config.family not in FAMILIES:
         raise BadInput(f"model.family is {config.family!r}: choose one of {', '.join(FAMILIES)}")
     FAMILIES[config.family].check(config)
-    return FAMILIES[config.family]
+    has_experts = config.graph is not None and config.graph.low_noise is not None
+    return TwoExperts if has_experts else FAMILIES[config.family]
 
 
 def model_bytes(config: ModelConfig, processes: int = 1) -> int:

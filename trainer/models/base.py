@@ -273,6 +273,10 @@ class DiffusionModel(ABC):
             raise BadInput("rollout.shift is null, but this model has no scheduler: set rollout.shift to a number")
         return sigma_schedule(steps, shift)
 
+    def is_trained_at(self, sigma: float) -> bool:
+        """Whether what predicts at this noise level gets a LoRA; not so at some levels of models with two networks."""
+        return True
+
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device

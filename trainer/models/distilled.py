@@ -59,7 +59,8 @@ def _found(model: ModelConfig) -> tuple[str, str] | None:
 def _names(model: ModelConfig) -> list[str]:
     """Names of the files and folders that the model's weights come from."""
     if model.graph is not None:
-        files = [model.graph.file, *(lora.file for lora in model.graph.loras)]
+        networks = [model.graph] if model.graph.low_noise is None else [model.graph, model.graph.low_noise]
+        files = [file for one in networks for file in (one.file, *(lora.file for lora in one.loras))]
     else:
         files = [model.path] if model.network_file is None else [model.network_file, model.path]
     return [Path(file).name for file in files]

@@ -110,6 +110,7 @@ def weight_bytes(config: ModelConfig, processes: int = 1) -> int:
     """
     if config.graph is not None:
         files = {config.graph.file, config.graph.vae_file}
+        files |= {config.graph.low_noise.file} if config.graph.low_noise else set()
         return sum(Path(file).stat().st_size for file in files)
     folder = WEIGHTS if config.path == "embedded" else Path(config.path)
     if config.network_file is None:

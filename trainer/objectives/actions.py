@@ -9,10 +9,26 @@ import torch
 from torch import Tensor
 
 from ..diffusion import kernels
+from ..utils.errors import BadInput
 from .base import Batch, RolloutBatch
 
 if TYPE_CHECKING:
     from ..models import DiffusionModel
+
+
+def trainable_steps(model: DiffusionModel, levels: list[float]) -> range:
+    """The steps, out of those that begin at these falling noise levels, that train a network with a LoRA.
+
+    Raises:
+        BadInput: there are none.
+    """
+    steps = [i for i, level in enumerate(levels) if model.is_trained_at(level)]
+    if not steps:
+        raise BadInput(
+            f"rollout.steps {len(levels) + 1}: the network that is trained predicts at none of the steps that can be "
+            "stochastic, which are all but the last: use more steps, another boundary, or train the other network"
+        )
+    return range(steps[0], steps[-1] + 1)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ They need no stochastic sampler, no log-probabilities and no stored trajectories
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..rollout import Plan
+from ..utils.errors import BadInput
 from ..utils.section import Positive
 from ..utils.seeds import generator, noise
 from .base import Batch, Member, Objective, ObjectiveOptions, RolloutBatch, TrainingItem, split_updates
@@ -62,10 +63,17 @@ class ForwardProcessObjective(Objective):
 
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
         rollout = self.config.rollout
+        sigmas = model.sigmas(rollout.steps, rollout.shift)
+        if not usable_levels(sigmas, self.options, model.is_trained_at):
+            raise BadInput(
+                f"objective.level_fraction {self.options.level_fraction:g}: the network that is trained predicts at "
+                f"none of the levels of this part of the {rollout.steps} steps: raise it, use more steps, or train the "
+                "other network"
+            )
         return Plan(
             rollout.kernel,
             rollout.eta,
-            model.sigmas(rollout.steps, rollout.shift),
+            sigmas,
             [False] * rollout.steps,
             shared_noise=False,  # with deterministic steps, the images of a group would be identical
             guidance_scale=rollout.guidance_scale,
@@ -97,7 +105,8 @@ class ForwardProcessObjective(Objective):
     def _level(self, rollout: RolloutBatch, item: TrainingItem) -> float:
         """The noise level of an item. The draws of one image have different levels if the schedule has enough."""
         rng = self._rng(rollout, "levels", item.member)
-        levels = draw_levels(rollout.plan.sigmas, self.options, self.options.noise_levels, rng)
+        usable = usable_levels(rollout.plan.sigmas, self.options, self.model.is_trained_at)
+        levels = draw_levels(usable, self.options.level_distribution, self.options.noise_levels, rng)
         return levels[item.step]
 
     def _rng(self, rollout: RolloutBatch, use: str, member: Member) -> random.Random:
@@ -115,22 +124,33 @@ class ForwardProcessObjective(Objective):
         return self.model.predict_guided(latents, sigma, conditions, rollout.plan.guidance_scale, negative)
 
 
-def draw_levels(sigmas: list[float], options: ForwardProcessOptions, count: int, rng: random.Random) -> list[float]:
-    """`count` noise levels.
+def usable_levels(
+    sigmas: list[float], options: ForwardProcessOptions, is_trained_at: Callable[[float], bool]
+) -> list[float]:
+    """The levels of the first `level_fraction` of the steps at which a network with a LoRA predicts.
 
     Args:
         sigmas: the T + 1 levels of the rollout, falling, the last 0.
-        options: `level_distribution` and `level_fraction`.
+    """
+    taken = sigmas[: max(1, int((len(sigmas) - 1) * options.level_fraction))]
+    return [level for level in taken if is_trained_at(level)]
+
+
+def draw_levels(taken: list[float], distribution: str, count: int, rng: random.Random) -> list[float]:
+    """`count` noise levels.
+
+    Args:
+        taken: levels of steps, falling.
+        distribution: `ForwardProcessOptions.level_distribution`.
 
     Returns:
         levels in (0, 1]; with `schedule`, without repetition if there are at least `count` levels.
     """
-    taken = sigmas[: max(1, int((len(sigmas) - 1) * options.level_fraction))]
-    if options.level_distribution == "schedule":
+    if distribution == "schedule":
         full, rest = divmod(count, len(taken))
         return taken * full + rng.sample(taken, rest)
     low, high = taken[-1], taken[0]
-    if options.level_distribution == "uniform":
+    if distribution == "uniform":
         shares = [rng.random() for _ in range(count)]
     else:
         shares = [torch.sigmoid(torch.tensor(rng.gauss(0, 1))).item() for _ in range(count)]

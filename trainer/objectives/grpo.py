@@ -15,7 +15,7 @@ from ..rollout import Plan
 from ..utils.errors import RunFailed
 from ..utils.section import Positive
 from ..utils.seeds import generator
-from .actions import ActionBatch, Actions
+from .actions import ActionBatch, Actions, trainable_steps
 from .advantage import Mixture
 from .base import Batch, Loss, Objective, ObjectiveOptions, RolloutBatch, Totals, TrainingItem, split_updates
 from .likelihood import (
@@ -162,17 +162,19 @@ class Grpo(Objective):
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
         config, seed = self.config.rollout, self.config.runtime.seed
         window, windows = Window(**config.window.model_dump()) if config.window else None, None
-        flags = stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration))
+        sigmas = model.sigmas(config.steps, config.shift)
+        allowed = trainable_steps(model, sigmas[:-2])
+        flags = stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration), allowed)
         if window and window.position == "per-prompt":
             windows = [
-                stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration, slot))
+                stochastic_steps(config.steps, window, iteration, generator(seed, "window", iteration, slot), allowed)
                 for slot in range(config.prompts_per_iteration)
             ]
             flags = [any(column) for column in zip(*windows, strict=True)]
         return Plan(
             config.kernel,
             config.eta,
-            model.sigmas(config.steps, config.shift),
+            sigmas,
             flags,
             config.shared_noise,
             config.guidance_scale,

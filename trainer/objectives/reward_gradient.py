@@ -86,10 +86,12 @@ class RewardGradient(Objective):
 
     def plan(self, model: DiffusionModel, iteration: int) -> Plan:
         rollout = self.config.rollout
+        sigmas = model.sigmas(rollout.steps, rollout.shift)
+        self._check_trained(model, sigmas)
         return Plan(
             rollout.kernel,
             rollout.eta,
-            model.sigmas(rollout.steps, rollout.shift),
+            sigmas,
             [False] * rollout.steps,
             shared_noise=False,
             guidance_scale=rollout.guidance_scale,
@@ -107,6 +109,20 @@ class RewardGradient(Objective):
             return None
         late = max(1, round(steps * options.late_share))
         return generator(self.config.runtime.seed, "late step", iteration).randrange(steps - late, steps)
+
+    def _check_trained(self, model: DiffusionModel, sigmas: list[float]) -> None:
+        """Raise BadInput if a gradient would reach no network with a LoRA, in a model that has two networks."""
+        steps, options = len(sigmas) - 1, self.options
+        if options.method == "draft":  # any of its steps suffices, for the gradient goes through all of them
+            reached = any(map(model.is_trained_at, sigmas[steps - options.gradient_steps : steps]))
+        else:
+            late = max(1, round(steps * options.late_share)) if options.method == "refl" else 1
+            reached = all(map(model.is_trained_at, sigmas[steps - late : steps]))
+        if not reached:
+            raise BadInput(
+                f"objective reward-gradient with method {options.method} has its gradient in the last steps, at which "
+                "the network that is trained does not predict: train the one for low noise, or use another objective"
+            )
 
     def items(self, rollout: RolloutBatch) -> Iterator[list[TrainingItem]]:
         copies = self.options.copies if self.options.method == "draft-lv" else 1

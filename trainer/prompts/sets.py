@@ -39,7 +39,7 @@ class PromptSet:
         texts: the prompts for the diffusion model.
         categories: groups for evaluation; '' for none.
         pictures: first frame or source image of each prompt, or None.
-        digests: digests of these image files, or ''.
+        digests: digests of these image files, or of other conditions that are a prompt's own, or ''.
         scored: the prompts for reward models: `texts`, without ComfyUI's prompt weights if these are enabled.
     """
 
@@ -114,8 +114,11 @@ def evaluation_prompts(config: EvaluationConfig, weighted: bool = False) -> Prom
 def _prompts(config: PromptsConfig | EvaluationConfig, section: str, held_out: bool, weighted: bool) -> PromptSet:
     if config.shapes:
         return _shapes(config.shapes, held_out)
-    entries = _read(Path(config.file), f"{section}.file {config.file}") if config.file else map(_Entry, config.texts)
-    return _as_set(list(entries), weighted)
+    if config.file:
+        return _as_set(_read(Path(config.file), f"{section}.file {config.file}"), weighted)
+    digests = config.digests or [""] * len(config.texts)
+    entries = [_Entry(text, digest=digest) for text, digest in zip(config.texts, digests, strict=True)]
+    return _as_set(entries, weighted)
 
 
 def _shapes(per_task: int, held_out: bool) -> PromptSet:

@@ -56,17 +56,24 @@ def check_text(text: str, field: str) -> None:
         raise BadInput(f"{field} contains {shorten(text)}, which has a NUL character: remove it")
 
 
-def check_prompts(texts: list[str], field: str) -> None:
+def check_prompts(texts: list[str], field: str, digests: list[str] | None = None) -> None:
     """Check the prompts of one source, after `clean`.
 
+    Args:
+        digests: of what belongs to each prompt beside its text, if anything does.
+
     Raises:
-        BadInput: a prompt is empty, repeated, or not valid Unicode.
+        BadInput: a prompt is empty, repeated with the same digest, or not valid Unicode; or there are not as many
+            digests.
     """
+    digests = digests or [""] * len(texts)
+    if len(digests) != len(texts):
+        raise BadInput(f"digests has {len(digests)} values for {len(texts)} {field}: give one for each, or none")
     for text in texts:
         if not text:
             raise BadInput(f"{field} contains an empty prompt")
         check_text(text, field)
-    if pair := first_repeated(map(same_text, texts)):
+    if pair := first_repeated(zip(map(same_text, texts), digests, strict=True)):
         raise BadInput(f"{field} contains {shorten(texts[pair[0]])} more than once")
 
 

@@ -177,7 +177,8 @@ class Recorder:
     def _metadata(self, iteration: int) -> dict[str, str]:
         # A single key, because safetensors does not fix the order of keys, and equal LoRAs should give equal files.
         config = self.config
-        base = config.model.path if config.model.graph is None else Path(config.model.graph.file).name
+        graph = config.model.graph
+        base = config.model.path if graph is None else " and ".join(Path(file).name for file in graph.trained_files)
         record = {
             "base_model": f"{config.model.family} {base}",
             "rewards": {reward.name: reward.weight for reward in config.rewards},

@@ -173,7 +173,7 @@ class Graph:
 def base_model(pack: object, files: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls GRPO Base Model inside a graph."""
     node = pack("nodes.base_model").BaseModel
-    here = {"inputs": {"model": ["lora", 0], "vae": ["vae", 0]}}
+    here = {"inputs": {"model": ["lora", 0], "vae": ["vae", 0], "low_noise_model": ["unet", 0]}}
     lora = {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "a.safetensors", "strength_model": 0.5}}
     lora["inputs"]["model"] = ["unet", 0]
     unet = {"class_type": "UNETLoader", "inputs": {}}
@@ -402,3 +402,101 @@ def test_two_processes_train_from_the_description_alone_and_give_the_run_of_one(
     assert_same_learning(trainer.policy.tensors(), newest_checkpoint(output))
     names = comfy.lora.model_lora_keys_unet(demo.model.model, {})
     assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(lora)), names)) == len(lora) // 3 > 0
+
+
+# -------------------------------------------------------------------------------------------- two networks of one model
+
+
+@pytest.fixture
+def low(files: SimpleNamespace) -> Any:
+    """A MODEL of core's loader with other weights, as the network for low noise."""
+    weights = load_file(files.network)
+    generator = torch.Generator().manual_seed(1)
+    changed = {k: v + 0.02 * torch.randn(v.shape, generator=generator).to(v) for k, v in weights.items()}
+    save_file(changed, Path(files.network).with_name("low.safetensors"))
+    folder_paths.filename_list_cache.clear()
+    return comfy_nodes.UNETLoader().load_unet("low.safetensors", "default")[0]
+
+
+def test_the_node_describes_two_networks_and_refuses_what_does_not_belong_together(
+    pack, demo, files, loaded, low, base_model
+) -> None:
+    model, vae = loaded
+    given = base_model(model=model, vae=vae, low_noise_model=low, boundary=0.9, trained_network="low")
+    expert = given["graph"]["low_noise"]
+    assert Path(expert["file"]).name == "low.safetensors"
+    assert (expert["loader"], expert["weights"]) == ("diffusion_model", given["graph"]["weights"])
+    assert (expert["boundary"], expert["trained"], expert["loras"]) == (0.9, "low", [])
+    config = pack("trainer.config").ModelConfig(**given)
+    assert pack("trainer.models").model_class(config).__name__ == "TwoExperts"
+    alone = pack("trainer.config").ModelConfig(**base_model(model=model, vae=vae))
+    more = Path(expert["file"]).stat().st_size
+    assert pack("trainer.models").weight_bytes(config) == pack("trainer.models").weight_bytes(alone) + more
+    with refused(pack, "low_noise_model is connected and model is not"):
+        base_model(low_noise_model=low)
+    with refused(pack, "is loaded from the same file as model"):
+        base_model(model=model, vae=vae, low_noise_model=model)
+    with refused(pack, "have different samplings: put the same ModelSampling node"):
+        base_model(model=shifted(model, 5.0), vae=vae, low_noise_model=low)
+    other = low.clone()
+    other.model = SimpleNamespace(diffusion_model=torch.nn.Linear(2, 2))
+    with refused(pack, "is not a network of the same kind and size as model"):
+        base_model(model=model, vae=vae, low_noise_model=other)
+    Path(expert["file"]).unlink()
+    with refused(pack, "model.graph.low_noise.file is .*: this .safetensors file does not exist"):
+        pack("trainer.models").model_class(config)
+
+
+@pytest.mark.parametrize("trained", ["both", "high"])
+def test_a_run_of_two_networks_resumes_and_publishes_a_file_for_each_that_it_trains(
+    pack, demo, files, low, monkeypatch, trained: str
+) -> None:
+    expert = {"file": str(Path(files.network).with_name("low.safetensors")), "weights": "float32", "trained": trained}
+    runtime = {"iterations": 2, "device": "cpu", "checkpoint_every": 1}
+    config = description(pack, graph_section(files, low_noise=expert), None, runtime=runtime)
+    config = with_conditions(pack, demo, files, config)
+    folders, loop = pack("trainer.runs.directory"), pack("trainer.loop")
+
+    def run(name: str, until: int) -> Any:
+        directory = folders.RunDirectory.open(files.folder / name, config, [])
+        trainer = loop.Trainer(config, directory, pack("trainer.utils.distributed").Processes("cpu"))
+        after = trainer._after
+        monkeypatch.setattr(
+            trainer, "_after", lambda event: (after(event), setattr(trainer, "interrupted", trainer.iteration >= until))
+        )
+        trainer.train()
+        directory.release()
+        return trainer, directory
+
+    whole, directory = run("whole", 2)
+    run("resumed", 1)
+    again, _ = run("resumed", 2)
+    for name, value in whole.policy.tensors().items():
+        assert torch.equal(value, again.policy.tensors()[name]), name
+    for number, event in enumerate([e for e in directory.events() if "loss" in e]):
+        assert event["objective"]["rollout_deviation"]["max"] < 1e-5 or number
+
+    begun = config.model_copy(update={"lora": config.lora.model_copy(update={"start_from": str(directory.lora_file)})})
+    started = loop.Trainer(begun, None, pack("trainer.utils.distributed").Processes("cpu"))
+    started.policy.start()
+    found = pack("trainer.evaluation.files")
+    switch = found.Adapters(
+        pack("trainer.models").model_class(config.model).load(config.model, CPU),
+        [file := found.LoraFile("mine", directory.lora_file)],
+    )
+    switch.use(file)
+    switched = pack("trainer.adapters.lora").parameters(switch.model.module)
+    for name, value in whole.policy.parameters.items():
+        torch.testing.assert_close(started.policy.parameters[name], value, rtol=0, atol=1e-7)
+        scale = 1 if "lora_A" in name else config.lora.alpha / config.lora.rank
+        torch.testing.assert_close(switched[name], value * scale, rtol=0, atol=1e-6)
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(files.folder))
+    published = pack("nodes.host.folders").publish_loras(directory.lora_file, "mine")
+    networks = ["high", "low"] if trained == "both" else ["high"]
+    assert [Path(name).name for name in published] == [f"mine_2_{network}.safetensors" for network in networks]
+    names = comfy.lora.model_lora_keys_unet(demo.model.model, {})
+    for name in published:
+        weights = load_file(files.folder / "loras" / name)
+        assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), names)) == len(weights) // 3 > 0
+        assert any(value.any() for key, value in weights.items() if "lora_B" in key)

@@ -382,7 +382,6 @@ REFUSED = {
     "Hunyuan3Dv2": "neither images nor videos",
     "Hunyuan3Dv2_1": "neither images nor videos",
     "Hunyuan3Dv2mini": "neither images nor videos",
-    "LTXAV": "videos with sound",
     "LotusD": NEITHER,
     "MiniMaxH3": NEITHER,
     "MiniMaxMusic3": "neither images nor videos",

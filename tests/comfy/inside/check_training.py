@@ -68,7 +68,7 @@ def velocity(model: object, x: torch.Tensor, sigma: torch.Tensor, cond: list) ->
 
 @torch.no_grad()
 def test_lora_file_gives_the_same_output_in_comfyui_and_the_trainer(pack, demo, trained, noise, caplog) -> None:
-    name = pack("nodes.host.folders").publish_lora(trained.file, "equal")
+    name = pack("nodes.host.folders").publish_loras(trained.file, "equal")[0]
     patched = comfy_nodes.LoraLoaderModelOnly().load_lora_model_only(demo.model, name, 1.0)[0]
     assert "not loaded" not in caplog.text.lower()
     assert len(patched.patches) > 0
@@ -208,13 +208,13 @@ def test_good_names_are_one_folder_inside(pack, output: Path, name: str) -> None
 
 
 def test_a_lora_is_never_written_over_another(pack, trained, output: Path) -> None:
-    publish = pack("nodes.host.folders").publish_lora
+    publish = pack("nodes.host.folders").publish_loras
     first = trained.file.read_bytes()
-    assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7.safetensors")
-    assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7.safetensors")
+    assert publish(trained.file, "x") == [str(Path("dancegrpo") / "x_7.safetensors")]
+    assert publish(trained.file, "x") == [str(Path("dancegrpo") / "x_7.safetensors")]
     other = first[:-4] + b"\x01\x02\x03\x04"
     trained.file.write_bytes(other)
-    assert publish(trained.file, "x") == str(Path("dancegrpo") / "x_7-2.safetensors")
+    assert publish(trained.file, "x") == [str(Path("dancegrpo") / "x_7-2.safetensors")]
     folder = output / "loras" / "dancegrpo"
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
         "x_7.safetensors": first,

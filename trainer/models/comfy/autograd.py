@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .conditions import mapped
+
 _PLAIN = {
     Tensor.add_: Tensor.add,
     Tensor.sub_: Tensor.sub,
@@ -23,7 +25,14 @@ class OutOfPlace(TorchFunctionMode):
     `x += y` assigns the result to x, so its meaning does not change. A bare call `x.add_(y)` would have no effect, so
     `trainer.preflight` compares a training forward pass with plain inference. Norms get a copy of their input, because
     LTX-Video changes it afterwards with `addcmul_`, which cannot be replaced.
+
+    Args:
+        keeps: functions that are not replaced.
     """
+
+    def __init__(self, keeps: frozenset[Callable] = frozenset()) -> None:
+        super().__init__()
+        self.keeps = keeps
 
     def __torch_function__(
         self, function: Callable, types: Any, arguments: tuple = (), keywords: dict | None = None
@@ -31,8 +40,17 @@ class OutOfPlace(TorchFunctionMode):
         if any(isinstance(value, Tensor) and value.requires_grad for value in arguments):
             if function in _NORMS:
                 arguments = (arguments[0].clone(), *arguments[1:])
-            function = _PLAIN.get(function, function)
+            if function not in self.keeps:
+                function = _PLAIN.get(function, function)
         return function(*arguments, **(keywords or {}))
+
+
+def kept_in_place(network: nn.Module) -> frozenset[Callable]:
+    """Functions that a network calls as in `x.add_(y)`, whose results it does not assign: LTX-2's blocks do.
+
+    Apart from norms, nothing there needs the old value in the backward pass; if something did, PyTorch would say so.
+    """
+    return frozenset({Tensor.add_}) if type(network).__name__ == "LTXAVModel" else frozenset()
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:
@@ -59,16 +77,18 @@ def checkpoint_blocks(network: nn.Module) -> int:
     """Enable gradient checkpointing for each block; returns the number of blocks."""
     wrapped = blocks(network)
     for block in wrapped:
-        block.forward = _checkpointed(block.forward)
+        block.forward = _checkpointed(block.forward, kept_in_place(network))
     return len(wrapped)
 
 
-def _checkpointed(forward: Callable) -> Callable:
+def _checkpointed(forward: Callable, keeps: frozenset[Callable]) -> Callable:
     from torch.utils.checkpoint import checkpoint
 
     @wraps(forward)
     def run(*arguments: Any, **keywords: Any) -> Any:
-        with OutOfPlace():  # also needed when the block is recomputed
+        if keeps:  # the block changes its inputs, which are needed again when it is recomputed
+            arguments = tuple(mapped(list(arguments), Tensor.clone))
+        with OutOfPlace(keeps):  # also needed when the block is recomputed
             return forward(*arguments, **keywords)
 
     @wraps(forward)

@@ -13,6 +13,22 @@ from ..base import Conditions
 Entry = dict[str, Any]
 """By name: tensors (with batch size 1), numbers, strings, None, and lists and dicts of these."""
 
+TEXT = (
+    "attention_mask",
+    "attention_mask_mt5xl",
+    "conditioning_byt5small",
+    "conditioning_llama3",
+    "conditioning_lyrics",
+    "conditioning_mt5xl",
+    "num_layers_stacked",
+    "num_tokens",
+    "pooled_output",
+    "t5xxl_ids",
+    "t5xxl_weights",
+    "unprocessed_ltxav_embeds",
+)
+"""What text encoders put into CONDITIONING beside the embeddings, and other nodes do not."""
+
 
 @dataclass(frozen=True)
 class EntryConditions(Conditions):
@@ -77,6 +93,16 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(alike, a, b))
     return type(a) is type(b) and a == b
+
+
+def pictures_of(entry: Entry) -> Entry:
+    """What an entry has that does not come from its text: reference latents, first frames, masks, guidance."""
+    return {name: value for name, value in entry.items() if name != "cross_attn" and name not in TEXT}
+
+
+def own_pictures(entry: Entry, other: Entry) -> Entry:
+    """Those of an entry's pictures whose kind another entry lacks."""
+    return {name: value for name, value in pictures_of(entry).items() if name not in other}
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -74,6 +74,50 @@ def describe(
     }
 
 
+def describe_low_noise(low: object, high: object, nodes_above: Iterator[dict], boundary: float, trained: str) -> dict:
+    """The section `model.graph.low_noise` for the connected network for low noise of a model with two.
+
+    Args:
+        low: a MODEL.
+        high: the MODEL of the network for high noise, which `describe` has accepted.
+        nodes_above: all upstream nodes of `low`.
+        boundary, trained: as in that section.
+
+    Raises:
+        BadInput: the training process cannot reproduce it, or it is not of the same kind as the other network.
+    """
+    loader, file, options = _network(low)
+    _refuse_other_patches(low)
+    if file == _network(high)[1]:
+        raise BadInput(
+            f"low_noise_model is loaded from the same file as model ({Path(file).name}): choose the other one"
+        )
+    if type(low.model) is not type(high.model) or _shape_of(low) != _shape_of(high):
+        raise BadInput(
+            f"low_noise_model ({type(low.model).__name__}) is not a network of the same kind and size as model "
+            f"({type(high.model).__name__}): connect the two files of one model"
+        )
+    kinds = [describe_sampling(each.get_model_object("model_sampling"), comfy.model_sampling) for each in (high, low)]
+    if kinds[0] != kinds[1]:
+        raise BadInput(
+            "model and low_noise_model have different samplings: put the same ModelSampling node, with the same shift, "
+            "behind both loaders"
+        )
+    return {
+        "loader": loader,
+        "file": file,
+        "weights": _weights(low, options),
+        "loras": _loras(low, nodes_above),
+        "boundary": boundary,
+        "trained": trained,
+    }
+
+
+def _shape_of(model: object) -> dict:
+    """The shapes of a network's weights by name."""
+    return {name: tuple(value.shape) for name, value in model.model.diffusion_model.state_dict().items()}
+
+
 def check_size(model: object, config: ModelConfig) -> None:
     """Raise BadInput for a height, width or number of frames that the model does not support."""
     latent_shape(model.model.latent_format, config)

@@ -158,7 +158,6 @@ def process_of(sampling: Any, kinds: ModuleType) -> Process:
 _OTHER_TASKS = {
     "ACEStep": "makes music",
     "DepthAnything3": "measures depth",
-    "LTXAV": "makes videos with sound",
     "RT_DETR_v4": "finds objects",
     "SAM3": "finds objects",
     "SeedVR2": "enlarges pictures and videos",
@@ -182,6 +181,11 @@ def check_task(base: Any) -> None:
             f"the model ({name}) {_OTHER_TASKS[name]}, and training takes models of images and silent videos: connect "
             "another one"
         )
+
+
+def may_have_sound(base: Any) -> bool:
+    """Whether a model also takes latents of sound, and has to be told that there are none (LTX-2)."""
+    return type(base).__name__ == "LTXAV"
 
 
 def latent_shape(latent_format: Any, config: ModelConfig) -> tuple[int, ...]:
@@ -341,6 +345,8 @@ def _is_mixed(layer: nn.Module) -> bool:
 
 def _is_attention(path: list[str]) -> bool:
     if any("mod" in part.lower() for part in path[-2:]):  # modulation, not attention
+        return False
+    if any("audio" in part or "connector" in part for part in path):  # not reached by a silent video; of the text
         return False
     fused = path[-1] in ("linear1", "linear2") and any(part.startswith("single") for part in path)
     return fused or any("attn" in part or "attention" in part for part in path)

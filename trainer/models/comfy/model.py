@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,8 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels
-from .conditions import Entry, EntryConditions, alike, mapped
+from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels, kept_in_place
+from .conditions import Entry, EntryConditions, alike, mapped, own_pictures
 from .load import (
     attention_layers,
     check_extra_channels,
@@ -28,6 +28,7 @@ from .load import (
     latent_shape,
     load_network,
     load_vae,
+    may_have_sound,
     open_mixed_layers,
     process_of,
     require_version,
@@ -69,7 +70,8 @@ class ComfyModel(DiffusionModel):
         open_mixed_layers(self.module, self.comfy.quant_ops.QuantizedTensor)
         self.default_targets = attention_layers(self.module)
         self._keys = self.comfy.lora.model_lora_keys_unet(self.base, {})
-        self._options = {"transformer_options": {}, "model_function_wrapper": _apply}
+        apply = partial(_apply, keeps=kept_in_place(self.module))
+        self._options = {"transformer_options": {}, "model_function_wrapper": apply}
         self._shape = latent_shape(self.base.latent_format, config)
         if vae is not None:
             check_vae(vae, self.base.latent_format)
@@ -91,18 +93,25 @@ class ComfyModel(DiffusionModel):
         graph = config.graph
         require_version(Path(graph.folder))
         named = [("file", graph.file), ("vae_file", graph.vae_file), *(("loras", lora.file) for lora in graph.loras)]
+        if (low := graph.low_noise) is not None:
+            named += [("low_noise.file", low.file), *(("low_noise.loras", lora.file) for lora in low.loras)]
         for field, file in named:
             if Path(file).suffix not in WEIGHT_FILES or not Path(file).is_file():
                 raise BadInput(f"model.graph.{field} is {file!r}: this .safetensors file does not exist")
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "ComfyModel":
-        comfy = _import(config.graph.folder, device)
+        comfy = import_comfy(config.graph.folder, device)
         patcher = load_network(config.graph, comfy)
         model = cls(patcher, load_vae(config.graph, comfy), config)
         model._make_resident()
-        check_offload(patcher.model_size() - patcher.loaded_size() if model.base.model_lowvram else 0, config)
+        model._check_offload()
         return model
+
+    def _check_offload(self) -> None:
+        """Raise BadInput if the weights do not fit on the GPU and the backward pass would need all of them there."""
+        offloaded = self.patcher.model_size() - self.patcher.loaded_size() if self.base.model_lowvram else 0
+        check_offload(offloaded, self.config)
 
     @classmethod
     def encode_batches(cls, config: ModelConfig, *_: Any) -> Conditions:
@@ -144,7 +153,8 @@ class ComfyModel(DiffusionModel):
         """The prediction for `conditions`, and the one for the first row of `negative`, if there is one.
 
         Where the shapes of both are alike, ComfyUI calls the network once for both, as it does in sampling, if it has
-        the memory. The rows of other entries take one more call with the negative prompt, all together.
+        the memory. The rows of other entries take one more call with the negative prompt, all together. The negative
+        prompt gets the pictures of each entry, if it has none of its own.
         """
         level = self._with_signal(sigma.float().double())
         scale = self.process.k_scale(level)
@@ -163,14 +173,19 @@ class ComfyModel(DiffusionModel):
 
         for rows, entry in conditions.groups():
             rows = rows.to(latents.device)
-            if against is not None and alike(entry, against):
-                denoise(rows, {"positive": entry, "negative": mapped(against, Tensor.clone)})
+            pictures = {} if against is None else own_pictures(entry, against)
+            opposite = None if against is None else mapped(against | pictures, Tensor.clone)
+            if opposite is not None and alike(entry, opposite):
+                denoise(rows, {"positive": entry, "negative": opposite})
+                continue
+            denoise(rows, {"positive": entry})
+            if pictures:
+                denoise(rows, {"negative": opposite})
             else:
-                denoise(rows, {"positive": entry})
                 left.append(rows)
         if against is not None and left:
             denoise(torch.cat(left), {"negative": against})
-        return [self.process.predicting(latents, _in_order(parts), level).float() for parts in branches.values()]
+        return [self.process.predicting(latents, in_order(parts), level).float() for parts in branches.values()]
 
     def _with_signal(self, level: Tensor) -> Tensor:
         """ComfyUI has a little signal at the highest level of models with zero terminal SNR; float32 rounds it to 0."""
@@ -190,8 +205,9 @@ class ComfyModel(DiffusionModel):
         given = set(entry)
         tokens = entry.pop("cross_attn")
         conds = {branch: self.comfy.sampler_helpers.convert_cond([[tokens, entry]])}
+        silent = {"latent_shapes": [latents.shape]} if may_have_sound(self.base) else {}
         conds = self.comfy.samplers.process_conds(
-            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0
+            self.base, latents, conds, latents.device, latent_image=torch.zeros_like(latents), seed=0, **silent
         )
         self._check_guidance(conds[branch])
         check_extra_channels(self.base, conds[branch], given)
@@ -215,20 +231,22 @@ class ComfyModel(DiffusionModel):
             )
 
     def _make_resident(self) -> None:
+        if not self._is_resident:  # never between a forward and its backward pass, which needs the same weights
+            self._load([self.patcher])
+            self._is_resident = True
+
+    def _load(self, patchers: list[Any]) -> None:
         """Move the VAE off the GPU, and as many weights as fit onto it, with ComfyUI's memory management."""
-        if self._is_resident:  # never between a forward and its backward pass, which needs the same weights
-            return
         management = self.comfy.management
         if self.vae is not None:
             others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
             management.free_memory(1e30, self.vae.patcher.load_device, others)
         reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
         needed = self.patcher.memory_required([1, *self._shape]) + reserve
-        management.load_models_gpu([self.patcher], memory_required=needed)
+        management.load_models_gpu(patchers, memory_required=needed)
         for parameter in self.module.parameters():
             if parameter.requires_grad:  # ComfyUI may leave the LoRA in RAM, without casting it
                 parameter.data = parameter.data.to(self.device)
-        self._is_resident = True
 
     def make_room(self, size: int, device: torch.device) -> None:
         if torch.is_grad_enabled():  # the backward pass needs the weights where they were
@@ -244,6 +262,10 @@ class ComfyModel(DiffusionModel):
             self.comfy.management.in_training = True
 
     # ------------------------------------------------------------------------------------------------ the rest
+
+    def is_trained_at(self, sigma: float) -> bool:
+        low = None if self.config.graph is None else self.config.graph.low_noise
+        return low is None or low.is_trained_at(sigma)
 
     def sigmas(self, steps: int, shift: float | None) -> list[float]:
         graph = self.config.graph
@@ -305,15 +327,15 @@ class ComfyModel(DiffusionModel):
         return [name for name, weight in self._keys.items() if weight == f"diffusion_model.{module_name}.weight"]
 
 
-def _apply(function: Any, arguments: dict[str, Any]) -> Tensor:
-    """A `model_function_wrapper` that calls the network without in-place operations if gradients are enabled."""
+def _apply(function: Any, arguments: dict[str, Any], keeps: frozenset[Callable]) -> Tensor:
+    """A `model_function_wrapper` that calls the network as `OutOfPlace` does if gradients are enabled."""
     if not torch.is_grad_enabled():
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
-    with OutOfPlace():
+    with OutOfPlace(keeps):
         return function(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
-def _in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def in_order(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Rows that were computed in parts, in the order of their numbers.
 
     Args:
@@ -330,7 +352,7 @@ def _column(value: Tensor, like: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- ComfyUI itself
 
 
-def _import(folder: str, device: torch.device) -> SimpleNamespace:
+def import_comfy(folder: str, device: torch.device) -> SimpleNamespace:
     """Import ComfyUI's modules from its folder, if they are not loaded yet."""
     if "comfy" not in sys.modules:
         sys.path.insert(0, folder)
