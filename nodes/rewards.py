@@ -89,7 +89,7 @@ class CombineRewards(io.ComfyNode):
             category=f"{CATEGORY}/rewards",
             description="A weighted sum of several rewards. Training normalizes each to mean 0 and std 1 within the "
             "images of a prompt first; Score Images adds the raw scores.",
-            search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight", "reward model"],
+            search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight", "reward model", "rlhf"],
             inputs=inputs,
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )

@@ -1,6 +1,6 @@
 /** Line charts as SVG: a mean with its band, and single points. */
 
-import { h, svg } from "./dom.js";
+import { h, put, svg } from "./dom.js";
 
 const WIDTH = 360;
 const HEIGHT = 150;
@@ -28,7 +28,7 @@ export function lineChart({ title, series }) {
   });
   picture.append(...axes(scale));
   for (const one of shown) picture.append(...drawn(one, scale));
-  const readout = h("span", { class: "dg-chart-readout", text: latest(shown) });
+  const readout = put(h("span", { class: "dg-chart-readout" }), latest(shown));
   box.firstChild.append(readout);
   follow(picture, shown, scale, readout);
   box.append(picture, legend(shown));
@@ -44,7 +44,12 @@ function legend(series) {
 }
 
 function latest(series) {
-  return series.map((one) => format(one.points.at(-1)[1])).join("  ");
+  return values(series, series.map((one) => one.points.at(-1)));
+}
+
+/** A value of each line in its colour. */
+function values(series, points) {
+  return points.map(([, y], index) => h("span", { text: format(y), title: series[index].label, style: { color: series[index].color } }));
 }
 
 function scales(series) {
@@ -129,11 +134,11 @@ function follow(picture, series, { x, px }, readout) {
     cursor.setAttribute("x1", px(nearest[0][0]));
     cursor.setAttribute("x2", px(nearest[0][0]));
     cursor.setAttribute("visibility", "visible");
-    readout.textContent = `at ${nearest[0][0]}: ${nearest.map(([, y]) => format(y)).join("  ")}`;
+    put(readout, `at ${nearest[0][0]}:`, values(series, nearest));
   });
   picture.addEventListener("pointerleave", () => {
     cursor.setAttribute("visibility", "hidden");
-    readout.textContent = latest(series);
+    put(readout, latest(series));
   });
 }
 

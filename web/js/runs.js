@@ -28,6 +28,11 @@ export function duration(seconds) {
   return minutes ? `${minutes} min ${rounded % 60} s` : `${rounded} s`;
 }
 
+/** Facts on a line that breaks only between them. */
+export function factLine(facts) {
+  return facts.map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
+}
+
 /** The colour and the word for a run's state. */
 export function badge(run) {
   return h("span", { class: `dg-badge dg-${run.state}`, text: STATES[run.state] ?? run.state });
@@ -80,7 +85,7 @@ export function runsView(panel) {
     if (run.phase && run.live) parts.push(run.phase);
     if (run.live && run.seconds_left !== null) parts.push(`${duration(run.seconds_left)} left`);
     if (run.reward !== null) parts.push(`reward ${format(run.reward)}`);
-    return parts.join(" · ");
+    return factLine(parts);
   }
 
   function undo(deleted) {
