@@ -25,8 +25,11 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def option_widgets(kind: type[reward_models.Reward]) -> list[io.Input]:
-    """A widget per option of a reward."""
-    return [option_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    """A widget per option of a reward; all are optional, so that a graph in API format need not name them."""
+    widgets = [option_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    for widget in widgets:
+        widget.optional = True
+    return widgets
 
 
 def option_widget(name: str, field: FieldInfo) -> io.Input:

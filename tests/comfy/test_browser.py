@@ -1,11 +1,12 @@
 """The pack's scripts in ComfyUI's own interface; skipped, with the reason, where there is no browser."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from comfy_host import Server
+from comfy_host import ROOT, Server
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -89,3 +90,56 @@ def test_the_end_of_a_run_is_a_toast_of_the_page_itself(page: Any, comfy: Server
     ]
     with page.expect_request(lambda request: request.url.endswith("/dancegrpo/runs"), timeout=60_000):
         """The page asks by itself, without the panel."""
+
+
+def load(page: Any, name: str) -> None:
+    graph = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+    page.evaluate("async (graph) => { await window.app.loadGraphData(graph, true, true, 'x'); }", graph)
+
+
+def test_files_that_a_graph_lacks_are_named_when_it_is_opened(page: Any) -> None:
+    toast = page.locator(".p-toast-message", has_text="Files of reward models are missing")
+    load(page, "12 Train Wan 2.1 I2V")
+    toast.wait_for(timeout=30_000)
+    text = toast.inner_text()
+    for path in ("videoreward/checkpoint-11352/model.pth", "videoreward/tokenizer.json", "videoreward/template.txt"):
+        assert text.count(f"models/rewards/{path}") == 1
+    assert "KwaiVGI/VideoReward" in text and "(4.5 GB)" in text
+    load(page, "06 Train SD3.5")
+    page.locator(".p-toast-message", has_text="HPS_v2.1_compressed.pt of xswu/HPSv2").wait_for(timeout=30_000)
+    text = toast.inner_text()  # one: that of the graph before is gone
+    assert "models/rewards/clip/DFN5B-CLIP-ViT-H-14-378" in text, "a folder is named, too"
+    assert "(1.97 GB)" in text and "(3.9 GB)" in text
+    assert "videoreward" not in text
+    load(page, "01 Train a LoRA from rewards")
+    toast.wait_for(state="detached", timeout=30_000)
+
+
+def test_the_page_lists_what_core_s_loaders_lack_without_leaving_the_machine(page: Any, comfy: Server) -> None:
+    """ComfyUI finds those files by the widgets; a url in the graph would make the page ask for its size."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    load(page, "12 Train Wan 2.1 I2V")
+    if page.get_by_text("View details").count():
+        page.get_by_text("View details").first.click()
+    panel = page.locator("body")
+    for file in ("wan2.1_i2v_480p_14B_fp16", "umt5_xxl_fp8_e4m3fn_scaled", "wan_2.1_vae", "clip_vision_h"):
+        assert panel.get_by_text(f"{file}.safetensors").first.is_visible()
+    assert [url for url in asked if "huggingface" in url or "/resolve/" in url] == []
+    assert "http" not in (ROOT / "workflows" / "12 Train Wan 2.1 I2V.json").read_text()
+
+
+def test_which_files_are_missing_is_read_from_the_widgets(page: Any) -> None:
+    found = page.evaluate("""async () => {
+        const {missingRewardFiles, missingToast} = await import('/extensions/ComfyUI-DanceGRPO/js/missing.js');
+        const widget = (value, there) => ({value, tooltip: `${value} (1 GB)`,
+            options: {values: there ? [value] : [`(missing: put it at models/rewards/${value})`]}});
+        const node = (mode, ...widgets) => ({type: 'DanceGRPO_LoadReward', mode, widgets});
+        const inner = {type: 'sub', mode: 0, subgraph: {nodes: [node(0, widget('d', false))]}};
+        const nodes = [node(0, widget('a', false), widget('b', true)), node(0, widget('a', false)),
+            node(4, widget('c', false)), inner, {type: 'KSampler', mode: 0}];
+        return [missingRewardFiles(nodes), missingToast([])];
+    }""")
+    assert [file["path"] for file in found[0]] == ["models/rewards/a", "models/rewards/d"]
+    assert found[0][0]["says"] == "a (1 GB)"
+    assert found[1] is None

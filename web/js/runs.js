@@ -7,6 +7,8 @@ import { get, part, post } from "./requests.js";
 import { runDetail } from "./run.js";
 
 const LIST_INTERVAL = 3000;
+/** The run that is open in this browser tab, so that a reload shows it again. */
+const OPENED = "DanceGRPO.panel.run";
 
 const STATES = {
   starting: "starting",
@@ -54,6 +56,7 @@ export function runsView(panel) {
   const message = h("p", { class: "dg-muted", role: "status" });
   const bin = h("div", { class: "dg-bin" });
   let detail = null;
+  let shown = "";
 
   const refresh = poll(
     async (signal) => {
@@ -61,7 +64,10 @@ export function runsView(panel) {
       const { runs, deleted } = await get("/runs", signal);
       if (detail) return;
       message.textContent = runs.length ? "" : "No runs yet. Queue a graph with GRPO Train LoRA, and it appears here.";
-      put(list, runs.map(row));
+      const found = JSON.stringify([runs, deleted]);
+      if (found === shown || list.matches(":active")) return; // a row that is being clicked stays
+      shown = found;
+      show(runs);
       put(bin, deleted.length ? undo(deleted) : null);
     },
     LIST_INTERVAL,
@@ -69,6 +75,12 @@ export function runsView(panel) {
       message.textContent = `The list of runs cannot be read: ${error.message}`;
     },
   );
+
+  function show(runs) {
+    const focused = list.contains(document.activeElement) ? document.activeElement.dataset.run : null;
+    put(list, runs.map(row));
+    if (focused !== null) [...list.children].find((one) => one.dataset.run === focused)?.focus({ preventScroll: true });
+  }
 
   function row(run) {
     return h(
@@ -106,11 +118,13 @@ export function runsView(panel) {
   }
 
   function open(name) {
+    sessionStorage.setItem(OPENED, name);
     detail = runDetail(name, { ...panel, back: close });
     put(element, detail.element);
   }
 
   function close() {
+    sessionStorage.removeItem(OPENED);
     detail?.close();
     detail = null;
     put(element, list, message, bin);
@@ -118,6 +132,8 @@ export function runsView(panel) {
   }
 
   put(element, list, message, bin);
+  const before = sessionStorage.getItem(OPENED);
+  if (before !== null) open(before);
   return {
     element,
     close() {
