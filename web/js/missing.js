@@ -38,7 +38,7 @@ export function missingToast(files) {
     severity: "warn",
     summary: files.length === 1 ? "A file of a reward model is missing" : "Files of reward models are missing",
     detail: files.map(({ path, says }) => `${path}\n${says}`).join("\n\n"),
-    life: 30_000,
+    life: 15_000,
   };
 }
 
