@@ -55,7 +55,7 @@ class LoadReward(io.ComfyNode):
         if reward is None:  # ComfyUI drops a choice that is not among the options
             raise BadInput(f"reward {cls._chosen()} is unknown: choose one of {', '.join(reward_models.REWARDS)}")
         name = reward["reward"]
-        given = {key: value for key, value in reward.items() if key != "reward"}
+        given = {key: value for key, value in reward.items() if key != "reward" and value is not None}
         options = option_values(reward_models.REWARDS[name], given)
         return io.NodeOutput(Rewards((with_files(RewardConfig(name=name, options=options)),)))
 

@@ -129,7 +129,7 @@ def votes_fingerprint(reward: object) -> str:
     """
     if not isinstance(reward, dict) or reward.get("reward") != Preference.name:
         return ""
-    name = {key.removeprefix("reward."): value for key, value in reward.items()}.get("collection", COLLECTION)
+    name = {key.removeprefix("reward."): value for key, value in reward.items()}.get("collection") or COLLECTION
     try:
         file = store.find(votes_folder(), name).votes_file.stat()
     except (BadInput, OSError):
