@@ -142,3 +142,17 @@ def test_which_files_are_missing_is_read_from_the_widgets(page: Any) -> None:
     assert [file["path"] for file in found[0]] == ["models/rewards/a", "models/rewards/d"]
     assert found[0][0]["says"] == "a (1 GB)"
     assert found[1] is None
+
+
+def test_ticks_of_a_narrow_range_differ(page: Any) -> None:
+    texts = page.evaluate("""async () => {
+        const {ticks, tickText} = await import('/extensions/ComfyUI-DanceGRPO/js/chart.js');
+        const ranges = [[1.9652, 1.9664], [0, 1], [0, 16], [4e-4, 1.6e-3], [0, 3e-7], [0, 4e6]];
+        return ranges.map((range) => ticks(range, 4)).map((levels) => levels.map((value) => tickText(value, levels)));
+    }""")
+    assert texts[0] == ["1.9655", "1.9660"]
+    assert texts[1] == ["0.0", "0.5", "1.0"]
+    assert texts[2] == ["0", "5", "10", "15"]
+    assert texts[3] == ["0.0005", "0.0010", "0.0015"]
+    for levels in texts:
+        assert len(set(levels)) == len(levels) > 1

@@ -83,10 +83,11 @@ function padded(low, high) {
 
 function axes({ x, y, px, py }) {
   const parts = [];
-  for (const value of ticks(y, 4)) {
+  const levels = ticks(y, 4);
+  for (const value of levels) {
     parts.push(
       svg("line", { class: "dg-gridline", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: py(value), y2: py(value) }),
-      svg("text", { class: "dg-tick", x: MARGIN.left - 5, y: py(value) + 3, "text-anchor": "end", text: format(value) }),
+      svg("text", { class: "dg-tick", x: MARGIN.left - 5, y: py(value) + 3, "text-anchor": "end", text: tickText(value, levels) }),
     );
   }
   for (const value of ticks(x, 5)) {
@@ -105,6 +106,13 @@ export function ticks([low, high], count) {
   const values = [];
   for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n += 1) values.push(Number((n * step).toPrecision(12)));
   return values;
+}
+
+/** A tick with as many decimals as tell it from the next, in scientific notation where those are many. */
+export function tickText(value, levels) {
+  const step = levels.length > 1 ? levels[1] - levels[0] : 0;
+  const decimals = step > 0 ? Math.max(0, -Math.floor(Math.log10(step * (1 + 1e-9)))) : 7;
+  return decimals > 5 || Math.abs(value) >= 1e5 ? format(value) : value.toFixed(decimals);
 }
 
 function drawn(one, { px, py }) {
