@@ -16,7 +16,8 @@ from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import read_image, to_tensor
 from ..types import RunType
 from .folders import publish_lora, published_loras, run_folder
-from .progress import RunView, newest_sample, say
+from .live_picture import newest_sample
+from .progress import RunView, say
 
 DATA = "dancegrpo"
 """Key of a node's JSON results in `/history` and `/api/jobs`; the value is a list with one object."""

@@ -156,3 +156,14 @@ def test_ticks_of_a_narrow_range_differ(page: Any) -> None:
     assert texts[3] == ["0.0005", "0.0010", "0.0015"]
     for levels in texts:
         assert len(set(levels)) == len(levels) > 1
+
+
+def test_nodes_whose_runs_are_live_are_found_by_name(page: Any) -> None:
+    found = page.evaluate("""async () => {
+        const {liveNodes} = await import('/extensions/ComfyUI-DanceGRPO/js/live.js');
+        const node = (id, type, name) => ({id, type, widgets: [{name: 'seed', value: 1}, {name: 'name', value: name}]});
+        const nodes = [node(1, 'DanceGRPO_TrainLoRA', 'a'), node(2, 'DanceGRPO_TrainLoRA', 'b'),
+            node(3, 'DanceGRPO_Run', 'a'), node(4, 'SaveImage', 'a'), {id: 5, type: 'DanceGRPO_Run'}];
+        return liveNodes(nodes, [{name: 'a', live: true}, {name: 'b', live: false}]);
+    }""")
+    assert found == [{"id": 1, "name": "a"}, {"id": 3, "name": "a"}]

@@ -43,6 +43,26 @@ def goes_on(page: Any, after: int) -> None:
     )
 
 
+def picture_on_a_node(page: Any, name: str) -> list[int]:
+    """Width and height of what is shown on a node of this page, which has not queued it, for the run of that name."""
+    return page.evaluate(
+        """async (name) => {
+            const node = window.LiteGraph.createNode('DanceGRPO_TrainLoRA');
+            window.app.graph.add(node);
+            node.widgets.find((widget) => widget.name === 'name').value = name;
+            const end = Date.now() + 100_000;
+            while (!window.app.nodePreviewImages[node.id]?.length) {
+                if (Date.now() > end) throw new Error('no picture on the node');
+                await new Promise((done) => setTimeout(done, 100));
+            }
+            const blob = await (await fetch(window.app.nodePreviewImages[node.id][0])).blob();
+            const picture = await createImageBitmap(blob);
+            return [picture.width, picture.height];
+        }""",
+        name,
+    )
+
+
 def end(folder: Path) -> None:
     """End what is left of a run's processes."""
     for process in psutil.process_iter(["cmdline"]):
@@ -62,6 +82,7 @@ def test_a_reload_and_a_restart_of_the_server_find_the_run_again(tmp_path: Path)
             page.wait_for_selector(".dg-run-head h3")
             assert page.locator(".dg-run-head h3").inner_text() == "followed", "the run that was open is open again"
             goes_on(page, seen)
+            assert picture_on_a_node(page, "followed")[0] == 1024
             server.kill()
             page.wait_for_selector(".dg-run-head .dg-error")
             assert page.locator(".dg-run-head .dg-error").inner_text() == "ComfyUI does not answer"
