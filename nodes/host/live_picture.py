@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDTH = 1024
-"""Of the picture in pixels."""
+"""Largest width of the picture in pixels."""
 REDRAWN = 15.0
 """Seconds between two drawings of a run's picture; one takes about 0.3 s of a processor."""
 REMEMBERED = 8
@@ -86,10 +86,11 @@ def _picture(run: RunDirectory) -> "Image | None":
     found = [part for part in (_curve(run), _samples(run)) if part is not None]
     if not found:
         return None
-    parts = [part.resize((WIDTH, max(1, part.height * WIDTH // part.width))) for part in found]
-    sheet = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), "white")
+    for part in found:
+        part.thumbnail((WIDTH, part.height))  # smaller ones stay as they are
+    sheet = Image.new("RGB", (max(part.width for part in found), sum(part.height for part in found)), "white")
     top = 0
-    for part in parts:
+    for part in found:
         sheet.paste(part, (0, top))
         top += part.height
     return sheet
