@@ -55,9 +55,10 @@ def picture_on_a_node(page: Any, name: str) -> list[int]:
                 if (Date.now() > end) throw new Error('no picture on the node');
                 await new Promise((done) => setTimeout(done, 100));
             }
-            const blob = await (await fetch(window.app.nodePreviewImages[node.id][0])).blob();
-            const picture = await createImageBitmap(blob);
-            return [picture.width, picture.height];
+            const picture = new Image();
+            picture.src = window.app.nodePreviewImages[node.id][0];
+            await picture.decode();
+            return [picture.naturalWidth, picture.naturalHeight];
         }""",
         name,
     )
