@@ -143,6 +143,8 @@ class BaseModel(io.ComfyNode):
                 "base model",
                 "diffusers",
                 "training model",
+                "lora",
+                "rlhf",
                 "fine-tune",
                 "finetune",
                 "dancegrpo",

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..trainer.evaluation.comparison import compared, summary, text_table
+from ..trainer.evaluation.paper_table import paper_table
 from ..trainer.evaluation.sheet import contact_sheet
 from ..trainer.prompts.forms import check_lines
 from ..trainer.prompts.text import check_prompts, prompt_lines
@@ -88,6 +89,7 @@ class CompareLoRAs(io.ComfyNode):
             parts = comparing.Parts(*_parts(given))
             models = comparing.score_models(parts, sampling, texts, reward, loras, cls.hidden.unique_id)
         record = compared(models)
+        record["paper"] = paper_table(record, reward.rewards)
         text, sheet = text_table(record), image_output(contact_sheet(models))
         progress.say(summary(record), cls.hidden.unique_id)
         data = {**record, "seed": sampling.seed, "prompt_texts": texts}

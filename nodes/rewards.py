@@ -55,7 +55,7 @@ class LoadReward(io.ComfyNode):
         if reward is None:  # ComfyUI drops a choice that is not among the options
             raise BadInput(f"reward {cls._chosen()} is unknown: choose one of {', '.join(reward_models.REWARDS)}")
         name = reward["reward"]
-        given = {key: value for key, value in reward.items() if key != "reward"}
+        given = {key: value for key, value in reward.items() if key != "reward" and value is not None}
         options = option_values(reward_models.REWARDS[name], given)
         return io.NodeOutput(Rewards((with_files(RewardConfig(name=name, options=options)),)))
 
@@ -89,7 +89,7 @@ class CombineRewards(io.ComfyNode):
             category=f"{CATEGORY}/rewards",
             description="A weighted sum of several rewards. Training normalizes each to mean 0 and std 1 within the "
             "images of a prompt first; Score Images adds the raw scores.",
-            search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight", "reward model"],
+            search_aliases=["weighted reward", "mix rewards", "multi reward", "reward weight", "reward model", "rlhf"],
             inputs=inputs,
             outputs=[RewardType.Output(display_name="REWARD", tooltip=FOR_SCORING)],
         )

@@ -21,7 +21,8 @@ class Run(io.ComfyNode):
             category=CATEGORY,
             description="Show a training run, wait for its end, stop it or resume it, and get its LoRA.",
             search_aliases=[
-                "grpo run", "training status", "resume training", "stop training", "lora", "rlhf", "dancegrpo",
+                "grpo run", "training status", "resume training", "stop training", "lora", "rlhf", "fine-tune",
+                "finetune", "dancegrpo",
             ],
             is_output_node=True,
             not_idempotent=True,

@@ -143,7 +143,18 @@ class Preset(io.ComfyNode):
                 "A preset of settings, to use instead of GRPO Settings. The preset's model, prompts and rewards are "
                 "ignored; other nodes set them."
             ),
-            search_aliases=["grpo preset", "training preset", "paper settings", "demo settings", "dancegrpo"],
+            search_aliases=[
+                "grpo preset",
+                "training preset",
+                "paper settings",
+                "demo settings",
+                "lora",
+                "rlhf",
+                "dpo",
+                "fine-tune",
+                "finetune",
+                "dancegrpo",
+            ],
             inputs=[
                 io.Combo.Input(
                     "preset",

@@ -29,6 +29,8 @@ class CollectForVoting(io.ComfyNode):
                 "preference",
                 "human feedback",
                 "rlhf",
+                "dpo",
+                "reward model",
                 "favourites",
                 "rate images",
                 "dancegrpo",

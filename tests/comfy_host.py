@@ -112,8 +112,8 @@ class Server:
         if not (packs / PACK).exists():
             (packs / PACK).symlink_to(ROOT, target_is_directory=True)
 
-    def start(self, patience: float = 600) -> "Server":
-        self.port = free_port()
+    def start(self, patience: float = 600, port: int | None = None) -> "Server":
+        self.port = free_port() if port is None else port
         command = [sys.executable, str(COMFYUI / "main.py"), "--cpu", "--disable-api-nodes", "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", *self.arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import comfy.model_management
 from comfy.model_management import InterruptProcessingException
@@ -13,10 +13,13 @@ from server import PromptServer
 
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
-from ...trainer.runs.pictures import captioned
 from ...trainer.runs.progress import duration, number, table
 from ...trainer.utils.errors import BadInput, RunFailed
 from .folders import publish_loras
+from .live_picture import WIDTH, pictures
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 GRACE = 6.0
 """Seconds a run has to stop by itself when the user cancels; after that its processes are killed."""
@@ -72,13 +75,13 @@ class NodeProgress:
         self.bar = ProgressBar(iterations, node_id=node_id)
         self.text, self.iteration, self.picture = "", -1, None
 
-    def show(self, iteration: int, text: str, picture: Path | None) -> None:
+    def show(self, iteration: int, text: str, picture: "Image | None") -> None:
         """
         Args:
-            picture: the newest sample grid, if there is one.
+            picture: of the curve and the newest samples, if there is one.
         """
-        if (iteration, picture) != (self.iteration, self.picture):
-            preview = _preview(picture) if picture != self.picture else None
+        if iteration != self.iteration or picture is not self.picture:
+            preview = ("JPEG", picture, WIDTH) if picture is not self.picture and picture is not None else None
             self.bar.update_absolute(iteration, self.iterations, preview)
             self.iteration, self.picture = iteration, picture
         self.say(text)
@@ -87,15 +90,6 @@ class NodeProgress:
         if text != self.text:
             say(text, self.node_id)
             self.text = text
-
-
-def _preview(picture: Path | None) -> tuple | None:
-    if picture is None:
-        return None
-    try:
-        return ("JPEG", captioned(picture), 1024)
-    except BadInput:
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- waiting
@@ -167,7 +161,7 @@ def wait(run: RunDirectory, progress: NodeProgress) -> None:
         stamp = _stamp(run)
         if stamp != seen or not running:
             seen = stamp
-            progress.show(run.status().get("iteration", 0), view.text(running), newest_sample(run))
+            progress.show(run.status().get("iteration", 0), view.text(running), pictures.of(run))
         if not running:
             break
         time.sleep(POLL)
@@ -219,9 +213,3 @@ def log_tail(run: RunDirectory) -> str:
         file.seek(max(0, file.tell() - 20_000))
         lines = file.read().decode("utf-8", "replace").splitlines()
     return "\n".join(lines[-LOG_LINES:])
-
-
-def newest_sample(run: RunDirectory) -> Path | None:
-    """The newest sample grid."""
-    pictures = list((run.path / "samples").glob("*.png"))
-    return max(pictures, key=lambda path: path.stat().st_mtime_ns, default=None)

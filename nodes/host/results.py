@@ -18,7 +18,8 @@ from ...trainer.utils.media import read_image
 from ..types import RunType
 from .folders import publish_loras, published_loras, run_folder
 from .images import image_output
-from .progress import RunView, newest_sample, say
+from .live_picture import newest_sample
+from .progress import RunView, say
 
 DATA = "dancegrpo"
 """Key of a node's JSON results in `/history` and `/api/jobs`; the value is a list with one object."""

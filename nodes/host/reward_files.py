@@ -25,8 +25,11 @@ folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / F
 
 
 def option_widgets(kind: type[reward_models.Reward]) -> list[io.Input]:
-    """A widget per option of a reward."""
-    return [option_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    """A widget per option of a reward; all are optional, so that a graph in API format need not name them."""
+    widgets = [option_widget(name, field) for name, field in kind.Options.model_fields.items()]
+    for widget in widgets:
+        widget.optional = True
+    return widgets
 
 
 def option_widget(name: str, field: FieldInfo) -> io.Input:
@@ -126,7 +129,7 @@ def votes_fingerprint(reward: object) -> str:
     """
     if not isinstance(reward, dict) or reward.get("reward") != Preference.name:
         return ""
-    name = {key.removeprefix("reward."): value for key, value in reward.items()}.get("collection", COLLECTION)
+    name = {key.removeprefix("reward."): value for key, value in reward.items()}.get("collection") or COLLECTION
     try:
         file = store.find(votes_folder(), name).votes_file.stat()
     except (BadInput, OSError):

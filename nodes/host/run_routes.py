@@ -1,10 +1,12 @@
 """HTTP routes of runs, `/dancegrpo/runs/...`. They take names, never paths; only POST requests change anything."""
 
+import zlib
+
 from aiohttp import web
 
 from ...trainer.runs import launch
+from . import live_picture, runs
 from . import run_views as views
-from . import runs
 from .progress import GRACE
 from .routes import Routes, number
 
@@ -18,6 +20,7 @@ def add_run_routes(routes: Routes) -> None:
     routes.get("/runs/{name}/events", _events)
     routes.get("/runs/{name}/log", _log)
     routes.get("/runs/{name}/description", _description)
+    routes.get("/runs/{name}/picture", _picture)
     routes.get("/runs/{name}/samples", _samples)
     routes.get("/runs/{name}/samples/{file}", _sample)
     routes.post("/runs/{name}/stop", _stop)
@@ -46,6 +49,12 @@ def _log(request: web.Request, body: None) -> dict:
 
 def _description(request: web.Request, body: None) -> dict:
     return {"text": views.description(views.find(request.match_info["name"]))}
+
+
+def _picture(request: web.Request, body: None) -> web.Response:
+    content = live_picture.as_jpeg(views.find(request.match_info["name"]))
+    headers = {"ETag": f'"{zlib.crc32(content):08x}"', "Cache-Control": "no-store"}
+    return web.Response(body=content, content_type="image/jpeg", headers=headers)
 
 
 def _samples(request: web.Request, body: None) -> dict:

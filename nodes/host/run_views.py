@@ -30,7 +30,7 @@ class _Followed:
 
     reader: EventReader
     events: list[dict[str, Any]] = field(default_factory=list)
-    generation: int = 0
+    generation: int = field(default_factory=lambda: int(time.time() * 1000))  # another one after a restart
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

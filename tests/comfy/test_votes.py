@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import math
 import shutil
 import time
 import urllib.error
@@ -94,6 +95,31 @@ def test_a_graph_collects_images_once(comfy: Server, root: Path) -> None:
     with pytest.raises(PromptFailed, match="cannot be used"):
         comfy.run(graph)
     shutil.rmtree(root / "from a graph")
+
+
+def test_a_reward_runs_in_an_api_graph_that_names_no_option(comfy: Server, info: dict, root: Path) -> None:
+    """`preference` has a collection, a backbone and a dtype; all have defaults."""
+    choices = info["DanceGRPO_LoadReward"]["input"]["required"]["reward"][1]["options"]
+    assert {key for choice in choices for key in choice["inputs"].get("required", {})} == set()
+    size = {"width": 64, "height": 64, "batch_size": 2, "color": 255}
+    score = {"reward": ["reward", 0], "images": ["image", 0], "prompt": "a card", "batch": "images"}
+    graph = {
+        "reward": {"class_type": "DanceGRPO_LoadReward", "inputs": {"reward": "preference"}},
+        "image": {"class_type": "EmptyImage", "inputs": size},
+        "score": {"class_type": "DanceGRPO_ScoreImages", "inputs": score},
+    }
+    made = store.create(root, "my_votes")
+    made.add((to_picture(picture(i / (IMAGES - 1))), "a card", "test") for i in range(IMAGES))
+    try:
+        left, right, third, *_ = sorted(made.files())
+        made.record([Vote(left, right, id="1"), Vote(right, third, id="2")])
+        first, second = comfy.run(graph)["score"]["dancegrpo"][0]["scores"]
+        assert math.isfinite(first) and first == pytest.approx(second)
+        graph["reward"]["inputs"]["reward"] = "pickscore"
+        with pytest.raises(PromptFailed, match=r"path 'pickscore/model.safetensors' is not in .* \(3.9 GB\)"):
+            comfy.run(graph)
+    finally:
+        shutil.rmtree(made.folder)
 
 
 def test_votes_over_the_routes_are_understood_and_can_be_taken_back(

@@ -19,6 +19,7 @@ from ..utils.precision import tf32
 from .comparison import ModelScores, compared, text_table
 from .embedding import embedder
 from .files import BASE, Adapters, LoraFile, check_fit, lora_files
+from .paper_table import paper_table
 from .sheet import contact_sheet
 
 FILES = ("comparison.json", "comparison.txt", "contact_sheet.png")
@@ -66,6 +67,7 @@ def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Call
         models = score_models(config, checked, files, say)
     record = {**compared(models), "seed": config.evaluation.seed}
     record["files"] = {file.name: str(file.path.resolve()) for file in files}
+    record["paper"] = paper_table(record, [*config.rewards, *config.evaluation.rewards])
     table = text_table(record)
     write_json(output / FILES[0], record)
     write_atomically(output / FILES[1], f"{table}\n".encode())

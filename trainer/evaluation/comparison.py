@@ -7,6 +7,7 @@ from torch import Tensor
 from ..runs.pictures import Sample
 from .intervals import LEVEL, bootstrap, change, win_rate
 from .looks import CLIP_DIVERSITY, DIVERSITY
+from .paper_table import paper_text
 
 TITLES = {
     "brightness": "mean luma of the images",
@@ -64,7 +65,7 @@ def text_table(record: dict) -> str:
     """A block per reward and image statistic, with a line per model.
 
     Args:
-        record: returned by `compared`.
+        record: returned by `compared`; with an entry `paper`, that table comes last.
     """
     models = record["models"]
     titles = [TITLES.get(name, name) for name in models[0]["looks"]]
@@ -79,6 +80,8 @@ def text_table(record: dict) -> str:
             title = TITLES.get(name, name) if kind == "looks" else name
             lines += ["", _heading(title, width, kind == "rewards" and len(models) > 1, len(models) > 1)]
             lines += [_line(model["name"], block, width) for model, block in zip(models, blocks, strict=True)]
+    if record.get("paper"):
+        lines += ["", paper_text(record["paper"])]
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 /** Line charts as SVG: a mean with its band, and single points. */
 
-import { h, svg } from "./dom.js";
+import { h, put, svg } from "./dom.js";
 
 const WIDTH = 360;
 const HEIGHT = 150;
@@ -28,7 +28,7 @@ export function lineChart({ title, series }) {
   });
   picture.append(...axes(scale));
   for (const one of shown) picture.append(...drawn(one, scale));
-  const readout = h("span", { class: "dg-chart-readout", text: latest(shown) });
+  const readout = put(h("span", { class: "dg-chart-readout" }), latest(shown));
   box.firstChild.append(readout);
   follow(picture, shown, scale, readout);
   box.append(picture, legend(shown));
@@ -44,7 +44,12 @@ function legend(series) {
 }
 
 function latest(series) {
-  return series.map((one) => format(one.points.at(-1)[1])).join("  ");
+  return values(series, series.map((one) => one.points.at(-1)));
+}
+
+/** A value of each line in its colour. */
+function values(series, points) {
+  return points.map(([, y], index) => h("span", { text: format(y), title: series[index].label, style: { color: series[index].color } }));
 }
 
 function scales(series) {
@@ -78,10 +83,11 @@ function padded(low, high) {
 
 function axes({ x, y, px, py }) {
   const parts = [];
-  for (const value of ticks(y, 4)) {
+  const levels = ticks(y, 4);
+  for (const value of levels) {
     parts.push(
       svg("line", { class: "dg-gridline", x1: MARGIN.left, x2: WIDTH - MARGIN.right, y1: py(value), y2: py(value) }),
-      svg("text", { class: "dg-tick", x: MARGIN.left - 5, y: py(value) + 3, "text-anchor": "end", text: format(value) }),
+      svg("text", { class: "dg-tick", x: MARGIN.left - 5, y: py(value) + 3, "text-anchor": "end", text: tickText(value, levels) }),
     );
   }
   for (const value of ticks(x, 5)) {
@@ -100,6 +106,13 @@ export function ticks([low, high], count) {
   const values = [];
   for (let n = Math.ceil(low / step); n * step <= high + step * 1e-9; n += 1) values.push(Number((n * step).toPrecision(12)));
   return values;
+}
+
+/** A tick with as many decimals as tell it from the next, in scientific notation where those are many. */
+export function tickText(value, levels) {
+  const step = levels.length > 1 ? levels[1] - levels[0] : 0;
+  const decimals = step > 0 ? Math.max(0, -Math.floor(Math.log10(step * (1 + 1e-9)))) : 7;
+  return decimals > 5 || Math.abs(value) >= 1e5 ? format(value) : value.toFixed(decimals);
 }
 
 function drawn(one, { px, py }) {
@@ -129,11 +142,11 @@ function follow(picture, series, { x, px }, readout) {
     cursor.setAttribute("x1", px(nearest[0][0]));
     cursor.setAttribute("x2", px(nearest[0][0]));
     cursor.setAttribute("visibility", "visible");
-    readout.textContent = `at ${nearest[0][0]}: ${nearest.map(([, y]) => format(y)).join("  ")}`;
+    put(readout, `at ${nearest[0][0]}:`, values(series, nearest));
   });
   picture.addEventListener("pointerleave", () => {
     cursor.setAttribute("visibility", "hidden");
-    readout.textContent = latest(series);
+    put(readout, latest(series));
   });
 }
 

@@ -11,19 +11,24 @@ async function answer(response) {
   return body;
 }
 
+/** What the server answers; a browser's own message is no more than "Failed to fetch". */
+async function ask(path, options) {
+  let response;
+  try {
+    response = await api.fetchApi(`/dancegrpo${path}`, options);
+  } catch (error) {
+    throw options.signal?.aborted ? error : new Error("ComfyUI does not answer");
+  }
+  return answer(response);
+}
+
 /** @param {string} path below /dancegrpo, already encoded */
 export async function get(path, signal) {
-  return answer(await api.fetchApi(`/dancegrpo${path}`, { signal, cache: "no-store" }));
+  return ask(path, { signal, cache: "no-store" });
 }
 
 export async function post(path, body = {}) {
-  return answer(
-    await api.fetchApi(`/dancegrpo${path}`, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-    }),
-  );
+  return ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 }
 
 /** The address of a picture or video behind a route. */

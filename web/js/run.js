@@ -4,7 +4,7 @@ import { button, h, put } from "./dom.js";
 import { lineChart } from "./chart.js";
 import { poll } from "./poll.js";
 import { get, part, post } from "./requests.js";
-import { badge, duration, progressBar } from "./runs.js";
+import { badge, duration, factLine, progressBar } from "./runs.js";
 import { samplesPage } from "./samples.js";
 
 const INTERVAL = 1500;
@@ -80,7 +80,7 @@ export function runDetail(name, panel) {
     if (state.live && state.phase) parts.push(state.phase);
     if (state.live && state.seconds_left !== null) parts.push(`${duration(state.seconds_left)} left`);
     if (state.memory_mb) parts.push(`${(state.memory_mb / 1024).toFixed(1)} GiB`);
-    return parts.join(" · ");
+    return factLine(parts);
   }
 
   function act(action) {

@@ -7,6 +7,8 @@ import { get, part, post } from "./requests.js";
 import { runDetail } from "./run.js";
 
 const LIST_INTERVAL = 3000;
+/** The run that is open in this browser tab, so that a reload shows it again. */
+const OPENED = "DanceGRPO.panel.run";
 
 const STATES = {
   starting: "starting",
@@ -26,6 +28,11 @@ export function duration(seconds) {
   const minutes = Math.floor((rounded % 3600) / 60);
   if (hours) return `${hours} h ${minutes} min`;
   return minutes ? `${minutes} min ${rounded % 60} s` : `${rounded} s`;
+}
+
+/** Facts on a line that breaks only between them. */
+export function factLine(facts) {
+  return facts.map((fact) => fact.replaceAll(" ", "\u00a0")).join(" · ");
 }
 
 /** The colour and the word for a run's state. */
@@ -49,6 +56,7 @@ export function runsView(panel) {
   const message = h("p", { class: "dg-muted", role: "status" });
   const bin = h("div", { class: "dg-bin" });
   let detail = null;
+  let shown = "";
 
   const refresh = poll(
     async (signal) => {
@@ -56,7 +64,10 @@ export function runsView(panel) {
       const { runs, deleted } = await get("/runs", signal);
       if (detail) return;
       message.textContent = runs.length ? "" : "No runs yet. Queue a graph with GRPO Train LoRA, and it appears here.";
-      put(list, runs.map(row));
+      const found = JSON.stringify([runs, deleted]);
+      if (found === shown || list.matches(":active")) return; // a row that is being clicked stays
+      shown = found;
+      show(runs);
       put(bin, deleted.length ? undo(deleted) : null);
     },
     LIST_INTERVAL,
@@ -64,6 +75,12 @@ export function runsView(panel) {
       message.textContent = `The list of runs cannot be read: ${error.message}`;
     },
   );
+
+  function show(runs) {
+    const focused = list.contains(document.activeElement) ? document.activeElement.dataset.run : null;
+    put(list, runs.map(row));
+    if (focused !== null) [...list.children].find((one) => one.dataset.run === focused)?.focus({ preventScroll: true });
+  }
 
   function row(run) {
     return h(
@@ -80,7 +97,7 @@ export function runsView(panel) {
     if (run.phase && run.live) parts.push(run.phase);
     if (run.live && run.seconds_left !== null) parts.push(`${duration(run.seconds_left)} left`);
     if (run.reward !== null) parts.push(`reward ${format(run.reward)}`);
-    return parts.join(" · ");
+    return factLine(parts);
   }
 
   function undo(deleted) {
@@ -101,11 +118,13 @@ export function runsView(panel) {
   }
 
   function open(name) {
+    sessionStorage.setItem(OPENED, name);
     detail = runDetail(name, { ...panel, back: close });
     put(element, detail.element);
   }
 
   function close() {
+    sessionStorage.removeItem(OPENED);
     detail?.close();
     detail = null;
     put(element, list, message, bin);
@@ -113,6 +132,8 @@ export function runsView(panel) {
   }
 
   put(element, list, message, bin);
+  const before = sessionStorage.getItem(OPENED);
+  if (before !== null) open(before);
   return {
     element,
     close() {

@@ -97,11 +97,11 @@ export function samplesPage(name, panel) {
   }
 
   function scores(cell, before) {
-    const lines = Object.entries(cell.scores ?? {}).map(([reward, value]) => {
+    return Object.entries(cell.scores ?? {}).map(([reward, value]) => {
       const was = before?.scores?.[reward];
-      return `${reward} ${was === undefined ? "" : `${format(was)} → `}${format(value)}`;
+      const numbers = was === undefined ? format(value) : `${format(was)}\u00a0→\u00a0${format(value)}`;
+      return h("span", { class: "dg-muted", text: `${reward} ${numbers}` });
     });
-    return h("span", { class: "dg-muted", text: lines.join(", ") });
   }
 
   /** One cell of a picture of many, cut out by its box in pixels: [left, top, width, height]. */
