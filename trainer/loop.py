@@ -79,6 +79,8 @@ class Trainer:
         for reward in checked.all_rewards.values():
             reward.register_memory_hook(self.model.make_room)
         self.policy = Policy(self.model, config, self.objective.keeps_old_weights)
+        if config.runtime.compile:
+            self.model.compile_blocks()
         if config.rollout.merge_lora:
             check_merged(self.model.module)
         self.objective.setup(Resources(self.model, self.policy, checked.rewards, self.prompting, processes))

@@ -10,7 +10,7 @@ import torch
 from ..check import CheckedRun
 from ..config import ModelConfig, RunConfig
 from ..models.diffusers.family import DiffusersModel
-from ..models.memory import BYTES, parameter_count, run_memory, weight_bytes
+from ..models.memory import BYTES, latent_numbers, parameter_count, run_memory, weight_bytes
 from ..runs.memory import iteration_bytes
 from ..shapes import WEIGHTS
 
@@ -46,7 +46,7 @@ def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) 
     else:
         found[NETWORK] = weight_bytes(config.model, processes)
     found[REWARDS] = sum(reward.memory() for reward in checked.all_rewards.values())
-    found[HELD] = iteration_bytes(config, processes)
+    found[HELD] = iteration_bytes(config, processes, latent_numbers(checked.family, config.model))
     if on_cpu:
         found[PROCESS] = psutil.Process().memory_info().rss
     return found

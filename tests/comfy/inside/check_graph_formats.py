@@ -244,7 +244,8 @@ def test_rewards_are_given_room_while_they_score_and_never_before_a_backward_pas
     assert asked == [], "a gradient is being computed"
     with torch.no_grad():
         model.make_room(2**60, CPU)
-    assert asked == [(2**60, CPU)]
+    beside = comfy.model_management.minimum_inference_memory()
+    assert asked == [(2**60 + beside, CPU)], "the weights, and what core keeps free for activations"
     equal(probe(model), before, 1e-6)
     held = [loaded.model for loaded in comfy.model_management.current_loaded_models]
     assert model.patcher in held, "it came back"
