@@ -49,10 +49,10 @@ class GraphModel(Section):
     sigmas: list[Annotated[float, Field(ge=0)]] | None = Field(
         None, min_length=3, description="Noise levels in ComfyUI's scale; their number is rollout.steps + 1."
     )
-    reserve_gb: Annotated[float, Field(ge=0, le=1000)] = Field(
-        0.0,
-        description="GPU memory in GB to keep free for activations and rewards, in addition to what ComfyUI keeps free "
-        "for sampling. Weights that do not fit stay in RAM.",
+    reserve_gb: Annotated[float, Field(ge=0, le=1000)] | None = Field(
+        None,
+        description="GPU memory in GB to keep free for the LoRA and for activations, in addition to what ComfyUI keeps "
+        "free for sampling; null for an estimate. Weights that do not fit stay in RAM.",
     )
 
 

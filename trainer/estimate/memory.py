@@ -29,6 +29,8 @@ ROLLOUT, UPDATE, DECODE, REWARDS, ENCODERS = (
 )
 TURNS = (ROLLOUT, UPDATE, DECODE, REWARDS)
 """Parts of which only one is on the device at a time."""
+SAMPLED_PER_TRAINED = 2
+"""Latents in a forward pass of the rollout that need no more than one of the update with gradient checkpointing."""
 WORTH_IT = 0.02
 """A change is suggested if it saves at least this share of the peak."""
 
@@ -147,6 +149,18 @@ def graph_bytes(config: ModelConfig, batch: int, rank: int, checkpointing: bool)
     megapixels = config.height * config.width * frames / 1e6
     activations = (3 if frames == 1 else 5) * 2**30 * megapixels * batch * (1 if checkpointing else 6)
     return int(activations + 0.08 * weight_bytes(config) * rank / 16)
+
+
+def with_reserve(config: RunConfig) -> ModelConfig:
+    """The section `model`; where its graph leaves `reserve_gb` open, with what the run needs beside the weights."""
+    model, graph = config.model, config.model.graph
+    if graph is None or graph.reserve_gb is not None:
+        return model
+    sampled = -(-config.rollout.batch_size // SAMPLED_PER_TRAINED)
+    update = graph_bytes(model, config.objective.batch_size, config.lora.rank, model.gradient_checkpointing)
+    rollout = graph_bytes(model, sampled, config.lora.rank, checkpointing=True)
+    reserve = min(max(update, rollout) / 2**30, 1000.0)
+    return model.model_copy(update={"graph": graph.model_copy(update={"reserve_gb": reserve})})
 
 
 GRAPH_CHANGES: tuple[str, ...] = (

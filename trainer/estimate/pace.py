@@ -1,12 +1,10 @@
 """Reports the estimated duration of a run when it starts, and corrects it after the first iterations."""
 
-import math
 import statistics
 import sys
 from typing import TYPE_CHECKING
 
 from ..check import CheckedRun
-from ..runs.memory import iteration_bytes
 from ..utils.errors import BadInput, RunFailed, StopRequested
 from . import memory
 from .command import measure
@@ -46,8 +44,6 @@ class Pace:
         trainer.recorder.progress("estimate", 0, 1)
         device, count = trainer.processes.device, trainer.processes.count
         forecast = Forecast(memory.name_of(device), left, free=memory.free_bytes(device))
-        latents = math.prod(trainer.model.latent_shape)
-        forecast.parts[memory.HELD] = iteration_bytes(trainer.config, count, latents)
         try:
             measure(forecast, trainer, self.checked, count, quick=True)
         except (BadInput, RunFailed, StopRequested):

@@ -236,8 +236,8 @@ class ComfyModel(DiffusionModel):
         if self.vae is not None:
             others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
             management.free_memory(1e30, self.vae.patcher.load_device, others)
-        reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
-        needed = self.patcher.memory_required([1, *self._shape]) + reserve
+        reserve = (self.config.graph and self.config.graph.reserve_gb) or 0.0
+        needed = self.patcher.memory_required([1, *self._shape]) + reserve * 2**30
         management.load_models_gpu([self.patcher], memory_required=needed)
         for parameter in self.module.parameters():
             if parameter.requires_grad:  # ComfyUI may leave the LoRA in RAM, without casting it
