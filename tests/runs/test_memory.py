@@ -87,7 +87,7 @@ def test_bytes_of_an_iteration() -> None:
 
 @pytest.mark.parametrize(
     ("name", "latents"),
-    [("sd", (4, 8, 8)), ("wan", (4, 2, 4, 4))],
+    [("sd", (4, 8, 8)), ("wan", (16, 2, 2, 4))],
 )
 def test_latents_are_counted_as_the_model_has_them(
     name: str, latents: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,9 +15,10 @@ FIELD = "runtime.compile"
 OPTIONS: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
 """Of torch.compile. Shapes are static. Where operations are fused, values are rounded as between operations: a block is
 fused differently with and without gradient, and without this rounding the two would differ in half precision."""
-GRAPHS, ALL_GRAPHS = 64, 1024
-"""Graphs of one function and of all calls of a block, above which what is new runs uncompiled. A kind of block needs
-one for each number of rows and tokens, with and without gradient, and without the LoRA; PyTorch's 8 are too few."""
+GRAPHS = 256
+"""Graphs of one function, above which what is new runs uncompiled; PyTorch's 8 are too few. A block needs one for each
+number of rows and tokens, with and without gradient, and without the LoRA. Blocks of equal shapes share theirs; a UNet
+has some twenty different ones."""
 
 
 def compile_repeated_blocks(network: nn.Module) -> None:
@@ -31,7 +32,7 @@ def allow_graphs() -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(ALL_GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
 
 
 def uncompiled() -> AbstractContextManager:
