@@ -243,10 +243,11 @@ def graph_run(sized: Sized, form: Form, setting: Setting) -> tuple[dict, Callabl
     data = description(rollout=rollout_of(sized, setting))
     data["model"] = models.graph_section(setting, size_of(sized, setting), **form.model, **reserve)
     data["prompts"] = data["prompts"] | {"conditions": models.graph_conditions(setting, network)}
+    compute = torch.float32 if form.weights == torch.float32 else torch.bfloat16
 
     def prepare(data: dict) -> AbstractContextManager:
         return models.in_core(
-            lambda: models.new_patcher(setting, network, form.weights, torch.bfloat16),
+            lambda: models.new_patcher(setting, network, form.weights, compute),
             lambda: None if without_vae(form, setting) else models.new_vae(setting, network.vae),
             data,
         )
@@ -277,6 +278,8 @@ def sized_run(name: str, form_name: str, setting: Setting) -> dict:
     sized, form = SIZED[name], FORMS[form_name]
     if form.compiled and (absent := missing_compiler(setting.on_gpu)):
         raise Skipped(f"nothing to compile with: no {absent}")
+    if form.compiled and not setting.on_gpu:  # nothing else is compiled for a CPU
+        form = replace(form, weights=torch.float32, model=form.model | {"dtype": "float32"})
     if form.door == "graph":
         data, prepare = graph_run(sized, form, setting)
     else:

@@ -20,7 +20,7 @@ from trainer.utils.errors import BadInput
 ABSENT = missing_compiler(on_gpu=False)
 compiles = pytest.mark.skipif(ABSENT is not None, reason=f"this machine has no {ABSENT}")
 CPU = torch.device("cpu")
-SAME = {"float32": 1e-5, "bfloat16": 2e-2}
+SAME = 1e-5
 """Largest part of a prediction by which compiling may move it."""
 
 
@@ -70,29 +70,29 @@ def off(value: torch.Tensor, like: torch.Tensor) -> float:
 
 
 @compiles
-@pytest.mark.parametrize(("name", "dtype"), [("wan-image", "bfloat16"), ("sd", "float32")])
-def test_compiled_blocks_compute_the_same_with_every_set_of_weights(name: str, dtype: str, tmp_path: Path) -> None:
-    case = CASES[name]
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_compiled_blocks_compute_the_same_with_every_set_of_weights(checkpointing: bool, tmp_path: Path) -> None:
+    case = CASES["wan-image"]
     case.build(tmp_path)
-    model = {"family": case.family, "path": str(tmp_path), "dtype": dtype, **case.model}
-    data = {"model": model | {"gradient_checkpointing": dtype == "bfloat16"}, "lora": {"rank": 4, "ema_decay": 0.9}}
+    model = {"family": case.family, "path": str(tmp_path), **case.model}
+    data = {"model": model | {"gradient_checkpointing": checkpointing}, "lora": {"rank": 4, "ema_decay": 0.9}}
     data |= {"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}], "rollout": case.rollout}
     config = parse_config(data)
     policy = stirred(Policy(FAMILIES[case.family].load(config.model, CPU), config, keeps_old=True))
     plain, names = predictions(policy), list(policy.parameters)
     policy.model.compile_blocks()
     before = graphs()
-    compiled, count = predictions(policy), graphs() - before
-    assert count > 0, "nothing was compiled"
+    compiled, made = predictions(policy), graphs()
+    assert made > before or not checkpointing, "nothing was compiled"  # the second case has the graphs of the first
     again = predictions(policy)
-    assert graphs() == before + count, "a graph for each exchange of weights"
+    assert graphs() == made, "a graph for each exchange of weights"
     for name, value in plain.items():
-        assert off(compiled[name], value) < SAME[dtype], name
+        assert off(compiled[name], value) < SAME, name
         assert torch.equal(again[name], compiled[name]), name
     assert off(compiled["rollout"], compiled["live"]) <= max(1e-6, off(plain["rollout"], plain["live"]))
     cosine = torch.cosine_similarity(compiled["gradient"].double(), plain["gradient"].double(), dim=0)
     assert cosine > 0.9999
-    assert off(compiled["old"], compiled["live"]) > 10 * SAME[dtype], "the sets of weights hardly differ"
+    assert off(compiled["old"], compiled["live"]) > 10 * SAME, "the sets of weights hardly differ"
     policy.update_old()
     assert list(policy.parameters) == names
     assert torch.equal(predictions(policy)["old"], compiled["rollout"]), "the old weights are those of before"
@@ -130,6 +130,9 @@ def test_compiling_is_refused_where_it_cannot_work(tiny_description: dict, monke
     config = parse_config(tiny_description)
     with pytest.raises(BadInput, match="runtime.compile is true and the base model is sharded"):
         check_run(parse_config(tiny_description, ["model.sharded=true"]), 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="the base model computes in bfloat16 on a CPU"):
+        check_run(parse_config(tiny_description, ["model.dtype=bfloat16"]), 1)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     with pytest.raises(BadInput, match="runtime.compile is true, but this machine has no C\\+\\+ compiler"):
         check_run(config, 1)

@@ -14,7 +14,8 @@ from ..utils.errors import BadInput
 FIELD = "runtime.compile"
 OPTIONS: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
 """Of torch.compile. Shapes are static. Where operations are fused, values are rounded as between operations: a block is
-fused differently with and without gradient, and without this rounding the two would differ in half precision."""
+fused differently with and without gradient, and without this rounding the two would differ in half precision. PyTorch
+does so in code for a GPU alone."""
 GRAPHS = 256
 """Graphs of one function, above which what is new runs uncompiled; PyTorch's 8 are too few. A block needs one for each
 number of rows and tokens, with and without gradient, and without the LoRA. Blocks of equal shapes share theirs; a UNet
@@ -52,9 +53,23 @@ def check_compile(model: ModelConfig, device: str) -> None:
     if model.sharded or model.quantization:
         kind = model.quantization or "sharded"
         raise BadInput(f"{FIELD} is true and the base model is {kind}, which is not compiled: set it to false")
-    lacking = missing_compiler(torch.cuda.is_available() and device != "cpu")
-    if lacking:
+    on_gpu = torch.cuda.is_available() and device != "cpu"
+    if lacking := missing_compiler(on_gpu):
         raise BadInput(f"{FIELD} is true, but this machine has no {lacking}: install it, or set {FIELD} to false")
+    if model.graph is None:
+        check_rounding(getattr(torch, model.dtype), on_gpu)
+
+
+def check_rounding(dtype: torch.dtype, on_gpu: bool) -> None:
+    """
+    Raises:
+        BadInput: the compiler for this device ignores how values are to be rounded (see OPTIONS), and it matters.
+    """
+    if dtype != torch.float32 and not on_gpu:
+        raise BadInput(
+            f"{FIELD} is true and the base model computes in {str(dtype).removeprefix('torch.')} on a CPU, where "
+            f"compiled rollouts and updates round differently: set {FIELD} to false, or use a float32 base model"
+        )
 
 
 def missing_compiler(on_gpu: bool) -> str | None:

@@ -16,7 +16,7 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from ..compiled import allow_graphs, uncompiled
+from ..compiled import allow_graphs, check_rounding, uncompiled
 from .autograd import OutOfPlace, checkpoint_blocks, compile_blocks, differentiate_kernels
 from .conditions import Entry, EntryConditions, alike, mapped
 from .load import (
@@ -116,6 +116,7 @@ class ComfyModel(DiffusionModel):
             raise BadInput("prompts.conditions: family comfy needs a file that was encoded by a ComfyUI graph")
 
     def compile_blocks(self) -> None:
+        check_rounding(self.base.manual_cast_dtype or self.base.get_dtype(), self.device.type != "cpu")
         check_plain(self.module, self.comfy.quant_ops.QuantizedTensor, self.base.model_lowvram)
         allow_graphs()
         self._options["transformer_options"]["optimized_attention_override"] = self._traceable_attention
