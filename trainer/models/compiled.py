@@ -11,7 +11,6 @@ from torch import nn
 from ..config import ModelConfig
 from ..utils.errors import BadInput
 
-FIELD = "runtime.compile"
 OPTIONS: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
 """Of torch.compile. Shapes are static. Where operations are fused, values are rounded as between operations: a block is
 fused differently with and without gradient, and without this rounding the two would differ in half precision. PyTorch
@@ -52,10 +51,12 @@ def check_compile(model: ModelConfig, device: str) -> None:
     """
     if model.sharded or model.quantization:
         kind = model.quantization or "sharded"
-        raise BadInput(f"{FIELD} is true and the base model is {kind}, which is not compiled: set it to false")
+        raise BadInput(f"runtime.compile is true and the base model is {kind}, which is not compiled: set it to false")
     on_gpu = torch.cuda.is_available() and device != "cpu"
     if lacking := missing_compiler(on_gpu):
-        raise BadInput(f"{FIELD} is true, but this machine has no {lacking}: install it, or set {FIELD} to false")
+        raise BadInput(
+            f"runtime.compile is true, but this machine has no {lacking}: install it, or set runtime.compile to false"
+        )
     if model.graph is None:
         check_rounding(getattr(torch, model.dtype), on_gpu)
 
@@ -67,8 +68,8 @@ def check_rounding(dtype: torch.dtype, on_gpu: bool) -> None:
     """
     if dtype != torch.float32 and not on_gpu:
         raise BadInput(
-            f"{FIELD} is true and the base model computes in {str(dtype).removeprefix('torch.')} on a CPU, where "
-            f"compiled rollouts and updates round differently: set {FIELD} to false, or use a float32 base model"
+            f"runtime.compile is true and the base model computes in {str(dtype).removeprefix('torch.')} on a CPU, where "
+            f"compiled rollouts and updates round differently: set runtime.compile to false, or use a float32 base model"
         )
 
 
