@@ -68,8 +68,8 @@ def check_rounding(dtype: torch.dtype, on_gpu: bool) -> None:
     """
     if dtype != torch.float32 and not on_gpu:
         raise BadInput(
-            f"runtime.compile is true and the base model computes in {str(dtype).removeprefix('torch.')} on a CPU, where "
-            f"compiled rollouts and updates round differently: set runtime.compile to false, or use a float32 base model"
+            f"runtime.compile is true and the base model computes in {str(dtype).removeprefix('torch.')} on a CPU, "
+            "where compiled rollouts and updates round differently: set it to false, or use a float32 base model"
         )
 
 
