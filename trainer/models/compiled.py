@@ -22,9 +22,17 @@ has some twenty different ones."""
 
 
 def compile_repeated_blocks(network: nn.Module) -> None:
-    """Compile the blocks that diffusers names in its network; each compiles when it is first called."""
+    """Compile the blocks that diffusers names in a network, or else the members of its lists, as SD3's.
+
+    Each compiles when it is first called.
+    """
     allow_graphs()
-    network.compile_repeated_blocks(**OPTIONS)
+    if network._repeated_blocks:
+        network.compile_repeated_blocks(**OPTIONS)
+        return
+    for blocks in network.children():
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            block.compile(**OPTIONS)
 
 
 def allow_graphs() -> None:
