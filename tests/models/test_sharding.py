@@ -44,7 +44,8 @@ def test_a_divided_network_has_the_weights_dtypes_and_buffers_of_a_whole_one(nam
     case.build(tmp_path)
     config = ModelConfig(family=case.family, path=str(tmp_path), dtype="bfloat16", **case.model)
     family, folder = FAMILIES[case.family], tmp_path / FAMILIES[case.family].component
-    whole = family.load(config, CPU).module
+    model = family.load(config, CPU)
+    whole = model.module
     if name == "wan":
         in_several_files(folder)
     divided = sharding.load_sharded(family.network_class, folder, torch.bfloat16, CPU)
@@ -59,6 +60,11 @@ def test_a_divided_network_has_the_weights_dtypes_and_buffers_of_a_whole_one(nam
     for key, value in whole.named_buffers():
         assert torch.equal(divided.get_buffer(key), value), key
     assert not divided.training
+    conditions = family.empty_conditions(config, 1, CPU)
+    latents, sigma = torch.ones(1, *model.latent_shape), torch.tensor([0.5])
+    with torch.no_grad():
+        expected = model.predict(latents, sigma, conditions)
+        assert torch.equal(family(divided, model.vae, config).predict(latents, sigma, conditions), expected)
 
 
 @pytest.mark.usefixtures("group")
