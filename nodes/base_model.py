@@ -7,7 +7,7 @@ from comfy.samplers import SCHEDULER_NAMES
 from comfy_api.latest import io
 from pydantic import ValidationError
 
-from ..trainer.config import GraphExpert, GraphModel, ModelConfig
+from ..trainer.config import GraphExpert, ModelConfig
 from ..trainer.config import describe as describe_errors
 from ..trainer.models import FAMILIES, model_class
 from ..trainer.models.comfy import describe
@@ -93,7 +93,8 @@ def model_inputs() -> list[io.Input]:
             step=0.5,
             optional=True,
             advanced=True,
-            tooltip=f"{GraphModel.model_fields['reserve_gb'].description} For a connected model only.",
+            tooltip="GPU memory in GB that a connected model's weights leave free for the LoRA and for activations; 0 "
+            "for an estimate. Weights that do not fit stay in RAM. If the GPU runs out of memory, set it higher.",
         ),
         *expert_inputs(),
     ]
@@ -188,7 +189,7 @@ class BaseModel(io.ComfyNode):
             next(describe.nodes_above(get_node, links.get("vae")), None),
             describe.nodes_above(get_node, links.get("model")),
         )
-        graph["reserve_gb"] = inputs.finite(reserve_gb, "reserve_gb")
+        graph["reserve_gb"] = inputs.finite(reserve_gb, "reserve_gb") or None
         if low_noise_model is not None:
             inputs.linked(low_noise_model, "low_noise_model", "MODEL")
             above = describe.nodes_above(get_node, links.get("low_noise_model"))

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from .adapters.merge import check_merge
 from .config import RunConfig
-from .models import DiffusionModel, check_kernel, model_class, weight_bytes
+from .models import DiffusionModel, check_kernel, latent_numbers, model_class, weight_bytes
+from .models.compiled import check_compile
 from .objectives import Objective, make_objective, objective_class
 from .prompts.conditions import check_conditions
 from .prompts.sets import PromptSet, read_prompts
@@ -49,6 +50,8 @@ def check_run(config: RunConfig, processes: int, conditions_exist: bool = True) 
     family = model_class(config.model)
     check_kernel(family, config.model.family, config.rollout)
     check_merge(config)
+    if config.runtime.compile:
+        check_compile(config.model, config.runtime.device)
     family.check_targets(config.model, config.lora.targets or [])
     objective = make_objective(config)
     prompts, held_out = read_prompts(config, objective)
@@ -65,8 +68,14 @@ def _check_memory(
     config: RunConfig, processes: int, family: type[DiffusionModel], all_rewards: Mapping[str, Reward]
 ) -> None:
     """Raise BadInput if weights, decoding and rewards cannot fit the memory; ComfyUI manages a connected model's."""
-    weights = 0 if config.model.graph is not None else weight_bytes(config.model, processes)
-    check_memory(config, processes, weights, family.decode_bytes(config.model), memory_together(all_rewards.values()))
+    check_memory(
+        config,
+        processes,
+        latent_numbers=latent_numbers(family, config.model),
+        weights=0 if config.model.graph is not None else weight_bytes(config.model, processes),
+        decode=family.decode_bytes(config.model),
+        rewards=memory_together(all_rewards.values()),
+    )
 
 
 def check_rewards(

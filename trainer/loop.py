@@ -14,6 +14,7 @@ from .adapters.start import check_start
 from .check import CheckedRun, check_run
 from .collect import Collector, gather_scores
 from .config import RunConfig
+from .estimate.memory import with_reserve
 from .estimate.pace import Pace
 from .evaluate import Evaluator
 from .models import check_kernel
@@ -74,11 +75,13 @@ class Trainer:
         for reward in checked.all_rewards.values():
             reward.load()
         self.prompting, self.held_out_prompting = self._encode(checked.family, run)
-        self.model = checked.family.load(config.model, processes.device)
+        self.model = checked.family.load(with_reserve(config), processes.device)
         check_kernel(self.model, config.model.family, config.rollout)
         for reward in checked.all_rewards.values():
             reward.register_memory_hook(self.model.make_room)
         self.policy = Policy(self.model, config, self.objective.keeps_old_weights)
+        if config.runtime.compile:
+            self.model.compile_blocks()
         if config.rollout.merge_lora:
             check_merged(self.model.module)
         self.objective.setup(Resources(self.model, self.policy, checked.rewards, self.prompting, processes))

@@ -13,10 +13,11 @@ import torch
 
 from benchmarks import core_models
 from benchmarks.core_models import NETWORKS, Network
-from trainer.config import ModelConfig, RuntimeConfig, parse_config
+from trainer.config import ModelConfig, parse_config
 from trainer.diffusion.process import FLOW
 from trainer.models import FAMILIES, run_memory
 from trainer.models.comfy.load import process_of
+from trainer.models.compiled import missing_compiler
 
 from . import models, one_by_one
 from .running import exercise
@@ -242,10 +243,11 @@ def graph_run(sized: Sized, form: Form, setting: Setting) -> tuple[dict, Callabl
     data = description(rollout=rollout_of(sized, setting))
     data["model"] = models.graph_section(setting, size_of(sized, setting), **form.model, **reserve)
     data["prompts"] = data["prompts"] | {"conditions": models.graph_conditions(setting, network)}
+    compute = torch.float32 if form.weights == torch.float32 else torch.bfloat16
 
     def prepare(data: dict) -> AbstractContextManager:
         return models.in_core(
-            lambda: models.new_patcher(setting, network, form.weights, torch.bfloat16),
+            lambda: models.new_patcher(setting, network, form.weights, compute),
             lambda: None if without_vae(form, setting) else models.new_vae(setting, network.vae),
             data,
         )
@@ -274,14 +276,18 @@ def folder_run(sized: Sized, form: Form, setting: Setting) -> dict:
 def sized_run(name: str, form_name: str, setting: Setting) -> dict:
     """A released model in one form: measured, and beside it what was computed."""
     sized, form = SIZED[name], FORMS[form_name]
-    if form.compiled and "compile" not in RuntimeConfig.model_fields:
-        raise Skipped("there is no setting runtime.compile")
+    if form.compiled and (absent := missing_compiler(setting.on_gpu)):
+        raise Skipped(f"nothing to compile with: no {absent}")
+    if form.compiled and not setting.on_gpu:  # nothing else is compiled for a CPU
+        form = replace(form, weights=torch.float32, model=form.model | {"dtype": "float32"})
     if form.door == "graph":
         data, prepare = graph_run(sized, form, setting)
     else:
         data, prepare = folder_run(sized, form, setting), None
     if form.compiled:
         data["runtime"] = data["runtime"] | {"compile": True}
+        if setting.dry:  # one shape, and so half of the graphs
+            data["rollout"] = data["rollout"] | {"batch_size": 1}
     with models.decoded_without_vae() if without_vae(form, setting) else nullcontext():
         found = exercise(setting, data, prepare, form.checks)
     return found | {"computed_gib": dict(computed(sized, form, data, setting))}

@@ -18,6 +18,7 @@ from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.seeds import derive, noise
 from ..lora import load_patches
 from ..types import Rewards
+from .memory import make_room_for_reward
 from .progress import check_interrupt, say
 from .scoring import LoadedReward, load_rewards
 
@@ -72,7 +73,7 @@ def score_models(
         model.add_patches(_patches(model, name, lora), sampling.strength)
         patched[name] = model
     device = comfy.model_management.get_torch_device()
-    loaded = load_rewards(reward, texts, lambda size: comfy.model_management.free_memory(size, device))
+    loaded = load_rewards(reward, texts, lambda size: make_room_for_reward(size, device))
     positive, negative = [_encoded(parts, text) for text in texts], _encoded(parts, sampling.negative)
     bar, found = ProgressBar(len(patched) * len(texts), node_id=node_id), []
     for name, model in patched.items():

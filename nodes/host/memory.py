@@ -22,6 +22,11 @@ def free_memory() -> None:
     memory.soft_empty_cache()
 
 
+def make_room_for_reward(size: int, device: torch.device) -> None:
+    """Free memory for a reward's weights, and what core keeps free beside a model for its activations."""
+    memory.free_memory(size + memory.minimum_inference_memory(), device)
+
+
 def require_memory(model: ModelConfig, gpus: list[int] | None, processes: int, on_cpu: bool, rewards: int = 0) -> None:
     """
     Args:

@@ -1,6 +1,7 @@
 """What an iteration holds is known before the start, and a long run needs no more than a short one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from tiny_families import CASES
 
 from trainer.check import check_run
 from trainer.cli import main
 from trainer.config import RunConfig, parse_config
-from trainer.models import FAMILIES, weight_bytes
+from trainer.models import FAMILIES, latent_numbers, weight_bytes
 from trainer.rewards import REWARDS, Threshold, memory_together
 from trainer.runs import memory
 from trainer.runs.memory import check_iteration, iteration_bytes
@@ -75,16 +77,38 @@ def config(**rollout: object) -> RunConfig:
 
 
 def test_bytes_of_an_iteration() -> None:
-    images, pixels, latents = 24, 3 * 64 * 32, 16 * 8 * 4
+    images, pixels, latents = 24, 3 * 64 * 32, 4 * 8 * 4
     # Each of the 10 stochastic steps keeps where it starts and where it ends; then the final latents and the image.
-    assert iteration_bytes(config(), 1) == images * 4 * (pixels + 21 * latents)
-    assert iteration_bytes(config(), 5) == 5 * 4 * (pixels + 21 * latents), "the largest part of 24 images over 5"
-    assert iteration_bytes(config(window={"size": 2}), 1) == images * 4 * (pixels + 5 * latents)
-    assert iteration_bytes(config(), 1, latent_numbers=100) == images * 4 * (pixels + 21 * 100)
+    assert iteration_bytes(config(), 1, latents) == images * 4 * (pixels + 21 * latents)
+    largest = 5  # of 24 images in 5 processes
+    assert iteration_bytes(config(), 5, latents) == largest * 4 * (pixels + 21 * latents)
+    assert iteration_bytes(config(window={"size": 2}), 1, latents) == images * 4 * (pixels + 5 * latents)
+
+
+@pytest.mark.parametrize(
+    ("name", "latents"),
+    [("sd", (4, 8, 8)), ("wan", (16, 2, 2, 4))],
+)
+def test_latents_are_counted_as_the_model_has_them(
+    name: str, latents: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    case.build(tmp_path)
+    data = {"model": {"family": case.family, "path": str(tmp_path), **case.model}, "prompts": {"texts": ["a"]}}
+    parsed = parse_config(data | {"rewards": [{"name": "brightness"}], "rollout": {"steps": 11} | case.rollout})
+    family = FAMILIES[case.family]
+    assert latent_numbers(family, parsed.model) == math.prod(latents)
+    beside = weight_bytes(parsed.model) + family.decode_bytes(parsed.model)
+    available = [beside + iteration_bytes(parsed, 1, math.prod(latents))]
+    monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: available[0])
+    check_run(parsed, 1)
+    available[0] -= 1
+    with pytest.raises(BadInput, match="GiB of images and latents"):
+        check_run(parsed, 1)
 
 
 def test_an_iteration_that_cannot_fit_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    need = iteration_bytes(config(), 2)
+    need = iteration_bytes(config(), 2, 0)
     monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: need)
     check_iteration(config(), 2)
     with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 need"):
@@ -104,7 +128,8 @@ def test_rewards_and_decoding_count_before_anything_is_loaded(
     monkeypatch.setitem(REWARDS, "brightness", Heavy)
     parsed = parse_config(tiny_description)
     family = FAMILIES[parsed.model.family]
-    beside = iteration_bytes(parsed, 1) + weight_bytes(parsed.model)
+    latents = latent_numbers(family, parsed.model)
+    beside = iteration_bytes(parsed, 1, latents) + weight_bytes(parsed.model)
     decode = family.decode_bytes(parsed.model)
     assert 0 < decode < Heavy().memory()
     available = [beside + Heavy().memory()]

@@ -26,7 +26,7 @@ def compute_in_base_dtype(module: nn.Module) -> None:
 def cast_once(module: nn.Module) -> Iterator[None]:
     """In this context, in which the LoRA's weights must not change, each is cast once and not in every forward pass.
 
-    Forward passes with gradient cast as ever.
+    Forward passes with gradient cast as ever, and so do compiled ones, where the casts of a block are one kernel.
     """
     layers = list(_layers(module))
     for layer in layers:
@@ -63,7 +63,7 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
 
 def _cast(layer: nn.Module, down: nn.Module, up: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both matrices of a layer's LoRA in another dtype."""
-    kept = layer.casts
+    kept = None if torch.compiler.is_compiling() else layer.casts
     if kept is None or torch.is_grad_enabled():
         return down.weight.to(dtype), up.weight.to(dtype)
     if dtype not in kept:

@@ -88,10 +88,10 @@ class GraphModel(Section):
         None,
         description="The network for low noise, if `file` is the one for high noise (Wan 2.2); null for other models.",
     )
-    reserve_gb: Annotated[float, Field(ge=0, le=1000)] = Field(
-        0.0,
-        description="GPU memory in GB to keep free for activations and rewards, in addition to what ComfyUI keeps free "
-        "for sampling. Weights that do not fit stay in RAM.",
+    reserve_gb: Annotated[float, Field(ge=0, le=1000)] | None = Field(
+        None,
+        description="GPU memory in GB to keep free for the LoRA and for activations, in addition to what ComfyUI keeps "
+        "free for sampling; null for an estimate. Weights that do not fit stay in RAM.",
     )
 
     @property

@@ -284,6 +284,12 @@ class RuntimeConfig(Section):
         description="On an NVIDIA GPU, multiply float32 matrices in TF32, which is faster and rounds factors to 10 "
         "bits; false multiplies in full float32. No effect on a CPU and on other dtypes.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile the network's repeated blocks with torch.compile, which takes minutes at the start and "
+        "again for each new shape; what it gains on a GPU is not measured. Requires Triton on a GPU, a C++ compiler "
+        "and float32 on a CPU, and weights that are neither quantized, sharded nor offloaded.",
+    )
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
     keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Checkpoints to keep.")
     samples_every: int = Field(

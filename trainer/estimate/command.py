@@ -1,5 +1,6 @@
 """Estimates a run: memory from shapes, time from measured calls."""
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ import torch
 from ..check import CheckedRun, check_run
 from ..config import RunConfig
 from ..rewards.threshold import Threshold
+from ..runs.memory import iteration_bytes
 from ..utils.console import quiet_libraries
 from ..utils.distributed import Processes
 from ..utils.precision import tf32
@@ -83,6 +85,7 @@ def measure(forecast: Forecast, trainer: "Trainer", checked: CheckedRun, process
     forecast.seconds["saving"] = meter.saving() / config.runtime.checkpoint_every
     forecast.evaluations = evaluations(config, checked)
     forecast.evaluation = sum(meter.seconds(evaluated).values()) / shares
+    forecast.parts[memory.HELD] = iteration_bytes(config, processes, math.prod(model.latent_shape))
     forecast.needed, forecast.is_measured = memory.measured_peak(device) + forecast.parts[memory.HELD], True
 
 

@@ -10,7 +10,7 @@ import torch
 from ..check import CheckedRun
 from ..config import ModelConfig, RunConfig
 from ..models.diffusers.family import DiffusersModel
-from ..models.memory import BYTES, parameter_count, run_memory, weight_bytes
+from ..models.memory import BYTES, latent_numbers, parameter_count, run_memory, weight_bytes
 from ..runs.memory import iteration_bytes
 from ..shapes import WEIGHTS
 
@@ -29,6 +29,9 @@ ROLLOUT, UPDATE, DECODE, REWARDS, ENCODERS = (
 )
 TURNS = (ROLLOUT, UPDATE, DECODE, REWARDS)
 """Parts of which only one is on the device at a time."""
+SAMPLED_PER_TRAINED = 3
+"""Latents in a forward pass of the rollout that need no more than one of the update with gradient checkpointing; by the
+table of presets in docs/families.md, between 3.8 and 5.7 do."""
 WORTH_IT = 0.02
 """A change is suggested if it saves at least this share of the peak."""
 
@@ -46,7 +49,7 @@ def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) 
     else:
         found[NETWORK] = weight_bytes(config.model, processes)
     found[REWARDS] = sum(reward.memory() for reward in checked.all_rewards.values())
-    found[HELD] = iteration_bytes(config, processes)
+    found[HELD] = iteration_bytes(config, processes, latent_numbers(checked.family, config.model))
     if on_cpu:
         found[PROCESS] = psutil.Process().memory_info().rss
     return found
@@ -147,6 +150,18 @@ def graph_bytes(config: ModelConfig, batch: int, rank: int, checkpointing: bool)
     megapixels = config.height * config.width * frames / 1e6
     activations = (3 if frames == 1 else 5) * 2**30 * megapixels * batch * (1 if checkpointing else 6)
     return int(activations + 0.08 * weight_bytes(config) * rank / 16)
+
+
+def with_reserve(config: RunConfig) -> ModelConfig:
+    """The section `model`; where its graph leaves `reserve_gb` open, with what the run needs beside the weights."""
+    model, graph = config.model, config.model.graph
+    if graph is None or graph.reserve_gb is not None:
+        return model
+    sampled = -(-config.rollout.batch_size // SAMPLED_PER_TRAINED)
+    update = graph_bytes(model, config.objective.batch_size, config.lora.rank, model.gradient_checkpointing)
+    rollout = graph_bytes(model, sampled, config.lora.rank, checkpointing=True)
+    reserve = min(max(update, rollout) / 2**30, 1000.0)
+    return model.model_copy(update={"graph": graph.model_copy(update={"reserve_gb": reserve})})
 
 
 GRAPH_CHANGES: tuple[str, ...] = (

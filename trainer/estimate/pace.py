@@ -5,7 +5,6 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..check import CheckedRun
-from ..runs.memory import iteration_bytes
 from ..utils.errors import BadInput, RunFailed, StopRequested
 from . import memory
 from .command import measure
@@ -45,7 +44,6 @@ class Pace:
         trainer.recorder.progress("estimate", 0, 1)
         device, count = trainer.processes.device, trainer.processes.count
         forecast = Forecast(memory.name_of(device), left, free=memory.free_bytes(device))
-        forecast.parts[memory.HELD] = iteration_bytes(trainer.config, count)
         try:
             measure(forecast, trainer, self.checked, count, quick=True)
         except (BadInput, RunFailed, StopRequested):

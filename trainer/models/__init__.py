@@ -13,7 +13,7 @@ from .diffusers.qwen_image import QwenImageEditModel, QwenImageModel
 from .diffusers.sd3 import SD3Model
 from .diffusers.stable_diffusion import SDXLModel, StableDiffusionModel
 from .diffusers.wan import WanModel
-from .memory import RunMemory, run_memory, weight_bytes
+from .memory import RunMemory, latent_numbers, run_memory, weight_bytes
 
 FAMILIES: dict[str, type[DiffusionModel]] = {
     family.family: family
@@ -68,6 +68,7 @@ __all__ = [
     "EntryConditions",
     "RunMemory",
     "check_kernel",
+    "latent_numbers",
     "model_bytes",
     "model_class",
     "run_memory",

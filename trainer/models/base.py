@@ -183,6 +183,14 @@ class DiffusionModel(ABC):
         """
         raise BadInput(f"family {config.family} encodes prompts with the text encoders of its folder: disconnect clip")
 
+    def compile_blocks(self) -> None:
+        """Compile the network's repeated blocks (`models.compiled`), after the LoRA has been injected.
+
+        Raises:
+            BadInput: they cannot be compiled.
+        """
+        raise BadInput(f"runtime.compile is true, which family {self.config.family} does not support: set it to false")
+
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, ...]:

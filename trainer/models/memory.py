@@ -122,6 +122,11 @@ def weight_bytes(config: ModelConfig, processes: int = 1) -> int:
     return int(network + parameter_count(folder / "vae") * BYTES[config.vae_dtype])
 
 
+def latent_numbers(family: type[DiffusionModel], config: ModelConfig) -> int:
+    """Number of elements of one image's latents; loads nothing. 0 for a graph's model, which is known once loaded."""
+    return math.prod(family.on_meta(config).latent_shape) if issubclass(family, DiffusersModel) else 0
+
+
 def parameter_count(component: Path) -> int:
     """Number of weights in the `.safetensors` files of a folder, read from their headers; 0 where there are none.
 

@@ -6,35 +6,31 @@ from ..config import RunConfig
 from ..utils.errors import BadInput
 
 FLOAT32 = 4
-LATENT_CHANNELS, LATENT_STRIDE = 16, 8
-"""Of most current VAEs; older ones have 4 channels."""
 
 
-def iteration_bytes(config: RunConfig, processes: int, latent_numbers: int | None = None) -> int:
+def iteration_bytes(config: RunConfig, processes: int, latent_numbers: int) -> int:
     """Bytes that one process needs between rollout and update: latents of the stochastic steps, and decoded images.
 
     The model, its activations and the rewards are not included.
 
     Args:
         processes: number of processes that share the images of an iteration.
-        latent_numbers: number of elements of one image's latents; None estimates it from the image size.
+        latent_numbers: number of elements of one image's latents (`models.latent_numbers`).
     """
     rollout, model = config.rollout, config.model
     images = math.ceil(rollout.prompts_per_iteration * rollout.group_size / processes)
     pixels = 3 * model.height * model.width * model.frames
-    if latent_numbers is None:
-        frames = 1 + (model.frames - 1) // 4
-        latent_numbers = LATENT_CHANNELS * (model.height // LATENT_STRIDE) * (model.width // LATENT_STRIDE) * frames
     stochastic = rollout.window.size if rollout.window else rollout.steps - 1
     return images * FLOAT32 * (pixels + latent_numbers * (2 * stochastic + 1))
 
 
-def check_iteration(config: RunConfig, processes: int, latent_numbers: int | None = None) -> None:
-    """
+def check_iteration(config: RunConfig, processes: int) -> None:
+    """A first check, without looking at the model.
+
     Raises:
-        BadInput: an iteration's images and latents do not fit into this machine's memory.
+        BadInput: an iteration's images alone do not fit into this machine's memory.
     """
-    need, total = iteration_bytes(config, processes, latent_numbers), memory_bytes(config.runtime.device, processes)
+    need, total = iteration_bytes(config, processes, 0), memory_bytes(config.runtime.device, processes)
     if need > total:
         rollout = config.rollout
         raise BadInput(
@@ -44,16 +40,20 @@ def check_iteration(config: RunConfig, processes: int, latent_numbers: int | Non
         )
 
 
-def check_memory(config: RunConfig, processes: int, weights: int, decode: int, rewards: int) -> None:
+def check_memory(
+    config: RunConfig, processes: int, latent_numbers: int, weights: int, decode: int, rewards: int
+) -> None:
     """
     Args:
+        latent_numbers: number of elements of one image's latents.
         weights: bytes of the network and the VAE on the device of a process; 0 where others find room for them.
         decode, rewards: bytes of decoding at its peak and of the reward models, which take turns.
 
     Raises:
         BadInput: they cannot fit the memory of this machine together with an iteration's images and latents.
     """
-    held, total = iteration_bytes(config, processes), memory_bytes(config.runtime.device, processes)
+    held = iteration_bytes(config, processes, latent_numbers)
+    total = memory_bytes(config.runtime.device, processes)
     if held + weights + max(decode, rewards) <= total:
         return
     gib = [f"{size / 2**30:,.1f} GiB" for size in (held, weights, decode, rewards, total)]

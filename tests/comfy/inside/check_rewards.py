@@ -219,6 +219,13 @@ def files(pack, tmp_path_factory):
         folder_paths.filename_list_cache.pop(key, None)
 
 
+def test_rewards_ask_for_their_weights_and_what_core_keeps_free_beside_them(pack, monkeypatch) -> None:
+    asked, management = [], pack("nodes.host.memory").memory
+    monkeypatch.setattr(management, "free_memory", lambda *given: asked.append(given))
+    pack("nodes.host.memory").make_room_for_reward(1000, torch.device("cpu"))
+    assert asked == [(1000 + management.minimum_inference_memory(), torch.device("cpu"))]
+
+
 @pytest.mark.parametrize("name", tiny_rewards.LOCAL)
 def test_each_is_loaded_combined_scored_and_the_best_picked(pack, nodes, files, name, monkeypatch) -> None:
     video, prompt = name in tiny_rewards.VIDEO, tiny_rewards.prompt(name)

@@ -16,12 +16,14 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels, kept_in_place
+from ..compiled import allow_graphs, check_rounding, uncompiled
+from .autograd import OutOfPlace, checkpoint_blocks, compile_blocks, differentiate_kernels, kept_in_place
 from .conditions import Entry, EntryConditions, alike, mapped, own_pictures
 from .load import (
     attention_layers,
     check_extra_channels,
     check_offload,
+    check_plain,
     check_task,
     check_vae,
     decodes_with_noise,
@@ -121,6 +123,19 @@ class ComfyModel(DiffusionModel):
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
         if not isinstance(conditions, EntryConditions):
             raise BadInput("prompts.conditions: family comfy needs a file that was encoded by a ComfyUI graph")
+
+    def compile_blocks(self) -> None:
+        check_rounding(self.base.manual_cast_dtype or self.base.get_dtype(), self.device.type != "cpu")
+        check_plain(self.module, self.comfy.quant_ops.QuantizedTensor, self.base.model_lowvram)
+        allow_graphs()
+        self._options["transformer_options"]["optimized_attention_override"] = self._traceable_attention
+        compile_blocks(self.module)
+        if self.config.gradient_checkpointing:
+            checkpoint_blocks(self.module)
+
+    def _traceable_attention(self, _: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        """PyTorch's attention; others of ComfyUI ask for free memory, which differs in each call."""
+        return self.comfy.attention.attention_pytorch(*arguments, **keywords)
 
     # --------------------------------------------------------------------------------------------- prediction
 
@@ -241,8 +256,8 @@ class ComfyModel(DiffusionModel):
         if self.vae is not None:
             others = [held for held in management.current_loaded_models if held.model is not self.vae.patcher]
             management.free_memory(1e30, self.vae.patcher.load_device, others)
-        reserve = 0.0 if self.config.graph is None else self.config.graph.reserve_gb * 2**30
-        needed = self.patcher.memory_required([1, *self._shape]) + reserve
+        reserve = (self.config.graph and self.config.graph.reserve_gb) or 0.0
+        needed = self.patcher.memory_required([1, *self._shape]) + reserve * 2**30
         management.load_models_gpu(patchers, memory_required=needed)
         for parameter in self.module.parameters():
             if parameter.requires_grad:  # ComfyUI may leave the LoRA in RAM, without casting it
@@ -252,12 +267,14 @@ class ComfyModel(DiffusionModel):
         if torch.is_grad_enabled():  # the backward pass needs the weights where they were
             return
         self._is_resident = False
-        self.comfy.management.free_memory(size, device)
+        management = self.comfy.management
+        management.free_memory(size + management.minimum_inference_memory(), device)
 
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         self.comfy.management.in_training = False
         try:
-            return call()
+            with uncompiled():
+                return call()
         finally:
             self.comfy.management.in_training = True
 
@@ -366,6 +383,7 @@ def import_comfy(folder: str, device: torch.device) -> SimpleNamespace:
 
 def _modules() -> SimpleNamespace:
     import comfy.clip_vision
+    import comfy.ldm.modules.attention
     import comfy.lora
     import comfy.model_management
     import comfy.model_patcher
@@ -378,4 +396,5 @@ def _modules() -> SimpleNamespace:
 
     names = ("clip_vision", "lora", "model_patcher", "model_sampling", "quant_ops", "sampler_helpers", "samplers")
     names = (*names, "sd", "utils")
-    return SimpleNamespace(management=comfy.model_management, **{name: sys.modules[f"comfy.{name}"] for name in names})
+    found = {"management": comfy.model_management, "attention": comfy.ldm.modules.attention}
+    return SimpleNamespace(**found, **{name: sys.modules[f"comfy.{name}"] for name in names})

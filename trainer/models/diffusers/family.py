@@ -13,9 +13,10 @@ from ...utils.allocation import peak_bytes
 from ...utils.errors import BadInput
 from ...utils.media import open_image
 from ..base import ENCODED_AT_ONCE, PICTURE, Conditions, DiffusionModel, matching, require_files
+from ..compiled import compile_repeated_blocks
 from .folders import check_quantization, check_weights, quantization, read_json
 from .latents import together
-from .sharding import shard
+from .sharding import load_sharded, shard
 from .single_file import input_channels_of, load_network
 from .vae import IMAGE_VAES, check_vae, decode, encode, latent_channels, load_vae, vae_dtype, vae_on_meta, vae_scale
 
@@ -221,12 +222,9 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def load(cls, config: ModelConfig, device: torch.device) -> "DiffusersModel":
-        network = cls._load_network(config, torch.device("cpu") if config.sharded else device)
+        network = (cls._load_sharded if config.sharded else cls._load_network)(config, device).requires_grad_(False)
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        network.requires_grad_(False)
-        if config.sharded:
-            network = shard(network, device)
         return cls(network, load_vae(cls.folder(config), config, device), config)
 
     @classmethod
@@ -238,6 +236,15 @@ class DiffusersModel(DiffusionModel):
         dtype = getattr(torch, config.dtype)
         network = nn.Module.to(network, dtype).requires_grad_(False)  # diffusers' own `to` warns of such a cast
         return cls(network, vae_on_meta(cls.folder(config), config), config)
+
+    @classmethod
+    def _load_sharded(cls, config: ModelConfig, device: torch.device) -> nn.Module:
+        """This process's part of the network; a file whose names are translated is read whole."""
+        found = None
+        if config.network_file is None:
+            part = cls.folder(config) / cls.component
+            found = load_sharded(cls.network_class, part, getattr(torch, config.dtype), device)
+        return found or shard(cls._load_network(config, torch.device("cpu")).requires_grad_(False), device)
 
     @classmethod
     def _load_network(cls, config: ModelConfig, device: torch.device) -> nn.Module:
@@ -253,6 +260,9 @@ class DiffusersModel(DiffusionModel):
         else:
             network = load_network(Path(config.network_file), network_class, folder, cls.component, dtype, extra)
         return network if extra else network.to(device)
+
+    def compile_blocks(self) -> None:
+        compile_repeated_blocks(self.module)
 
     # ----------------------------------------------------------------------------------------------- encoding
 
