@@ -35,7 +35,7 @@ format: $(VENV)/dev
 	$(BIN)/ruff format .
 
 test: lint  ## Lint, then every test, in JOBS processes of about 3 GiB each
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(VENV)/dev  ## What only a GPU can show; gpu.jsonl keeps the figures, benchmarks/gpu.py --report prints them
 	$(BIN)/python -m pytest -m gpu -rs

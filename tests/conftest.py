@@ -197,10 +197,13 @@ def results_of(run: Path) -> list[dict]:
 
 
 NO_GPU = "no GPU: torch.cuda.is_available() is false"
+LONGEST = ("tests/comfy/test_inside.py", "tests/test_gpu_suite.py", "tests/comfy/test_votes.py")
+"""Files that come first, so that no process is left alone with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that are marked `gpu` are skipped where there is none; the summary says so."""
+    """Put the longest files first, and skip tests marked `gpu` where there is none; the summary says so."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -104,7 +104,6 @@ FORMS = {
     "fp8": Form(weights=torch.float8_e4m3fn, model=CHECKPOINTED),
     "without checkpointing": Form(),
     "offload to a 12 GB card": Form(weights=torch.float8_e4m3fn, model=CHECKPOINTED, card=12),
-    "compile": Form(model=CHECKPOINTED, compiled=True),
     "folder, bf16": Form("folder", model=CHECKPOINTED | {"dtype": "bfloat16"}, checks=True),
     "folder, int8": Form("folder", model=CHECKPOINTED | {"dtype": "bfloat16", "quantization": "int8"}),
     "folder, nf4": Form("folder", model=CHECKPOINTED | {"dtype": "bfloat16", "quantization": "nf4"}),
@@ -211,6 +210,7 @@ def network_of(sized: Sized, setting: Setting) -> Network:
     """The network, or the tiny one that stands for it; its VAE is of the released size."""
     if not setting.dry:
         return sized.network
+    setting.need_comfyui()
     graphs = from_tests("tiny_graphs")
     case = next(case for case in graphs.CASES if str(case) == sized.tiny)
     tokens = (6, *case.text)

@@ -108,7 +108,8 @@ def test_files_that_a_graph_lacks_are_named_when_it_is_opened(page: Any) -> None
     assert "KwaiVGI/VideoReward" in text and "(4.5 GB)" in text
     load(page, "06 Train SD3.5")
     page.locator(".p-toast-message", has_text="HPS_v2.1_compressed.pt of xswu/HPSv2").wait_for(timeout=30_000)
-    text = toast.inner_text()  # one: that of the graph before is gone
+    page.wait_for_function("document.querySelectorAll('.p-toast-message-warn').length === 1")  # that before leaves
+    text = toast.inner_text()
     assert "models/rewards/clip/DFN5B-CLIP-ViT-H-14-378" in text, "a folder is named, too"
     assert "(1.97 GB)" in text and "(3.9 GB)" in text
     assert "videoreward" not in text

@@ -208,7 +208,7 @@ def test_the_example_on_two_processes_trains(comfy: Server) -> None:
 
 def test_the_example_in_the_background_is_done_before_its_run(comfy: Server) -> None:
     prompt = workflow("16 Train in the background")
-    run, shown = prompt[only(prompt, TRAIN)]["inputs"]["name"], only(prompt, "PreviewAny How far")
+    run, shown = prompt[only(prompt, TRAIN)]["inputs"]["name"], only(prompt, "PreviewAny Progress")
     assert comfy.run(prompt)[shown]["text"][0]
     look = prompt[only(prompt, "DanceGRPO_Run")]["inputs"]
     look["action"] = "watch"

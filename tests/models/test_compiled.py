@@ -13,7 +13,7 @@ from trainer.adapters.compute import cast_once
 from trainer.check import check_run
 from trainer.config import parse_config
 from trainer.models import FAMILIES
-from trainer.models.compiled import missing_compiler, uncompiled
+from trainer.models.compiled import check_compile, missing_compiler
 from trainer.policy import Policy
 from trainer.utils.errors import BadInput
 
@@ -96,7 +96,7 @@ def test_compiled_blocks_compute_the_same_with_every_set_of_weights(checkpointin
     policy.update_old()
     assert list(policy.parameters) == names
     assert torch.equal(predictions(policy)["old"], compiled["rollout"]), "the old weights are those of before"
-    with uncompiled():
+    with torch.compiler.set_stance("force_eager"):
         assert torch.equal(predictions(policy)["rollout"], plain["rollout"])
 
 
@@ -130,6 +130,8 @@ def test_compiling_is_refused_where_it_cannot_work(tiny_description: dict, monke
     config = parse_config(tiny_description)
     with pytest.raises(BadInput, match="runtime.compile is true and the base model is sharded"):
         check_run(parse_config(tiny_description, ["model.sharded=true"]), 2)
+    with pytest.raises(BadInput, match="the base model is of a ComfyUI graph, which is not compiled"):
+        check_compile(config.model.model_copy(update={"graph": object()}), "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadInput, match="the base model computes in bfloat16 on a CPU"):
         check_run(parse_config(tiny_description, ["model.dtype=bfloat16"]), 1)

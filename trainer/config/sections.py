@@ -287,8 +287,8 @@ class RuntimeConfig(Section):
     compile: bool = Field(
         False,
         description="Compile the network's repeated blocks with torch.compile, which takes minutes at the start and "
-        "again for each new shape; what it gains on a GPU is not measured. Requires Triton on a GPU, a C++ compiler "
-        "and float32 on a CPU, and weights that are neither quantized, sharded nor offloaded.",
+        "again for each new shape; what it gains on a GPU is not measured. For diffusers folders only. Requires Triton "
+        "on a GPU, a C++ compiler and float32 on a CPU, and weights that are neither quantized nor sharded.",
     )
     checkpoint_every: Positive = Field(1, description="Iterations between checkpoints.")
     keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(2, description="Checkpoints to keep.")

@@ -1,8 +1,6 @@
 """torch.compile of a network's repeated blocks (`runtime.compile`): one graph per kind of block, shape and use."""
 
 import importlib.util
-import sys
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,11 +41,6 @@ def allow_graphs() -> None:
     torch._dynamo.config.accumulated_recompile_limit = max(GRAPHS, torch._dynamo.config.accumulated_recompile_limit)
 
 
-def uncompiled() -> AbstractContextManager:
-    """A context in which compiled blocks run as if they were not."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 def check_compile(model: ModelConfig, device: str) -> None:
     """Check a description with `runtime.compile`.
 
@@ -55,8 +48,13 @@ def check_compile(model: ModelConfig, device: str) -> None:
         device: `runtime.device`.
 
     Raises:
-        BadInput: the base model's weights are not plain ones, or this machine has no compiler.
+        BadInput: the base model is of a graph, its weights are not plain ones, or this machine has no compiler.
     """
+    if model.graph is not None:  # some blocks change tensors in place that their own backward pass needs (FLUX)
+        raise BadInput(
+            "runtime.compile is true and the base model is of a ComfyUI graph, which is not compiled: set it to false, "
+            "or train a diffusers folder"
+        )
     if model.sharded or model.quantization:
         kind = model.quantization or "sharded"
         raise BadInput(f"runtime.compile is true and the base model is {kind}, which is not compiled: set it to false")
@@ -65,19 +63,10 @@ def check_compile(model: ModelConfig, device: str) -> None:
         raise BadInput(
             f"runtime.compile is true, but this machine has no {lacking}: install it, or set runtime.compile to false"
         )
-    if model.graph is None:
-        check_rounding(getattr(torch, model.dtype), on_gpu)
-
-
-def check_rounding(dtype: torch.dtype, on_gpu: bool) -> None:
-    """
-    Raises:
-        BadInput: the compiler for this device ignores how values are to be rounded (see OPTIONS), and it matters.
-    """
-    if dtype != torch.float32 and not on_gpu:
+    if model.dtype != "float32" and not on_gpu:  # the compiler for a CPU ignores how values are to be rounded
         raise BadInput(
-            f"runtime.compile is true and the base model computes in {str(dtype).removeprefix('torch.')} on a CPU, "
-            "where compiled rollouts and updates round differently: set it to false, or use a float32 base model"
+            f"runtime.compile is true and the base model computes in {model.dtype} on a CPU, where compiled rollouts "
+            "and updates round differently: set it to false, or use a float32 base model"
         )
 
 

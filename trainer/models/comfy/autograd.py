@@ -1,15 +1,13 @@
 """Makes ComfyUI's networks trainable: in-place operations run out of place, and blocks are checkpointed."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode
 
-from ..compiled import OPTIONS
 from .conditions import mapped
 
 _PLAIN = {
@@ -81,40 +79,6 @@ def checkpoint_blocks(network: nn.Module) -> int:
     for block in wrapped:
         block.forward = _checkpointed(block.forward, kept_in_place(network))
     return len(wrapped)
-
-
-def compile_blocks(network: nn.Module) -> None:
-    """Compile each block, without the checkpointing that it may have, which goes around."""
-    for block in blocks(network):
-        vars(block).pop("forward", None)
-        block.forward = _compiled(block.forward)
-
-
-def _compiled(forward: Callable) -> Callable:
-    """A compiled forward pass that leaves its inputs as they are.
-
-    The compiler itself makes operations inside out of place, and cannot trace everything under `OutOfPlace`, which is
-    therefore put aside. Copies of inputs that are not changed cost nothing, as the compiler leaves them out.
-    """
-
-    def on_copies(*arguments: Any, **keywords: Any) -> Any:
-        return forward(*map(_copied, arguments), **{name: _copied(value) for name, value in keywords.items()})
-
-    compiled = torch.compile(on_copies, **OPTIONS)
-
-    @wraps(forward)
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        mode = _get_current_function_mode()
-        with _pop_mode_temporarily() if isinstance(mode, OutOfPlace) else nullcontext():
-            return compiled(*arguments, **keywords)
-
-    return run
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _checkpointed(forward: Callable, keeps: frozenset[Callable]) -> Callable:

@@ -304,22 +304,6 @@ def check_offload(offloaded: int, config: ModelConfig) -> None:
         )
 
 
-def check_plain(network: nn.Module, packed: type, is_offloaded: bool) -> None:
-    """
-    Args:
-        packed: ComfyUI's class of quantized tensors.
-        is_offloaded: whether weights stay in RAM.
-
-    Raises:
-        BadInput: the network cannot be compiled, because its weights are unpacked or moved in each call.
-    """
-    if is_offloaded or any(isinstance(weight, packed) for weight in network.parameters()):
-        kind = "do not fit on the GPU and stay in RAM" if is_offloaded else "are quantized"
-        raise BadInput(
-            f"runtime.compile is true and weights of the model {kind}, which is not compiled: set it to false"
-        )
-
-
 def attention_layers(network: nn.Module) -> tuple[str, ...]:
     """Names of the linear layers of the attention, including the fused layers of FLUX-like single blocks.
 

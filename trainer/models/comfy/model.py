@@ -16,14 +16,12 @@ from ...diffusion.process import FLOW
 from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
-from ..compiled import allow_graphs, check_rounding, uncompiled
-from .autograd import OutOfPlace, checkpoint_blocks, compile_blocks, differentiate_kernels, kept_in_place
+from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels, kept_in_place
 from .conditions import Entry, EntryConditions, alike, mapped, own_pictures
 from .load import (
     attention_layers,
     check_extra_channels,
     check_offload,
-    check_plain,
     check_task,
     check_vae,
     decodes_with_noise,
@@ -123,19 +121,6 @@ class ComfyModel(DiffusionModel):
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
         if not isinstance(conditions, EntryConditions):
             raise BadInput("prompts.conditions: family comfy needs a file that was encoded by a ComfyUI graph")
-
-    def compile_blocks(self) -> None:
-        check_rounding(self.base.manual_cast_dtype or self.base.get_dtype(), self.device.type != "cpu")
-        check_plain(self.module, self.comfy.quant_ops.QuantizedTensor, self.base.model_lowvram)
-        allow_graphs()
-        self._options["transformer_options"]["optimized_attention_override"] = self._traceable_attention
-        compile_blocks(self.module)
-        if self.config.gradient_checkpointing:
-            checkpoint_blocks(self.module)
-
-    def _traceable_attention(self, _: Any, *arguments: Any, **keywords: Any) -> Tensor:
-        """PyTorch's attention; others of ComfyUI ask for free memory, which differs in each call."""
-        return self.comfy.attention.attention_pytorch(*arguments, **keywords)
 
     # --------------------------------------------------------------------------------------------- prediction
 
@@ -273,8 +258,7 @@ class ComfyModel(DiffusionModel):
     def plain(self, call: Callable[[], Tensor]) -> Tensor:
         self.comfy.management.in_training = False
         try:
-            with uncompiled():
-                return call()
+            return call()
         finally:
             self.comfy.management.in_training = True
 
