@@ -98,6 +98,9 @@ def load(page: Any, name: str) -> None:
     page.evaluate("async (graph) => { await window.app.loadGraphData(graph, true, true, 'x'); }", graph)
 
 
+TOASTS = "[...document.querySelectorAll('.p-toast-message')]"
+
+
 def test_files_that_a_graph_lacks_are_named_when_it_is_opened(page: Any) -> None:
     toast = page.locator(".p-toast-message", has_text="Files of reward models are missing")
     load(page, "12 Train Wan 2.1 I2V")
@@ -108,7 +111,7 @@ def test_files_that_a_graph_lacks_are_named_when_it_is_opened(page: Any) -> None
     assert "KwaiVGI/VideoReward" in text and "(4.5 GB)" in text
     load(page, "06 Train SD3.5")
     page.locator(".p-toast-message", has_text="HPS_v2.1_compressed.pt of xswu/HPSv2").wait_for(timeout=30_000)
-    page.wait_for_function("document.querySelectorAll('.p-toast-message-warn').length === 1")  # that before leaves
+    page.wait_for_function(f"{TOASTS}.filter((t) => t.textContent.includes('Files of reward')).length === 1")
     text = toast.inner_text()
     assert "models/rewards/clip/DFN5B-CLIP-ViT-H-14-378" in text, "a folder is named, too"
     assert "(1.97 GB)" in text and "(3.9 GB)" in text
