@@ -10,7 +10,9 @@ OVERRIDES = """rollout.steps=4
 rollout.group_size=2
 rollout.prompts_per_iteration=2
 evaluation.every=1000
-runtime.iterations=5000"""
+optimizer.learning_rate=1e-7
+runtime.iterations=1000000"""
+"""So small a rate that the reward cannot collapse, which would end the run."""
 
 
 def training(name: str) -> dict:
