@@ -122,18 +122,6 @@ VAE = {
     "latent_channels": 4,
     "sample_size": 512,
 }
-NATIVE_VAE = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 128,
-    "ch_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
 
 
 def native_weights(comfyui: Path) -> dict[str, Any]:
@@ -144,13 +132,13 @@ def native_weights(comfyui: Path) -> dict[str, Any]:
     import comfy.supported_models
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
-    from benchmarks.core_models import SD15
+    from benchmarks.core_models import KL, SD15
 
     description = comfy.supported_models.SD15(dict(SD15))
     description.unet_config = dict(SD15)
     unet = description.get_model({}, "", device="meta").diffusion_model
     with torch.device("meta"):
-        vae = AutoencoderKL(ddconfig=NATIVE_VAE, embed_dim=4)
+        vae = AutoencoderKL(ddconfig=KL, embed_dim=4)
     weights = {f"model.diffusion_model.{name}": value for name, value in unet.state_dict().items()}
     weights |= {f"first_stage_model.{name}": value for name, value in vae.state_dict().items()}
     weights = {name: torch.empty(value.shape, dtype=torch.float16) for name, value in weights.items()}

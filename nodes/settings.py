@@ -87,6 +87,17 @@ def _lines(overrides: str) -> Iterator[str]:
         yield line.strip()
 
 
+SEARCH_WORDS = ("lora", "rlhf", "dpo", "fine-tune", "finetune", "dancegrpo")
+"""Of both nodes, beside their own."""
+
+
+def overrides_input() -> io.Input:
+    """The box for settings that have no widget."""
+    return io.String.Input(
+        "overrides", multiline=True, default="", optional=True, dynamic_prompts=False, tooltip=OVERRIDES_TOOLTIP
+    )
+
+
 class Settings(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -101,23 +112,11 @@ class Settings(io.ComfyNode):
                 "training settings",
                 "hyperparameters",
                 "learning rate",
-                "lora",
-                "rlhf",
-                "dpo",
-                "fine-tune",
-                "finetune",
-                "dancegrpo",
+                *SEARCH_WORDS,
             ],
             inputs=[
                 *(widget(setting) for setting in MAIN),
-                io.String.Input(
-                    "overrides",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    dynamic_prompts=False,
-                    tooltip=OVERRIDES_TOOLTIP,
-                ),
+                overrides_input(),
             ],
             outputs=[SettingsType.Output(display_name="settings", tooltip="For GRPO Train LoRA.")],
         )
@@ -148,12 +147,7 @@ class Preset(io.ComfyNode):
                 "training preset",
                 "paper settings",
                 "demo settings",
-                "lora",
-                "rlhf",
-                "dpo",
-                "fine-tune",
-                "finetune",
-                "dancegrpo",
+                *SEARCH_WORDS,
             ],
             inputs=[
                 io.Combo.Input(
@@ -162,14 +156,7 @@ class Preset(io.ComfyNode):
                     tooltip="auto chooses for the connected model and this machine's GPU, and says why on the training "
                     "node; the others are files of trainer/presets in this pack.",
                 ),
-                io.String.Input(
-                    "overrides",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    dynamic_prompts=False,
-                    tooltip=OVERRIDES_TOOLTIP,
-                ),
+                overrides_input(),
                 io.Int.Input(
                     "steps",
                     default=0,

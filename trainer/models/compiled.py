@@ -24,7 +24,7 @@ def compile_repeated_blocks(network: nn.Module) -> None:
 
     Each compiles when it is first called.
     """
-    allow_graphs()
+    _allow_graphs()
     if network._repeated_blocks:
         network.compile_repeated_blocks(**OPTIONS)
         return
@@ -33,7 +33,7 @@ def compile_repeated_blocks(network: nn.Module) -> None:
             block.compile(**OPTIONS)
 
 
-def allow_graphs() -> None:
+def _allow_graphs() -> None:
     """Let as many graphs be compiled as the shapes of a run need."""
     import torch._dynamo
 

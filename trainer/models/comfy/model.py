@@ -367,7 +367,6 @@ def import_comfy(folder: str, device: torch.device) -> SimpleNamespace:
 
 def _modules() -> SimpleNamespace:
     import comfy.clip_vision
-    import comfy.ldm.modules.attention
     import comfy.lora
     import comfy.model_management
     import comfy.model_patcher
@@ -380,5 +379,4 @@ def _modules() -> SimpleNamespace:
 
     names = ("clip_vision", "lora", "model_patcher", "model_sampling", "quant_ops", "sampler_helpers", "samplers")
     names = (*names, "sd", "utils")
-    found = {"management": comfy.model_management, "attention": comfy.ldm.modules.attention}
-    return SimpleNamespace(**found, **{name: sys.modules[f"comfy.{name}"] for name in names})
+    return SimpleNamespace(management=comfy.model_management, **{name: sys.modules[f"comfy.{name}"] for name in names})
