@@ -380,7 +380,7 @@ def test_a_run_s_samples_are_sent_to_votes_from_the_panel(comfy: Server, root: P
 def make_run(folder: Path, name: str) -> RunDirectory:
     """A run directory with a picture of four samples."""
     config = parse_config(preset("demo"))
-    run = RunDirectory.open(folder / name, config, ["test"])
+    run = RunDirectory(folder / name).open(config, ["test"])
     run.write_status("finished", iteration=4, iterations=4)
     run.release()
     images = torch.stack([picture(i / 3) for i in range(4)])

@@ -188,7 +188,7 @@ def description(case: Case, folder: Path) -> RunConfig:
 
 def train(config: RunConfig, path: Path, stop_after: int = 0) -> list[dict]:
     """Run in this process; returns the events."""
-    run = RunDirectory.open(path, config, ["train"])
+    run = RunDirectory(path).open(config, ["train"])
 
     def listen(event: dict) -> None:
         if event.get("iteration") == stop_after and "rewards" in event:

@@ -36,7 +36,7 @@ class Weights:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.open(tmp_path / "run", CONFIG, [])
+    return RunDirectory(tmp_path / "run").open(CONFIG, [])
 
 
 @pytest.fixture
@@ -90,7 +90,6 @@ def test_weights_that_are_not_finite_are_never_written(run: RunDirectory, bad: f
 def test_a_run_that_lost_its_directory_writes_nothing(run: RunDirectory) -> None:
     import shutil
 
-    run.claim()
     recorder_ = Recorder(run, CONFIG, Weights(2.0), writes=True)
     shutil.rmtree(run.path)
     images = torch.zeros(1, 3, 8, 8)

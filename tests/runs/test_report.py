@@ -92,7 +92,7 @@ def test_the_bar_shows_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_end_of_a_run(tmp_path: Path) -> None:
     config = parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]})
-    run = RunDirectory.open(tmp_path / "run", config, [])
+    run = RunDirectory(tmp_path / "run").open(config, [])
     run.append_event(event(1))
     run.append_event(event(2))
     run.lora_file.touch()

@@ -51,7 +51,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     description = config("tensorboard")
-    record(RunDirectory.open(tmp_path / "run", description, []), description)
+    record(RunDirectory(tmp_path / "run").open(description, []), description)
     read = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = {tag: [(s.step, s.value) for s in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     assert scalars == {
@@ -101,7 +101,7 @@ def test_wandb_is_offline_unless_a_setting_says_online(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "online")
     description = config("wandb", **({} if mode == "offline" else {"wandb_mode": "online"}))
-    run = RunDirectory.open(tmp_path / "run", description, [])
+    run = RunDirectory(tmp_path / "run").open(description, [])
     record(run, description)
     assert (fake.settings["mode"], fake.settings["dir"], fake.settings["name"]) == (mode, str(run.path), "run")
     assert fake.described == description.model_dump(mode="json")
@@ -137,7 +137,7 @@ def test_a_tracker_of_somebody_s_own_is_one_class_and_one_registration(
     monkeypatch.setattr(Memory, "kept", [])
     description = config("memory")
     check_trackers(description)
-    record(RunDirectory.open(tmp_path / "run", description, []), description)
+    record(RunDirectory(tmp_path / "run").open(description, []), description)
     assert Memory.kept == [
         ("open", "run", 2),
         ("scalars", 3, -0.5),
@@ -157,7 +157,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     monkeypatch.setattr(Memory, "kept", [])
     monkeypatch.setitem(TRACKERS, "memory", Broken)
     description = config("memory")
-    record(RunDirectory.open(tmp_path / "run", description, []), description)
+    record(RunDirectory(tmp_path / "run").open(description, []), description)
     warning = "warning: tracker memory failed (no route to host); the run continues without it\n"
     assert capsys.readouterr().err == warning, "once"
     assert Memory.kept == [("open", "run", 2)]

@@ -30,7 +30,7 @@ def finished(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir
         "runtime": {"iterations": 3, "device": "cpu", "samples_every": 2},
     }
     config = parse_config(data)
-    run = RunDirectory.open(tmp_path_factory.mktemp("runs") / "round one", config, [])
+    run = RunDirectory(tmp_path_factory.mktemp("runs") / "round one").open(config, [])
     Trainer(config, run, Processes("cpu")).train()
     run.release()
     return run

@@ -35,7 +35,7 @@ def read_description(path: Path, overrides: list[str], prompts: Path | None) -> 
         absolute = with_absolute_paths({"evaluation": {"file": str(prompts)}}, Path.cwd())["evaluation"]["file"]
         overrides = ["evaluation.texts=[]", "evaluation.shapes=null", f"evaluation.file={absolute}", *overrides]
     if path.is_dir():
-        config = parse_config(RunDirectory.attach(path).config().model_dump(mode="json"), overrides, Path.cwd())
+        config = parse_config(RunDirectory.existing(path).config().model_dump(mode="json"), overrides, Path.cwd())
     else:
         config = read_config(path, overrides)
     evaluation = config.evaluation
