@@ -209,10 +209,10 @@ VIDEO = (32, 48, 5)
 
 
 def references(count: int = 2) -> dict:
-    """Pictures of different sizes, as core's TextEncodeQwenImageEditPlus hands them over."""
+    """Images of different sizes, as core's TextEncodeQwenImageEditPlus hands them over."""
     sizes = [(4, 6), (2, 4), (6, 2)][:count]
-    pictures = [draw(1, 16, 1, *size, seed=9 + i) for i, size in enumerate(sizes)]
-    return {"reference_latents": pictures, "reference_latents_method": "index_timestep_zero"}
+    images = [draw(1, 16, 1, *size, seed=9 + i) for i, size in enumerate(sizes)]
+    return {"reference_latents": images, "reference_latents_method": "index_timestep_zero"}
 
 
 def three_references() -> dict:

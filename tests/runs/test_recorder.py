@@ -9,8 +9,8 @@ import torch
 from trainer.config import parse_config
 from trainer.runs import recorder
 from trainer.runs.directory import RunDirectory
-from trainer.runs.pictures import Sample
 from trainer.runs.recorder import Recorder
+from trainer.runs.sample_grids import Sample
 from trainer.utils.errors import RunFailed
 
 CONFIG = parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]})
@@ -98,7 +98,7 @@ def test_a_run_that_lost_its_directory_writes_nothing(run: RunDirectory) -> None
         lambda: recorder_.status("running", 1),
         lambda: recorder_.progress("rollout", 1, 2),
         lambda: recorder_.event({"iteration": 1}),
-        lambda: recorder_.rollout_picture(images, 0, [Sample("a")]),
+        lambda: recorder_.rollout_grid(images, 0, [Sample("a")]),
         lambda: recorder_.evaluation(record, images, [Sample("a")]),
         lambda: recorder_.best(1, Weights(2.0).result()),
         lambda: recorder_.newest(1, {}),

@@ -50,10 +50,10 @@ def test_points_leave_out_iterations_without_a_mean() -> None:
     assert reward_points(events, "r") == [(1, 0.5, 0.1), (4, 0.75, 0.1)]
 
 
-def test_a_curve_is_a_picture_and_nothing_is_none() -> None:
+def test_a_curve_is_an_image_and_nothing_is_none() -> None:
     assert draw_reward_curve([], []) is None
-    picture = Image.open(io.BytesIO(draw_reward_curve([event(1), event(2)], [])))
-    assert picture.size == (550, 374)
+    image = Image.open(io.BytesIO(draw_reward_curve([event(1), event(2)], [])))
+    assert image.size == (550, 374)
 
 
 # --------------------------------------------------------------------------------------------------------------- lines

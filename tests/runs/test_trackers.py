@@ -39,7 +39,7 @@ def record(run: RunDirectory, description: RunConfig) -> None:
     all_trackers.begin(2)
     all_trackers.event(EVENT)
     all_trackers.evaluation(RECORD)
-    all_trackers.pictures("evaluation", IMAGES, ["a red circle", "a blue square"], 3)
+    all_trackers.images("evaluation", IMAGES, ["a red circle", "a blue square"], 3)
     all_trackers.close()
 
 
@@ -64,8 +64,8 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
         "evaluation/rewards/brightness": [(3, 0.75)],
         "evaluation/categories/brightness/one": [(3, 0.5)],
     }
-    (picture,) = read.Images("samples/evaluation")
-    assert (picture.step, picture.height) == (3, 8)
+    (image,) = read.Images("samples/evaluation")
+    assert (image.step, image.height) == (3, 8)
     texts = {tag: read.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in read.Tags()["tensors"]}
     assert texts["samples/evaluation/prompts/text_summary"] == "1. a red circle\n1. a blue square"
     assert description.to_yaml() in texts["description/text_summary"]
@@ -106,8 +106,8 @@ def test_wandb_is_offline_unless_a_setting_says_online(
     assert (fake.settings["mode"], fake.settings["dir"], fake.settings["name"]) == (mode, str(run.path), "run")
     assert fake.described == description.model_dump(mode="json")
     assert fake.logged[0] == (3, flat({k: v for k, v in EVENT.items() if k != "iteration"}))
-    pictures = [((8, 8, 3), 0, "a red circle"), ((8, 8, 3), 255, "a blue square")]
-    assert fake.logged[2] == (3, {"samples/evaluation": pictures})
+    logged = [((8, 8, 3), 0, "a red circle"), ((8, 8, 3), 255, "a blue square")]
+    assert fake.logged[2] == (3, {"samples/evaluation": logged})
     assert fake.finished
 
 
@@ -123,7 +123,7 @@ class Memory(Tracker):
     def scalars(self, values: dict[str, float], iteration: int) -> None:
         self.kept.append(("scalars", iteration, values["loss"] if "loss" in values else sorted(values)))
 
-    def pictures(self, tag: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
+    def images(self, tag: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         self.kept.append((tag, images.shape, images.dtype, captions, iteration))
 
     def close(self) -> None:

@@ -39,11 +39,11 @@ class TextRendering(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.load()
         pairs = zip(to_pil(images), prompts, strict=True)
-        return torch.tensor([similarity(self._read(picture), target(prompt)) for picture, prompt in pairs])
+        return torch.tensor([similarity(self._read(image), target(prompt)) for image, prompt in pairs])
 
-    def _read(self, picture: object) -> str:
+    def _read(self, image: object) -> str:
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         return "".join(self.reader(buffer.getvalue()).txts or ())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..utils.files import write_atomically
-from ..utils.media import to_picture
+from ..utils.media import to_pil_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def magnification(images: Tensor, largest: int) -> int:
 
 
 def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
-    """Images side by side as one picture, small ones enlarged without smoothing.
+    """Images side by side as one grid, small ones enlarged without smoothing.
 
     Args:
         images: `[N, 3, H, W]` in [0, 1].
@@ -40,21 +40,14 @@ def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
     factor = magnification(images, largest)
     images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     if len(images) == 1:  # make_grid adds no border to a single image
-        return to_picture(torch.nn.functional.pad(images[0], [GAP] * 4, value=1.0))
-    return to_picture(make_grid(images, nrow=columns, padding=GAP, pad_value=1.0))
-
-
-def save_picture(path: Path, picture: "Image") -> None:
-    """Write a PNG file atomically."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
+        return to_pil_image(torch.nn.functional.pad(images[0], [GAP] * 4, value=1.0))
+    return to_pil_image(make_grid(images, nrow=columns, padding=GAP, pad_value=1.0))
 
 
 def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
     """Write the image of `draw_reward_curve`, unless it is None."""
-    if picture := draw_reward_curve(events, evaluations):
-        write_atomically(path, picture)
+    if chart := draw_reward_curve(events, evaluations):
+        write_atomically(path, chart)
 
 
 def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | None:

@@ -195,7 +195,7 @@ def call_hunyuan(core: Any, network: Any) -> tuple[Tensor, Tensor]:
 
 def call_wan(core: Any, network: Any) -> tuple[Tensor, Tensor]:
     x, times = draw(2, network.config.in_channels, 2, 4, 4), torch.tensor([900.0, 300.0])
-    text = draw(2, 512, 16, seed=1)  # diffusers takes what is beyond 512 tokens for the picture
+    text = draw(2, 512, 16, seed=1)  # diffusers takes what is beyond 512 tokens for the image
     seen = draw(2, 257, 1280, seed=2) if network.config.image_dim else None
     return core(x, times, text, seen), network(x, times, text, encoder_hidden_states_image=seen).sample
 

@@ -305,10 +305,10 @@ def to_png(images: Tensor, largest: int | None = None) -> list[str]:
         largest: larger images are scaled down to this longest side in pixels.
     """
     files = []
-    for picture in to_pil(images):
+    for image in to_pil(images):
         if largest:
-            picture.thumbnail((largest, largest))
+            image.thumbnail((largest, largest))
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         files.append(base64.b64encode(buffer.getvalue()).decode())
     return files

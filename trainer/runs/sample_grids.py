@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..utils.documents import try_json
 from ..utils.errors import BadInput
 from ..utils.files import write_json
-from ..utils.media import open_image, save_picture
+from ..utils.media import open_image, save_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +36,7 @@ class Sample:
         prompt: what the image should show.
         seed: identifies its noise, such as `1234` or `3/7/0/2` (seed, iteration, prompt, member).
         scores: by reward; None for no score.
-        box: left, top, right and bottom of the cell in its picture, in pixels.
+        box: left, top, right and bottom of the cell in its grid, in pixels.
     """
 
     prompt: str
@@ -58,15 +58,15 @@ def boxes(count: int, columns: int, width: int, height: int, gap: int = 4) -> li
     return found
 
 
-def write_samples(picture: Path, samples: Iterable[Sample]) -> None:
+def write_samples(grid: Path, samples: Iterable[Sample]) -> None:
     """Write the JSON file of a grid."""
-    write_json(picture.with_suffix(".json"), {"cells": [asdict(sample) for sample in samples]})
+    write_json(grid.with_suffix(".json"), {"cells": [asdict(sample) for sample in samples]})
 
 
-def read_samples(picture: Path) -> list[Sample]:
+def read_samples(grid: Path) -> list[Sample]:
     """The cells of a grid; none if its JSON file is missing or damaged."""
     try:
-        data = try_json(picture.with_suffix(".json").read_bytes())
+        data = try_json(grid.with_suffix(".json").read_bytes())
         return [_sample(cell) for cell in data["cells"]]
     except (OSError, KeyError, TypeError, ValueError):
         return []
@@ -80,16 +80,16 @@ def _sample(cell: dict[str, Any]) -> Sample:
     return Sample(str(cell["prompt"]), str(cell["seed"]), scores, (left, top, right, bottom))
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------- annotated grids
 
 
-def captioned(picture: Path) -> "Image":
+def captioned(file: Path) -> "Image":
     """A grid with the prompt and the scores below each cell; the plain grid if it has no valid JSON file.
 
     Raises:
         BadInput: the image cannot be read.
     """
-    grid, samples = open_image(picture), read_samples(picture)
+    grid, samples = open_image(file), read_samples(file)
     cells = [(sample, grid.crop(sample.box)) for sample in samples if _inside(sample, grid)]
     if not cells:
         return grid
@@ -118,7 +118,7 @@ def before_after(before: Path, after: Path, target: Path) -> bool:
     checker = checker_of([sample.scores for pair in pairs for sample, _ in pair])
     width = max(CELL, *(cell.width for pair in pairs for _, cell in pair))
     blocks = [_pair(one, two, checker, width) for one, two in pairs]
-    save_picture(target, arranged(blocks, min(6, len(blocks)), _legend(checker)))
+    save_image(target, arranged(blocks, min(6, len(blocks)), _legend(checker)))
     return True
 
 
