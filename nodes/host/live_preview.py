@@ -99,7 +99,7 @@ def _preview(run: RunDirectory) -> "Image | None":
 def _curve(run: RunDirectory) -> "Image | None":
     from PIL import Image
 
-    from ...trainer.runs.report import draw_reward_curve
+    from ...trainer.runs.reward_curve import draw_reward_curve
 
     drawn = draw_reward_curve(run.events(), read_evaluations(run.path / "evaluations.jsonl"))
     return None if drawn is None else Image.open(io.BytesIO(drawn)).convert("RGB")

@@ -155,7 +155,7 @@ def _lora(run: RunDirectory, running: bool) -> tuple[dict[str, torch.Tensor] | N
 
 
 def _curve(run: RunDirectory, events: list[dict]) -> torch.Tensor | None:
-    from ...trainer.runs.report import draw_reward_curve
+    from ...trainer.runs.reward_curve import draw_reward_curve
 
     chart = draw_reward_curve(events, (run.summary() or {}).get("evaluations", []))
     return None if chart is None else _image(chart)

@@ -17,9 +17,8 @@ from comfy_host import PromptFailed, Server, open_panel, panels
 from PIL import Image
 
 from trainer.config import parse_config, preset
-from trainer.runs import report
 from trainer.runs.directory import RunDirectory
-from trainer.runs.sample_grids import Sample, boxes, write_samples
+from trainer.runs.sample_grids import Sample, boxes, plain_grid, write_samples
 from trainer.utils.media import read_image, save_image, to_pil_image
 from trainer.votes import store
 from trainer.votes.records import Vote
@@ -385,7 +384,7 @@ def make_run(folder: Path, name: str) -> RunDirectory:
     run.release()
     images = torch.stack([make_image(i / 3) for i in range(4)])
     file = run.path / "samples" / "rollout_000003.png"
-    save_image(file, report.grid(images, 4, 96))
+    save_image(file, plain_grid(images, 4, 96))
     places = boxes(4, 4, 64, 64)
     write_samples(file, [Sample("a red circle", str(i), {}, box) for i, box in enumerate(places)])
     return run

@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from ..runs.report import magnification
-from ..runs.sample_grids import CELL, arranged, block, checker_of, score_lines
+from ..runs.sample_grids import CELL, arranged, block, checker_of, magnification, score_lines
 from ..utils.media import to_pil_image
 from .comparison import ModelScores
 

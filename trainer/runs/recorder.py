@@ -15,10 +15,10 @@ from ..policy import Policy
 from ..utils.errors import RunFailed
 from ..utils.files import write_atomically, write_json
 from ..utils.media import save_image, save_video
-from . import report
 from .directory import Checkpoint, RunDirectory
 from .events import add_evaluation
-from .sample_grids import Sample, before_after, boxes, write_samples
+from .reward_curve import write_reward_curve
+from .sample_grids import Sample, before_after, boxes, magnification, plain_grid, write_samples
 from .trackers import Trackers
 
 STATUS_INTERVAL = 1.0
@@ -126,15 +126,15 @@ class Recorder:
     def _show(self, path: Path, images: Tensor, columns: int, largest: int, samples: list[Sample]) -> None:
         """Write a grid of images and its JSON file; for videos a grid video, and its middle frame as the image."""
         self.run.require_ownership()
-        height, width = (side * report.magnification(images, largest) for side in images.shape[-2:])
+        height, width = (side * magnification(images, largest) for side in images.shape[-2:])
         cells = boxes(len(samples), columns, width, height)
         write_samples(path, [replace(sample, box=box) for sample, box in zip(samples, cells, strict=True)])
         if images.ndim == 5:
-            frames = [report.grid(frame, columns, largest) for frame in images.unbind(1)]
+            frames = [plain_grid(frame, columns, largest) for frame in images.unbind(1)]
             save_video(path.with_suffix(".mp4"), frames, self.config.model.fps)
             save_image(path, frames[len(frames) // 2])
         else:
-            save_image(path, report.grid(images, columns, largest))
+            save_image(path, plain_grid(images, columns, largest))
 
     def _evaluation_path(self, iteration: int) -> Path:
         return self.run.path / "samples" / f"evaluation_{iteration:06d}.png"
@@ -234,7 +234,7 @@ class Recorder:
         if self.writes:
             self.run.require_ownership()
             folder = self.run.path / "report"
-            report.reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
+            write_reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
             grids = [self._evaluation_path(e["iteration"]) for e in (evaluations or [{"iteration": 0}])]
             first, last = grids[0], grids[-1]
             if first != last and first.exists() and last.exists():

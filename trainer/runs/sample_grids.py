@@ -1,7 +1,8 @@
-"""Annotated sample grids: prompt and scores below each image, and images before and after training above each other.
+"""Sample grids of a run, plain and annotated.
 
 A sample grid is a plain image with a JSON file beside it, which lists the prompt, seed, scores and box of each cell.
-The annotated images are drawn from these two files.
+The annotated ones are drawn from these two files: prompt and scores below each image, and images before and after
+training above each other.
 """
 
 import math
@@ -11,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ..utils.documents import try_json
 from ..utils.errors import BadInput
 from ..utils.files import write_json
-from ..utils.media import open_image, save_image
+from ..utils.media import open_image, save_image, to_pil_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +26,9 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 CELL = 192
-"""Smallest width of a cell in pixels, so that its caption is readable."""
+"""Smallest width of an annotated cell in pixels, so that its caption is readable."""
+BORDER = 4
+"""Pixels between the images of a plain grid, and around them."""
 TEXT, SMALL, TITLE = 14, 12, 20
 GAP, LINES = 10, 4
 GREEN, RED, GREY, INK = "#1a7f37", "#cf222e", "#57606a", "#1f2328"
@@ -45,15 +51,41 @@ class Sample:
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-def boxes(count: int, columns: int, width: int, height: int, gap: int = 4) -> list[tuple[int, int, int, int]]:
-    """Boxes of the cells of `report.grid`, row by row.
+# --------------------------------------------------------------------------------------------------------- plain grids
+
+
+def magnification(images: Tensor, largest: int) -> int:
+    """Integer factor that enlarges small images to a longer edge of at most `largest` pixels."""
+    return max(1, largest // max(images.shape[-2:]))
+
+
+def plain_grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
+    """Images side by side, small ones enlarged without smoothing.
+
+    Args:
+        images: `[N, 3, H, W]` in [0, 1].
+        columns: images per row.
+        largest: wanted edge of one image in pixels.
+    """
+    from torchvision.utils import make_grid
+
+    factor = magnification(images, largest)
+    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    if len(images) == 1:  # make_grid adds no border to a single image
+        return to_pil_image(torch.nn.functional.pad(images[0], [BORDER] * 4, value=1.0))
+    return to_pil_image(make_grid(images, nrow=columns, padding=BORDER, pad_value=1.0))
+
+
+def boxes(count: int, columns: int, width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """Boxes of the cells of `plain_grid`, row by row.
 
     Args:
         width, height: of a cell as it is drawn.
     """
     found = []
     for number in range(count):
-        left, top = gap + number % columns * (width + gap), gap + number // columns * (height + gap)
+        row, column = divmod(number, columns)
+        left, top = BORDER + column * (width + BORDER), BORDER + row * (height + BORDER)
         found.append((left, top, left + width, top + height))
     return found
 
