@@ -295,7 +295,7 @@ def _reward_config(args: argparse.Namespace) -> RewardConfig:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from .runs.voting import import_run
+    from .runs.vote_import import import_run
     from .votes import store
 
     folder = args.collection.absolute()

@@ -11,7 +11,7 @@ from trainer.config import parse_config
 from trainer.loop import Trainer
 from trainer.runs.directory import RunDirectory
 from trainer.runs.sample_grids import read_samples
-from trainer.runs.voting import import_run
+from trainer.runs.vote_import import import_run
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 from trainer.votes import store
