@@ -24,8 +24,8 @@ from core_networks import (
     Z_IMAGE_BASE,
     core_model,
 )
-from graph_families import MORE, VIDEO, draw
 from stages import updater_for
+from tiny_networks import MORE, VIDEO, draw
 from torch import Tensor
 
 CPU = torch.device("cpu")

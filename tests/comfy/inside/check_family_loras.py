@@ -31,8 +31,8 @@ from core_networks import (
     core_model,
 )
 from diffusers.loaders import single_file_model, single_file_utils
-from graph_families import draw
 from safetensors.torch import save_file
+from tiny_networks import draw
 from torch import Tensor
 
 Tensors = dict[str, Tensor]

@@ -8,9 +8,9 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from graph_families import references
 from stages import gradients_of, items_of, rollout_of
 from tiny_graphs import CASES, Case, draw, entry, euler, graph_model, new_patcher
+from tiny_networks import references
 from torch import Tensor
 
 STEPS = 4

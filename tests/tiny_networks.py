@@ -1,4 +1,4 @@
-"""Further families of core's, as tiny networks: arguments of `Case` in tests/comfy/inside/check_graph_models.py."""
+"""Tiny networks of core's further families, with what their conditions carry: arguments of `Case` in tiny_graphs.py."""
 
 import torch
 from core_networks import TINY_FLUX, TINY_HUNYUAN, TINY_QWEN, TINY_UNET_SIZE, TINY_WAN, UNET_BASE
