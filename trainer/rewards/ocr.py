@@ -1,13 +1,17 @@
 """Text rendering: whether the quoted text of the prompt can be read in the image, by optical character recognition."""
 
-import io
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..utils.media import png
 from .base import Reward
 from .preprocess import to_pil
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
@@ -41,10 +45,8 @@ class TextRendering(Reward):
         pairs = zip(to_pil(images), prompts, strict=True)
         return torch.tensor([similarity(self._read(image), target(prompt)) for image, prompt in pairs])
 
-    def _read(self, image: object) -> str:
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return "".join(self.reader(buffer.getvalue()).txts or ())
+    def _read(self, image: "Image.Image") -> str:
+        return "".join(self.reader(png(image)).txts or ())
 
 
 def target(prompt: str) -> str:
