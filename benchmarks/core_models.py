@@ -1,14 +1,20 @@
 """Core's networks and VAEs in their released sizes: descriptions, weightless ones, and ones with random weights.
 
-Nothing here imports ComfyUI before `use_comfyui`.
+What the tests describe too is in tests/core_networks.py. Nothing here imports ComfyUI before `use_comfyui`.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+from core_networks import FLUX, HUNYUAN, SD15, SDXL, WAN_1_3B, WAN_14B, Z_IMAGE_BASE
+from core_networks import core_model as core_model
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Network:
         text: tokens and width of the token embeddings, and width of the pooled vector.
         guided: whether it needs a negative prompt, so that two predictions are kept at once.
         frames: of a video.
-        vae: its VAE, one of `DECODERS`.
+        vae: its VAE, as `core_vae` names it.
         masked: whether the text's mask is asked for.
         multiple: height and width are taken as the next multiple of this.
         encoders: number of weights of the released text encoders, which a server loads to encode the prompts.
@@ -38,91 +44,16 @@ class Network:
     encoders: float = 0.0
 
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "model_channels": 320,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-}
-SD15 = UNET | {
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "use_linear_in_transformer": False,
-    "context_dim": 768,
-    "num_heads": 8,
-    "num_head_channels": -1,
-    "adm_in_channels": None,
-}
-SDXL = UNET | {
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_middle": 10,
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "use_linear_in_transformer": True,
-    "context_dim": 2048,
-    "num_heads": -1,
-    "num_head_channels": 64,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-}
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "hidden_size": 3072,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "txt_ids_dims": [],
-    "context_in_dim": 4096,
-    "vec_in_dim": 768,
-}
-HUNYUAN = {name: value for name, value in FLUX.items() if name != "txt_ids_dims"} | {
-    "image_model": "hunyuan_video",
-    "patch_size": [1, 2, 2],
-    "theta": 256,
-    "depth": 20,
-    "depth_single_blocks": 40,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
-Z_IMAGE = {
-    "image_model": "lumina2",
-    "patch_size": 2,
-    "in_channels": 16,
+Z_IMAGE = Z_IMAGE_BASE | {
     "dim": 3840,
     "cap_feat_dim": 2560,
     "n_layers": 30,
     "n_refiner_layers": 2,
-    "qk_norm": True,
     "n_heads": 30,
     "n_kv_heads": 30,
     "axes_dims": [32, 48, 48],
     "axes_lens": [1536, 512, 512],
-    "rope_theta": 256.0,
-    "ffn_dim_multiplier": 8.0 / 3.0,
-    "z_image_modulation": True,
-    "time_scale": 1000.0,
-    "pad_tokens_multiple": 32,
 }
-WAN = {"image_model": "wan2.1", "model_type": "t2v", "freq_dim": 256, "text_dim": 4096}
 LTXV = {
     "image_model": "ltxv",
     "num_layers": 28,
@@ -146,7 +77,7 @@ NETWORKS = {
     ),
     "Wan 2.1 1.3B": Network(
         "WAN21_T2V",
-        WAN | {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
+        WAN_1_3B,
         (512, 4096, None),
         guided=True,
         frames=33,
@@ -155,7 +86,7 @@ NETWORKS = {
     ),
     "Wan 2.1 14B": Network(
         "WAN21_T2V",
-        WAN | {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
+        WAN_14B,
         (512, 4096, None),
         guided=True,
         frames=33,
@@ -186,25 +117,6 @@ def use_comfyui(folder: Path, device: torch.device) -> None:
     from trainer.models.comfy.model import import_comfy
 
     import_comfy(str(folder.expanduser().resolve()), device)
-
-
-def core_model(
-    name: str, config: dict, weights: torch.dtype, compute: torch.dtype | None, device: Any, marks: tuple[str, ...] = ()
-) -> Any:
-    """Core's `BaseModel` as its loader makes it, before any weights are read.
-
-    Args:
-        name: of a class of `comfy.supported_models`.
-        config: of the network, as core reads it from a file.
-        weights, compute: dtypes of the weights and, where it is another one, of the computation.
-        marks: names of empty tensors by which core recognises a kind of file.
-    """
-    import comfy.supported_models
-
-    description = getattr(comfy.supported_models, name)(dict(config))
-    description.unet_config = dict(config)
-    description.set_inference_dtype(weights, compute)
-    return description.get_model(dict.fromkeys(marks, torch.empty(0)), "", device=device)
 
 
 def core_vae(kind: str) -> nn.Module:

@@ -20,21 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-SD15 = {"cross_attention_dim": 768, "sample_size": 64}
-SDXL = {
-    "cross_attention_dim": 2048,
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+from core_networks import SDXL_DIFFUSERS
+
+NETWORKS = {
+    "sd15": {"cross_attention_dim": 768, "sample_size": 64},
+    "sdxl": SDXL_DIFFUSERS | {"sample_size": 128},
 }
-NETWORKS = {"sd15": SD15, "sdxl": SDXL}
 
 
 @dataclass

@@ -58,7 +58,7 @@ def opened(page: Any) -> float:
     return time.perf_counter() - started
 
 
-def measure(comfy: Server, pictures: Path | None) -> None:
+def measure(comfy: Server, screenshots: Path | None) -> None:
     folder = comfy.base / "output" / "dancegrpo" / "runs"
     for number in range(OTHERS):
         make_run(folder, f"other {number}", 100)
@@ -74,8 +74,8 @@ def measure(comfy: Server, pictures: Path | None) -> None:
         again = opened(page)
         time.sleep(5)
         watched = cpu_share(server, MINUTE)
-        if pictures is not None:
-            _photograph(page, pictures)
+        if screenshots is not None:
+            _photograph(page, screenshots)
     stop.set()
     figures = {"opened_s": first, "opened_again_s": again, "idle": idle, "watched": watched, "cost": watched - idle}
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
@@ -93,7 +93,7 @@ def _photograph(page: Any, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--screenshots", type=Path, help="folder for pictures of the panel")
+    parser.add_argument("--screenshots", type=Path, help="folder for screenshots of the panel")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         comfy = Server(Path(folder)).start()

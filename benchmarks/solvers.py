@@ -5,7 +5,7 @@
 Held-out prompts of the demo, one image each. Prints a Markdown table against many steps: the relative error of the
 final latents (root mean square of the difference over that of the latents), for the median image and as a mean, and the
 mean absolute difference of the pixels in 1/255. The mean error is mostly that of a few images that become another
-picture, which no solver avoids with few steps.
+image, which no solver avoids with few steps.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
         return sample(model, plan, prompting, rows, initial, lambda step: initial, batch=96).final
 
     references = {name: final(name, args.reference) for name in SOLVERS}
-    pictures = {name: decode(model, latents, 96) for name, latents in references.items()}
+    decoded = {name: decode(model, latents, 96) for name, latents in references.items()}
     columns = ("median error", "mean error", "pixels")
     heads = [f"{column}, {args.reference} steps of {name}" for name in SOLVERS for column in columns]
     print(f"{len(texts)} images, shift {shift:g}, guidance {args.guidance:g}\n")
@@ -59,7 +59,7 @@ def main() -> None:
             cells = []
             for reference in SOLVERS:
                 errors = relative_errors(latents, references[reference])
-                pixels = (images - pictures[reference]).abs().mean() * 255
+                pixels = (images - decoded[reference]).abs().mean() * 255
                 cells += [f"{errors.median().item():.4f}", f"{errors.mean().item():.4f}", f"{pixels.item():.2f}"]
             print(f"| {name} | {steps} | {' | '.join(cells)} |", flush=True)
 

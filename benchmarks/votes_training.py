@@ -41,7 +41,7 @@ from trainer.rollout import Plan, Prompting, sample
 from trainer.shapes.prompts import balanced_prompts, parse
 from trainer.shapes.world import PALETTE
 from trainer.utils.distributed import Processes
-from trainer.utils.media import read_image, to_picture
+from trainer.utils.media import read_image, to_pil_image
 from trainer.utils.seeds import noise
 from trainer.votes import store
 from trainer.votes.analysis import VoteAnalyzer
@@ -54,7 +54,7 @@ HELD_OUT, IMAGES = 24, 2
 MARGIN = 0.02
 """Difference in liking below which the voter says that it is a tie."""
 BLUE, LARGE = 0.35, 0.15
-"""Distance in RGB that passes for blue, and the share of the picture from which on more blue is no better."""
+"""Distance in RGB that passes for blue, and the share of the image from which on more blue is no better."""
 _ROLLOUT = [
     "objective={name: nft, noise_levels: 2}",
     "rollout.steps=6",
@@ -149,16 +149,16 @@ def collected(root: Path, seed: int) -> Collection:
     collection = store.create(root, f"pool {seed}")
     texts = [text for text in colourless(False, PROMPTS) for _ in range(PER_PROMPT)]
     pairs = zip(pool(seed), texts, strict=True)
-    collection.add((to_picture(image), text, "base") for image, text in pairs)
+    collection.add((to_pil_image(image), text, "base") for image, text in pairs)
     return collection
 
 
 def vote(collection: Collection, count: int, mode: str) -> Iterator[tuple[int, dict]]:
     """Cast votes by the rule; gives the state of the collection after each."""
     features = PixelFeatures()
-    pictures = {item.image: read_image(collection.images / item.image) for item in collection.items()[0]}
-    likes = dict(zip(pictures, liking(torch.stack(list(pictures.values()))).tolist(), strict=True))
-    analyzer = VoteAnalyzer(lambda backbone: lambda path: features(pictures[path.name][None])[0].double().numpy())
+    images = {item.image: read_image(collection.images / item.image) for item in collection.items()[0]}
+    likes = dict(zip(images, liking(torch.stack(list(images.values()))).tolist(), strict=True))
+    analyzer = VoteAnalyzer(lambda backbone: lambda path: features(images[path.name][None])[0].double().numpy())
     for number in range(1, count + 1):
         ((left, right),) = analyzer.next(collection, "pixels", mode=mode)
         difference = likes[left.image] - likes[right.image]

@@ -209,8 +209,8 @@ class ScoreImages(io.ComfyNode):
     def execute(cls, reward: Rewards, images: Tensor, prompt: str, batch: str) -> io.NodeOutput:
         with progress.errors_on_node(cls.hidden.unique_id):
             connected(reward, Rewards, "reward")
-            pictures = inputs.image_batch(images, "images").movedim(-1, 1).float().clamp(0, 1)
-            items = pictures[None] if batch == VIDEO else pictures
+            pixels = inputs.image_batch(images, "images").movedim(-1, 1).float().clamp(0, 1)
+            items = pixels[None] if batch == VIDEO else pixels
             prompts = split_prompts(prompt, len(items), "videos" if batch == VIDEO else "images")
             parts = _scores(reward, items, prompts)
         total = sum(config.weight * parts[config.name] for config in reward.rewards)
@@ -253,14 +253,14 @@ class PickBest(io.ComfyNode):
         sizes = {tuple(inputs.image_batch(batch, "images").shape[1:]) for batch in images}
         if len(sizes) > 1:
             raise BadInput(f"images have {len(sizes)} different sizes: all images must have the same size")
-        pictures, count = torch.cat(images), inputs.single(k, "k")
-        if len(pictures) != len(scores):
-            raise BadInput(f"{len(pictures)} images but {len(scores)} scores: there must be one score per image")
+        together, count = torch.cat(images), inputs.single(k, "k")
+        if len(together) != len(scores):
+            raise BadInput(f"{len(together)} images but {len(scores)} scores: there must be one score per image")
         scored = [i for i, score in enumerate(scores) if not math.isnan(score)]
         if count > len(scored):
             raise BadInput(f"k is {count}, but only {len(scored)} images have a score")
         order = sorted(scored, key=lambda i: -scores[i])[:count]
-        return io.NodeOutput(pictures[order], [scores[i] for i in order])
+        return io.NodeOutput(together[order], [scores[i] for i in order])
 
 
 NODES = [LoadReward, CombineRewards, ThresholdReward, ScoreImages, PickBest]

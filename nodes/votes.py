@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..trainer.utils.media import to_picture
+from ..trainer.utils.media import to_pil_image
 from ..trainer.utils.names import check_name
 from ..trainer.votes import store
 from .host import inputs, progress
@@ -70,15 +70,15 @@ class CollectForVoting(io.ComfyNode):
             batch = inputs.image_batch(images, "images").movedim(-1, 1).float()
             prompts = split_prompts(prompt, len(batch), "images") if prompt.strip() else [""] * len(batch)
             collection = store.create(votes_folder(), name)
-            added = collection.add(_pictures(batch, prompts))
+            added = collection.add(_with_sources(batch, prompts))
         text = f"{added.new} of {len(batch)} images added to {name}; vote on them in the GRPO tab of the sidebar"
         progress.say(text, cls.hidden.unique_id)
         return io.NodeOutput(images, name, ui={"text": (text,)})
 
 
-def _pictures(batch: torch.Tensor, prompts: list[str]) -> Any:
+def _with_sources(batch: torch.Tensor, prompts: list[str]) -> Any:
     for image, prompt in zip(batch, prompts, strict=True):
-        yield to_picture(image[:3] if image.shape[0] > 3 else image.expand(3, -1, -1)), prompt, "graph"
+        yield to_pil_image(image[:3] if image.shape[0] > 3 else image.expand(3, -1, -1)), prompt, "graph"
 
 
 NODES = [CollectForVoting]

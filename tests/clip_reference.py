@@ -172,6 +172,6 @@ def file_image(image: Tensor) -> Image.Image:
     return Image.fromarray((image.numpy() * 255).round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def standard(picture: Image.Image) -> Tensor:
-    array = (np.asarray(picture, dtype=np.float64) / 255 - MEAN) / STD
+def standard(image: Image.Image) -> Tensor:
+    array = (np.asarray(image, dtype=np.float64) / 255 - MEAN) / STD
     return torch.from_numpy(array.transpose(2, 0, 1).copy()).float()

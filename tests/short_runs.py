@@ -15,7 +15,7 @@ from trainer.utils.distributed import Processes
 def train(data: dict, path: Path | None = None) -> tuple[Trainer, list[dict]]:
     """The trainer after a run in this process, and the events of its iterations."""
     config, events = parse_config(data), []
-    run = None if path is None else RunDirectory.open(path, config, [])
+    run = None if path is None else RunDirectory(path).open(config, [])
     trainer = Trainer(config, run, Processes("cpu"), events.append)
     trainer.train()
     if run is not None:

@@ -109,7 +109,7 @@ def test_same_seed_same_run(short: dict, program: Forks, tmp_path: Path) -> None
 def test_bad_input_is_exit_code_2_and_one_line(short: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = str(write_description(tmp_path / "run.json", short))
     out = ["--output", str(tmp_path / "run")]
-    picture = str(tmp_path / "no.png")
+    image = str(tmp_path / "no.png")
     cases = {
         ("train", str(tmp_path / "missing.yaml"), *out): "missing.yaml cannot be read",
         ("train", file, *out, "--set", "rollout.eta=-1"): "rollout.eta is -1",
@@ -140,9 +140,9 @@ def test_bad_input_is_exit_code_2_and_one_line(short: dict, tmp_path: Path, caps
         ("stop", str(tmp_path)): "is not a run directory",
         ("encode", str(tmp_path / "missing.yaml"), "--output", str(tmp_path / "c")): "missing.yaml cannot be read",
         ("presets", "nope"): "'nope' is unknown",
-        ("score", "brightness", picture, "--prompt", "a"): "no.png cannot be read",
-        ("score", "taste", picture, "--prompt", "a"): "'taste' is unknown",
-        ("score", "brightness", picture, "--prompt", "a", "--prompt", "b"): "2 prompts for 1 images",
+        ("score", "brightness", image, "--prompt", "a"): "no.png cannot be read",
+        ("score", "taste", image, "--prompt", "a"): "'taste' is unknown",
+        ("score", "brightness", image, "--prompt", "a", "--prompt", "b"): "2 prompts for 1 images",
     }
     for words, sentence in cases.items():
         assert main(list(words)) == 2, words

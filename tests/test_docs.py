@@ -63,7 +63,7 @@ def test_requirements_and_pyproject_name_the_same_packages() -> None:
     assert not [line for line in listed if re.search(r"==|<|~=", line)], "lower bounds only"
 
 
-def test_readme_links_and_pictures_exist() -> None:
+def test_readme_links_and_images_exist() -> None:
     text = (ROOT / "README.md").read_text()
     targets = [t for t in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in t]
     assert targets

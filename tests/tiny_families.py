@@ -400,8 +400,8 @@ def build_qwen_edit(folder: Path) -> Path:
     return build_qwen(folder, edit=True)
 
 
-def write_picture(path: Path, seed: int) -> Path:
-    """A picture of random colours."""
+def write_image(path: Path, seed: int) -> Path:
+    """An image of random colours."""
     from PIL import Image
 
     pixels = torch.randint(0, 256, (24, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
@@ -421,7 +421,7 @@ class Case:
         model: settings of its model section.
         rollout: settings of its rollout section, guidance included.
         guidance: the pipeline's name for true guidance.
-        pictures: whether prompts need pictures.
+        takes_images: whether prompts need images.
     """
 
     family: str
@@ -429,7 +429,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=lambda: {"height": 16, "width": 16})
     rollout: dict[str, Any] = field(default_factory=dict)
     guidance: str = "guidance_scale"
-    pictures: bool = False
+    takes_images: bool = False
 
 
 DDIM = {"kernel": "ddim", "eta": 1.0, "guidance_scale": 5.0}
@@ -443,10 +443,10 @@ CASES = {
     "flux": Case("flux", build_flux, {"height": 16, "width": 24}, OWN_LEVELS, "true_cfg_scale"),
     "wan": Case("wan", build_wan, VIDEO, {"shift": 5.0, "guidance_scale": 5.0}),
     "wan-image": Case("wan", build_wan, VIDEO | {"frames": 1}, OWN_LEVELS),
-    "wan-i2v": Case("wan", build_wan_i2v, VIDEO, {"guidance_scale": 5.0}, pictures=True),
+    "wan-i2v": Case("wan", build_wan_i2v, VIDEO, {"guidance_scale": 5.0}, takes_images=True),
     "hunyuanvideo": Case("hunyuanvideo", build_hunyuan, VIDEO, {"shift": 5.0}),
     "hunyuanvideo-image": Case("hunyuanvideo", build_hunyuan, VIDEO | {"frames": 1}, OWN_LEVELS),
-    "skyreels": Case("skyreels", build_skyreels, VIDEO, {"guidance_scale": 5.0}, "true_cfg_scale", pictures=True),
+    "skyreels": Case("skyreels", build_skyreels, VIDEO, {"guidance_scale": 5.0}, "true_cfg_scale", takes_images=True),
     "qwen-image": Case(
         "qwen-image", build_qwen, {"height": 32, "width": 48}, OWN_LEVELS | {"guidance_scale": 4.0}, "true_cfg_scale"
     ),
@@ -456,6 +456,6 @@ CASES = {
         {"height": 32, "width": 64},
         {"guidance_scale": 4.0},
         "true_cfg_scale",
-        pictures=True,
+        takes_images=True,
     ),
 }

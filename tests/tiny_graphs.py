@@ -10,12 +10,22 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
-import comfy.supported_models
 import torch
-from graph_families import FLUX as FLUX_SCHNELL
-from graph_families import HUNYUAN as HUNYUAN_15
-from graph_families import MORE, QWEN, VIDEO, WAN, draw
+from core_networks import (
+    LUMINA_BASE,
+    SD3_BASE,
+    SD_BASE,
+    SDXL_BASE,
+    TINY_FLUX,
+    TINY_HUNYUAN,
+    TINY_QWEN,
+    TINY_UNET_SIZE,
+    TINY_WAN,
+    Z_IMAGE_BASE,
+    core_model,
+)
 from stages import updater_for
+from tiny_networks import MORE, VIDEO, draw
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -59,52 +69,16 @@ class Case:
         return self.name or self.core
 
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-    "model_channels": 32,
-    "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [1, 1],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1],
-}
-SD15 = UNET | {
-    "adm_in_channels": None,
-    "use_linear_in_transformer": False,
-    "num_heads": 2,
-    "num_head_channels": -1,
-    "context_dim": 16,
-}
-SDXL = UNET | {
-    "num_classes": "sequential",
-    "use_linear_in_transformer": True,
-    "num_head_channels": 16,
-    "context_dim": 16,
-    "adm_in_channels": 1280 + 6 * 256,
-}
-SD3 = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
+SD15 = SD_BASE | TINY_UNET_SIZE | {"num_heads": 2}
+SDXL = SDXL_BASE | TINY_UNET_SIZE | {"num_head_channels": 16, "adm_in_channels": 1280 + 6 * 256}
+SD3 = SD3_BASE | {
     "depth": 1,
-    "input_size": None,
     "adm_in_channels": 16,
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 16, "out_features": 64}},
     "num_patches": 256,
     "pos_embed_max_size": 16,
-    "pos_embed_scaling_factor": None,
-    "qk_norm": "rms",
-    "x_block_self_attn_layers": [],
 }
-FLUX = FLUX_SCHNELL | {"guidance_embed": True}
-HUNYUAN = HUNYUAN_15 | {"guidance_embed": True}
-FLUX2 = FLUX | {
+FLUX2 = TINY_FLUX | {
     "image_model": "flux2",
     "in_channels": 128,
     "out_channels": 128,
@@ -121,32 +95,19 @@ FLUX2 = FLUX | {
     "ref_index_scale": 10.0,
     "txt_ids_dims": [3],
 }
-LUMINA = {
-    "image_model": "lumina2",
-    "patch_size": 2,
-    "in_channels": 16,
+LUMINA_SIZE = {
     "dim": 32,
     "cap_feat_dim": 16,
     "n_layers": 1,
     "n_refiner_layers": 1,
-    "qk_norm": True,
     "n_heads": 2,
     "n_kv_heads": 2,
     "axes_dims": [4, 6, 6],
     "axes_lens": [64, 64, 64],
-    "rope_theta": 256.0,
-    "ffn_dim_multiplier": 8.0 / 3.0,
     "multiple_of": 16,
 }
-ZIMAGE = LUMINA | {
-    "z_image_modulation": True,
-    "time_scale": 1000.0,
-    "pad_tokens_multiple": 32,
-    "dim": 256,
-    "n_heads": 4,
-    "n_kv_heads": 4,
-    "axes_dims": [16, 24, 24],
-}
+LUMINA = LUMINA_BASE | LUMINA_SIZE
+ZIMAGE = Z_IMAGE_BASE | LUMINA_SIZE | {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24]}
 LTXV = {
     "image_model": "ltxv",
     "num_layers": 1,
@@ -193,15 +154,15 @@ CASES = [
     # Core's first latents are 4519 times as large as its last, and rounded accordingly.
     Case("SDXL", SDXL, (16, 1280), (64, 64, 1), name="SDXLzsnr", marks=("v_pred", "ztsnr"), rounding=3e-4),
     Case("SD3", SD3, (16, 16), detected={}, detected_text=(16, 16)),
-    Case("Flux", FLUX, (16, 16), extra=lambda: {"guidance": 6.0}, detected=FLUX_HEAD, detected_text=(16, 16)),
+    Case("Flux", TINY_FLUX, (16, 16), extra=lambda: {"guidance": 6.0}, detected=FLUX_HEAD, detected_text=(16, 16)),
     Case("Flux2", FLUX2, (16, None), detected=HEAD | {"axes_dim": [32] * 4}),
-    Case("QwenImage", QWEN, (16, None)),
+    Case("QwenImage", TINY_QWEN, (16, None)),
     Case("Lumina2", LUMINA, (16, None)),
     Case("ZImage", ZIMAGE, (16, None)),
-    Case("WAN21_T2V", WAN, (16, None), VIDEO, detected=WAN_HEAD, detected_text=(4096, None)),
+    Case("WAN21_T2V", TINY_WAN, (16, None), VIDEO, detected=WAN_HEAD, detected_text=(4096, None)),
     Case(
         "WAN21_I2V",
-        WAN | {"model_type": "i2v", "in_dim": 36},
+        TINY_WAN | {"model_type": "i2v", "in_dim": 36},
         (16, None),
         VIDEO,
         wan_first_frame,
@@ -210,7 +171,7 @@ CASES = [
     ),
     Case(
         "HunyuanVideo",
-        HUNYUAN,
+        TINY_HUNYUAN,
         (16, 16),
         VIDEO,
         lambda: {"guidance": 4.0},
@@ -219,7 +180,7 @@ CASES = [
     ),
     Case(
         "HunyuanVideoSkyreelsI2V",
-        HUNYUAN | {"in_channels": 32},
+        TINY_HUNYUAN | {"in_channels": 32},
         (16, 16),
         VIDEO,
         first_frame,
@@ -237,7 +198,7 @@ CASES = [
     ),
     Case(
         "QwenImage",
-        QWEN,
+        TINY_QWEN,
         (16, None),
         extra=lambda: {"reference_latents": [draw(1, 16, 1, 4, 6, seed=9)]},
         name="QwenImageEdit",
@@ -257,10 +218,7 @@ def random_weights(network: torch.nn.Module) -> None:
 
 def new_patcher(case: Case, dtype: torch.dtype = torch.float32) -> Any:
     """Core's patcher of a tiny model with random weights, the same every time."""
-    description = getattr(comfy.supported_models, case.core)(dict(case.config))
-    description.unet_config = dict(case.config)
-    description.set_inference_dtype(dtype, None)
-    base = description.get_model(dict.fromkeys(case.marks, torch.empty(0)), "", device="cpu")
+    base = core_model(case.core, case.config, dtype, None, "cpu", case.marks)
     base.diffusion_model.to(dtype)
     random_weights(base.diffusion_model)
     patcher = comfy.model_patcher.ModelPatcher(base, CPU, CPU)

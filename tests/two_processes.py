@@ -67,7 +67,7 @@ def run_in_two_parts(file: Path, processes: Processes) -> None:
             (folder / "stop").touch()
 
     for state, listener in (("stopped", stop), ("finished", lambda event: None)):
-        run = RunDirectory.open(folder, config, ["test"]) if processes.is_main else RunDirectory(folder)
+        run = RunDirectory(folder).open(config, ["test"]) if processes.is_main else RunDirectory(folder)
         processes.wait()
         trainer = SharedEncoding(config, run, processes, listener)
         assert trainer.train()["state"] == state

@@ -185,7 +185,7 @@ def _words(overrides: list[str]) -> list[str]:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    config, arguments = RunDirectory.attach(args.directory).config(), ["resume", str(args.directory)]
+    config, arguments = RunDirectory.existing(args.directory).config(), ["resume", str(args.directory)]
     if args.iterations is not None:
         arguments += ["--iterations", str(args.iterations)]
         config = parse_config(config.model_dump(mode="json"), [f"runtime.iterations={args.iterations}"])
@@ -200,13 +200,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    run = RunDirectory.attach(args.directory)
+    run = RunDirectory.existing(args.directory)
     print(json.dumps({**run.status(), "live": launch.is_running(run)}, indent=2))
     return FINISHED
 
 
 def _stop(args: argparse.Namespace) -> int:
-    run = RunDirectory.attach(args.directory)
+    run = RunDirectory.existing(args.directory)
     stopped = launch.stop(run)
     state = run.status().get("state", "never started")
     print(f"{'stopped' if stopped else 'was not running'}: {args.directory} ({state})")
@@ -295,12 +295,12 @@ def _reward_config(args: argparse.Namespace) -> RewardConfig:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from .runs.voting import import_run
+    from .runs.vote_import import import_run
     from .votes import store
 
     folder = args.collection.absolute()
     collection = store.create(folder.parent, folder.name)
-    done = import_run(collection, RunDirectory.attach(args.directory), args.kind, args.iteration)
+    done = import_run(collection, RunDirectory.existing(args.directory), args.kind, args.iteration)
     print(f"{done.new} images added to {folder}, {done.known} already in it")
     return FINISHED
 

@@ -19,8 +19,8 @@ from .objectives.advantage import Advantages, active_images, advantages_of
 from .objectives.base import Member, RolloutBatch
 from .rollout import Execution, Plan, Prompting, Trajectories, sample
 from .runs.metrics import Clock
-from .runs.pictures import Sample
 from .runs.recorder import Recorder
+from .runs.sample_grids import Sample
 from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise, prompt_indices
@@ -35,7 +35,7 @@ class Collector:
     Args:
         checked: prompts, rewards and the objective, which has been set up.
         prompting: conditions of the training prompts, on the CPU.
-        recorder: saves a picture of the samples.
+        recorder: saves a grid of the samples.
     """
 
     def __init__(
@@ -168,14 +168,14 @@ class Collector:
                 )
             for reward in every.values():
                 reward.idle()
-        self.recorder.rollout_picture(images, rollout.iteration, self._samples(rollout, columns))
+        self.recorder.rollout_grid(images, rollout.iteration, self._samples(rollout, columns))
         rows = self.processes.gather(list(zip(*columns.values(), strict=True)))
         values = torch.tensor(rows, dtype=torch.float64)
         shape = rollout.active.shape
         return {name: values[:, i].reshape(shape) for i, name in enumerate(columns)}
 
     def _samples(self, rollout: RolloutBatch, columns: dict[str, list[float]]) -> list[Sample]:
-        """Prompt, seed and scores of this process's images, for the saved picture."""
+        """Prompt, seed and scores of this process's images, for the saved grid."""
         seed, iteration = self.config.runtime.seed, rollout.iteration
         return [
             Sample(

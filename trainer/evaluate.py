@@ -12,7 +12,7 @@ from .evaluation.looks import Embed, Look, looks, tabulate
 from .models import DiffusionModel
 from .objectives.advantage import Mixture
 from .rollout import Execution, Plan, Prompting, sample, unmatched
-from .runs.pictures import Sample
+from .runs.sample_grids import Sample
 from .score import score_by_group
 from .utils.distributed import Processes
 from .utils.seeds import noise
@@ -109,7 +109,7 @@ class Evaluator:
             }
             for row, ((p, k), look) in enumerate(zip(pairs[:own], looks(images, self.embed), strict=True)):
                 rows.append(_Row(p, k, {name: column[row] for name, column in columns.items()}, look))
-                if k == 0 and p in self._pictured():
+                if k == 0 and p in self._shown_prompts():
                     shown.append((p, images[row].cpu(), self._sample(p, rows[-1].scores)))
         for reward in self.rewards.values():
             reward.idle()
@@ -129,7 +129,7 @@ class Evaluator:
         """Number of images of all processes."""
         return len(self.prompts.texts) * self.config.evaluation.images_per_prompt
 
-    def _pictured(self) -> set[int]:
+    def _shown_prompts(self) -> set[int]:
         """Indices of the prompts whose first image is saved."""
         count = len(self.prompts.texts)
         most = min(SHOWN if len(self.model.latent_shape) == 3 else SHOWN_VIDEOS, count)

@@ -69,7 +69,7 @@ def _check(config: RunConfig, output: Path, world_size: int) -> None:
 
 
 def _run_ranks(config: RunConfig, output: Path, arguments: list[str], processes: int) -> int:
-    run = RunDirectory.open(output, config, arguments)
+    run = RunDirectory(output).open(config, arguments)
     try:
         if run.is_finished():
             print(closing(run.summary(), run))
@@ -191,7 +191,7 @@ def _run_here(config: RunConfig, run: RunDirectory, arguments: list[str]) -> int
     fault = None
     if not is_rank() or os.environ["RANK"] == "0":
         try:
-            run.take(config, arguments)
+            run.open(config, arguments)
             if not run.is_finished():
                 _say_starting(run, config, _launcher())
         except BadInput as error:
@@ -217,7 +217,6 @@ def _say_starting(run: RunDirectory, config: RunConfig, launcher: int) -> None:
     Args:
         launcher: id of the process whose end ends the whole run.
     """
-    run.claim()
     run.write_status(
         "starting",
         iteration=run.status().get("iteration", 0),

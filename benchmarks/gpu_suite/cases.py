@@ -168,10 +168,10 @@ def tiny_folder(name: str, setting: Setting) -> dict:
     case.build(folder)
     rows = []
     for number, text in enumerate(models.PROMPTS):
-        picture = {}
-        if case.pictures:
-            picture["image"] = families.write_picture(folder / f"picture_{number}.png", number).name
-        rows.append({"prompt": text, **picture})
+        row = {"prompt": text}
+        if case.takes_images:
+            row["image"] = families.write_image(folder / f"image_{number}.png", number).name
+        rows.append(row)
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = description(**TINY)
     data["model"] = {"family": case.family, "path": str(folder), **case.model}

@@ -108,7 +108,7 @@ def resumed(setting: Setting, data: dict, prepare: Prepare, whole: dict[str, tor
     """
     folder = setting.folder / "run"
     for _ in range(ITERATIONS):
-        run = RunDirectory.open(folder, parse_config(with_device(setting, data)), [])
+        run = RunDirectory(folder).open(parse_config(with_device(setting, data)), [])
         trainer, _ = new_trainer(setting, data, prepare, run)
         trainer.iterate()
         trainer._save()

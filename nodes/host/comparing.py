@@ -12,8 +12,8 @@ from torch import Tensor
 from ...trainer.evaluation.comparison import ModelScores
 from ...trainer.evaluation.embedding import embedder
 from ...trainer.evaluation.looks import looks, tabulate
-from ...trainer.models.comfy.conditions import pictures_of
-from ...trainer.runs.pictures import Sample
+from ...trainer.models.comfy.conditions import images_of
+from ...trainer.runs.sample_grids import Sample
 from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.seeds import derive, noise
 from ..lora import load_patches
@@ -99,7 +99,7 @@ def _encoded(parts: Parts, text: str) -> list:
     encoded = parts.clip.encode_from_tokens_scheduled(parts.clip.tokenize(text))
     if parts.conditioning is None:
         return encoded
-    carried = pictures_of(parts.conditioning[0][1])
+    carried = images_of(parts.conditioning[0][1])
     return [[tokens, extra | carried] for tokens, extra in encoded]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ...trainer.config import RunConfig
 from ...trainer.models import Conditions, DiffusionModel, EntryConditions, model_class
-from ...trainer.models.comfy.conditions import Entry, check_entry, mapped, pictures_of
+from ...trainer.models.comfy.conditions import Entry, check_entry, images_of, mapped
 from ...trainer.prompts.conditions import announcer, needs_negative, prompts_to_encode
 from ...trainer.prompts.sets import read_prompts
 from ...trainer.prompts.store import open_conditions, write_conditions
@@ -137,7 +137,7 @@ def _carried(conditioning: list | None) -> Entry:
     if conditioning is None:
         return {}
     _, extra = _single_part(conditioning)
-    carried = _plain(pictures_of(extra))
+    carried = _plain(images_of(extra))
     check_entry(carried)
     return mapped(carried, lambda tensor: tensor.cpu())
 

@@ -16,7 +16,7 @@ from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.progress import duration, number, table
 from ...trainer.utils.errors import BadInput, RunFailed
 from .folders import publish_loras
-from .live_picture import WIDTH, pictures
+from .live_preview import WIDTH, previews
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -73,17 +73,17 @@ class NodeProgress:
     def __init__(self, node_id: str, iterations: int) -> None:
         self.node_id, self.iterations = node_id, iterations
         self.bar = ProgressBar(iterations, node_id=node_id)
-        self.text, self.iteration, self.picture = "", -1, None
+        self.text, self.iteration, self.image = "", -1, None
 
-    def show(self, iteration: int, text: str, picture: "Image | None") -> None:
+    def show(self, iteration: int, text: str, image: "Image | None") -> None:
         """
         Args:
-            picture: of the curve and the newest samples, if there is one.
+            image: of the curve and the newest samples, if there is one.
         """
-        if iteration != self.iteration or picture is not self.picture:
-            preview = ("JPEG", picture, WIDTH) if picture is not self.picture and picture is not None else None
+        if iteration != self.iteration or image is not self.image:
+            preview = ("JPEG", image, WIDTH) if image is not self.image and image is not None else None
             self.bar.update_absolute(iteration, self.iterations, preview)
-            self.iteration, self.picture = iteration, picture
+            self.iteration, self.image = iteration, image
         self.say(text)
 
     def say(self, text: str) -> None:
@@ -161,7 +161,7 @@ def wait(run: RunDirectory, progress: NodeProgress) -> None:
         stamp = _stamp(run)
         if stamp != seen or not running:
             seen = stamp
-            progress.show(run.status().get("iteration", 0), view.text(running), pictures.of(run))
+            progress.show(run.status().get("iteration", 0), view.text(running), previews.of(run))
         if not running:
             break
         time.sleep(POLL)

@@ -12,13 +12,13 @@ from ...trainer.config.model import BOTH
 from ...trainer.objectives.advantage import Mixture
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
-from ...trainer.runs.pictures import captioned
+from ...trainer.runs.sample_grids import captioned
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import read_image
 from ..types import RunType
 from .folders import publish_loras, published_loras, run_folder
 from .images import image_output
-from .live_picture import newest_sample
+from .live_preview import newest_sample
 from .progress import RunView, say
 
 DATA = "dancegrpo"
@@ -155,10 +155,10 @@ def _lora(run: RunDirectory, running: bool) -> tuple[dict[str, torch.Tensor] | N
 
 
 def _curve(run: RunDirectory, events: list[dict]) -> torch.Tensor | None:
-    from ...trainer.runs.report import draw_reward_curve
+    from ...trainer.runs.reward_curve import draw_reward_curve
 
-    picture = draw_reward_curve(events, (run.summary() or {}).get("evaluations", []))
-    return None if picture is None else _image(picture)
+    chart = draw_reward_curve(events, (run.summary() or {}).get("evaluations", []))
+    return None if chart is None else _image(chart)
 
 
 def _samples(run: RunDirectory) -> torch.Tensor | None:

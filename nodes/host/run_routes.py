@@ -5,7 +5,7 @@ import zlib
 from aiohttp import web
 
 from ...trainer.runs import launch
-from . import live_picture, runs
+from . import live_preview, runs
 from . import run_views as views
 from .progress import GRACE
 from .routes import Routes, number
@@ -20,7 +20,7 @@ def add_run_routes(routes: Routes) -> None:
     routes.get("/runs/{name}/events", _events)
     routes.get("/runs/{name}/log", _log)
     routes.get("/runs/{name}/description", _description)
-    routes.get("/runs/{name}/picture", _picture)
+    routes.get("/runs/{name}/picture", _preview)
     routes.get("/runs/{name}/samples", _samples)
     routes.get("/runs/{name}/samples/{file}", _sample)
     routes.post("/runs/{name}/stop", _stop)
@@ -51,8 +51,8 @@ def _description(request: web.Request, body: None) -> dict:
     return {"text": views.description(views.find(request.match_info["name"]))}
 
 
-def _picture(request: web.Request, body: None) -> web.Response:
-    content = live_picture.as_jpeg(views.find(request.match_info["name"]))
+def _preview(request: web.Request, body: None) -> web.Response:
+    content = live_preview.as_jpeg(views.find(request.match_info["name"]))
     headers = {"ETag": f'"{zlib.crc32(content):08x}"', "Cache-Control": "no-store"}
     return web.Response(body=content, content_type="image/jpeg", headers=headers)
 

@@ -11,7 +11,7 @@ from typing import Any
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.events import EventReader, last_events, read_evaluations
-from ...trainer.runs.pictures import read_samples
+from ...trainer.runs.sample_grids import read_samples
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import check_image
 from ...trainer.utils.names import check_name
@@ -20,7 +20,7 @@ from .folders import published_loras, run_folder, runs_folder
 MOST_EVENTS = 1000
 """Most events in one answer; if there are more, an evenly spaced subset is sent."""
 LOG_BYTES = 200_000
-_PICTURE = re.compile(r"(rollout|evaluation)_(\d{6})\.(png|mp4)")
+_SAMPLES_FILE = re.compile(r"(rollout|evaluation)_(\d{6})\.(png|mp4)")
 _REMEMBERED = 64
 
 
@@ -219,21 +219,21 @@ def samples(run: RunDirectory) -> list[dict[str, Any]]:
     """Sample grids, oldest first, each with the prompt, seed, scores and box of its cells."""
     found = []
     for path in sorted((run.path / "samples").glob("*.png")):
-        match = _PICTURE.fullmatch(path.name)
+        match = _SAMPLES_FILE.fullmatch(path.name)
         if match:
             record = _cells(path)
             found.append({"file": path.name, "kind": match[1], "iteration": int(match[2]), **record})
     return sorted(found, key=lambda one: (one["kind"], one["iteration"]))
 
 
-def _cells(picture: Path) -> dict[str, Any]:
+def _cells(grid: Path) -> dict[str, Any]:
     """The cells of a grid, with the box as left, top, width and height in pixels, and the size of the grid."""
     try:
-        size = list(check_image(picture))
+        size = list(check_image(grid))
     except BadInput:
         return {"cells": [], "size": None}
     cells = []
-    for sample in read_samples(picture):
+    for sample in read_samples(grid):
         left, top, right, bottom = sample.box
         box = [left, top, right - left, bottom - top]
         cells.append({"prompt": sample.prompt, "seed": sample.seed, "scores": sample.scores, "box": box})
@@ -247,7 +247,7 @@ def sample_file(run: RunDirectory, name: str) -> Path:
         BadInput: it has no file of this name.
     """
     path = run.path / "samples" / name
-    if not _PICTURE.fullmatch(name) or path.is_symlink() or not path.is_file():
+    if not _SAMPLES_FILE.fullmatch(name) or path.is_symlink() or not path.is_file():
         raise BadInput(f"there is no sample image named {name[:80]!r}")
     return path
 

@@ -211,7 +211,7 @@ def begin(
         if spec is not None:
             dry_run.refuse(spec, config, encoded and first_row(encoded))
         make_room(config, processes, gpus)
-        run = RunDirectory.open(folder, config, ["ComfyUI", name])
+        run = RunDirectory(folder).open(config, ["ComfyUI", name])
         stack.callback(run.release)
         if launch.is_running(run):  # started by another ComfyUI in the meantime
             return run

@@ -8,7 +8,7 @@ import folder_paths
 from aiohttp import web
 
 from ...trainer.rewards.preference import PIXELS, load_backbone
-from ...trainer.runs.voting import import_run
+from ...trainer.runs.vote_import import import_run
 from ...trainer.utils.errors import BadInput
 from ...trainer.votes import store
 from ...trainer.votes.analysis import VoteAnalyzer

@@ -55,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     host = Server(tmp_path_factory.mktemp("fuzz"))
     output = host.base / "output"
     description = {"prompts": {"texts": ["a red circle"]}, "rewards": [{"name": "brightness"}]}
-    run = RunDirectory.open(output / "dancegrpo" / "runs" / "mine", parse_config(description), [])
+    run = RunDirectory(output / "dancegrpo" / "runs" / "mine").open(parse_config(description), [])
     run.write_status("stopped", iteration=0)
     run.release()
     lora = output / "loras" / "dancegrpo" / "mine.safetensors"

@@ -99,7 +99,7 @@ def test_help_pages_are_served(comfy: Server, name: str) -> None:
     assert len(page) > 200
 
 
-def test_templates_are_listed_and_served_with_their_pictures(comfy: Server) -> None:
+def test_templates_are_listed_and_served_with_their_images(comfy: Server) -> None:
     listed = comfy.get("/workflow_templates")[PACK]
     assert sorted(listed) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
     assert len(listed) >= 3

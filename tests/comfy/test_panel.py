@@ -36,7 +36,7 @@ def event(iteration: int, total: int) -> dict:
 def make_run(folder: Path, name: str, iterations: int, state: str = "finished") -> RunDirectory:
     """A run directory as a run of the demo preset leaves it, without its weights."""
     config = parse_config(preset("demo"), [f"runtime.iterations={iterations}"])
-    run = RunDirectory.open(folder / name, config, ["test"])
+    run = RunDirectory(folder / name).open(config, ["test"])
     lines = (json.dumps(event(i + 1, iterations)) + "\n" for i in range(iterations))
     (run.path / "events.jsonl").write_text("".join(lines))
     for at in (0, iterations):

@@ -17,10 +17,9 @@ from comfy_host import PromptFailed, Server, open_panel, panels
 from PIL import Image
 
 from trainer.config import parse_config, preset
-from trainer.runs import report
 from trainer.runs.directory import RunDirectory
-from trainer.runs.pictures import Sample, boxes, write_samples
-from trainer.utils.media import read_image, save_picture, to_picture
+from trainer.runs.sample_grids import Sample, boxes, plain_grid, write_samples
+from trainer.utils.media import read_image, save_image, to_pil_image
 from trainer.votes import store
 from trainer.votes.records import Vote
 
@@ -42,8 +41,8 @@ def refused(comfy: Server, path: str, body: dict | None = None) -> str:
     return json.loads(error.value.read())["error"]
 
 
-def picture(blue: float) -> torch.Tensor:
-    """A light picture with a square that is more or less blue."""
+def make_image(blue: float) -> torch.Tensor:
+    """A light image with a square that is more or less blue."""
     image = torch.full((3, 64, 64), 0.9)
     image[:, 20:44, 20:44] = torch.tensor([1 - blue, 0.2, blue])[:, None, None]
     return image
@@ -62,7 +61,7 @@ def root(comfy: Server) -> Path:
 @pytest.fixture
 def collection(root: Path) -> Iterator[store.Collection]:
     made = store.create(root, "by rule")
-    made.add((to_picture(picture(i / (IMAGES - 1))), MARKUP, "test") for i in range(IMAGES))
+    made.add((to_pil_image(make_image(i / (IMAGES - 1))), MARKUP, "test") for i in range(IMAGES))
     yield made
     shutil.rmtree(made.folder)
 
@@ -109,7 +108,7 @@ def test_a_reward_runs_in_an_api_graph_that_names_no_option(comfy: Server, info:
         "score": {"class_type": "DanceGRPO_ScoreImages", "inputs": score},
     }
     made = store.create(root, "my_votes")
-    made.add((to_picture(picture(i / (IMAGES - 1))), "a card", "test") for i in range(IMAGES))
+    made.add((to_pil_image(make_image(i / (IMAGES - 1))), "a card", "test") for i in range(IMAGES))
     try:
         left, right, third, *_ = sorted(made.files())
         made.record([Vote(left, right, id="1"), Vote(right, third, id="2")])
@@ -240,7 +239,7 @@ def test_an_image_of_a_hundred_megapixels_is_left_out_with_a_sentence(comfy: Ser
     folder = comfy.base / "input" / "large"
     folder.mkdir(parents=True, exist_ok=True)
     Image.new("1", (12_000, 9_000)).save(folder / "large.png")
-    save_picture(folder / "small.png", to_picture(picture(0.5)))
+    save_image(folder / "small.png", to_pil_image(make_image(0.5)))
     answer = comfy.post("/dancegrpo/votes/sizes/import", {"base": "input", "folder": "large"})
     assert answer["message"] == "1 images added, 0 already in the collection, 1 files skipped"
     assert "large.png has 12000 x 9000 pixels: at most 67 million" in answer["warnings"][0]
@@ -260,13 +259,13 @@ def test_a_corrupt_line_costs_that_line_alone(comfy: Server, collection: store.C
 
 def test_links_and_folders_elsewhere_stay_outside(comfy: Server, collection: store.Collection, root: Path) -> None:
     secret = root.parent / "secret.png"
-    save_picture(secret, to_picture(picture(0.5)))
+    save_image(secret, to_pil_image(make_image(0.5)))
     (collection.images / "link.png").symlink_to(secret)
     assert "link.png" not in {item.image for item in collection.items()[0]}
     assert "not in the collection" in refused(comfy, "/votes/by%20rule/images/link.png")
     folder = comfy.base / "output" / "shown"
     folder.mkdir(exist_ok=True)
-    save_picture(folder / "one.png", to_picture(picture(0.3)))
+    save_image(folder / "one.png", to_pil_image(make_image(0.3)))
     assert "1 images added" in comfy.post("/dancegrpo/votes/imported/import", {"folder": "shown"})["message"]
     comfy.post("/dancegrpo/votes/imported/delete", {})
     assert "imported" not in store.names(root)
@@ -324,7 +323,7 @@ def test_a_server_that_is_killed_between_two_votes_has_lost_none(tmp_path: Path)
     server = Server(tmp_path).start()
     try:
         made = store.create(tmp_path / "output" / "dancegrpo" / "votes", "by rule")
-        made.add((to_picture(picture(i / (IMAGES - 1))), "a card", "test") for i in range(IMAGES))
+        made.add((to_pil_image(make_image(i / (IMAGES - 1))), "a card", "test") for i in range(IMAGES))
         pair = server.get("/dancegrpo/votes/by%20rule/pair")["pair"]
         for _ in range(3):
             last, pair = pair, vote(server, made, pair)["pair"]
@@ -378,14 +377,14 @@ def test_a_run_s_samples_are_sent_to_votes_from_the_panel(comfy: Server, root: P
 
 
 def make_run(folder: Path, name: str) -> RunDirectory:
-    """A run directory with a picture of four samples."""
+    """A run directory with an image of four samples."""
     config = parse_config(preset("demo"))
-    run = RunDirectory.open(folder / name, config, ["test"])
+    run = RunDirectory(folder / name).open(config, ["test"])
     run.write_status("finished", iteration=4, iterations=4)
     run.release()
-    images = torch.stack([picture(i / 3) for i in range(4)])
+    images = torch.stack([make_image(i / 3) for i in range(4)])
     file = run.path / "samples" / "rollout_000003.png"
-    save_picture(file, report.grid(images, 4, 96))
+    save_image(file, plain_grid(images, 4, 96))
     places = boxes(4, 4, 64, 64)
     write_samples(file, [Sample("a red circle", str(i), {}, box) for i, box in enumerate(places)])
     return run

@@ -200,7 +200,7 @@ def test_a_lora_early_or_late(comfy: Server) -> None:
     for node in limits:
         node["strength"] = 0.0
     (base,) = pixels(comfy, prompt)
-    early, late, plain, again = (row for picture in (apart, base) for row in (picture[4:124], picture[-124:-4]))
+    early, late, plain, again = (row for grid in (apart, base) for row in (grid[4:124], grid[-124:-4]))
     assert np.abs(plain - again).max() <= 2, "two rows of the base model, from the same noise"
     assert least_difference(np.stack([early, late, plain])) > 10
 

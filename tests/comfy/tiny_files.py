@@ -12,34 +12,18 @@ import torch
 from comfy.cli_args import args
 from safetensors.torch import save_file
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from core_networks import TINY_FLUX, core_model
+
 TEXT = 128
-FLUX = {
-    "image_model": "flux",
-    "txt_ids_dims": [],
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "mlp_ratio": 4.0,
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
+FLUX = TINY_FLUX | {
     "hidden_size": 128,
     "num_heads": 1,
     "axes_dim": [16, 56, 56],
     "context_in_dim": TEXT,
     "vec_in_dim": TEXT,
-    "depth": 1,
-    "depth_single_blocks": 1,
 }
-
-
-def network(core: str, config: dict) -> torch.nn.Module:
-    import comfy.supported_models
-
-    description = getattr(comfy.supported_models, core)(dict(config))
-    description.unet_config = dict(config)
-    description.set_inference_dtype(torch.float32, None)
-    return description.get_model({}, "", device="cpu").diffusion_model
 
 
 def write(module: torch.nn.Module, file: Path) -> None:
@@ -56,7 +40,8 @@ def write(module: torch.nn.Module, file: Path) -> None:
 
 def main(models: Path) -> None:
     args.cpu = True  # before what looks for a device is imported
-    write(network("Flux", FLUX), models / "diffusion_models" / "flux1-dev.safetensors")
+    network = core_model("Flux", FLUX, torch.float32, None, "cpu").diffusion_model
+    write(network, models / "diffusion_models" / "flux1-dev.safetensors")
 
 
 if __name__ == "__main__":

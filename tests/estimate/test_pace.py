@@ -16,7 +16,7 @@ def train(description: dict, folder: Path) -> tuple[Trainer, list[str]]:
     notes: list[str] = []
     run = RunDirectory(folder)
     config = parse_config(description)
-    run.take(config, ["test"])
+    run.open(config, ["test"])
     try:
         trainer = Trainer(config, run, Processes("cpu"), lambda event: notes.extend(filter(None, [event.get("note")])))
         trainer.train()

@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_sd3: Path) -> Path:
     }
     config = parse_config(description)
     run = RunDirectory(folder / "my run")
-    run.take(config, ["test"])
+    run.open(config, ["test"])
     try:
         Trainer(config, run, Processes("cpu")).train()
     finally:

@@ -1,4 +1,4 @@
-"""What images look like: against pictures whose figures are known."""
+"""What images look like: against images whose numbers are known."""
 
 import math
 

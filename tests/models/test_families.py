@@ -14,7 +14,7 @@ import yaml
 from conftest import PROMPTS, assert_same_tensors, lora_of, results_of
 from learning import assert_same_learning
 from safetensors.torch import load_file
-from tiny_families import CASES, Case, write_picture
+from tiny_families import CASES, Case, write_image
 
 from trainer.config import ModelConfig, RunConfig, parse_config
 from trainer.loop import Trainer
@@ -68,11 +68,11 @@ def config(case: Case, folder: Path) -> ModelConfig:
 TEXTS = ["a red circle", "two triangles"]
 
 
-def pictures(case: Case, folder: Path, count: int) -> list[Path | None]:
-    """A picture beside the model for each of `count` prompts, where the family needs them."""
-    if not case.pictures:
+def make_images(case: Case, folder: Path, count: int) -> list[Path | None]:
+    """An image beside the model for each of `count` prompts, where the family needs them."""
+    if not case.takes_images:
         return [None] * count
-    return [write_picture(folder / f"picture_{i}.png", seed=i) for i in range(count)]
+    return [write_image(folder / f"image_{i}.png", seed=i) for i in range(count)]
 
 
 def test_rollout_without_noise_is_the_pipelines_own(
@@ -80,7 +80,7 @@ def test_rollout_without_noise_is_the_pipelines_own(
 ) -> None:
     family = model_class(config)
     guidance, shift = case.rollout.get("guidance_scale", 1.0), case.rollout.get("shift", 3.0)
-    shown = pictures(case, folder, len(TEXTS))
+    shown = make_images(case, folder, len(TEXTS))
     conditions = family.encode(config, [*TEXTS, "blue"], CPU, [*shown, None])
     family.check_conditions(config, conditions)
     model = family.load(config, CPU)
@@ -105,7 +105,7 @@ def test_loading_and_encoding_print_nothing(
 ) -> None:
     quiet_libraries()  # as a run does first
     family = model_class(config)
-    family.encode(config, [*TEXTS, ""], CPU, [*pictures(case, folder, len(TEXTS)), None])
+    family.encode(config, [*TEXTS, ""], CPU, [*make_images(case, folder, len(TEXTS)), None])
     family.load(config, CPU)
     assert "".join(capfd.readouterr()) == ""
 
@@ -140,8 +140,8 @@ def generate(
         settings |= {"negative_prompt": "blue"} if scale != 1 else {}
         settings |= {case.guidance: scale} if case.family != "hunyuanvideo" else {}
     results = []
-    for text, picture, noise in zip(TEXTS, shown, start.split(1), strict=True):
-        image = {} if picture is None else {"image": Image.open(picture)}
+    for text, path, noise in zip(TEXTS, shown, start.split(1), strict=True):
+        image = {} if path is None else {"image": Image.open(path)}
         latents = (pack(noise) if packed else noise).clone()
         result = pipeline(prompt=text, latents=latents, **settings, **image)[0]
         results.append(unpack(result, start.shape[1:]) if packed and output == "latent" else result)
@@ -167,7 +167,7 @@ def scheduler_of(case: Case, pipeline: Any) -> Any:
 
 def description(case: Case, folder: Path) -> RunConfig:
     held_out = "a green circle"
-    shown = pictures(case, folder, 4)
+    shown = make_images(case, folder, 4)
     for name, texts, files in (("train", PROMPTS[:3], shown[:3]), ("held_out", [held_out], shown[3:])):
         lines = [{"prompt": t} | ({"image": f.name} if f else {}) for t, f in zip(texts, files, strict=True)]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -188,7 +188,7 @@ def description(case: Case, folder: Path) -> RunConfig:
 
 def train(config: RunConfig, path: Path, stop_after: int = 0) -> list[dict]:
     """Run in this process; returns the events."""
-    run = RunDirectory.open(path, config, ["train"])
+    run = RunDirectory(path).open(config, ["train"])
 
     def listen(event: dict) -> None:
         if event.get("iteration") == stop_after and "rewards" in event:

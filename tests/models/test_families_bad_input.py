@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_sd3
-from tiny_families import CASES, build_flux, build_sd, build_skyreels, build_wan, write_picture
+from tiny_families import CASES, build_flux, build_sd, build_skyreels, build_wan, write_image
 
 from trainer.config import ModelConfig, PromptsConfig, parse_config
 from trainer.loop import Trainer
@@ -157,10 +157,10 @@ def test_kernel_of_the_other_kind_is_refused(folders: dict[str, Path], family: s
         trainer(model, {"kernel": kernel}, {"texts": ["a circle"]})
 
 
-def test_pictures_are_asked_for_and_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_images_are_asked_for_and_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="'a circle' has no image"):
         trainer({"family": "skyreels", "path": str(folders["skyreels"])}, {}, {"texts": ["a circle"]})
-    write_picture(tmp_path / "a.png", 0)
+    write_image(tmp_path / "a.png", 0)
     (tmp_path / "p.jsonl").write_text('{"prompt": "a circle", "image": "a.png"}')
     with pytest.raises(BadInput, match="'a circle' has an image"):
         trainer({"family": "wan", "path": str(folders["wan"])}, {}, {"file": str(tmp_path / "p.jsonl")})
@@ -231,10 +231,10 @@ def test_every_family_names_what_does_not_fit_it(
     for part in ("vae", kind.component):
         with hidden(next((copy / part).glob("*.safetensors"))):
             refused(spoiled, f"{copy / part} holds no .safetensors weights")
-    picture = write_picture(tmp_path / "p.png", 0) if kind.takes_pictures(fitting) else None
+    image = write_image(tmp_path / "p.png", 0) if kind.takes_images(fitting) else None
     for encoder in kind.encoder_components(fitting):
         with hidden(copy / encoder), pytest.raises(BadInput, match=f"{encoder} is missing"):
-            kind.encode(spoiled, ["a circle", ""], CPU, [picture, None])
+            kind.encode(spoiled, ["a circle", ""], CPU, [image, None])
 
 
 @contextmanager
@@ -254,9 +254,9 @@ def test_every_family_names_a_target_that_matches_nothing(family: str, fitting: 
 
 def test_every_family_names_conditions_that_do_not_fit_it(family: str, whole: Path, fitting: ModelConfig) -> None:
     kind = model_class(fitting)
-    count = 2 if kind.takes_pictures(fitting) else 1
-    pictures = [write_picture(whole / f"{i}.png", i) for i in range(count)] if count == 2 else [None]
-    conditions = kind.encode(fitting, ["a circle"] * count + [""], CPU, [*pictures, None])
+    count = 2 if kind.takes_images(fitting) else 1
+    images = [write_image(whole / f"{i}.png", i) for i in range(count)] if count == 2 else [None]
+    conditions = kind.encode(fitting, ["a circle"] * count + [""], CPU, [*images, None])
     kind.check_conditions(fitting, conditions)
     masks = {name for name in conditions.tensors if name.endswith("mask")}
     for name in set(conditions.tensors) - masks:
@@ -387,13 +387,13 @@ def test_quantised_bases_need_bitsandbytes_and_a_gpu(folders: dict[str, Path], m
 
 
 def test_csv_and_jsonl_say_the_same(tmp_path: Path) -> None:
-    write_picture(tmp_path / "a.png", 0)
+    write_image(tmp_path / "a.png", 0)
     (tmp_path / "p.csv").write_text('prompt,image,category\n"a, b",a.png,x\nc,,\n')
     lines = [{"prompt": "a, b", "image": "a.png", "category": "x"}, {"prompt": "c"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     first, second = (training_prompts(PromptsConfig(file=str(tmp_path / f"p.{kind}"))) for kind in ("csv", "jsonl"))
     assert first == second
-    assert (first.texts, first.categories, first.pictures) == (["a, b", "c"], ["x", ""], [tmp_path / "a.png", None])
+    assert (first.texts, first.categories, first.images) == (["a, b", "c"], ["x", ""], [tmp_path / "a.png", None])
 
 
 @pytest.mark.parametrize(

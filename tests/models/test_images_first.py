@@ -44,7 +44,7 @@ def tiny(data: dict[str, Any], name: str, folder: Path, frames: int, start: Path
 def train(data: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """Run a description; the weights that it began with."""
     config, began = parse_config(data), {}
-    run = RunDirectory.open(path, config, ["train"])
+    run = RunDirectory(path).open(config, ["train"])
     try:
         trainer = Trainer(config, run, Processes("cpu"))
         start = trainer.policy.start

@@ -52,7 +52,7 @@ def offline(tiny_description: dict, collection: Collection) -> dict:
 
 def train(data: dict, path: Path | None = None) -> tuple[Trainer, list[dict]]:
     config, events = parse_config(data), []
-    run = None if path is None else RunDirectory.open(path, config, [])
+    run = None if path is None else RunDirectory(path).open(config, [])
     trainer = Trainer(config, run, Processes("cpu"), events.append)
     try:
         trainer.train()

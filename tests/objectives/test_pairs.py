@@ -12,14 +12,14 @@ from trainer.votes.records import Vote
 from trainer.votes.store import Collection
 
 
-def picture(shade: int) -> Image.Image:
+def make_image(shade: int) -> Image.Image:
     return Image.new("RGB", (8, 8), (shade, 90, 20))
 
 
 @pytest.fixture
 def fox(tmp_path: Path) -> Collection:
     made = store.create(tmp_path, "fox")
-    made.add((picture(40 * i), "a fox", "") for i in range(5))
+    made.add((make_image(40 * i), "a fox", "") for i in range(5))
     return made
 
 
@@ -29,7 +29,9 @@ def names(collection: Collection) -> list[str]:
 
 def test_votes_with_a_winner_between_images_of_one_prompt_are_pairs_and_the_others_are_counted(fox: Collection) -> None:
     a, b, c, d, e = names(fox)
-    cat, nothing, other = fox.add([(picture(250), "a cat", ""), (picture(251), "", ""), (picture(252), " ", "")]).names
+    cat, nothing, other = fox.add(
+        [(make_image(250), "a cat", ""), (make_image(251), "", ""), (make_image(252), " ", "")]
+    ).names
     votes = [(a, b, "winner"), (a, c, "tie"), (a, d, "skip"), (cat, a, "winner"), (d, c, "winner"), (c, b, "winner")]
     votes += [(nothing, other, "winner"), (e, a, "winner"), (e, b, "winner")]
     fox.record([Vote(one, two, kind, str(i)) for i, (one, two, kind) in enumerate(votes)])
@@ -43,7 +45,7 @@ def test_votes_with_a_winner_between_images_of_one_prompt_are_pairs_and_the_othe
         "2 pairs of fox; not used: 3 votes on a line that cannot be read or names an image that is missing, 1 ties, "
         "1 skipped pairs, 2 between images of different prompts"
     )
-    (fox.images / d).write_text("no picture")
+    (fox.images / d).write_text("no image")
     with pytest.raises(BadInput, match=r"1 pairs of fox; .*1 with an image that is missing.*at least 2 are needed"):
         read_pairs(fox.folder)
 
@@ -61,7 +63,7 @@ def test_the_digest_follows_the_votes_and_not_the_folder(fox: Collection, tmp_pa
 def test_a_table_of_image_files_and_prompts_is_a_set_of_pairs(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "b.png", "sub/c.png"):
-        picture(len(name)).save(tmp_path / name)
+        make_image(len(name)).save(tmp_path / name)
     table = tmp_path / "pairs.csv"
     rows = ["better,worse,prompt", "a.png,b.png,a fox", "sub/c.png,a.png,a cat", "no.png,a.png,a cat", "a.png,b.png,"]
     table.write_text("\n".join(rows))

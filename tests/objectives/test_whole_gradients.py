@@ -24,7 +24,7 @@ Weights = dict[str, np.ndarray]
 
 
 class LinearModel(DiffusionModel):
-    """velocity = W x + sigma c; its pictures are grey, of 2 x 2 pixels."""
+    """velocity = W x + sigma c; its images are grey, of 2 x 2 pixels."""
 
     default_targets = ("proj",)
     check = load = encode_batches = classmethod(lambda cls, *_: None)

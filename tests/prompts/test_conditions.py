@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import CASES, write_picture
+from tiny_families import CASES, write_image
 
 from trainer.config import ModelConfig, RunConfig, parse_config
 from trainer.models import Conditions, model_class
@@ -103,7 +103,7 @@ def test_processes_encode_a_share_each_and_read_all(
     training, held_out = read_prompts(config)
     encoded: list[int] = []
 
-    def encode_batches(model: ModelConfig, texts: list, pictures: list, negative: str, device: object) -> Iterator:
+    def encode_batches(model: ModelConfig, texts: list, images: list, negative: str, device: object) -> Iterator:
         encoded.append(len(texts))
         yield from (numbered(texts[start : start + 16]) for start in range(0, len(texts), 16))
 
@@ -175,16 +175,16 @@ def test_small_sets_are_encoded_without_a_word(sd3: RunConfig, tmp_path: Path, c
     assert "encoding" not in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------------- text and picture
+# ------------------------------------------------------------------------------------------------------ text and image
 
 
-def test_each_picture_of_an_instruction_has_its_own_conditions(tmp_path: Path) -> None:
+def test_each_image_of_an_instruction_has_its_own_conditions(tmp_path: Path) -> None:
     case = CASES["qwen-image-edit"]
     folder = case.build(tmp_path / "model")
     for name, seed in (("a", 1), ("b", 2)):
-        write_picture(tmp_path / f"{name}.png", seed)
+        write_image(tmp_path / f"{name}.png", seed)
     lines = [{"prompt": "make it blue", "image": f"{name}.png"} for name in "ab"]
-    lines += [{"prompt": "make the whole picture much brighter", "image": "a.png"}]
+    lines += [{"prompt": "make the whole image much brighter", "image": "a.png"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     model = {"family": case.family, "path": str(folder), **case.model}
     config = description(
@@ -195,17 +195,17 @@ def test_each_picture_of_an_instruction_has_its_own_conditions(tmp_path: Path) -
     encode_into(tmp_path / "c.safetensors", config, family, prompts_to_encode(config, *prompts, True), CPU)
     file = parse_config(config.model_dump(mode="json"), [f"prompts.conditions={tmp_path / 'c.safetensors'}"])
     written = conditions_for(file, family, *prompts, Processes("cpu"), None)
-    pictures = [tmp_path / f"{name}.png" for name in "aba"]
+    images = [tmp_path / f"{name}.png" for name in "aba"]
     texts = [line["prompt"] for line in lines]
-    whole = family.encode(config.model, [*texts, "grey"], CPU, [*pictures, None])
+    whole = family.encode(config.model, [*texts, "grey"], CPU, [*images, None])
     for found in (here, written):
         read = found.training.rows(torch.arange(3))
         for name, value in whole.tensors.items():
             assert torch.equal(read.tensors[name], value[:3]), name
     assert not torch.equal(read.tensors["embeds"][0], read.tensors["embeds"][1])
-    assert not torch.equal(read.tensors["picture_latents"][0], read.tensors["picture_latents"][1])
-    # Another picture under the same name: the file holds nothing for it.
-    write_picture(tmp_path / "b.png", 3)
+    assert not torch.equal(read.tensors["image_latents"][0], read.tensors["image_latents"][1])
+    # Another image under the same name: the file holds nothing for it.
+    write_image(tmp_path / "b.png", 3)
     with pytest.raises(BadInput, match="does not contain 'make it blue' with image .*b.png: encode again"):
         conditions_for(file, family, *read_prompts(file), Processes("cpu"), None)
 

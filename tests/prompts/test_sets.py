@@ -26,7 +26,7 @@ def refused(path: Path, content: str | bytes, words: str) -> None:
     assert len(str(raised.value)) < 600
 
 
-def picture(path: Path, color: str = "red") -> Path:
+def make_image(path: Path, color: str = "red") -> Path:
     path.parent.mkdir(exist_ok=True)
     Image.new("RGB", (8, 8), color).save(path)
     return path
@@ -40,7 +40,7 @@ def run(prompts: dict, evaluation: dict | None = None) -> RunConfig:
 
 
 def test_every_form_says_the_same(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+    make_image(tmp_path / "a.png")
     records = [{"prompt": "a, b", "image": "a.png", "category": "x"}, {"prompt": "c 🦊\u2028d "}]
     (tmp_path / "p.csv").write_text('prompt , image,category\r\n"a, b",a.png,x\r\nc 🦊\u2028d ,,\r\n', "utf-8-sig")
     (tmp_path / "p.jsonl").write_text("\n\n".join(json.dumps(r, ensure_ascii=False) for r in records), "utf-8")
@@ -48,7 +48,7 @@ def test_every_form_says_the_same(tmp_path: Path) -> None:
     sets = [read(tmp_path / f"p.{kind}") for kind in ("csv", "jsonl", "json")]
     assert sets[0] == sets[1] == sets[2]
     assert sets[0].texts == sets[0].scored == ["a, b", "c 🦊\u2028d"]
-    assert (sets[0].categories, sets[0].pictures) == (["x", ""], [tmp_path / "a.png", None])
+    assert (sets[0].categories, sets[0].images) == (["x", ""], [tmp_path / "a.png", None])
 
 
 def test_a_text_file_and_a_list_of_texts(tmp_path: Path) -> None:
@@ -140,8 +140,8 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- what is the same
 
 
-def test_an_instruction_may_come_with_two_pictures_but_not_twice_with_one(tmp_path: Path) -> None:
-    picture(tmp_path / "a" / "1.png", "red"), picture(tmp_path / "b" / "1.png", "blue")
+def test_an_instruction_may_come_with_two_images_but_not_twice_with_one(tmp_path: Path) -> None:
+    make_image(tmp_path / "a" / "1.png", "red"), make_image(tmp_path / "b" / "1.png", "blue")
     (tmp_path / "copy.png").write_bytes((tmp_path / "a" / "1.png").read_bytes())
     lines = ["prompt,image", "make it green,a/1.png", "make it green,b/1.png"]
     (tmp_path / "p.csv").write_text("\n".join(lines))
@@ -154,11 +154,11 @@ def test_an_instruction_may_come_with_two_pictures_but_not_twice_with_one(tmp_pa
         refused(tmp_path / "q.csv", "\n".join([*lines, f"make it green ,{again}"]), words)
 
 
-def test_a_prompt_without_a_picture_is_identified_by_its_text_alone() -> None:
+def test_a_prompt_without_an_image_is_identified_by_its_text_alone() -> None:
     prompts = PromptSet(["a", "b"], ["", ""])
     assert [prompts.identity(i) for i in range(2)] == [("a",), ("b",)]
     assert prompts.keys == [("a", ""), ("b", "")]
-    assert (prompts.pictures, prompts.scored) == ([None, None], ["a", "b"])
+    assert (prompts.images, prompts.scored) == ([None, None], ["a", "b"])
 
 
 def test_held_out_prompts_are_others(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_held_out_prompts_are_others(tmp_path: Path) -> None:
     assert (training.texts, held_out.texts) == (["a dog"], ["a cat"])
 
 
-def test_an_instruction_is_held_out_with_another_picture(tmp_path: Path) -> None:
+def test_an_instruction_is_held_out_with_another_image(tmp_path: Path) -> None:
     for folder, color in (("train", "red"), ("test", "blue"), ("same", "red")):
-        picture(tmp_path / folder / "1.png", color)
+        make_image(tmp_path / folder / "1.png", color)
         (tmp_path / folder / "p.csv").write_text("prompt,image\nmake it green,1.png\n")
     files = {folder: str(tmp_path / folder / "p.csv") for folder in ("train", "test", "same")}
     read_prompts(run({"file": files["train"]}, {"file": files["test"]}))

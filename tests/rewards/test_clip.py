@@ -69,7 +69,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def picture(size: tuple[int, int], seed: int = 0) -> Tensor:
+def make_image(size: tuple[int, int], seed: int = 0) -> Tensor:
     """Smooth and rough parts, `[3, H, W]`."""
     generator = torch.Generator().manual_seed(seed)
     rough, coarse = torch.rand(3, *size, generator=generator), torch.rand(1, 3, 3, 3, generator=generator)
@@ -151,7 +151,7 @@ def pillow_shortest(image: Tensor, size: int, margin: object) -> Tensor:
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_hps_preparation_is_bit_exact(size: tuple[int, int]) -> None:
-    image = picture(size)
+    image = make_image(size)
     found = normalize(longest_and_pad((image * 255).round()[None] / 255, 28))[0]
     assert torch.equal(found, torchvision_longest(image, 28))
     if size[0] != size[1]:
@@ -163,7 +163,7 @@ def test_hps_preparation_is_bit_exact(size: tuple[int, int]) -> None:
 def test_crop_is_that_of_the_library_the_model_came_with(size: tuple[int, int], crop: str) -> None:
     from torchvision.transforms import functional as tv
 
-    image = picture(size)
+    image = make_image(size)
     margin = {"torchvision": lambda excess: int(round(excess / 2.0)), "transformers": lambda excess: excess // 2}[crop]
     found = normalize(shortest_and_crop(image[None], 28, crop))[0]
     torch.testing.assert_close(found, pillow_shortest(image, 28, margin), rtol=0, atol=1e-6)
@@ -200,7 +200,7 @@ def expected(name: str, image: Tensor, prompt: str) -> float:
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("name", ALL)
 def test_score_is_the_references(name: str, size: tuple[int, int], tmp_path: Path, no_network: None) -> None:
-    tested, image = ALL[name](tmp_path), picture(size)
+    tested, image = ALL[name](tmp_path), make_image(size)
     for prompt in PROMPTS:
         wanted = expected(name, image, prompt)
         assert score(tested, image[None], [prompt]).item() == pytest.approx(wanted, abs=1e-5, rel=1e-5)
@@ -209,7 +209,7 @@ def test_score_is_the_references(name: str, size: tuple[int, int], tmp_path: Pat
 @pytest.mark.parametrize("name", ALL)
 def test_a_batch_equals_singles_and_an_idle_reward_can_go_on(name: str, tmp_path: Path) -> None:
     tested = ALL[name](tmp_path)
-    images = torch.stack([picture((40, 30), seed) for seed in range(37)])
+    images = torch.stack([make_image((40, 30), seed) for seed in range(37)])
     prompts = [list(PROMPTS)[i % 2] for i in range(37)]
     together = score(tested, images, prompts)
     tested.idle()
@@ -221,7 +221,7 @@ def test_a_batch_equals_singles_and_an_idle_reward_can_go_on(name: str, tmp_path
 
 @pytest.mark.parametrize("name", ALL)
 def test_grey_and_transparent_images(name: str, tmp_path: Path) -> None:
-    tested, image = ALL[name](tmp_path), picture((30, 40))[None]
+    tested, image = ALL[name](tmp_path), make_image((30, 40))[None]
     grey, opaque = image[:, :1], torch.cat([image, torch.ones_like(image[:, :1])], 1)
     assert score(tested, grey, ["a dog"]) == score(tested, grey.repeat(1, 3, 1, 1), ["a dog"])
     assert score(tested, opaque, ["a dog"]) == score(tested, image, ["a dog"])
@@ -233,7 +233,7 @@ def test_grey_and_transparent_images(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["hps-v2.1", "clip", "pickscore"])
 def test_a_long_prompt_is_cut_and_reported_once(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tested, image = ALL[name](tmp_path), picture((28, 28))[None]
+    tested, image = ALL[name](tmp_path), make_image((28, 28))[None]
     long, longer = "dog " * 80, "dog " * 100
     assert score(tested, image, [long]) == score(tested, image, [longer])
     score(tested, image, [long])
@@ -245,13 +245,13 @@ def test_a_long_prompt_is_cut_and_reported_once(name: str, tmp_path: Path, capsy
 
 
 def test_pickscore_official_scale(tmp_path: Path) -> None:
-    image = picture((28, 28))[None]
+    image = make_image((28, 28))[None]
     cosine, official = (score(pickscore(tmp_path, scale=scale), image, ["a dog"]) for scale in ("cosine", "official"))
     torch.testing.assert_close(official, cosine * math.exp(WEIGHTS["logit_scale"].item()))
 
 
 def test_half_precision_is_near(tmp_path: Path) -> None:
-    image = picture((28, 28))[None]
+    image = make_image((28, 28))[None]
     full = score(pickscore(tmp_path), image, ["a dog"])
     for dtype in ("bfloat16", "float16"):
         tested = pickscore(tmp_path, dtype=dtype)
@@ -350,7 +350,7 @@ def test_transformers_and_open_clip_agree_on_the_layout(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = CLIPModel(config).eval()
     model.save_pretrained(tmp_path)
-    tested, image = reward("pickscore", path=str(tmp_path / "model.safetensors")), picture((28, 28))
+    tested, image = reward("pickscore", path=str(tmp_path / "model.safetensors")), make_image((28, 28))
     tokens = torch.tensor([PROMPTS["a dog"] + [49407] * 73])
     with torch.no_grad():
         out = model(input_ids=tokens, pixel_values=standard(file_image(image))[None])
@@ -380,7 +380,7 @@ def test_other_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_clip_from_one_file_needs_its_architecture(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "weights.bin")
-    image = picture((40, 30))
+    image = make_image((40, 30))
     tested = reward("clip", path=str(tmp_path / "weights.bin"), architecture="tiny-h", resize="shortest")
     pixels = pillow_shortest(image, 28, lambda excess: round(excess / 2))
     wanted = float(image_features(WEIGHTS, pixels) @ text_features(WEIGHTS, PROMPTS["a dog"]))
@@ -392,7 +392,7 @@ def test_clip_from_one_file_needs_its_architecture(tmp_path: Path) -> None:
 
 def test_numbers_beside_the_weights_are_ignored(tmp_path: Path) -> None:
     """OpenAI's own state dicts hold them."""
-    image, tested = picture((40, 30))[None], clip(tmp_path)
+    image, tested = make_image((40, 30))[None], clip(tmp_path)
     wanted = score(tested, image, ["a dog"])
     numbers = {key: torch.tensor(77) for key in ("input_resolution", "context_length", "vocab_size")}
     torch.save({**WEIGHTS, **numbers}, tmp_path / "clip" / "open_clip_pytorch_model.bin")
@@ -415,7 +415,7 @@ def test_a_tower_of_timm_does_not_fetch_weights(tmp_path: Path, no_network: None
 def test_clip_prepares_images_with_a_gradient_as_others(mode: str, size: tuple[int, int], tmp_path: Path) -> None:
     tested = clip(tmp_path, resize_mode=mode)
     tested.load()
-    image = torch.nn.functional.avg_pool2d(picture(size)[None], 3, 1, 1)
+    image = torch.nn.functional.avg_pool2d(make_image(size)[None], 3, 1, 1)
     wanted = tested.pixels(image)
     found = tested.pixels(image.clone().requires_grad_())
     assert found.requires_grad
@@ -423,7 +423,7 @@ def test_clip_prepares_images_with_a_gradient_as_others(mode: str, size: tuple[i
 
 
 def test_clip_prepares_images_as_its_folder_says(tmp_path: Path) -> None:
-    image = picture((40, 20))
+    image = make_image((40, 20))
     wide = clip(tmp_path, resize_mode="longest", mean=[0.5] * 3, std=[0.5] * 3)
     wide.load()
     file = file_image(image).resize((14, 28), Image.BICUBIC)

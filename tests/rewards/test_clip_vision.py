@@ -1,6 +1,6 @@
 """Image encoders from ComfyUI's clip_vision files: recognized by shape, filled strictly, right to the numbers.
 
-The comparison with ComfyUI's own loader is in tests/comfy/inside/check_clip_vision.py.
+The comparison with ComfyUI's own loader is in tests/comfy/inside/check_votes.py.
 """
 
 import json

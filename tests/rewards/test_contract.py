@@ -52,7 +52,7 @@ def reward(name: str, options: dict) -> Reward:
     return load_reward(RewardConfig(name=name, options=options))
 
 
-def pictures(name: str, count: int, size: tuple[int, int] = (40, 40), channels: int = 3) -> Tensor:
+def make_images(name: str, count: int, size: tuple[int, int] = (40, 40), channels: int = 3) -> Tensor:
     """Images, or videos of three frames for a video reward."""
     shape = (count, *((3,) if name in VIDEO else ()), channels, *size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -70,11 +70,11 @@ def test_this_page_tests_every_local_reward() -> None:
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_images_of_any_form(name: str, rewards: dict[str, Reward]) -> None:
-    alone = [scores(rewards[name], name, pictures(name, 1, size)) for size in SIZES.values()]
-    mixed = scores(rewards[name], name, [pictures(name, 1, size)[0] for size in SIZES.values()])
+    alone = [scores(rewards[name], name, make_images(name, 1, size)) for size in SIZES.values()]
+    mixed = scores(rewards[name], name, [make_images(name, 1, size)[0] for size in SIZES.values()])
     torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert mixed.isfinite().all()
-    grey = pictures(name, 1, channels=1)
+    grey = make_images(name, 1, channels=1)
     color = torch.cat([grey] * 3, -3)
     opaque = torch.cat([color, torch.ones_like(grey)], -3)
     clear = torch.cat([color, torch.zeros_like(grey)], -3)
@@ -89,17 +89,17 @@ def test_tiny_and_very_long_images_have_a_score_or_one_sentence(name: str, rewar
         too_long = name in ("hpsv3", *VIDEO) and max(size) > 200 * min(size)
         if too_long:
             with pytest.raises(ValueError, match=f"an image of {size[1]} x {size[0]} is too long for this reward"):
-                scores(rewards[name], name, pictures(name, 1, size))
+                scores(rewards[name], name, make_images(name, 1, size))
         else:
-            assert scores(rewards[name], name, pictures(name, 1, size)).isfinite().all(), size
+            assert scores(rewards[name], name, make_images(name, 1, size)).isfinite().all(), size
     with pytest.raises(ValueError, match="are not \\[B, 3, H, W\\]"):
-        scores(rewards[name], name, pictures(name, 1, (0, 8)))
+        scores(rewards[name], name, make_images(name, 1, (0, 8)))
 
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_none_one_and_sixty_four(name: str, rewards: dict[str, Reward]) -> None:
     count = 4 if name in VIDEO[1:] else 64  # these share all but the last line with the first
-    images = pictures(name, count)
+    images = make_images(name, count)
     together = scores(rewards[name], name, images)
     assert together.shape == (count,)
     for index in (0, 2, count - 1):
@@ -113,12 +113,12 @@ def test_none_one_and_sixty_four(name: str, rewards: dict[str, Reward]) -> None:
 @pytest.mark.parametrize("name", LOCAL)
 def test_bad_pixels_and_counts(name: str, rewards: dict[str, Reward]) -> None:
     for bad in (math.nan, math.inf):
-        images = pictures(name, 2)
+        images = make_images(name, 2)
         images[1, ..., 3, 3] = bad
         with pytest.raises(ValueError, match="not finite"):
             scores(rewards[name], name, images)
     with pytest.raises(ValueError, match="2 images but 1 prompts"):
-        score(rewards[name], pictures(name, 2), [tiny_rewards.prompt(name)])
+        score(rewards[name], make_images(name, 2), [tiny_rewards.prompt(name)])
 
 
 @pytest.mark.parametrize("name", CONTRASTIVE)
@@ -127,7 +127,7 @@ def test_each_prompt_is_encoded_once(name: str, rewards: dict[str, Reward], monk
     asked, encode = [], rewards[name].texts.encode
     monkeypatch.setattr(rewards[name].texts, "encode", lambda texts: asked.extend(texts) or encode(texts))
     for _ in range(2):
-        score(rewards[name], pictures(name, 3), ["a new one", "another", "a new one"])
+        score(rewards[name], make_images(name, 3), ["a new one", "another", "a new one"])
     assert asked == ["a new one", "another"]
 
 
@@ -172,13 +172,13 @@ def test_memory_is_known_before_the_weights_are_read(name: str, options: dict[st
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_can_be_held_in_bfloat16(name: str, options: dict[str, dict], rewards: dict[str, Reward]) -> None:
     half = reward(name, {**options[name], "dtype": "bfloat16"})
-    found = scores(half, name, pictures(name, 2))
+    found = scores(half, name, make_images(name, 2))
     assert found.dtype == torch.float32
     network = network_of(half, name)
     types = {value.dtype for key, value in network.named_parameters() if not key.startswith("head.")}
     assert torch.bfloat16 in types
     assert half.memory() < 0.75 * rewards[name].memory()
-    torch.testing.assert_close(found, scores(rewards[name], name, pictures(name, 2)), rtol=0.1, atol=0.5)
+    torch.testing.assert_close(found, scores(rewards[name], name, make_images(name, 2)), rtol=0.1, atol=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -253,7 +253,7 @@ def test_a_grey_image_has_a_finite_gradient(name: str, rewards: dict[str, Reward
 def test_differentiable_scores_are_the_scores_but_for_rounding(
     name: str, size: tuple[int, int], rewards: dict[str, Reward]
 ) -> None:
-    images, prompts = pictures(name, 4, size), [tiny_rewards.prompt(name)] * 4
+    images, prompts = make_images(name, 4, size), [tiny_rewards.prompt(name)] * 4
     images = torch.nn.functional.avg_pool2d(images, 5, 1, 2)  # without overshoot, which files cut off
     plain = score(rewards[name], images, prompts)
     with_gradient = differentiable_score(rewards[name], images.requires_grad_(), prompts)
@@ -270,7 +270,7 @@ def test_videos_have_gradients_too(rewards: dict[str, Reward]) -> None:
 
 @pytest.mark.parametrize("name", [name for name in LOCAL if name not in DIFFERENTIABLE])
 def test_other_rewards_say_that_they_have_no_gradient(name: str, rewards: dict[str, Reward]) -> None:
-    images = pictures(name, 1).requires_grad_()
+    images = make_images(name, 1).requires_grad_()
     with pytest.raises(ValueError, match=f"reward '{name}' is not differentiable"):
         differentiable_score(rewards[name], images, [tiny_rewards.prompt(name)])
     scores(rewards[name], name, images)  # and are not disturbed by images that have one

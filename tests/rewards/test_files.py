@@ -244,9 +244,9 @@ def test_lists_of_images_of_any_sizes(weights: Path) -> None:
 def test_command_line_scores_with_options_and_files(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    picture = tmp_path / "white.png"
-    Image.new("RGB", (4, 4), "white").save(picture)
-    words = ["score", "linear", str(picture), "--prompt", "x", "--set", "scale=2"]
+    image = tmp_path / "white.png"
+    Image.new("RGB", (4, 4), "white").save(image)
+    words = ["score", "linear", str(image), "--prompt", "x", "--set", "scale=2"]
     assert main([*words, "--files", str(tmp_path / "rewards")]) == 0
     assert capsys.readouterr().out.startswith("6.000000\t")
     assert main([*words, "--set", f"path={weights}"]) == 0

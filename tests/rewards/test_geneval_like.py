@@ -124,17 +124,17 @@ def reward(folder: Path, **options: object) -> Reward:
     return load_reward(RewardConfig(name="geneval-like", options={**files, **options}))
 
 
-def pictures() -> Tensor:
+def make_images() -> Tensor:
     return torch.rand(2, 3, 40, 60, generator=torch.Generator().manual_seed(0))
 
 
 def test_a_batch_equals_singles(folder: Path) -> None:
     tested = reward(folder, threshold=0.01, counting=0.01)
     tested.check_prompts(["two dogs", "a red cat"])
-    together = score(tested, pictures(), ["two dogs", "a red cat"])
+    together = score(tested, make_images(), ["two dogs", "a red cat"])
     alone = [
         score(tested, image[None], [text]).item()
-        for image, text in zip(pictures(), ["two dogs", "a red cat"], strict=True)
+        for image, text in zip(make_images(), ["two dogs", "a red cat"], strict=True)
     ]
     assert together.tolist() == pytest.approx(alone)
     with pytest.raises(ValueError, match="'a dog' is not one of the prompts"):
@@ -147,7 +147,7 @@ def test_objects_and_masks_are_those_of_transformers(folder: Path) -> None:
     tested = reward(folder)
     tested.load()
     processor = Mask2FormerImageProcessor(size={"height": 384, "width": 384}, ignore_index=255)
-    image = (pictures()[0] * 255).round() / 255
+    image = (make_images()[0] * 255).round() / 255
     inputs = processor(images=[(image * 255).byte().permute(1, 2, 0).numpy()], return_tensors="pt")
     with torch.no_grad():
         output = tested.module["detector"](pixel_values=inputs["pixel_values"])

@@ -87,19 +87,19 @@ def reward(folder: Path, weights: Weights = WEIGHTS, words: list[str] = WORDS) -
     return load_reward(RewardConfig(name="imagereward", options=options))
 
 
-def pictures(count: int, height: int, width: int) -> Tensor:
+def make_images(count: int, height: int, width: int) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("size", [(256, 256), (300, 225), (64, 97)])
 def test_score_is_the_originals(size: tuple[int, int], tmp_path: Path) -> None:
-    tested, image = reward(tmp_path), pictures(1, *size)
+    tested, image = reward(tmp_path), make_images(1, *size)
     for prompt, numbers in PROMPTS.items():
         assert score(tested, image, [prompt]).item() == pytest.approx(original(image[0], numbers), abs=1e-5, rel=1e-5)
 
 
 def test_a_batch_of_different_prompts_equals_singles(tmp_path: Path) -> None:
-    tested, images = reward(tmp_path), pictures(4, 40, 60)
+    tested, images = reward(tmp_path), make_images(4, 40, 60)
     together = score(tested, images, list(PROMPTS))
     alone = torch.cat([score(tested, images[i : i + 1], [prompt]) for i, prompt in enumerate(PROMPTS)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
@@ -107,7 +107,7 @@ def test_a_batch_of_different_prompts_equals_singles(tmp_path: Path) -> None:
 
 
 def test_a_long_prompt_is_cut_and_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    tested, images = reward(tmp_path), pictures(2, 30, 30)
+    tested, images = reward(tmp_path), make_images(2, 30, 30)
     found = [score(tested, images, [text] * 2) for text in ("cat " * 33, "cat " * 34, "cat " * 90)]
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -117,7 +117,7 @@ def test_a_long_prompt_is_cut_and_reported_once(tmp_path: Path, capsys: pytest.C
 
 def test_the_state_dict_that_the_original_class_writes_gives_the_same_scores(tmp_path: Path) -> None:
     """Its BLIP has two projections for contrastive training; scoring does not use them."""
-    image, prompt = pictures(1, 40, 60), next(iter(PROMPTS))
+    image, prompt = make_images(1, 40, 60), next(iter(PROMPTS))
     wanted = score(reward(tmp_path), image, [prompt])
     heads = {f"blip.{side}_proj.{kind}": torch.rand(size) for side, width in (("vision", 16), ("text", 24))
              for kind, size in (("weight", (256, width)), ("bias", (256,)))}  # fmt: skip

@@ -74,9 +74,9 @@ def test_the_real_reader_reads() -> None:
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("RGB", (400, 120), "white")
-    ImageDraw.Draw(picture).text((30, 30), "HELLO", fill="red", font=ImageFont.load_default(60))
-    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    drawn = Image.new("RGB", (400, 120), "white")
+    ImageDraw.Draw(drawn).text((30, 30), "HELLO", fill="red", font=ImageFont.load_default(60))
+    image = torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None] / 255
     tested = load_reward(RewardConfig(name="ocr"))
     assert score(tested, image, ['"hello"']).item() == 1
     assert score(tested, image, ['"zzzz"']).item() == 0

@@ -18,7 +18,7 @@ from trainer.utils.errors import BadInput
 from trainer.votes.pixels import PixelFeatures
 
 
-def pictures(seed: int = 0) -> Tensor:
+def make_images(seed: int = 0) -> Tensor:
     """Forty noisy grey images, of which the first is the darkest."""
     light = torch.linspace(0.1, 0.9, 40)[:, None, None, None]
     return (light + 0.1 * torch.rand(40, 3, 30, 30, generator=torch.Generator().manual_seed(seed))).clamp(0, 1)
@@ -28,7 +28,7 @@ def pictures(seed: int = 0) -> Tensor:
 def folder(tmp_path: Path) -> Path:
     """A collection of those images, without votes."""
     (tmp_path / "light" / "images").mkdir(parents=True)
-    for number, image in enumerate((pictures() * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+    for number, image in enumerate((make_images() * 255).round().byte().permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(tmp_path / "light" / "images" / f"{number}.png")
     return tmp_path / "light"
 
@@ -48,17 +48,17 @@ def concordance(values: Tensor) -> float:
 
 
 def test_a_taste_is_found_in_new_images(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    found = score(reward(folder, PAIRS), pictures(seed=1), ["x"] * 40)
+    found = score(reward(folder, PAIRS), make_images(seed=1), ["x"] * 40)
     assert concordance(found) > 0.9
     assert -0.5 < found.mean() < 0.5
     said = capsys.readouterr().err
     assert "preference: 40 votes of light: enough to train on: predicts " in said
-    turned = score(reward(folder, [pair[::-1] for pair in PAIRS]), pictures(seed=1), ["x"] * 40)
+    turned = score(reward(folder, [pair[::-1] for pair in PAIRS]), make_images(seed=1), ["x"] * 40)
     torch.testing.assert_close(turned, -found, rtol=1e-3, atol=1e-4)
 
 
 def test_scores_are_the_bradley_terry_fit_of_the_features(folder: Path) -> None:
-    found = score(reward(folder, PAIRS[:6]), pictures(seed=1), ["x"] * 40)
+    found = score(reward(folder, PAIRS[:6]), make_images(seed=1), ["x"] * 40)
     used = sorted({name for pair in PAIRS[:6] for name in pair})
     files = {n: torch.from_numpy(np.array(Image.open(folder / "images" / f"{n}.png"))) for n in used}
     features = {n: PixelFeatures()(f.permute(2, 0, 1)[None] / 255)[0].double() for n, f in files.items()}
@@ -79,7 +79,7 @@ def test_scores_are_the_bradley_terry_fit_of_the_features(folder: Path) -> None:
         hessian = np.eye(260) + (differences.T * (p * (1 - p))) @ differences / precision
         candidates.append((-best.fun - np.linalg.slogdet(hessian)[1] / 2, best.x))
     weights = torch.from_numpy(max(candidates, key=lambda one: one[0])[1])
-    expected = ((PixelFeatures()(pictures(seed=1)).double() - center) / scale) @ weights
+    expected = ((PixelFeatures()(make_images(seed=1)).double() - center) / scale) @ weights
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -87,7 +87,7 @@ def test_ties_count_and_skips_and_undone_votes_do_not(folder: Path) -> None:
     def scores(rows: str) -> Tensor:
         (folder / "votes.csv").write_text("better,worse,tie,skip,undo,id,time\n" + rows)
         model = load_reward(RewardConfig(name="preference", options={"collection": str(folder)}))
-        return score(model, pictures(seed=1)[::8], ["x"] * 5)
+        return score(model, make_images(seed=1)[::8], ["x"] * 5)
 
     plain = scores("30.png,2.png,,,,1,\n25.png,8.png,,,,2,\n")
     more = "30.png,2.png,,,,1,\n2.png,30.png,,,,3,\n,,,,3,u,\n25.png,8.png,,,,2,\n39.png,0.png,,1,,4,\n"
@@ -97,7 +97,7 @@ def test_ties_count_and_skips_and_undone_votes_do_not(folder: Path) -> None:
 
 
 def test_the_same_votes_give_the_same_scores_in_any_batch(folder: Path) -> None:
-    images = pictures(seed=1)[::5]
+    images = make_images(seed=1)[::5]
     first = score(reward(folder, PAIRS), images, ["x"] * 8)
     model = reward(folder, PAIRS)
     assert torch.equal(score(model, images, ["y"] * 8), first)
@@ -107,12 +107,12 @@ def test_the_same_votes_give_the_same_scores_in_any_batch(folder: Path) -> None:
 
 def test_votes_at_random_are_reported_as_such(folder: Path, capsys: pytest.CaptureFixture) -> None:
     flips = torch.rand(len(PAIRS), generator=torch.Generator().manual_seed(1)) < 0.5
-    score(reward(folder, [p if f else p[::-1] for p, f in zip(PAIRS, flips, strict=True)]), pictures()[:1], ["x"])
+    score(reward(folder, [p if f else p[::-1] for p, f in zip(PAIRS, flips, strict=True)]), make_images()[:1], ["x"])
     assert "not yet better than guessing: predicts " in capsys.readouterr().err
 
 
 def test_a_line_that_cannot_be_read_is_said(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    score(reward(folder, [*PAIRS, (99, 1)]), pictures()[:1], ["x"])
+    score(reward(folder, [*PAIRS, (99, 1)]), make_images()[:1], ["x"])
     assert "warning: light: votes.csv, line 42 is ignored: there is no image '99.png'" in capsys.readouterr().err
 
 
@@ -133,10 +133,10 @@ def clip_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_clip_vision_file_is_a_backbone(folder: Path, clip_file: Path) -> None:
     model = reward(folder, PAIRS, backbone=str(clip_file))
-    found = score(model, pictures(seed=1), ["x"] * 40)
+    found = score(model, make_images(seed=1), ["x"] * 40)
     assert concordance(found) > 0.85
     half = reward(folder, PAIRS, backbone=str(clip_file), dtype="bfloat16")
-    assert concordance(score(half, pictures(seed=1), ["x"] * 40)) > 0.8
+    assert concordance(score(half, make_images(seed=1), ["x"] * 40)) > 0.8
     assert next(half.module.parameters()).dtype == torch.bfloat16
 
 
@@ -144,7 +144,7 @@ def test_a_clip_vision_file_is_a_backbone(folder: Path, clip_file: Path) -> None
 def test_the_gradient_makes_images_better(folder: Path, clip_file: Path, backbone: str) -> None:
     model = reward(folder, PAIRS, backbone=str(clip_file) if backbone == "clip" else backbone)
     assert model.differentiable
-    images = (pictures(seed=1)[5:8] * 255).round() / 255  # without a gradient, pixels are rounded
+    images = (make_images(seed=1)[5:8] * 255).round() / 255  # without a gradient, pixels are rounded
     before = score(model, images, ["x"] * 3)
     pixels = images.clone().requires_grad_()
     scores = model.score_batch(pixels, ["x"] * 3)

@@ -83,8 +83,8 @@ def preference(folder: Path, weights: Weights = PREFERENCE, **options: object) -
 
 def original_preference(image: Tensor, size: tuple[int, int], words: list[int]) -> float:
     weights = {key: value.double() for key, value in PREFERENCE.items()}
-    picture = standard(file_image(image).resize((size[1], size[0]), Image.BICUBIC))
-    seen = reference.see(weights, torch.stack([picture, picture]))
+    prepared = standard(file_image(image).resize((size[1], size[0]), Image.BICUBIC))
+    seen = reference.see(weights, torch.stack([prepared, prepared]))
     tokens = [*SYSTEM, 13, 8, 15, *[17] * len(seen), 16, 11, *words, 12, 19, 14, 13, 6]
     x = reference.read(weights, tokens, 17, seen)[tokens.index(19)]
     x = reference.linear(x, weights, "rm_head.0").clamp(min=0)

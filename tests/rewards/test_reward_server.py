@@ -100,9 +100,9 @@ def test_images_of_different_sizes_are_served(serving: Callable) -> None:
     assert json.loads(text)["scores"] == pytest.approx([1.0, 0.0])
 
 
-def encoded(picture: Image.Image, form: str = "PNG", **options: object) -> str:
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

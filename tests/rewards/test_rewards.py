@@ -24,7 +24,7 @@ def images(count: int = 4, height: int = 24, width: int = 32) -> Tensor:
     return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def pictures() -> tuple[Tensor, list[str]]:
+def make_images() -> tuple[Tensor, list[str]]:
     """Images of the shapes world, some right and some wrong."""
     objects = [SceneObject(shape, color, 30.0, 34.0, 12.0) for shape in SHAPES for color in COLORS[:2]]
     texts = [Prompt("", (Phrase("circle", "red"),)).phrases[0].text()] * len(objects)
@@ -113,7 +113,7 @@ def test_jpeg_size_is_that_of_a_file_of_quality_95() -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_batch_equals_singles_and_repeats(name: str) -> None:
-    batch, texts = pictures()
+    batch, texts = make_images()
     tested = reward(name)
     together = score(tested, batch, texts)
     alone = torch.cat([score(tested, batch[i : i + 1], texts[i : i + 1]) for i in range(len(batch))])
@@ -133,7 +133,7 @@ def test_no_images_have_no_scores(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_half_precision_images_are_scored(name: str) -> None:
-    batch, texts = pictures()
+    batch, texts = make_images()
     full, half = (score(reward(name), b, texts) for b in (batch, batch.half()))
     torch.testing.assert_close(full, half, rtol=0.02, atol=0.02)
     assert half.dtype == torch.float32

@@ -14,7 +14,7 @@ from trainer.runs.directory import Checkpoint, RunDirectory
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_description: dict) -> RunDirectory:
-    return RunDirectory.open(tmp_path / "run", parse_config(tiny_description), ["train", "x.yaml"])
+    return RunDirectory(tmp_path / "run").open(parse_config(tiny_description), ["train", "x.yaml"])
 
 
 def numbered(iteration: int) -> Checkpoint:

@@ -29,7 +29,7 @@ def config(tiny_description: dict) -> RunConfig:
 
 @pytest.fixture
 def run(tmp_path: Path, config: RunConfig) -> RunDirectory:
-    return RunDirectory.open(tmp_path / "run", config, ["train", "x.yaml"])
+    return RunDirectory(tmp_path / "run").open(config, ["train", "x.yaml"])
 
 
 # ----------------------------------------------------------------------------------------------------------- status
@@ -111,18 +111,18 @@ def test_description_is_kept_with_versions_and_command(run: RunDirectory, config
     assert record["command"] == ["train", "x.yaml"]
     assert record["hash"] == description_hash(config)
     assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert RunDirectory.attach(run.path).config() == config
+    assert RunDirectory.existing(run.path).config() == config
 
 
 def test_a_command_line_that_is_not_text_leaves_the_description_readable(tmp_path: Path, config: RunConfig) -> None:
     name = os.fsdecode(b"caf\xe9")  # as Python gives a file name that is not UTF-8
-    run = RunDirectory.open(tmp_path / "run", config, ["train", name])
+    run = RunDirectory(tmp_path / "run").open(config, ["train", name])
     assert run.config() == config
     assert "caf\\xe9" in (run.path / "run.yaml").read_text(encoding="utf-8")
     run.write_status("failed", error=f"{name} is gone")
     assert run.status()["error"] == f"{name} is gone"
     with pytest.raises(BadInput, match="has a name that is not UTF-8; choose another name"):
-        RunDirectory.open(tmp_path / name, config, [])
+        RunDirectory(tmp_path / name).open(config, [])
     assert not (tmp_path / name).exists()
 
 
@@ -134,7 +134,7 @@ def test_a_run_that_was_refused_before_it_began_holds_its_directory_for_nobody(
     run.write_status("failed", error="the server cannot be reached", bad_input=True)
     run.release()
     assert run.changes(other) == []
-    RunDirectory.open(run.path, other, ["train"]).release()
+    RunDirectory(run.path).open(other, ["train"]).release()
     assert run.config() == other
 
 
@@ -148,7 +148,7 @@ def test_a_run_that_began_keeps_its_directory(run: RunDirectory, tiny_descriptio
         run.save_checkpoint(0, Checkpoint({"a": torch.zeros(1)}, {}), 2)
     run.release()
     with pytest.raises(BadInput, match="rollout.eta was 0.5 and is now 0.9"):
-        RunDirectory.open(run.path, parse_config(tiny_description), [])
+        RunDirectory(run.path).open(parse_config(tiny_description), [])
 
 
 def test_hash_stands_for_the_description(tiny_description: dict) -> None:
@@ -162,7 +162,7 @@ def test_hash_stands_for_the_description(tiny_description: dict) -> None:
 def test_same_description_attaches_again(run: RunDirectory, config: RunConfig) -> None:
     run.write_status("stopped", iteration=7)
     run.release()
-    again = RunDirectory.open(run.path, config, [])
+    again = RunDirectory(run.path).open(config, [])
     assert again.status()["iteration"] == 7
     again.release()
 
@@ -173,7 +173,7 @@ def test_another_description_is_refused_with_what_changed(run: RunDirectory, tin
     tiny_description["rewards"][1]["weight"] = 7
     before = (run.path / "run.yaml").read_text()
     with pytest.raises(BadInput) as raised:
-        RunDirectory.open(run.path, parse_config(tiny_description), [])
+        RunDirectory(run.path).open(parse_config(tiny_description), [])
     assert "rollout.eta was 0.5 and is now 0.9" in str(raised.value)
     assert "rewards" in str(raised.value)
     assert "lora" not in str(raised.value).removeprefix(f"run directory {run.path}")
@@ -186,10 +186,10 @@ def test_damaged_description_is_named(run: RunDirectory, config: RunConfig, cont
     run.release()
     (run.path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(BadInput):
-        RunDirectory.attach(run.path).config()
+        RunDirectory.existing(run.path).config()
     for _ in range(2):  # the second is not told that the first still has the directory
         with pytest.raises(BadInput) as raised:
-            RunDirectory.open(run.path, config, [])
+            RunDirectory(run.path).open(config, [])
         assert "in use" not in str(raised.value)
 
 
@@ -203,20 +203,20 @@ def test_a_run_is_extended_and_not_shortened(run: RunDirectory, tiny_description
     tiny_description["runtime"]["iterations"] = 9
     longer = parse_config(tiny_description)
     assert run.changes(longer) == []
-    again = RunDirectory.open(run.path, longer, ["train"])
+    again = RunDirectory(run.path).open(longer, ["train"])
     assert again.extended_from == 4
     assert again.config() == longer
     assert not again.is_finished(), "it goes on"
     assert again.lora_file.read_bytes() == lora
     again.release()
-    assert RunDirectory.open(run.path, longer, []).extended_from is None
+    assert RunDirectory(run.path).open(longer, []).extended_from is None
     for iterations, eta in ((8, 0.5), (12, 0.9)):
         tiny_description["runtime"]["iterations"], tiny_description["rollout"]["eta"] = iterations, eta
         with pytest.raises(
             BadInput,
             match="was 9 and is now 8, but can only be raised|rollout.eta was 0.5 and is now 0.9",
         ):
-            RunDirectory.open(run.path, parse_config(tiny_description), [])
+            RunDirectory(run.path).open(parse_config(tiny_description), [])
 
 
 def test_an_edited_description_is_refused_and_repaired_by_the_original(
@@ -230,8 +230,8 @@ def test_an_edited_description_is_refused_and_repaired_by_the_original(
         run.config()
     tiny_description["optimizer"]["learning_rate"] = 0.5
     with pytest.raises(BadInput, match="was edited"):
-        RunDirectory.open(run.path, parse_config(tiny_description), [])
-    RunDirectory.open(run.path, config, ["train", "x.yaml"]).release()
+        RunDirectory(run.path).open(parse_config(tiny_description), [])
+    RunDirectory(run.path).open(config, ["train", "x.yaml"]).release()
     assert file.read_text() == sound
 
 
@@ -245,8 +245,8 @@ def test_a_damaged_description_is_repaired_by_the_original(
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     tiny_description["rollout"]["eta"] = 0.9
     with pytest.raises(BadInput, match="run.yaml"):
-        RunDirectory.open(run.path, parse_config(tiny_description), [])
-    RunDirectory.open(run.path, config, []).release()
+        RunDirectory(run.path).open(parse_config(tiny_description), [])
+    RunDirectory(run.path).open(config, []).release()
     assert run.config() == config
     assert run.status()["state"] == "stopped"
 
@@ -266,7 +266,6 @@ def everything_that_writes(run: RunDirectory) -> list[Callable[[], object]]:
 
 
 def test_a_deleted_directory_stays_deleted(run: RunDirectory) -> None:
-    run.claim()
     run.write_status("running")
     shutil.rmtree(run.path)
     for write in everything_that_writes(run):
@@ -277,10 +276,8 @@ def test_a_deleted_directory_stays_deleted(run: RunDirectory) -> None:
 
 
 def test_a_directory_that_another_run_has_taken_is_left_alone(run: RunDirectory, config: RunConfig) -> None:
-    run.claim()
     shutil.rmtree(run.path)
-    other = RunDirectory.open(run.path, config, [])
-    other.claim()
+    other = RunDirectory(run.path).open(config, [])
     other.write_status("running", iteration=1)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     for write in everything_that_writes(run):
@@ -326,26 +323,26 @@ def test_foreign_folder_and_file_are_refused(tmp_path: Path, config: RunConfig) 
     folder.mkdir()
     (folder / "holiday.jpg").touch()
     with pytest.raises(BadInput, match="not empty and is not a run"):
-        RunDirectory.open(folder, config, [])
+        RunDirectory(folder).open(config, [])
     assert [p.name for p in folder.iterdir()] == ["holiday.jpg"], "nothing was written"
     with pytest.raises(BadInput, match="is a file"):
-        RunDirectory.open(folder / "holiday.jpg", config, [])
+        RunDirectory(folder / "holiday.jpg").open(config, [])
     with pytest.raises(BadInput, match="cannot be created"):
-        RunDirectory.open(folder / "holiday.jpg" / "run", config, [])
+        RunDirectory(folder / "holiday.jpg" / "run").open(config, [])
     with pytest.raises(BadInput, match=r"run\.yaml is missing"):
-        RunDirectory.attach(folder)
+        RunDirectory.existing(folder)
 
 
 def test_empty_folder_is_taken(tmp_path: Path, config: RunConfig) -> None:
     (tmp_path / "new").mkdir()
-    assert RunDirectory.open(tmp_path / "new", config, []).config() == config
+    assert RunDirectory(tmp_path / "new").open(config, []).config() == config
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from trainer.runs.directory import RunDirectory
-run = RunDirectory.attach(Path(sys.argv[1]))
+run = RunDirectory.existing(Path(sys.argv[1]))
 run.acquire()
 run.write_status("running")
 print("held", flush=True)
@@ -371,12 +368,12 @@ def test_directory_in_use_is_refused_with_the_pid(run: RunDirectory, config: Run
         assert other.stdout.readline() == "held\n"
         assert launch.is_running(run)
         with pytest.raises(BadInput, match=f"in use by process {other.pid}$"):
-            RunDirectory.open(run.path, config, [])
+            RunDirectory(run.path).open(config, [])
     finally:
         other.kill()
         other.wait()
     assert not launch.is_running(run), "the system gives back the lock of a killed process"
-    RunDirectory.open(run.path, config, []).release()
+    RunDirectory(run.path).open(config, []).release()
 
 
 def test_asking_whether_a_run_lives_does_not_get_in_its_way(run: RunDirectory, config: RunConfig) -> None:
@@ -385,7 +382,7 @@ def test_asking_whether_a_run_lives_does_not_get_in_its_way(run: RunDirectory, c
     try:
         assert other.stdout.readline() == "on\n"
         for _ in range(60):
-            RunDirectory.open(run.path, config, []).release()
+            RunDirectory(run.path).open(config, []).release()
     finally:
         other.kill()
         other.wait()

@@ -20,7 +20,7 @@ from trainer.objectives.pairs import read_pairs
 from trainer.runs import launch
 from trainer.runs.directory import RunDirectory
 from trainer.runs.events import last_events, read_evaluations
-from trainer.runs.pictures import captioned, read_samples
+from trainer.runs.sample_grids import captioned, read_samples
 from trainer.utils.documents import dump_yaml, parse_yaml
 from trainer.utils.errors import BadInput, RunFailed
 from trainer.votes import store
@@ -103,12 +103,12 @@ def look(run: RunDirectory) -> None:
     """Everything that those who watch a run read of it."""
     run.status(), run.summary(), run.is_finished(), run.events(), launch.is_running(run)
     last_events(run.events_file, 5), read_evaluations(run.path / "evaluations.jsonl")
-    for picture in sorted((run.path / "samples").glob("*.png")):
-        read_samples(picture)
+    for image in sorted((run.path / "samples").glob("*.png")):
+        read_samples(image)
         try:
-            captioned(picture)
+            captioned(image)
         except BadInput:
-            assert picture.name == "rollout_000002.png"
+            assert image.name == "rollout_000002.png"
     try:
         run.config()
     except BadInput as error:
@@ -151,7 +151,7 @@ def test_a_run_with_a_damaged_file_is_read_and_goes_on(
     if not file.exists():
         name, file = "status.json", run.path / "status.json"
     learned = {name: value.clone() for name, value in lora_of(run.path).items()}  # the file itself is mapped
-    pictures = {p.name: p.read_bytes() for p in (run.path / "samples").glob("*.png")}
+    images = {p.name: p.read_bytes() for p in (run.path / "samples").glob("*.png")}
     sound = file.read_bytes()
     for _ in range(LOOKS):
         damage(file, rng)
@@ -175,7 +175,7 @@ def test_a_run_with_a_damaged_file_is_read_and_goes_on(
         assert code == 0, f"{name} {how}: {err}"
         assert holds(sound_loras(run.path), learned), f"{name} {how}: the LoRA is gone"
     now = {p.name: p.read_bytes() for p in (run.path / "samples").glob("*.png") if p.is_file()}
-    assert kept.keys() <= now.keys() == pictures.keys() or name.startswith("samples") or how == "folder"
+    assert kept.keys() <= now.keys() == images.keys() or name.startswith("samples") or how == "folder"
 
 
 # --------------------------------------------------------------------------------------------------- votes

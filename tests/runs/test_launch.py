@@ -21,7 +21,7 @@ FAMILY = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SLEEP!
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], RunDirectory]:
     def start(code: str) -> RunDirectory:
         monkeypatch.setattr(launch, "command", lambda arguments: [sys.executable, "-c", code, *arguments])
-        run = RunDirectory.open(tmp_path / "run", CONFIG, ["test"])
+        run = RunDirectory(tmp_path / "run").open(CONFIG, ["test"])
         launch.start_run(run, processes=2, gpus=[3])
         run.release()
         return run
@@ -55,7 +55,7 @@ def test_what_a_folder_is_called_reaches_no_shell(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     code = "import pathlib, sys; pathlib.Path('said').write_text(sys.argv[2])"
     monkeypatch.setattr(launch, "command", lambda arguments: [sys.executable, "-c", code, *arguments])
-    run = RunDirectory.open(tmp_path / "$(touch owned); touch owned & `touch owned`", CONFIG, ["test"])
+    run = RunDirectory(tmp_path / "$(touch owned); touch owned & `touch owned`").open(CONFIG, ["test"])
     launch.start_run(run)
     run.release()
     until(lambda: not launch.is_running(run))

@@ -31,7 +31,7 @@ from trainer.loop import Trainer
 from trainer.runs.directory import RunDirectory
 
 config = parse_config(json.loads(sys.argv[1]))
-run = RunDirectory.open(Path(sys.argv[2]), config, []) if len(sys.argv) > 2 else None
+run = RunDirectory(Path(sys.argv[2])).open(config, []) if len(sys.argv) > 2 else None
 sizes = []
 
 def listen(event):

@@ -9,8 +9,8 @@ import torch
 from trainer.config import parse_config
 from trainer.runs import recorder
 from trainer.runs.directory import RunDirectory
-from trainer.runs.pictures import Sample
 from trainer.runs.recorder import Recorder
+from trainer.runs.sample_grids import Sample
 from trainer.utils.errors import RunFailed
 
 CONFIG = parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]})
@@ -36,7 +36,7 @@ class Weights:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.open(tmp_path / "run", CONFIG, [])
+    return RunDirectory(tmp_path / "run").open(CONFIG, [])
 
 
 @pytest.fixture
@@ -90,7 +90,6 @@ def test_weights_that_are_not_finite_are_never_written(run: RunDirectory, bad: f
 def test_a_run_that_lost_its_directory_writes_nothing(run: RunDirectory) -> None:
     import shutil
 
-    run.claim()
     recorder_ = Recorder(run, CONFIG, Weights(2.0), writes=True)
     shutil.rmtree(run.path)
     images = torch.zeros(1, 3, 8, 8)
@@ -99,7 +98,7 @@ def test_a_run_that_lost_its_directory_writes_nothing(run: RunDirectory) -> None
         lambda: recorder_.status("running", 1),
         lambda: recorder_.progress("rollout", 1, 2),
         lambda: recorder_.event({"iteration": 1}),
-        lambda: recorder_.rollout_picture(images, 0, [Sample("a")]),
+        lambda: recorder_.rollout_grid(images, 0, [Sample("a")]),
         lambda: recorder_.evaluation(record, images, [Sample("a")]),
         lambda: recorder_.best(1, Weights(2.0).result()),
         lambda: recorder_.newest(1, {}),

@@ -225,7 +225,7 @@ STUBBORN = """
 import os, sys, time
 from trainer.runs.launch import identity
 from trainer.runs.directory import RunDirectory
-run = RunDirectory.attach(sys.argv[1])
+run = RunDirectory.existing(sys.argv[1])
 run.acquire()
 run.write_status("running", launcher=identity(os.getpid()))
 print("held", flush=True)

@@ -39,7 +39,7 @@ def record(run: RunDirectory, description: RunConfig) -> None:
     all_trackers.begin(2)
     all_trackers.event(EVENT)
     all_trackers.evaluation(RECORD)
-    all_trackers.pictures("evaluation", IMAGES, ["a red circle", "a blue square"], 3)
+    all_trackers.images("evaluation", IMAGES, ["a red circle", "a blue square"], 3)
     all_trackers.close()
 
 
@@ -51,7 +51,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     description = config("tensorboard")
-    record(RunDirectory.open(tmp_path / "run", description, []), description)
+    record(RunDirectory(tmp_path / "run").open(description, []), description)
     read = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = {tag: [(s.step, s.value) for s in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
     assert scalars == {
@@ -64,8 +64,8 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
         "evaluation/rewards/brightness": [(3, 0.75)],
         "evaluation/categories/brightness/one": [(3, 0.5)],
     }
-    (picture,) = read.Images("samples/evaluation")
-    assert (picture.step, picture.height) == (3, 8)
+    (image,) = read.Images("samples/evaluation")
+    assert (image.step, image.height) == (3, 8)
     texts = {tag: read.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in read.Tags()["tensors"]}
     assert texts["samples/evaluation/prompts/text_summary"] == "1. a red circle\n1. a blue square"
     assert description.to_yaml() in texts["description/text_summary"]
@@ -101,13 +101,13 @@ def test_wandb_is_offline_unless_a_setting_says_online(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "online")
     description = config("wandb", **({} if mode == "offline" else {"wandb_mode": "online"}))
-    run = RunDirectory.open(tmp_path / "run", description, [])
+    run = RunDirectory(tmp_path / "run").open(description, [])
     record(run, description)
     assert (fake.settings["mode"], fake.settings["dir"], fake.settings["name"]) == (mode, str(run.path), "run")
     assert fake.described == description.model_dump(mode="json")
     assert fake.logged[0] == (3, flat({k: v for k, v in EVENT.items() if k != "iteration"}))
-    pictures = [((8, 8, 3), 0, "a red circle"), ((8, 8, 3), 255, "a blue square")]
-    assert fake.logged[2] == (3, {"samples/evaluation": pictures})
+    logged = [((8, 8, 3), 0, "a red circle"), ((8, 8, 3), 255, "a blue square")]
+    assert fake.logged[2] == (3, {"samples/evaluation": logged})
     assert fake.finished
 
 
@@ -123,7 +123,7 @@ class Memory(Tracker):
     def scalars(self, values: dict[str, float], iteration: int) -> None:
         self.kept.append(("scalars", iteration, values["loss"] if "loss" in values else sorted(values)))
 
-    def pictures(self, tag: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
+    def images(self, tag: str, images: np.ndarray, captions: list[str], iteration: int) -> None:
         self.kept.append((tag, images.shape, images.dtype, captions, iteration))
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ def test_a_tracker_of_somebody_s_own_is_one_class_and_one_registration(
     monkeypatch.setattr(Memory, "kept", [])
     description = config("memory")
     check_trackers(description)
-    record(RunDirectory.open(tmp_path / "run", description, []), description)
+    record(RunDirectory(tmp_path / "run").open(description, []), description)
     assert Memory.kept == [
         ("open", "run", 2),
         ("scalars", 3, -0.5),
@@ -157,7 +157,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     monkeypatch.setattr(Memory, "kept", [])
     monkeypatch.setitem(TRACKERS, "memory", Broken)
     description = config("memory")
-    record(RunDirectory.open(tmp_path / "run", description, []), description)
+    record(RunDirectory(tmp_path / "run").open(description, []), description)
     warning = "warning: tracker memory failed (no route to host); the run continues without it\n"
     assert capsys.readouterr().err == warning, "once"
     assert Memory.kept == [("open", "run", 2)]

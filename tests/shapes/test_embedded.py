@@ -24,7 +24,7 @@ def test_weights_are_small_and_hold_no_pickle() -> None:
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
 
 
-def test_diffusers_makes_the_same_pictures_from_the_words() -> None:
+def test_diffusers_makes_the_same_images_from_the_words() -> None:
     from diffusers import StableDiffusion3Pipeline
 
     texts = ["a red circle and a blue square", "three triangles"]
@@ -94,7 +94,7 @@ def test_automatic_type_of_the_vae_is_what_the_processor_is_fast_in(
     exact = SD3Model.load(ModelConfig(), CPU)
     assert model.vae.dtype == dtype
     latents = torch.stack([noise(model.latent_shape, 0, i) for i in range(2)])
-    # In steps of the 256 values of a picture.
+    # In steps of the 256 values of an image.
     assert ((model.decode(latents) - exact.decode(latents)) * 255).abs().mean() < (
         1 if dtype == torch.bfloat16 else 1e-9
     )

@@ -1,4 +1,4 @@
-"""The shapes world: its language, its pictures and its checker."""
+"""The shapes world: its language, its images and its checker."""
 
 import random
 
@@ -116,10 +116,10 @@ def test_balanced_prompts_take_the_same_number_of_each_task(held_out: bool) -> N
     assert set(balanced_prompts(10_000, held_out)) == pool
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- images
 
 
-def test_pictures_have_the_colours_they_are_made_of() -> None:
+def test_images_have_the_colours_they_are_made_of() -> None:
     scene = Scene((SceneObject("square", "blue", 20.0, 40.0, 10.0),), BACKGROUNDS[0])
     image = render([scene])[0]
     assert image.shape == (3, 64, 64)
@@ -144,7 +144,7 @@ def test_shapes_are_found_where_they_were_drawn() -> None:
             assert seen.clarity > 0.85
 
 
-def test_blank_and_noisy_pictures_hold_no_shapes() -> None:
+def test_blank_and_noisy_images_hold_no_shapes() -> None:
     assert find_shapes(np.full((64, 64, 3), 0.9, dtype=np.float32)) == []
     noise = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
     assert [f for f in find_shapes(noise) if f.shape] == []
@@ -195,7 +195,7 @@ def test_meaning_is_in_what_is_said_and_not_in_the_words() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_checker_passes_clean_pictures_and_fails_corrupted_ones(task: str) -> None:
+def test_checker_passes_clean_images_and_fails_corrupted_ones(task: str) -> None:
     rng = random.Random(0)
     wanted = some(task)
     texts = [p.text for p in wanted]
@@ -212,12 +212,12 @@ def test_checker_passes_clean_pictures_and_fails_corrupted_ones(task: str) -> No
     assert {graded.dtype, right.dtype} == {torch.float32}
 
 
-def picture(*objects: SceneObject) -> torch.Tensor:
+def make_image(*objects: SceneObject) -> torch.Tensor:
     return render([Scene(objects, BACKGROUNDS[0])])
 
 
 def verdict(text: str, *objects: SceneObject) -> tuple[float, bool]:
-    graded, right = check(picture(*objects), [text])
+    graded, right = check(make_image(*objects), [text])
     return graded.item(), bool(right.item())
 
 
@@ -242,7 +242,7 @@ BLUE_RIGHT = SceneObject("square", "blue", 48.0, 32.0, 10.0)
         ("a triangle and a square", False),
     ],
 )
-def test_verdicts_on_one_picture(text: str, expected: bool) -> None:
+def test_verdicts_on_one_image(text: str, expected: bool) -> None:
     graded, right = verdict(text, RED_LEFT, BLUE_RIGHT)
     assert right == expected
     assert graded > 0.9 if expected else graded < 0.85

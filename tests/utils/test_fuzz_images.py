@@ -42,11 +42,11 @@ def odd_image(rng: random.Random) -> bytes:
     size, mode = rng.choice(SIZES), rng.choice(MODES)
     bands = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
     noise = Image.fromarray(np.frombuffer(rng.randbytes(size[0] * size[1] * 3), np.uint8).reshape(size[1], size[0], 3))
-    picture, buffer = Image.blend(bands, noise, rng.random()), io.BytesIO()
+    image, buffer = Image.blend(bands, noise, rng.random()), io.BytesIO()
     try:
-        picture = picture.convert(mode)
+        image = image.convert(mode)
     except ValueError:
-        picture = picture.convert("L")
+        image = image.convert("L")
     options: dict[str, object] = {}
     if rng.random() < 0.3:
         exif = Image.Exif()
@@ -55,11 +55,11 @@ def odd_image(rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         options["transparency"] = rng.choice([0, 7, 300])
     if rng.random() < 0.2:
-        options |= {"save_all": True, "append_images": [picture.copy()] * rng.randint(1, 3)}
+        options |= {"save_all": True, "append_images": [image.copy()] * rng.randint(1, 3)}
     for kind in (rng.choice(FORMATS), "PNG"):
         try:
             buffer = io.BytesIO()
-            picture.save(buffer, kind, **options)
+            image.save(buffer, kind, **options)
             break
         except Exception:  # noqa: BLE001 - not every format takes every mode and option
             options = {}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageFile
 
 from trainer.utils.errors import BadInput
-from trainer.utils.media import MAX_PIXELS, check_image, open_image, read_image, save_video, to_picture, to_tensor
+from trainer.utils.media import MAX_PIXELS, check_image, open_image, read_image, save_video, to_pil_image, to_tensor
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -27,9 +27,9 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
-def content(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def content(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -59,11 +59,11 @@ def test_orientation_of_exif_is_applied(orientation: int) -> None:
     }[orientation](upright)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture = open_image(content(Image.fromarray(np.ascontiguousarray(stored)), exif=exif))
-    assert np.array_equal(np.asarray(picture), upright)
+    image = open_image(content(Image.fromarray(np.ascontiguousarray(stored)), exif=exif))
+    assert np.array_equal(np.asarray(image), upright)
 
 
-def transparent_pictures() -> dict[str, Image.Image]:
+def transparent_images() -> dict[str, Image.Image]:
     """Left half opaque black, right half fully transparent."""
     alpha = Image.fromarray(np.repeat([[255, 255, 0, 0]], 4, 0).astype(np.uint8))
     rgba = Image.new("RGBA", (4, 4), (0, 0, 0, 255))
@@ -79,7 +79,7 @@ def transparent_pictures() -> dict[str, Image.Image]:
 @pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "16 bit"])
 def test_transparency_is_laid_on_white(kind: str) -> None:
     options = {"P": {"transparency": 1}, "16 bit": {"transparency": 500}}.get(kind, {})
-    image = read_image(content(transparent_pictures()[kind], **options))
+    image = read_image(content(transparent_images()[kind], **options))
     assert image[:, :, :2].max() == 0
     assert image[:, :, 2:].min() == 1
 
@@ -92,9 +92,9 @@ def test_half_transparent_red_is_half_way_to_white() -> None:
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
 def test_every_mode_of_png_is_read(mode: str) -> None:
     levels = np.full((5, 7), 40000 if mode == "I;16" else 200, np.uint16 if mode == "I;16" else np.uint8)
-    picture = Image.fromarray(levels) if mode == "I;16" else Image.fromarray(levels).convert(mode)
+    saved = Image.fromarray(levels) if mode == "I;16" else Image.fromarray(levels).convert(mode)
     expected = {"1": 1.0, "I;16": 40000 / 65535}.get(mode, 200 / 255)
-    image = read_image(content(picture))
+    image = read_image(content(saved))
     assert image.shape == (3, 5, 7)
     if mode != "1":  # dithered
         assert image.mean().item() == pytest.approx(expected, abs=0.5 / 255)
@@ -145,9 +145,9 @@ def test_the_largest_image_passes_the_check() -> None:
 
 @pytest.mark.parametrize("spoil", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"\0" * 200, lambda c: c[:30]])
 def test_a_damaged_file_is_one_sentence_with_its_name(tmp_path: Path, spoil) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     for kind in ("PNG", "JPEG", "WEBP"):
-        (tmp_path / "odd.png").write_bytes(spoil(content(picture, kind)))
+        (tmp_path / "odd.png").write_bytes(spoil(content(image, kind)))
         with pytest.raises(BadInput) as raised:
             read_image(tmp_path / "odd.png")
         assert str(raised.value).startswith(f"image {tmp_path / 'odd.png'} ")
@@ -158,9 +158,9 @@ def test_random_damage_never_raises_anything_else() -> None:
     rng = np.random.default_rng(1)
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture = Image.fromarray(rng.integers(0, 255, (24, 24, 4), dtype=np.uint8))
-    wholes = [content(picture, exif=exif), content(picture.convert("RGB"), "JPEG", exif=exif)]
-    wholes += [content(picture, "WEBP", exif=exif), content(picture.convert("P"), transparency=3)]
+    image = Image.fromarray(rng.integers(0, 255, (24, 24, 4), dtype=np.uint8))
+    wholes = [content(image, exif=exif), content(image.convert("RGB"), "JPEG", exif=exif)]
+    wholes += [content(image, "WEBP", exif=exif), content(image.convert("P"), transparency=3)]
     read = 0
     for whole in wholes:
         for _ in range(100):
@@ -180,12 +180,12 @@ def test_what_is_not_a_file_is_refused(tmp_path: Path) -> None:
             read_image(path)
 
 
-def test_tensor_and_picture_are_inverses() -> None:
+def test_tensor_and_image_are_inverses() -> None:
     levels = torch.randint(0, 256, (3, 9, 5), generator=torch.Generator().manual_seed(0))
     image = levels.float() / 255
-    assert torch.equal(to_tensor(to_picture(image)), image)
-    assert torch.equal(to_tensor(to_picture(image + 0.4 / 255)), image), "rounded to the nearest level"
-    assert to_tensor(to_picture(torch.full((3, 1, 1), 7.0))).max() == 1
+    assert torch.equal(to_tensor(to_pil_image(image)), image)
+    assert torch.equal(to_tensor(to_pil_image(image + 0.4 / 255)), image), "rounded to the nearest level"
+    assert to_tensor(to_pil_image(torch.full((3, 1, 1), 7.0))).max() == 1
 
 
 def test_a_video_has_its_frames_and_rate(tmp_path: Path) -> None:

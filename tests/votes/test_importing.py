@@ -41,14 +41,14 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def test_a_folder_is_imported_with_its_captions_and_again_adds_nothing(fox: Collection, tmp_path: Path) -> None:
-    folder = write(tmp_path / "pictures", ["b.png", "a.JPG", "c.webp"])
+    folder = write(tmp_path / "photos", ["b.png", "a.JPG", "c.webp"])
     (folder / "b.txt").write_text(" a cat \n")
     write(folder / "below", ["d.png"], start=100)
     found = import_folder(fox, folder, prompt="a fox")
     assert (found.new, found.known, found.complaints) == (3, 0, [])
     items = fox.items()[0]
     assert [(item.prompt, item.source) for item in items] == [
-        ("a fox", "pictures: a.JPG"), ("a cat", "pictures: b.png"), ("a fox", "pictures: c.webp")
+        ("a fox", "photos: a.JPG"), ("a cat", "photos: b.png"), ("a fox", "photos: c.webp")
     ]  # fmt: skip
     again = import_folder(fox, folder)
     assert (again.new, again.known) == (0, 3)
@@ -56,7 +56,7 @@ def test_a_folder_is_imported_with_its_captions_and_again_adds_nothing(fox: Coll
 
 
 def test_files_that_cannot_be_read_are_left_out_with_a_sentence(fox: Collection, tmp_path: Path) -> None:
-    folder = write(tmp_path / "pictures", ["good.png"])
+    folder = write(tmp_path / "photos", ["good.png"])
     (folder / "text.png").write_text("<script>alert(1)</script>")
     (folder / "huge.png").write_bytes(huge_png(10_000, 10_000))
     Image.effect_noise((64, 64), 50).save(folder / "cut.png")
@@ -68,19 +68,19 @@ def test_files_that_cannot_be_read_are_left_out_with_a_sentence(fox: Collection,
 
 
 def test_nothing_to_import_is_one_sentence(fox: Collection, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no folder 'pictures'"):
-        import_folder(fox, tmp_path / "pictures")
-    (tmp_path / "pictures").mkdir()
-    with pytest.raises(BadInput, match=r"'pictures' has no images: \.png"):
-        import_folder(fox, tmp_path / "pictures")
-    (tmp_path / "pictures" / "a.png").write_text("x")
-    with pytest.raises(BadInput, match=r"no image of 'pictures' can be read: a\.png was skipped"):
-        import_folder(fox, tmp_path / "pictures")
+    with pytest.raises(BadInput, match="no folder 'photos'"):
+        import_folder(fox, tmp_path / "photos")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(BadInput, match=r"'photos' has no images: \.png"):
+        import_folder(fox, tmp_path / "photos")
+    (tmp_path / "photos" / "a.png").write_text("x")
+    with pytest.raises(BadInput, match=r"no image of 'photos' can be read: a\.png was skipped"):
+        import_folder(fox, tmp_path / "photos")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
 def test_links_are_not_followed(fox: Collection, tmp_path: Path) -> None:
-    folder = write(tmp_path / "pictures", ["a.png"])
+    folder = write(tmp_path / "photos", ["a.png"])
     write(tmp_path / "secret", ["b.png"], start=50)
     (tmp_path / "secret" / "b.txt").write_text("secret")
     (folder / "link.png").symlink_to(tmp_path / "secret" / "b.png")
@@ -120,7 +120,7 @@ def test_pairs_of_favourites_are_different_and_even(better: int, worse: int) -> 
 
 
 def test_export_holds_what_counts(fox: Collection, tmp_path: Path) -> None:
-    import_folder(fox, write(tmp_path / "pictures", ["a.png", "b.png", "c.png"]), "a, fox")
+    import_folder(fox, write(tmp_path / "photos", ["a.png", "b.png", "c.png"]), "a, fox")
     a, b, c = (item.image for item in fox.items()[0])
     fox.record([Vote(a, b, id="1"), Vote(b, c, "tie", "2"), Vote(c, a, id="3")])
     fox.undo("u")

@@ -15,12 +15,12 @@ from trainer.votes.records import Vote
 from trainer.votes.store import Collection
 
 
-def picture(number: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
+def make_image(number: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
     return Image.new("RGB", size, (number, 255 - number, 40))
 
 
 def fill(collection: Collection, count: int = 4, prompt: str = "a fox") -> list[str]:
-    return collection.add((picture(i), prompt, "test") for i in range(count)).names
+    return collection.add((make_image(i), prompt, "test") for i in range(count)).names
 
 
 @pytest.fixture
@@ -39,8 +39,10 @@ def names(collection: Collection) -> list[str]:
 
 
 def test_images_are_kept_with_prompt_and_source_and_equal_ones_once(fox: Collection) -> None:
-    transparent = picture(1).convert("RGBA")
-    added = fox.add([(transparent, "another prompt", "test"), (picture(9), "a cat", "cam"), (picture(9), "x", "y")])
+    transparent = make_image(1).convert("RGBA")
+    added = fox.add(
+        [(transparent, "another prompt", "test"), (make_image(9), "a cat", "cam"), (make_image(9), "x", "y")]
+    )
     assert added.new == 1
     assert added.names[1] == added.names[2]
     items, complaints = fox.items()
@@ -57,12 +59,12 @@ def test_images_of_equal_bytes_and_other_shapes_differ(fox: Collection) -> None:
 
 
 def test_large_images_are_reduced(fox: Collection) -> None:
-    (name,) = fox.add([(picture(7, (4100, 1025)), "", "")]).names
+    (name,) = fox.add([(make_image(7, (4100, 1025)), "", "")]).names
     assert Image.open(fox.images / name).size == (2048, 512)
 
 
 def test_an_image_file_without_a_line_is_an_image_without_a_prompt(fox: Collection) -> None:
-    picture(77).save(fox.images / "by hand.png")
+    make_image(77).save(fox.images / "by hand.png")
     assert names(fox)[4] == "by hand.png"
     assert fox.items()[0][4].prompt == ""
 
@@ -79,7 +81,7 @@ def test_what_is_not_an_image_of_the_collection_is_refused(fox: Collection, name
 @pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
 def test_links_are_not_images(fox: Collection, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
-    picture(50).save(secret)
+    make_image(50).save(secret)
     (fox.images / "link.png").symlink_to(secret)
     with pytest.raises(BadInput, match=r"'link.png' is not in the collection"):
         fox.image_file("link.png")
@@ -249,7 +251,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(fox: Collection, monkeypatch: pyt
 def test_a_hand_written_file_is_read_and_can_be_continued(tmp_path: Path) -> None:
     (tmp_path / "mine" / "images").mkdir(parents=True)
     for number in range(3):
-        picture(number).save(tmp_path / "mine" / "images" / f"fox {number}.png")
+        make_image(number).save(tmp_path / "mine" / "images" / f"fox {number}.png")
     mine = tmp_path / "mine" / "votes.csv"
     mine.write_text("\ufeffworse, better\nfox 0.png,fox 1.png\n\nfox 1.png,fox 9.png\nfox 2.png, fox 1.png", "utf-8")
     collection = store.find(tmp_path, "mine")
@@ -294,7 +296,7 @@ def test_collections_are_listed_deleted_and_brought_back(tmp_path: Path) -> None
     assert store.names(tmp_path) == ["Über mich 2"]
     with pytest.raises(BadInput, match="'fox' has been deleted"):
         old.record([Vote("a.png", "b.png", id="1")])
-    store.create(tmp_path, "fox").add([(picture(200), "", "")])
+    store.create(tmp_path, "fox").add([(make_image(200), "", "")])
     with pytest.raises(BadInput, match="there is already a collection named 'fox'"):
         store.restore(tmp_path, "fox")
     store.delete(tmp_path, "fox")

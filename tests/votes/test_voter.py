@@ -29,8 +29,8 @@ def voted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Collection, VoteAna
     """80 votes on 100 images, on pairs asked for four at a time."""
     pool = scenes(100, seed=0)
     collection = store.create(tmp_path_factory.mktemp("votes"), "blue")
-    pictures = (render(pool) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    images = collection.add((Image.fromarray(one), "shapes", f"scene {i}") for i, one in enumerate(pictures)).names
+    arrays = (render(pool) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    images = collection.add((Image.fromarray(one), "shapes", f"scene {i}") for i, one in enumerate(arrays)).names
     likes = {name: liking(scene) for name, scene in zip(images, pool, strict=True)}
     analyzer = VoteAnalyzer(lambda backbone: describe)
     for _ in range(VOTES // 4):

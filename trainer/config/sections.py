@@ -40,7 +40,7 @@ class PromptsConfig(Section):
 
     digests: list[str] = Field(
         [],
-        description="What tells texts apart that each have conditions with pictures of their own, one for each text. "
+        description="What tells texts apart that each have conditions with images of their own, one for each text. "
         "Written by GRPO Train LoRA.",
     )
 

@@ -14,7 +14,7 @@ from ..utils.console import quiet_libraries
 from ..utils.distributed import Processes
 from ..utils.errors import BadInput
 from ..utils.files import write_atomically, write_json
-from ..utils.media import save_picture
+from ..utils.media import save_image
 from ..utils.precision import tf32
 from .comparison import ModelScores, compared, text_table
 from .embedding import embedder
@@ -35,7 +35,7 @@ def read_description(path: Path, overrides: list[str], prompts: Path | None) -> 
         absolute = with_absolute_paths({"evaluation": {"file": str(prompts)}}, Path.cwd())["evaluation"]["file"]
         overrides = ["evaluation.texts=[]", "evaluation.shapes=null", f"evaluation.file={absolute}", *overrides]
     if path.is_dir():
-        config = parse_config(RunDirectory.attach(path).config().model_dump(mode="json"), overrides, Path.cwd())
+        config = parse_config(RunDirectory.existing(path).config().model_dump(mode="json"), overrides, Path.cwd())
     else:
         config = read_config(path, overrides)
     evaluation = config.evaluation
@@ -71,7 +71,7 @@ def run_evaluation(config: RunConfig, paths: list[Path], output: Path, say: Call
     table = text_table(record)
     write_json(output / FILES[0], record)
     write_atomically(output / FILES[1], f"{table}\n".encode())
-    save_picture(output / FILES[2], contact_sheet(models))
+    save_image(output / FILES[2], contact_sheet(models))
     say(f"\n{table}\n\n" + "\n".join(str(output / name) for name in FILES))
     return record
 

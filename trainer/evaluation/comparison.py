@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..runs.pictures import Sample
+from ..runs.sample_grids import Sample
 from .intervals import LEVEL, bootstrap, change, win_rate
 from .looks import CLIP_DIVERSITY, DIVERSITY
 from .paper_table import paper_text

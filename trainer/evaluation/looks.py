@@ -2,7 +2,7 @@
 
 Diversity is the mean distance over all pairs of a prompt's images: the root mean square difference of their thumbnails
 (0 to 1; layout and colour) and, with a CLIP model, 1 - cosine similarity of their embeddings (content). It is 0 if a
-model draws the same picture from every noise.
+model draws the same image from every noise.
 """
 
 from collections.abc import Callable, Sequence

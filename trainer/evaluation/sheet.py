@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from ..runs.pictures import CELL, arranged, block, checker_of, score_lines
-from ..runs.report import magnification
-from ..utils.media import to_picture
+from ..runs.sample_grids import CELL, arranged, block, checker_of, magnification, score_lines
+from ..utils.media import to_pil_image
 from .comparison import ModelScores
 
 if TYPE_CHECKING:
@@ -44,6 +43,6 @@ def _cell(image: "Tensor", small: bool) -> "Image":
     """An image, or the middle frame of a video; small ones are enlarged without smoothing, large ones reduced."""
     image = image[len(image) // 2] if image.ndim == 4 else image
     factor = magnification(image, CELL) if small else 1
-    picture = to_picture(image.repeat_interleave(factor, -1).repeat_interleave(factor, -2))
-    picture.thumbnail((LARGEST, LARGEST))
-    return picture
+    cell = to_pil_image(image.repeat_interleave(factor, -1).repeat_interleave(factor, -2))
+    cell.thumbnail((LARGEST, LARGEST))
+    return cell

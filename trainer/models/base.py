@@ -13,7 +13,7 @@ from ..diffusion.process import FLOW, Process
 from ..diffusion.schedules import sigma_schedule
 from ..utils.errors import BadInput
 
-PICTURE = "picture_"
+IMAGE_PREFIX = "image_"
 """Prefix of conditions that come from a prompt's image; they are used in both branches of guidance."""
 MEGAPIXEL = 2**20
 MAX_DECODE_BATCH = 32
@@ -59,10 +59,10 @@ class Conditions:
             return Conditions(tensors)
         return Conditions(tensors, torch.cat([self._every_length(), other._every_length()]))
 
-    def with_pictures_of(self, other: "Conditions") -> "Conditions":
+    def with_images_of(self, other: "Conditions") -> "Conditions":
         """These conditions with the image conditions of `other`, row by row."""
-        pictures = {name: value for name, value in other.tensors.items() if name.startswith(PICTURE)}
-        return Conditions(self.tensors | pictures, self.lengths)
+        images = {name: value for name, value in other.tensors.items() if name.startswith(IMAGE_PREFIX)}
+        return Conditions(self.tensors | images, self.lengths)
 
     def by_length(self) -> "list[tuple[Tensor, Conditions]]":
         """Group rows by their number of tokens: the indices of each group, and its conditions without padding."""
@@ -85,7 +85,7 @@ class Conditions:
 
 def is_tokens(name: str, value: Tensor) -> bool:
     """Whether a condition is a text embedding, `[N, tokens, width]`."""
-    return value.ndim == 3 and not name.startswith(PICTURE)
+    return value.ndim == 3 and not name.startswith(IMAGE_PREFIX)
 
 
 def stacked(values: list[Tensor]) -> Tensor:
@@ -134,12 +134,12 @@ class DiffusionModel(ABC):
     @classmethod
     @abstractmethod
     def encode_batches(
-        cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
+        cls, config: ModelConfig, prompts: list[str], images: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
         """Load the text encoders, encode, and free them; yields conditions on the CPU in batches of a few prompts.
 
         Args:
-            pictures: first frame or source image of each prompt, or None.
+            images: first frame or source image of each prompt, or None.
             negative: the negative prompt, which some families encode together with each image. To get its own row, it
                 must also be in `prompts`, with any image if the family needs images.
 
@@ -149,12 +149,12 @@ class DiffusionModel(ABC):
 
     @classmethod
     def encode(
-        cls, config: ModelConfig, prompts: list[str], device: torch.device, pictures: list[Path | None] | None = None
+        cls, config: ModelConfig, prompts: list[str], device: torch.device, images: list[Path | None] | None = None
     ) -> Conditions:
         """`encode_batches` at once; the last prompt is the negative prompt."""
-        pictures = list(pictures or [None] * len(prompts))
-        pictures[-1] = pictures[-1] or pictures[0]
-        batches = [batch.tensors for batch in cls.encode_batches(config, prompts, pictures, prompts[-1], device)]
+        images = list(images or [None] * len(prompts))
+        images[-1] = images[-1] or images[0]
+        batches = [batch.tensors for batch in cls.encode_batches(config, prompts, images, prompts[-1], device)]
         return Conditions({name: stacked([batch[name] for batch in batches]) for name in batches[0]})
 
     @classmethod  # noqa: B027 - a family may accept all
@@ -329,7 +329,7 @@ class DiffusionModel(ABC):
         """Conditions of the negative branch for `conditions`, row by row."""
         device = next(iter(unconditional.tensors.values())).device
         index = torch.zeros(len(conditions), dtype=torch.long, device=device)
-        return unconditional.rows(index).with_pictures_of(conditions)
+        return unconditional.rows(index).with_images_of(conditions)
 
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Combine the predictions of both branches."""

@@ -159,7 +159,7 @@ def fitted(file: Path, height: int, width: int) -> Tensor:
 
     from ..utils.media import open_image, to_tensor
 
-    picture = open_image(file)
-    if picture.size != (width, height):
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC)
-    return to_tensor(picture)
+    image = open_image(file)
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    return to_tensor(image)

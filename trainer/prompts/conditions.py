@@ -52,9 +52,9 @@ def prompts_to_encode(
     config: RunConfig, training: PromptSet, held_out: PromptSet, with_negative: bool
 ) -> dict[Key, Path | None]:
     """All distinct prompts of a run with their images. The negative prompt gets the image of another prompt."""
-    wanted = dict(zip([*training.keys, *held_out.keys], [*training.pictures, *held_out.pictures], strict=True))
+    wanted = dict(zip([*training.keys, *held_out.keys], [*training.images, *held_out.images], strict=True))
     if with_negative:
-        wanted.setdefault(_negative(config), training.pictures[0])
+        wanted.setdefault(_negative(config), training.images[0])
     return wanted
 
 
@@ -121,8 +121,8 @@ def encode_into(
     Raises:
         BadInput: the text encoders cannot be loaded, or the disk has too little free space.
     """
-    texts, pictures = [text for text, _ in wanted], list(wanted.values())
-    batches = family.encode_batches(config.model, texts, pictures, config.prompts.negative, device)
+    texts, images = [text for text, _ in wanted], list(wanted.values())
+    batches = family.encode_batches(config.model, texts, images, config.prompts.negative, device)
     write_conditions(path, list(wanted), batches, announce=announcer(path, len(wanted), announce_from))
 
 
@@ -150,11 +150,11 @@ def _from_file(config: RunConfig, family: type[DiffusionModel], wanted: dict[Key
         raise BadInput(f"prompts.conditions {path} is for a model of a ComfyUI graph (family comfy): encode again")
     family.check_conditions(config.model, stored.rows(torch.tensor([0])))
     known = set(stored.keys)
-    for key, picture in wanted.items():
+    for key, image in wanted.items():
         if key not in known:
             which = f"the negative prompt {shorten(key[0])}" if key == _negative(config) else shorten(key[0])
-            with_picture = f" with image {cut(str(picture), 100)}" if key[1] else ""
-            raise BadInput(f"prompts.conditions {path} does not contain {which}{with_picture}: encode again")
+            with_image = f" with image {cut(str(image), 100)}" if key[1] else ""
+            raise BadInput(f"prompts.conditions {path} does not contain {which}{with_image}: encode again")
     return stored
 
 

@@ -38,20 +38,20 @@ class PromptSet:
     Attributes:
         texts: the prompts for the diffusion model.
         categories: groups for evaluation; '' for none.
-        pictures: first frame or source image of each prompt, or None.
+        images: first frame or source image of each prompt, or None.
         digests: digests of these image files, or of other conditions that are a prompt's own, or ''.
         scored: the prompts for reward models: `texts`, without ComfyUI's prompt weights if these are enabled.
     """
 
     texts: list[str]
     categories: list[str]
-    pictures: list[Path | None] = field(default_factory=list)
+    images: list[Path | None] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     scored: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         count = len(self.texts)
-        for name, default in (("pictures", [None] * count), ("digests", [""] * count), ("scored", self.texts)):
+        for name, default in (("images", [None] * count), ("digests", [""] * count), ("scored", self.texts)):
             if not getattr(self, name):
                 object.__setattr__(self, name, default)
 
@@ -135,7 +135,7 @@ def _shapes(per_task: int, held_out: bool) -> PromptSet:
 class _Entry:
     text: str
     category: str = ""
-    picture: Path | None = None
+    image: Path | None = None
     digest: str = ""
 
 
@@ -144,7 +144,7 @@ def _as_set(entries: list[_Entry], weighted: bool) -> PromptSet:
     return PromptSet(
         texts,
         [entry.category for entry in entries],
-        [entry.picture for entry in entries],
+        [entry.image for entry in entries],
         [entry.digest for entry in entries],
         [without_weights(text) for text in texts] if weighted else texts,
     )
@@ -163,8 +163,8 @@ def _read(path: Path, what: str) -> list[_Entry]:
         raise BadInput(f"{what} contains no prompts")
     if pair := first_repeated((same_text(entry.text), entry.digest) for entry in entries):
         numbers = f"entries {pair[0] + 1} and {pair[1] + 1}"
-        with_picture = " with the same image" if entries[pair[0]].picture else ""
-        raise BadInput(f"{what} repeats the prompt {shorten(entries[pair[0]].text)}{with_picture} ({numbers})")
+        with_image = " with the same image" if entries[pair[0]].image else ""
+        raise BadInput(f"{what} repeats the prompt {shorten(entries[pair[0]].text)}{with_image} ({numbers})")
     return entries
 
 
@@ -222,11 +222,11 @@ def _read_csv(text: str, path: Path) -> list[_Entry]:
     ]
 
 
-def _entry(text: Any, category: Any, picture: Any, where: str, images: "_Images") -> _Entry:
-    if not isinstance(text, str) or not clean(text) or not isinstance(category, str) or not isinstance(picture, str):
+def _entry(text: Any, category: Any, image: Any, where: str, images: "_Images") -> _Entry:
+    if not isinstance(text, str) or not clean(text) or not isinstance(category, str) or not isinstance(image, str):
         raise BadInput(f"{where}: 'prompt' must be a non-empty string, 'category' and 'image' must be strings")
     check_text(text, where)
-    name = picture.strip()
+    name = image.strip()
     return _Entry(clean(text), clean(category), *(images.find(name, where) if name else ()))
 
 

@@ -120,8 +120,8 @@ class GenEvalLike(ModelReward):
         """
         from PIL import Image
 
-        picture = to_pil(image[None])[0].resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-        pixels = normalize(to_tensor(picture), MEAN, STD)[None].to(image.device)
+        resized = to_pil(image[None])[0].resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        pixels = normalize(to_tensor(resized), MEAN, STD)[None].to(image.device)
         output = self.module["detector"](pixel_values=pixels.to(self.dtype))
         masks = output.masks_queries_logits.float()
         masks = interpolate(masks, (SIDE, SIDE), mode="bilinear", align_corners=False)[0]

@@ -22,10 +22,10 @@ class JpegSize(Reward):
         height, width = images.shape[-2:]
         if max(height, width) > LARGEST_SIDE:
             raise ValueError(f"an image of {width} x {height} is too large for JPEG: at most {LARGEST_SIDE} pixels")
-        return torch.tensor([_kilobytes(picture) for picture in to_pil(images)], dtype=torch.float32)
+        return torch.tensor([_kilobytes(image) for image in to_pil(images)], dtype=torch.float32)
 
 
-def _kilobytes(picture: object) -> float:
+def _kilobytes(image: object) -> float:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=95)
+    image.save(buffer, "JPEG", quality=95)
     return buffer.tell() / 1000

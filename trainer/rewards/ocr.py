@@ -1,13 +1,17 @@
 """Text rendering: whether the quoted text of the prompt can be read in the image, by optical character recognition."""
 
-import io
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..utils.media import png
 from .base import Reward
 from .preprocess import to_pil
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”')
 
@@ -39,12 +43,10 @@ class TextRendering(Reward):
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.load()
         pairs = zip(to_pil(images), prompts, strict=True)
-        return torch.tensor([similarity(self._read(picture), target(prompt)) for picture, prompt in pairs])
+        return torch.tensor([similarity(self._read(image), target(prompt)) for image, prompt in pairs])
 
-    def _read(self, picture: object) -> str:
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        return "".join(self.reader(buffer.getvalue()).txts or ())
+    def _read(self, image: "Image.Image") -> str:
+        return "".join(self.reader(png(image)).txts or ())
 
 
 def target(prompt: str) -> str:

@@ -7,7 +7,7 @@ original code. Images that require a gradient are not rounded, and are resized w
 import torch
 from torch import Tensor
 
-from ..utils.media import to_bytes, to_picture, to_tensor
+from ..utils.media import to_bytes, to_pil_image, to_tensor
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -28,7 +28,7 @@ def rounded(images: Tensor) -> Tensor:
 
 def to_pil(images: Tensor) -> list:
     """`[B, 3, H, W]` in [0, 1] as PIL images."""
-    return [to_picture(image) for image in images.detach()]
+    return [to_pil_image(image) for image in images.detach()]
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = OPENAI_MEAN, std: tuple[float, ...] = OPENAI_STD) -> Tensor:
@@ -60,8 +60,8 @@ def shortest_and_crop(images: Tensor, size: int, crop: str = "torchvision") -> T
     if images.requires_grad:
         return resize(images, height, width)[..., top : top + size, left : left + size]
     box = (left, top, left + size, top + size)
-    pictures = [picture.resize((width, height), Image.Resampling.BICUBIC).crop(box) for picture in to_pil(images)]
-    return torch.stack([to_tensor(picture) for picture in pictures]).to(images.device)
+    crops = [image.resize((width, height), Image.Resampling.BICUBIC).crop(box) for image in to_pil(images)]
+    return torch.stack([to_tensor(crop) for crop in crops]).to(images.device)
 
 
 def trimmed(images: Tensor) -> Tensor:

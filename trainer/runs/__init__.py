@@ -1,1 +1,1 @@
-"""A run on disk and its processes: directory, launcher, recorder, metrics, watchdog, progress, report."""
+"""A run on disk and its processes: directory, launcher, recorder, metrics, watchdog, progress, sample grids."""

@@ -44,7 +44,12 @@ def _printable(word: str) -> str:
 class RunDirectory:
     """A run on disk. Files are written atomically, and only by the process that holds the lock.
 
-    After `claim`, every write raises RunFailed if the directory has been deleted or replaced in the meantime.
+    - `RunDirectory(path)` touches nothing, and may be no run yet.
+    - `existing` is for a run that must be there, to read it or to ask it to stop.
+    - `open` is for whoever has a description to run: it creates the run or continues it, and takes the lock.
+    - `acquire` takes the lock alone: to start a known run again, or to write how it ended.
+
+    After `open`, every write raises RunFailed if the directory has been deleted or replaced in the meantime.
 
     Attributes:
         extended_from: `runtime.iterations` before `open` raised it; None where it did not.
@@ -59,23 +64,30 @@ class RunDirectory:
     # ---------------------------------------------------------------------------------------------- identity
 
     @classmethod
-    def open(cls, path: Path, config: RunConfig, command: list[str]) -> "RunDirectory":
-        """Create the directory, or open an existing one with the same description, and take its lock.
+    def existing(cls, path: Path) -> "RunDirectory":
+        """A run that must be there; its lock is not taken.
 
-        A description that only raises `runtime.iterations` extends the run.
+        Raises:
+            BadInput: there is none.
+        """
+        if not (Path(path) / "run.yaml").is_file():
+            raise BadInput(f"{path} is not a run directory: run.yaml is missing")
+        return cls(path)
+
+    def open(self, config: RunConfig, command: list[str]) -> "RunDirectory":
+        """Take the lock, create the run or continue the one with the same description, and become its owner.
+
+        A description that only raises `runtime.iterations` extends the run. `release` ends what this begins.
 
         Args:
             command: the command line, which is stored in run.yaml.
 
+        Returns:
+            this object.
+
         Raises:
             BadInput: the directory has another description, is used by a running process, or is not a run directory.
         """
-        run = cls(path)
-        run.take(config, command)
-        return run
-
-    def take(self, config: RunConfig, command: list[str]) -> None:
-        """The same as `open`, for an existing object."""
         path = self.path
         if str(path).encode("utf-8", "ignore") != os.fsencode(path):
             raise BadInput(f"run directory {path} has a name that is not UTF-8; choose another name")
@@ -89,12 +101,15 @@ class RunDirectory:
             raise BadInput(f"run directory {path} cannot be created: {error.strerror}") from error
         self.acquire()
         try:
-            self._attach(config, command)
+            self._accept(config, command)
+            self._become_owner()
         except BaseException:
             self.release()
             raise
+        return self
 
-    def _attach(self, config: RunConfig, command: list[str]) -> None:
+    def _accept(self, config: RunConfig, command: list[str]) -> None:
+        """Store or compare the description, and remove what an earlier process left."""
         if not (self.path / "run.yaml").exists():
             self._write_description(config, command)
         try:
@@ -125,19 +140,8 @@ class RunDirectory:
         except BadInput:
             return self.status().get("description")
 
-    @classmethod
-    def attach(cls, path: Path) -> "RunDirectory":
-        """An existing run.
-
-        Raises:
-            BadInput: there is none.
-        """
-        if not (Path(path) / "run.yaml").is_file():
-            raise BadInput(f"{path} is not a run directory: run.yaml is missing")
-        return cls(path)
-
     def acquire(self, timeout: float = 0.5) -> None:
-        """Take the lock. The operating system releases it when this process ends for any reason.
+        """Take the lock alone. The operating system releases it when this process ends for any reason.
 
         Raises:
             BadInput: another process holds it, or the directory cannot be written.
@@ -152,6 +156,7 @@ class RunDirectory:
             raise BadInput(f"run directory {self.path} cannot be written: {error.strerror or error}") from error
 
     def release(self) -> None:
+        """Release the lock; what is written afterwards is no longer checked for another owner."""
         self._token = None
         self._lock.release()
 
@@ -173,8 +178,8 @@ class RunDirectory:
         probe.release()
         return False
 
-    def claim(self) -> None:
-        """Record this process as the owner of the directory; the caller holds the lock."""
+    def _become_owner(self) -> None:
+        """Record this object as the owner of the directory, so that `require_ownership` notices another one."""
         token = uuid.uuid4().hex
         write_json(self._owner_file, {"token": token, "pid": os.getpid()})
         self._token = token
@@ -186,7 +191,7 @@ class RunDirectory:
     def require_ownership(self) -> None:
         """
         Raises:
-            RunFailed: the directory that this process claimed was deleted, or another process has claimed it.
+            RunFailed: the directory that this object has opened was deleted, or another process has opened it.
         """
         if self._token is None:
             return

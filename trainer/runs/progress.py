@@ -142,6 +142,6 @@ def _files(folder: Path) -> list[tuple[str, Path]]:
     return [
         ("LoRA", folder / "lora.safetensors"),
         ("curve", folder / "report" / "reward_curve.png"),
-        ("pictures", folder / "report" / "before_after.png"),
+        ("images", folder / "report" / "before_after.png"),
         ("summary", folder / "report" / "summary.json"),
     ]

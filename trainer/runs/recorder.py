@@ -14,11 +14,11 @@ from ..config import RunConfig
 from ..policy import Policy
 from ..utils.errors import RunFailed
 from ..utils.files import write_atomically, write_json
-from ..utils.media import save_video
-from . import report
+from ..utils.media import save_image, save_video
 from .directory import Checkpoint, RunDirectory
 from .events import add_evaluation
-from .pictures import Sample, before_after, boxes, write_samples
+from .reward_curve import write_reward_curve
+from .sample_grids import Sample, before_after, boxes, magnification, plain_grid, write_samples
 from .trackers import Trackers
 
 STATUS_INTERVAL = 1.0
@@ -90,9 +90,9 @@ class Recorder:
             self.run.append_event(event)
             self.trackers.event(event)
 
-    # -------------------------------------------------------------------------------------------- pictures
+    # -------------------------------------------------------------------------------------------------- images
 
-    def rollout_picture(self, images: Tensor, iteration: int, samples: list[Sample]) -> None:
+    def rollout_grid(self, images: Tensor, iteration: int, samples: list[Sample]) -> None:
         """The first groups of this process, a row per group of up to 12 images, every `samples_every` iterations.
 
         Args:
@@ -106,7 +106,7 @@ class Recorder:
             path = self.run.path / "samples" / f"rollout_{iteration:06d}.png"
             self._show(path, images[:count].cpu(), group, 96, samples[:count])
             captions = [sample.prompt for sample in samples[:group]]
-            self.trackers.pictures("rollout", images[:group].cpu(), captions, iteration)
+            self.trackers.images("rollout", images[:group].cpu(), captions, iteration)
 
     def evaluation(self, record: dict, images: Tensor, samples: list[Sample]) -> None:
         """Record scores and images of the held-out prompts.
@@ -121,20 +121,20 @@ class Recorder:
             add_evaluation(self.run.path / "evaluations.jsonl", record)
             self._show(self._evaluation_path(record["iteration"]), images, 6, 160, samples)
             self.trackers.evaluation(record)
-            self.trackers.pictures("evaluation", images, [sample.prompt for sample in samples], record["iteration"])
+            self.trackers.images("evaluation", images, [sample.prompt for sample in samples], record["iteration"])
 
     def _show(self, path: Path, images: Tensor, columns: int, largest: int, samples: list[Sample]) -> None:
         """Write a grid of images and its JSON file; for videos a grid video, and its middle frame as the image."""
         self.run.require_ownership()
-        height, width = (side * report.magnification(images, largest) for side in images.shape[-2:])
+        height, width = (side * magnification(images, largest) for side in images.shape[-2:])
         cells = boxes(len(samples), columns, width, height)
         write_samples(path, [replace(sample, box=box) for sample, box in zip(samples, cells, strict=True)])
         if images.ndim == 5:
-            frames = [report.grid(frame, columns, largest) for frame in images.unbind(1)]
+            frames = [plain_grid(frame, columns, largest) for frame in images.unbind(1)]
             save_video(path.with_suffix(".mp4"), frames, self.config.model.fps)
-            report.save_picture(path, frames[len(frames) // 2])
+            save_image(path, frames[len(frames) // 2])
         else:
-            report.save_picture(path, report.grid(images, columns, largest))
+            save_image(path, plain_grid(images, columns, largest))
 
     def _evaluation_path(self, iteration: int) -> Path:
         return self.run.path / "samples" / f"evaluation_{iteration:06d}.png"
@@ -234,9 +234,9 @@ class Recorder:
         if self.writes:
             self.run.require_ownership()
             folder = self.run.path / "report"
-            report.reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
-            pictures = [self._evaluation_path(e["iteration"]) for e in (evaluations or [{"iteration": 0}])]
-            first, last = pictures[0], pictures[-1]
+            write_reward_curve(folder / "reward_curve.png", self.run.events(), evaluations)
+            grids = [self._evaluation_path(e["iteration"]) for e in (evaluations or [{"iteration": 0}])]
+            first, last = grids[0], grids[-1]
             if first != last and first.exists() and last.exists():
                 before_after(first, last, folder / "before_after.png")
             write_json(folder / "summary.json", summary)

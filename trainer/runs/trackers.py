@@ -42,7 +42,7 @@ class Tracker(ABC):
         """Record numbers by name, such as `rewards/brightness/mean`."""
 
     @abstractmethod
-    def pictures(self, tag: str, images: "np.ndarray", captions: list[str], iteration: int) -> None:
+    def images(self, tag: str, images: "np.ndarray", captions: list[str], iteration: int) -> None:
         """Record images.
 
         Args:
@@ -70,7 +70,7 @@ class TensorBoard(Tracker):
     def scalars(self, values: dict[str, float], iteration: int) -> None:
         self._tracker.log(values, step=iteration)
 
-    def pictures(self, tag: str, images: "np.ndarray", captions: list[str], iteration: int) -> None:
+    def images(self, tag: str, images: "np.ndarray", captions: list[str], iteration: int) -> None:
         self._tracker.log_images({tag: images}, step=iteration, dataformats="NHWC")
         self._tracker.log({f"{tag}/prompts": "\n".join(f"1. {caption}" for caption in captions)}, step=iteration)
 
@@ -101,7 +101,7 @@ class WeightsAndBiases(Tracker):
     def scalars(self, values: dict[str, float], iteration: int) -> None:
         self._tracker.log(values, step=iteration)
 
-    def pictures(self, tag: str, images: "np.ndarray", captions: list[str], iteration: int) -> None:
+    def images(self, tag: str, images: "np.ndarray", captions: list[str], iteration: int) -> None:
         import wandb
 
         pairs = zip(images, captions, strict=True)
@@ -155,7 +155,7 @@ class Trackers:
         values = {key: value for key, value in record.items() if key not in ("iteration", "seconds")}
         self._each(lambda tracker: tracker.scalars(flat({"evaluation": values}), record["iteration"]))
 
-    def pictures(self, tag: str, images: Tensor, captions: list[str], iteration: int) -> None:
+    def images(self, tag: str, images: Tensor, captions: list[str], iteration: int) -> None:
         """Record images, and the middle frames of videos.
 
         Args:
@@ -165,7 +165,7 @@ class Trackers:
             return
         stills = images[:, images.shape[1] // 2] if images.ndim == 5 else images
         pixels = (stills.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        self._each(lambda tracker: tracker.pictures(f"samples/{tag}", pixels, captions, iteration))
+        self._each(lambda tracker: tracker.images(f"samples/{tag}", pixels, captions, iteration))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())

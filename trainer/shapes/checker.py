@@ -1,7 +1,7 @@
 """Checks an image of the shapes world against its prompt: GenEval in miniature.
 
-The shapes are found in the picture alone, by colour distance to the background and connected components
-(`scipy.ndimage.label`); nothing is known of how the picture was made.
+The shapes are found in the image alone, by colour distance to the background and connected components
+(`scipy.ndimage.label`); nothing is known of how the image was made.
 """
 
 from dataclasses import dataclass

@@ -43,9 +43,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> "Image.Image":
 
     what = _name(source, name)
     try:
-        with _open(source, what) as picture:
-            picture.load()
-            return _on_white(_eight_bits(ImageOps.exif_transpose(picture)))
+        with _open(source, what) as image:
+            image.load()
+            return _on_white(_eight_bits(ImageOps.exif_transpose(image)))
     except BadInput:
         raise
     except Exception as error:
@@ -65,8 +65,8 @@ def check_image(source: Path | bytes, name: str | None = None) -> tuple[int, int
     """
     what = _name(source, name)
     try:
-        with _open(source, what) as picture:
-            return picture.size
+        with _open(source, what) as image:
+            return image.size
     except BadInput:
         raise
     except Exception as error:
@@ -86,14 +86,14 @@ def _open(source: Path | bytes, what: str) -> "Image.Image":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tuple(FORMATS))
     except Image.DecompressionBombError as error:
         raise BadInput(f"{what} is too large: {_LIMIT}") from error
-    width, height = picture.size
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        picture.close()
+        image.close()
         raise BadInput(f"{what} has {width} x {height} pixels: {_LIMIT}")
-    return picture
+    return image
 
 
 _LIMIT = f"at most {MAX_PIXELS / 1e6:.0f} million pixels (8192 x 8192) are read"
@@ -109,41 +109,41 @@ def _unreadable(what: str, error: Exception) -> BadInput:
     return BadInput(f"{what} cannot be read: {' '.join(reason.split())}")
 
 
-def _eight_bits(picture: "Image.Image") -> "Image.Image":
+def _eight_bits(image: "Image.Image") -> "Image.Image":
     """Convert 16-bit grey to 8-bit grey, which Pillow would clip to white; other images are unchanged."""
-    if picture.mode.partition(";")[0] != "I":
-        return picture
+    if image.mode.partition(";")[0] != "I":
+        return image
     import numpy as np
     from PIL import Image
 
-    levels = np.asarray(picture).astype(np.int64)
+    levels = np.asarray(image).astype(np.int64)
     grey = Image.fromarray(np.rint(levels.clip(0, 65535) / 257).astype(np.uint8))
-    transparent = picture.info.get("transparency")
+    transparent = image.info.get("transparency")
     if transparent is not None:
         grey.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
     return grey
 
 
-def _on_white(picture: "Image.Image") -> "Image.Image":
+def _on_white(image: "Image.Image") -> "Image.Image":
     from PIL import Image
 
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------- conversion
 
 
-def to_tensor(picture: "Image.Image") -> Tensor:
+def to_tensor(image: "Image.Image") -> Tensor:
     """An image as `[3, H, W]` float32 in [0, 1]."""
     import numpy as np
 
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def to_picture(image: Tensor) -> "Image.Image":
+def to_pil_image(image: Tensor) -> "Image.Image":
     """`[3, H, W]` in [0, 1] as an 8-bit RGB image."""
     from PIL import Image
 
@@ -158,23 +158,23 @@ def to_bytes(images: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_picture(path: Path, picture: "Image.Image") -> None:
+def save_image(path: Path, image: "Image.Image") -> None:
     """Write an image as PNG.
 
     Raises:
         OSError: the disk is full or not writable; an existing file at `path` is not changed.
     """
-    write_atomically(path, png(picture))
+    write_atomically(path, png(image))
 
 
-def png(picture: "Image.Image") -> bytes:
+def png(image: "Image.Image") -> bytes:
     """The content of a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def save_video(path: Path, pictures: Iterable["Image.Image"], fps: float) -> None:
+def save_video(path: Path, images: Iterable["Image.Image"], fps: float) -> None:
     """Write images of one size as an MP4 for browsers: H.264 with 4:2:0, cropped to even width and height.
 
     Raises:
@@ -185,12 +185,12 @@ def save_video(path: Path, pictures: Iterable["Image.Image"], fps: float) -> Non
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
         stream = None
-        for picture in pictures:
+        for image in images:
             if stream is None:
                 stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-                stream.width, stream.height = picture.width // 2 * 2, picture.height // 2 * 2
+                stream.width, stream.height = image.width // 2 * 2, image.height // 2 * 2
                 stream.pix_fmt = "yuv420p"
-            even = picture.crop((0, 0, stream.width, stream.height))
+            even = image.crop((0, 0, stream.width, stream.height))
             container.mux(stream.encode(av.VideoFrame.from_image(even)))
         container.mux(stream.encode(None))
     write_atomically(path, buffer.getvalue())

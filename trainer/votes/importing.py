@@ -161,11 +161,11 @@ def _read(
 ) -> Iterator[tuple["Image.Image", str, str]]:
     for file in files:
         try:
-            picture = open_image(file, file.name)
+            image = open_image(file, file.name)
         except BadInput as error:
             complaints.append(f"{file.name} was skipped: {error}")
             continue
-        yield picture, _caption(file) or prompt, f"{source}: {file.name}"
+        yield image, _caption(file) or prompt, f"{source}: {file.name}"
 
 
 def _caption(file: Path) -> str:

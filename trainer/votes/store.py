@@ -166,18 +166,17 @@ class Collection:
                 raise BadInput(f"the collection {self.name!r} has been deleted")
             yield
 
-    def add(self, pictures: Iterable[tuple["Image.Image", str, str]]) -> Added:
+    def add(self, images: Iterable[tuple["Image.Image", str, str]]) -> Added:
         """Add images. An image that is already in the collection keeps its prompt.
 
         Args:
-            pictures: image, prompt and source of each.
+            images: image, prompt and source of each.
 
         Raises:
             OSError: the disk is full or not writable.
         """
         given = [
-            CollectedImage(self._write(picture), prompt[:LONGEST_PROMPT], source)
-            for picture, prompt, source in pictures
+            CollectedImage(self._write(image), prompt[:LONGEST_PROMPT], source) for image, prompt, source in images
         ]
         records.flush_folder(self.images)
         new: dict[str, CollectedImage] = {}
@@ -189,14 +188,14 @@ class Collection:
             records.append(self.items_file, [json.dumps(vars(item)) for item in new.values()])
         return Added([item.image for item in given], len(new))
 
-    def _write(self, picture: "Image.Image") -> str:
+    def _write(self, image: "Image.Image") -> str:
         """Write an image file unless it exists; returns its name."""
-        picture = picture.convert("RGB")
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-        digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+        image = image.convert("RGB")
+        image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
         path = self.images / f"{digest[:24]}.png"
         if not path.exists():
-            write_atomically(path, png(picture))
+            write_atomically(path, png(image))
         return path.name
 
     def record(self, votes: Sequence[Vote]) -> int:

@@ -10,14 +10,29 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_patcher
-import comfy.supported_models
 import comfy.utils
 import diffusers
 import pytest
 import torch
+from core_networks import (
+    FLUX,
+    HUNYUAN,
+    SD3_BASE,
+    SD15,
+    SD_BASE,
+    SDXL,
+    SDXL_BASE,
+    SDXL_DIFFUSERS,
+    TINY_FLUX,
+    TINY_HUNYUAN,
+    TINY_QWEN,
+    TINY_WAN,
+    WAN_14B,
+    core_model,
+)
 from diffusers.loaders import single_file_model, single_file_utils
 from safetensors.torch import save_file
-from tiny_graphs import WAN
+from tiny_networks import draw
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
@@ -44,10 +59,6 @@ class Case:
     tiny: tuple[dict, dict]
     convert: Callable[[Tensors, dict], Tensors]
     call: Callable[[Any, Any], tuple[Tensor, Tensor]]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 # -------------------------------------------------------------------------------------------------------- conversions
@@ -184,7 +195,7 @@ def call_hunyuan(core: Any, network: Any) -> tuple[Tensor, Tensor]:
 
 def call_wan(core: Any, network: Any) -> tuple[Tensor, Tensor]:
     x, times = draw(2, network.config.in_channels, 2, 4, 4), torch.tensor([900.0, 300.0])
-    text = draw(2, 512, 16, seed=1)  # diffusers takes what is beyond 512 tokens for the picture
+    text = draw(2, 512, 16, seed=1)  # diffusers takes what is beyond 512 tokens for the image
     seen = draw(2, 257, 1280, seed=2) if network.config.image_dim else None
     return core(x, times, text, seen), network(x, times, text, encoder_hidden_states_image=seen).sample
 
@@ -214,28 +225,7 @@ def call_sd3(core: Any, network: Any) -> tuple[Tensor, Tensor]:
 
 # -------------------------------------------------------------------------------------------------------------- cases
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_checkpoint": False,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-    "dtype": torch.float32,
-}
-SD = UNET | {"adm_in_channels": None, "use_linear_in_transformer": False, "num_heads": 8, "num_head_channels": -1}
-SD_REAL = SD | {
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": [1, 2, 4, 4],
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "context_dim": 768,
-}
-SD_TINY = SD | {
+TINY_SD = SD_BASE | {
     **SMALL,
     "num_heads": 2,
     "transformer_depth": [1, 1, 0, 0],
@@ -243,19 +233,7 @@ SD_TINY = SD | {
     "transformer_depth_output": [1, 1, 1, 0, 0, 0],
     "context_dim": 16,
 }
-XL = UNET | {"num_classes": "sequential", "use_linear_in_transformer": True}
-XL_REAL = XL | {
-    "adm_in_channels": 2816,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_middle": 10,
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "context_dim": 2048,
-    "num_head_channels": 64,
-}
-XL_TINY = XL | {
+TINY_SDXL = SDXL_BASE | {
     **SMALL,
     "adm_in_channels": 6 * 8 + 16,
     "transformer_depth": [0, 0, 2, 2],
@@ -264,7 +242,7 @@ XL_TINY = XL | {
     "context_dim": 32,
     "num_head_channels": 16,
 }
-XL_DIFFUSERS = {
+TINY_SDXL_DIFFUSERS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (32, 64),
@@ -276,47 +254,6 @@ XL_DIFFUSERS = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 16,
 }
-XL_DIFFUSERS_REAL = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "mlp_ratio": 4.0,
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "txt_ids_dims": [],
-}
-FLUX_REAL = FLUX | {
-    "hidden_size": 3072,
-    "num_heads": 24,
-    "axes_dim": [16, 56, 56],
-    "context_in_dim": 4096,
-    "vec_in_dim": 768,
-    "depth": 19,
-    "depth_single_blocks": 38,
-}
-FLUX_TINY = FLUX | {
-    "hidden_size": 32,
-    "num_heads": 2,
-    "axes_dim": [4, 6, 6],
-    "context_in_dim": 16,
-    "vec_in_dim": 16,
-    "depth": 1,
-    "depth_single_blocks": 1,
-}
 FLUX_DIFFUSERS = {
     "num_layers": 1,
     "num_single_layers": 1,
@@ -327,19 +264,6 @@ FLUX_DIFFUSERS = {
     "axes_dims_rope": (4, 6, 6),
     "guidance_embeds": True,
 }
-HUNYUAN = {key: value for key, value in FLUX.items() if key != "txt_ids_dims"} | {
-    "image_model": "hunyuan_video",
-    "patch_size": [1, 2, 2],
-    "theta": 256,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
-HUNYUAN_SIZE = {key: FLUX_REAL[key] for key in ("hidden_size", "num_heads", "axes_dim", "context_in_dim", "vec_in_dim")}
-HUNYUAN_REAL = HUNYUAN | HUNYUAN_SIZE | {"depth": 20, "depth_single_blocks": 40}
-HUNYUAN_TINY = HUNYUAN | {key: value for key, value in FLUX_TINY.items() if key not in FLUX}
 HUNYUAN_DIFFUSERS = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -348,9 +272,6 @@ HUNYUAN_DIFFUSERS = {
     "text_embed_dim": 16,
     "pooled_projection_dim": 16,
     "rope_axes_dim": (4, 6, 6),
-}
-WAN_REAL = {"image_model": "wan2.1", "model_type": "t2v", "dim": 5120, "ffn_dim": 13824, "num_heads": 40} | {
-    "num_layers": 40
 }
 WAN_DIFFUSERS = {
     "num_attention_heads": 2,
@@ -361,45 +282,26 @@ WAN_DIFFUSERS = {
     "num_layers": 1,
 }
 I2V = {"model_type": "i2v", "in_dim": 36}
-QWEN_TINY = {
-    "image_model": "qwen_image",
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-}
-QWEN_DIFFUSERS = {key: value for key, value in QWEN_TINY.items() if key != "image_model"}
-
-SD3 = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "input_size": None,
-    "pos_embed_scaling_factor": None,
-    "x_block_self_attn_layers": [],
-}
+QWEN_DIFFUSERS = {key: value for key, value in TINY_QWEN.items() if key != "image_model"}
 
 
 def linear(features: int, out: int) -> dict:
     return {"target": "torch.nn.Linear", "params": {"in_features": features, "out_features": out}}
 
 
-SD35_LARGE = SD3 | {
+SD35_LARGE = SD3_BASE | {
     "depth": 38,
     "adm_in_channels": 2048,
     "context_embedder_config": linear(4096, 38 * 64),
     "num_patches": 192**2,
     "pos_embed_max_size": 192,
-    "qk_norm": "rms",
 }
-SD3_TINY = SD3 | {
+TINY_SD3 = SD3_BASE | {
     "depth": 2,
     "adm_in_channels": 16,
     "context_embedder_config": linear(16, 128),
     "num_patches": 64,
     "pos_embed_max_size": 8,
-    "qk_norm": "rms",
 }
 SD35_LARGE_DIFFUSERS = {
     "in_channels": 16,
@@ -428,7 +330,7 @@ CASES = [
         "SD3",
         "SD3Transformer2DModel",
         (SD35_LARGE, SD35_LARGE_DIFFUSERS),
-        (SD3_TINY, SD3_DIFFUSERS),
+        (TINY_SD3, SD3_DIFFUSERS),
         convert_sd3,
         call_sd3,
     ),
@@ -436,9 +338,9 @@ CASES = [
         "sd",
         "SD15",
         "UNet2DConditionModel",
-        (SD_REAL, {"cross_attention_dim": 768}),
+        (SD15, {"cross_attention_dim": 768}),
         (
-            SD_TINY,
+            TINY_SD,
             {
                 "block_out_channels": (32, 64),
                 "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -454,8 +356,8 @@ CASES = [
         "sdxl",
         "SDXL",
         "UNet2DConditionModel",
-        (XL_REAL, XL_DIFFUSERS_REAL),
-        (XL_TINY, XL_DIFFUSERS),
+        (SDXL, SDXL_DIFFUSERS),
+        (TINY_SDXL, TINY_SDXL_DIFFUSERS),
         convert_unet,
         call_unet,
     ),
@@ -463,8 +365,8 @@ CASES = [
         "flux",
         "Flux",
         "FluxTransformer2DModel",
-        (FLUX_REAL, {"guidance_embeds": True}),
-        (FLUX_TINY, FLUX_DIFFUSERS),
+        (FLUX, {"guidance_embeds": True}),
+        (TINY_FLUX, FLUX_DIFFUSERS),
         convert_flux,
         call_flux,
     ),
@@ -472,8 +374,8 @@ CASES = [
         "hunyuanvideo",
         "HunyuanVideo",
         "HunyuanVideoTransformer3DModel",
-        (HUNYUAN_REAL, {}),
-        (HUNYUAN_TINY, HUNYUAN_DIFFUSERS),
+        (HUNYUAN, {}),
+        (TINY_HUNYUAN, HUNYUAN_DIFFUSERS),
         convert_hunyuan,
         call_hunyuan,
     ),
@@ -481,18 +383,18 @@ CASES = [
         "skyreels",
         "HunyuanVideoSkyreelsI2V",
         "HunyuanVideoTransformer3DModel",
-        (HUNYUAN_REAL | {"in_channels": 32}, {"in_channels": 32}),
-        (HUNYUAN_TINY | {"in_channels": 32}, HUNYUAN_DIFFUSERS | {"in_channels": 32}),
+        (HUNYUAN | {"in_channels": 32}, {"in_channels": 32}),
+        (TINY_HUNYUAN | {"in_channels": 32}, HUNYUAN_DIFFUSERS | {"in_channels": 32}),
         convert_hunyuan,
         call_hunyuan,
     ),
-    Case("wan", "WAN21_T2V", "WanTransformer3DModel", (WAN_REAL, {}), (WAN, WAN_DIFFUSERS), convert_wan, call_wan),
+    Case("wan", "WAN21_T2V", "WanTransformer3DModel", (WAN_14B, {}), (TINY_WAN, WAN_DIFFUSERS), convert_wan, call_wan),
     Case(
         "wan",
         "WAN21_I2V",
         "WanTransformer3DModel",
-        (WAN_REAL | I2V, {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),
-        (WAN | I2V, WAN_DIFFUSERS | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 24}),
+        (WAN_14B | I2V, {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}),
+        (TINY_WAN | I2V, WAN_DIFFUSERS | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 24}),
         convert_wan,
         call_wan,
     ),
@@ -501,7 +403,7 @@ CASES = [
         "QwenImage",
         "QwenImageTransformer2DModel",
         ({"image_model": "qwen_image"}, {}),
-        (QWEN_TINY, QWEN_DIFFUSERS),
+        (TINY_QWEN, QWEN_DIFFUSERS),
         same,
         call_qwen,
     ),
@@ -510,7 +412,7 @@ CASES = [
         "QwenImage",
         "QwenImageTransformer2DModel",
         ({"image_model": "qwen_image"}, {}),
-        (QWEN_TINY, QWEN_DIFFUSERS),
+        (TINY_QWEN, QWEN_DIFFUSERS),
         same,
         call_qwen_edit,
     ),
@@ -522,12 +424,9 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-def core_model(case: Case, config: dict, device: str) -> Any:
+def core_network(case: Case, config: dict, device: str) -> Any:
     """ComfyUI's model."""
-    description = getattr(comfy.supported_models, case.core)(dict(config))
-    description.unet_config = dict(config)  # without what the class would add for the released size
-    description.set_inference_dtype(torch.float32, None)
-    return description.get_model({}, "", device=device)
+    return core_model(case.core, config, torch.float32, None, device)
 
 
 def family_model(pack: Callable, case: Case, network: Any) -> Any:
@@ -562,7 +461,7 @@ def load(core: Any, lora: Tensors, caplog: pytest.LogCaptureFixture) -> dict:
 def test_every_key_of_the_real_architecture_is_known(
     case: Case, pack: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    core = core_model(case, case.real[0], "meta")
+    core = core_network(case, case.real[0], "meta")
     with torch.device("meta"):
         model = family_model(pack, case, getattr(diffusers, case.network)(**case.real[1]))
     linear = [name for name, child in model.module.named_modules() if isinstance(child, torch.nn.Linear)]
@@ -588,7 +487,7 @@ def compare_output(
     case: Case, pack: Callable, caplog: pytest.LogCaptureFixture, targets: list[str] | None = None
 ) -> None:
     """Core's network with the exported LoRA against diffusers' with the trained one."""
-    core = core_model(case, case.tiny[0], "cpu")
+    core = core_network(case, case.tiny[0], "cpu")
     network = core.diffusion_model.float().eval()
     weights = {}
     for i, (name, value) in enumerate(network.state_dict().items()):
@@ -615,7 +514,7 @@ UNETS = [case for case in CASES if case.family in ("sd", "sdxl")]
 
 @pytest.mark.parametrize("case", UNETS, ids=lambda case: case.family)
 def test_every_convolution_of_a_unet_has_a_key(case: Case, pack: Callable, caplog: pytest.LogCaptureFixture) -> None:
-    core = core_model(case, case.real[0], "meta")
+    core = core_network(case, case.real[0], "meta")
     with torch.device("meta"):
         model = family_model(pack, case, getattr(diffusers, case.network)(**case.real[1]))
     convolutions = {n: c for n, c in model.module.named_modules() if isinstance(c, torch.nn.Conv2d)}
@@ -652,7 +551,7 @@ def test_odd_numbers_of_qwen_tokens_are_placed_nearer_to_the_text_in_comfyui() -
         image, _ = QwenEmbedRope(10000, [4, 6, 6], scale_rope=True)([(1, rows, 2)], max_txt_seq_len=3)
         first_turn = image.view(rows, 2, 8)[:, 0, 2]  # of the rows' axis: one radian per place
         torch.testing.assert_close(first_turn.angle(), torch.tensor(ours).float())
-        core = core_model(CASES[-1], QWEN_TINY, "cpu").diffusion_model
+        core = core_network(CASES[-1], TINY_QWEN, "cpu").diffusion_model
         _, ids, _ = core.process_img(torch.zeros(1, 16, 1, 2 * rows, 4))
         assert ids.view(rows, 2, 3)[:, 0, 1].tolist() == theirs
 
@@ -673,7 +572,7 @@ def test_network_comes_from_a_file_in_the_original_names(
 ) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a file on disk needs no network"))
     if case.convert in (convert_flux, convert_hunyuan):  # diffusers' converters know the released width alone
-        core = core_model(case, case.real[0], "meta").diffusion_model
+        core = core_network(case, case.real[0], "meta").diffusion_model
         with torch.device("meta"):
             network = getattr(diffusers, case.network)(**case.real[1])
         name = type(network).__name__
@@ -682,7 +581,7 @@ def test_network_comes_from_a_file_in_the_original_names(
         expected = network.state_dict()
         assert {key: value.shape for key, value in converted.items()} == {k: v.shape for k, v in expected.items()}
         return
-    core = core_model(case, case.tiny[0], "cpu")
+    core = core_network(case, case.tiny[0], "cpu")
     shapes = {name: value.shape for name, value in core.diffusion_model.state_dict().items()}
     weights = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     expected = case.convert(dict(weights), core.model_config.unet_config)

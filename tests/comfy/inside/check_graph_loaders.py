@@ -458,7 +458,7 @@ def test_a_run_of_two_networks_resumes_and_publishes_a_file_for_each_that_it_tra
     folders, loop = pack("trainer.runs.directory"), pack("trainer.loop")
 
     def run(name: str, until: int) -> Any:
-        directory = folders.RunDirectory.open(files.folder / name, config, [])
+        directory = folders.RunDirectory(files.folder / name).open(config, [])
         trainer = loop.Trainer(config, directory, pack("trainer.utils.distributed").Processes("cpu"))
         after = trainer._after
         monkeypatch.setattr(

@@ -388,7 +388,7 @@ REFUSED = {
     "RT_DETR_v4": "finds objects",
     "SAM3": "finds objects",
     "SAM31": "finds objects",
-    "SeedVR2": "enlarges pictures",
+    "SeedVR2": "enlarges images",
     "Trellis2": "makes 3D models",
     "TripoSplat": "makes 3D models",
     "WAN21_FlowRVS": NEITHER,

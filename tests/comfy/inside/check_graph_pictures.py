@@ -1,4 +1,4 @@
-"""A conditioning for each prompt, with pictures of its own: from the node to the network."""
+"""A conditioning for each prompt, with images of its own: from the node to the network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +8,17 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from graph_families import references
 from stages import gradients_of, items_of, rollout_of
 from tiny_graphs import CASES, Case, draw, entry, euler, graph_model, new_patcher
+from tiny_networks import references
 from torch import Tensor
 
 STEPS = 4
 QWEN, I2V = (next(case for case in CASES if case.core == core) for core in ("QwenImage", "WAN21_I2V"))
 
 
-def pictures(case: Case, number: int) -> dict:
-    """What the pictures of a prompt put into its conditioning."""
+def carried_images(case: Case, number: int) -> dict:
+    """What the images of a prompt put into its conditioning."""
     if case is QWEN:
         return references(1 + 2 * number)  # one for the first prompt, three of different sizes for the second
     frame = case.extra()
@@ -31,11 +31,11 @@ def text(case: Case, seed: int, tokens: int) -> dict:
 
 @pytest.mark.parametrize("tokens", [(6, 6), (5, 7)], ids=["texts of one length", "texts of other lengths"])
 @pytest.mark.parametrize("case", [QWEN, I2V], ids=str)
-def test_each_prompt_is_sampled_with_its_own_pictures_in_both_branches(
+def test_each_prompt_is_sampled_with_its_own_images_in_both_branches(
     pack: Callable, case: Case, tokens: tuple[int, int]
 ) -> None:
     trained, entries = graph_model(pack, case, new_patcher(case)), pack("trainer.models").EntryConditions
-    own = [text(case, 1 + i, tokens[i]) | pictures(case, i) for i in range(2)]
+    own = [text(case, 1 + i, tokens[i]) | carried_images(case, i) for i in range(2)]
     negative = text(case, 3, 6)
     rollout = pack("trainer.rollout")
     prompting = rollout.Prompting(entries.of(own), entries.of([negative]))
@@ -47,12 +47,12 @@ def test_each_prompt_is_sampled_with_its_own_pictures_in_both_branches(
     sigmas = comfy.samplers.calculate_sigmas(patcher.model.model_sampling, "simple", STEPS)
 
     def core(i: int, seen: int) -> Tensor:
-        opposite = negative | pictures(case, seen)
+        opposite = negative | carried_images(case, seen)
         return euler(patcher, trained.noise[i : i + 1], sigmas, own[i], opposite, 2.0)
 
     for i in range(2):
         assert (ours[i] - core(i, i)[0]).abs().max() < 1e-5 * ours.abs().max()
-        assert (ours[i] - core(i, 1 - i)[0]).abs().max() > 1e-3 * ours.abs().max(), "pictures do not matter here"
+        assert (ours[i] - core(i, 1 - i)[0]).abs().max() > 1e-3 * ours.abs().max(), "images do not matter here"
 
     comfy.model_management.in_training = True
     draws = lambda step: torch.stack([draw(*trained.noise.shape[1:], seed=100 * step + i) for i in range(2)])  # noqa: E731
@@ -94,7 +94,7 @@ def test_one_conditioning_is_shared_and_several_are_one_for_each_prompt(pack: Ca
         read(given(["a", "b"], [], ["x", "y"]))
 
 
-def test_a_text_may_occur_again_with_other_pictures_and_is_encoded_with_them(pack: Callable, tmp_path: Path) -> None:
+def test_a_text_may_occur_again_with_other_images_and_is_encoded_with_them(pack: Callable, tmp_path: Path) -> None:
     runs, encoding = pack("nodes.host.runs"), pack("nodes.host.encoding")
     config_module, sets = pack("trainer.config"), pack("trainer.prompts.sets")
     rewards = pack("nodes.types").Rewards((config_module.RewardConfig(name="brightness"),))

@@ -8,12 +8,12 @@ from typing import Any
 import comfy.ldm.wan.vae
 import comfy.model_patcher
 import comfy.sd
-import comfy.supported_models
 import pytest
 import torch
 from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+from core_networks import TINY_WAN, core_model
 from safetensors.torch import save_file
-from tiny_graphs import CPU, LTXV, WAN
+from tiny_graphs import CPU, LTXV
 from torch import Tensor, nn
 
 import nodes as comfy_nodes
@@ -60,10 +60,8 @@ def ltx_vae() -> Any:
 
 
 def graph_model(pack: Callable, core: str, network: dict, vae: Any, **size: int) -> Any:
-    description = getattr(comfy.supported_models, core)(dict(network))
-    description.unet_config = dict(network)
-    description.set_inference_dtype(torch.float32, None)
-    patcher = comfy.model_patcher.ModelPatcher(description.get_model({}, "", device="cpu"), CPU, CPU)
+    base = core_model(core, network, torch.float32, None, "cpu")
+    patcher = comfy.model_patcher.ModelPatcher(base, CPU, CPU)
     graph = {"folder": "x", "file": "x", "vae_file": "x"}
     config = pack("trainer.config").ModelConfig(family="comfy", graph=graph, **size)
     return pack("trainer.models.comfy.model").ComfyModel(patcher, vae, config)
@@ -94,7 +92,7 @@ def test_images_of_the_embedded_model_are_encoded_as_through_the_other_door(pack
 
 @pytest.mark.parametrize("frames", [1, 5])
 def test_videos_are_encoded_as_core_encodes_them(pack, frames: int) -> None:
-    model = graph_model(pack, "WAN21_T2V", WAN, wan_vae(), height=32, width=16, frames=frames)
+    model = graph_model(pack, "WAN21_T2V", TINY_WAN, wan_vae(), height=32, width=16, frames=frames)
     shape = (3, *((frames,) if frames > 1 else ()), 3, 32, 16)
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     latents = model.encode_image(images)
@@ -116,7 +114,7 @@ def test_images_do_not_depend_on_how_many_are_decoded_at_once(pack, demo, name: 
         )
         model = pack("trainer.models.comfy.model").ComfyModel(demo.model, demo.vae, config)
     elif name == "wan":
-        model = graph_model(pack, "WAN21_T2V", WAN, wan_vae(), height=32, width=16, frames=5)
+        model = graph_model(pack, "WAN21_T2V", TINY_WAN, wan_vae(), height=32, width=16, frames=5)
     else:
         model = graph_model(pack, "LTXV", LTXV, ltx_vae(), height=64, width=64, frames=9)
     latents = torch.randn(5, *model.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -138,7 +136,7 @@ def test_images_do_not_depend_on_how_many_are_decoded_at_once(pack, demo, name: 
 
 
 def test_decoding_needs_no_gradient_and_lets_it_through(pack) -> None:
-    model = graph_model(pack, "WAN21_T2V", WAN, wan_vae(), height=32, width=16, frames=1)
+    model = graph_model(pack, "WAN21_T2V", TINY_WAN, wan_vae(), height=32, width=16, frames=1)
     latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
     assert not model.decode(latents).requires_grad
     latents.requires_grad_(True)

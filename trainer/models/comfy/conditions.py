@@ -70,7 +70,7 @@ class EntryConditions(Conditions):
         index = torch.cat([self.index, other.index + len(self.entries)])
         return EntryConditions({}, entries=(*self.entries, *other.entries), index=index)
 
-    def with_pictures_of(self, other: Conditions) -> "EntryConditions":
+    def with_images_of(self, other: Conditions) -> "EntryConditions":
         return self
 
     def groups(self) -> Iterator[tuple[Tensor, Entry]]:
@@ -95,14 +95,14 @@ def alike(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def pictures_of(entry: Entry) -> Entry:
+def images_of(entry: Entry) -> Entry:
     """What an entry has that does not come from its text: reference latents, first frames, masks, guidance."""
     return {name: value for name, value in entry.items() if name != "cross_attn" and name not in TEXT}
 
 
-def own_pictures(entry: Entry, other: Entry) -> Entry:
-    """Those of an entry's pictures whose kind another entry lacks."""
-    return {name: value for name, value in pictures_of(entry).items() if name not in other}
+def own_images(entry: Entry, other: Entry) -> Entry:
+    """Those of an entry's images whose kind another entry lacks."""
+    return {name: value for name, value in images_of(entry).items() if name not in other}
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

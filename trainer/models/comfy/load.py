@@ -160,7 +160,7 @@ _OTHER_TASKS = {
     "DepthAnything3": "measures depth",
     "RT_DETR_v4": "finds objects",
     "SAM3": "finds objects",
-    "SeedVR2": "enlarges pictures and videos",
+    "SeedVR2": "enlarges images and videos",
     "Trellis2": "makes 3D models",
     "TripoSplat": "makes 3D models",
 }

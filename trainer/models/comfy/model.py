@@ -17,7 +17,7 @@ from ...diffusion.schedules import sigma_schedule
 from ...utils.errors import BadInput
 from ..base import Conditions, DiffusionModel
 from .autograd import OutOfPlace, checkpoint_blocks, differentiate_kernels, kept_in_place
-from .conditions import Entry, EntryConditions, alike, mapped, own_pictures
+from .conditions import Entry, EntryConditions, alike, mapped, own_images
 from .load import (
     attention_layers,
     check_extra_channels,
@@ -154,7 +154,7 @@ class ComfyModel(DiffusionModel):
 
         Where the shapes of both are alike, ComfyUI calls the network once for both, as it does in sampling, if it has
         the memory. The rows of other entries take one more call with the negative prompt, all together. The negative
-        prompt gets the pictures of each entry, if it has none of its own.
+        prompt gets the images of each entry, if it has none of its own.
         """
         level = self._with_signal(sigma.float().double())
         scale = self.process.k_scale(level)
@@ -173,13 +173,13 @@ class ComfyModel(DiffusionModel):
 
         for rows, entry in conditions.groups():
             rows = rows.to(latents.device)
-            pictures = {} if against is None else own_pictures(entry, against)
-            opposite = None if against is None else mapped(against | pictures, Tensor.clone)
+            images = {} if against is None else own_images(entry, against)
+            opposite = None if against is None else mapped(against | images, Tensor.clone)
             if opposite is not None and alike(entry, opposite):
                 denoise(rows, {"positive": entry, "negative": opposite})
                 continue
             denoise(rows, {"positive": entry})
-            if pictures:
+            if images:
                 denoise(rows, {"negative": opposite})
             else:
                 left.append(rows)

@@ -12,7 +12,7 @@ from ...diffusion.schedules import sigma_schedule
 from ...utils.allocation import peak_bytes
 from ...utils.errors import BadInput
 from ...utils.media import open_image
-from ..base import ENCODED_AT_ONCE, PICTURE, Conditions, DiffusionModel, matching, require_files
+from ..base import ENCODED_AT_ONCE, IMAGE_PREFIX, Conditions, DiffusionModel, matching, require_files
 from ..compiled import compile_repeated_blocks
 from .folders import check_quantization, check_weights, quantization, read_json
 from .latents import together
@@ -144,8 +144,8 @@ class DiffusersModel(DiffusionModel):
 
     @classmethod
     def check_conditions(cls, config: ModelConfig, conditions: Conditions) -> None:
-        widths, pictures = cls.widths(cls.network_config(config)), cls.picture_shapes(config)
-        found, wanted = set(conditions.tensors), {*widths, *cls.condition_masks, *pictures}
+        widths, images = cls.widths(cls.network_config(config)), cls.image_shapes(config)
+        found, wanted = set(conditions.tensors), {*widths, *cls.condition_masks, *images}
         if found != wanted:
             raise BadInput(
                 f"prompts.conditions has {', '.join(sorted(found))}, but family {cls.family} in {cls.folder(config)} "
@@ -158,7 +158,7 @@ class DiffusersModel(DiffusionModel):
                     f"text embeddings {name!r} have width {given}, but {cls.folder(config) / cls.component} needs "
                     f"{width}: use the text encoders that belong to the model"
                 )
-        for name, shape in pictures.items():
+        for name, shape in images.items():
             given = tuple(conditions.tensors[name].shape[1:])
             if [None if size is None else found for size, found in zip(shape, given, strict=False)] != list(shape):
                 found = " x ".join(map(str, given))
@@ -174,14 +174,14 @@ class DiffusersModel(DiffusionModel):
         return {name: network[field] for name, field in cls.condition_widths.items()}
 
     @classmethod
-    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
+    def image_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
         """Shapes of the image conditions of one prompt; None means any number of tokens."""
-        if not cls.takes_pictures(config):
+        if not cls.takes_images(config):
             return {}
         vae = cls.vae_config(config)
         step, _ = cls.size_step(cls.network_config(config), vae)
         scale = step // 2  # a token is 2 x 2 latents in every family with image conditions
-        return {f"{PICTURE}latents": (latent_channels(vae), config.height // scale, config.width // scale)}
+        return {f"{IMAGE_PREFIX}latents": (latent_channels(vae), config.height // scale, config.width // scale)}
 
     @classmethod
     def prompt_tokens(cls, config: ModelConfig) -> int:
@@ -193,7 +193,7 @@ class DiffusersModel(DiffusionModel):
         """Conditions of zeros with the shapes of real ones, for `text_tokens` tokens."""
         network = cls.network_config(config)
         shapes = {name: (None, width) for name, width in cls.widths(network).items()}
-        shapes |= dict.fromkeys(cls.condition_masks, (None,)) | cls.picture_shapes(config)
+        shapes |= dict.fromkeys(cls.condition_masks, (None,)) | cls.image_shapes(config)
         if "pooled" in shapes:
             shapes["pooled"] = shapes["pooled"][1:]
         tokens = cls.prompt_tokens(config)
@@ -267,43 +267,43 @@ class DiffusersModel(DiffusionModel):
     # ----------------------------------------------------------------------------------------------- encoding
 
     @classmethod
-    def takes_pictures(cls, config: ModelConfig) -> bool:
+    def takes_images(cls, config: ModelConfig) -> bool:
         """Whether every prompt needs an image: a first frame or a source image."""
         return False
 
     @classmethod
     @torch.no_grad()
     def encode_batches(
-        cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
+        cls, config: ModelConfig, prompts: list[str], images: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
-        cls._check_pictures(config, prompts, pictures)
+        cls._check_images(config, prompts, images)
         require_files(cls.folder(config), list(cls.encoder_components(config)), cls.family)
         pipeline = cls._encoders(config, device)
         for start in range(0, len(prompts), ENCODED_AT_ONCE):
             some = slice(start, start + ENCODED_AT_ONCE)
-            yield cls.encode_rows(pipeline, config, prompts[some], pictures[some], negative)
+            yield cls.encode_rows(pipeline, config, prompts[some], images[some], negative)
         del pipeline
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
     @classmethod
     def encode_rows(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], images: list[Path | None], negative: str
     ) -> Conditions:
         """Conditions of at most ENCODED_AT_ONCE prompts."""
         texts = together([cls.encode_prompts(pipeline, config, prompts)])
-        if not cls.takes_pictures(config):
+        if not cls.takes_images(config):
             return texts
-        seen = together([Conditions(cls.encode_picture(pipeline, config, open_image(path))) for path in pictures])
+        seen = together([Conditions(cls.encode_prompt_image(pipeline, config, open_image(path))) for path in images])
         return Conditions(texts.tensors | seen.tensors)
 
     @classmethod
-    def _check_pictures(cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None]) -> None:
-        takes = cls.takes_pictures(config)
-        for prompt, picture in zip(prompts, pictures, strict=True):
-            if takes and picture is None:
+    def _check_images(cls, config: ModelConfig, prompts: list[str], images: list[Path | None]) -> None:
+        takes = cls.takes_images(config)
+        for prompt, image in zip(prompts, images, strict=True):
+            if takes and image is None:
                 raise BadInput(f"prompt {prompt!r} has no image, but {cls.family} in {config.path} needs one")
-            if picture is not None and not takes:
+            if image is not None and not takes:
                 raise BadInput(f"prompt {prompt!r} has an image, but {cls.family} in {config.path} does not use images")
 
     @classmethod
@@ -332,19 +332,19 @@ class DiffusersModel(DiffusionModel):
         raise NotImplementedError
 
     @classmethod
-    def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
-        """Conditions of an image, with one row and names that start with PICTURE."""
+    def encode_prompt_image(cls, pipeline: Any, config: ModelConfig, image: Any) -> dict[str, Tensor]:
+        """Conditions of an image, with one row and names that start with IMAGE_PREFIX."""
         raise NotImplementedError
 
     @classmethod
-    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+    def image_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
         """Components that encode images."""
         return ("vae",)
 
     @classmethod
     def encoder_components(cls, config: ModelConfig) -> tuple[str, ...]:
         """Components that encode prompts and their images."""
-        return cls.encoders + (cls.picture_encoders(config) if cls.takes_pictures(config) else ())
+        return cls.encoders + (cls.image_encoders(config) if cls.takes_images(config) else ())
 
     # ------------------------------------------------------------------------------------------------- images
 

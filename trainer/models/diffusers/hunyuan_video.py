@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
-from ..base import PICTURE, Conditions, FusedRows
+from ..base import IMAGE_PREFIX, Conditions, FusedRows
 from .family import ATTENTION, DiffusersModel
 from .vae import latent_channels
 
@@ -79,7 +79,7 @@ class SkyReelsModel(HunyuanVideoModel):
     guidance = 1.0  # the pipeline's default, and the 1000 of the paper's script
 
     @classmethod
-    def takes_pictures(cls, config: ModelConfig) -> bool:
+    def takes_images(cls, config: ModelConfig) -> bool:
         return True
 
     @classmethod
@@ -87,15 +87,15 @@ class SkyReelsModel(HunyuanVideoModel):
         return 2 * latent_channels(vae)
 
     @classmethod
-    def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
+    def encode_prompt_image(cls, pipeline: Any, config: ModelConfig, image: Any) -> dict[str, Tensor]:
         vae = pipeline.vae
-        pixels = pipeline.video_processor.preprocess(picture, height=config.height, width=config.width)
+        pixels = pipeline.video_processor.preprocess(image, height=config.height, width=config.width)
         moments = vae.encode(pixels.to(vae.device, vae.dtype).unsqueeze(2)).latent_dist
         # The middle of the distribution, where the pipeline draws from it: a condition should not be random.
-        return {f"{PICTURE}latents": moments.mode()[:, :, 0] * vae.config.scaling_factor}
+        return {f"{IMAGE_PREFIX}latents": moments.mode()[:, :, 0] * vae.config.scaling_factor}
 
     def network_input(self, latents: Tensor, conditions: Conditions) -> Tensor:
-        first = rearrange(conditions.tensors[f"{PICTURE}latents"].to(latents), "b c h w -> b c 1 h w")
+        first = rearrange(conditions.tensors[f"{IMAGE_PREFIX}latents"].to(latents), "b c h w -> b c 1 h w")
         later_frames = (0, 0, 0, 0, 0, latents.shape[2] - 1)
         return torch.cat([latents, nn.functional.pad(first, later_frames)], dim=1)
 

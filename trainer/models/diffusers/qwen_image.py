@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...utils.media import open_image
-from ..base import PICTURE, Conditions
+from ..base import IMAGE_PREFIX, Conditions
 from .family import JOINT_ATTENTION, DiffusersModel
 from .latents import pack, together, unpack
 from .vae import latent_channels
 
-_NEGATIVE = f"{PICTURE}negative_"
+_NEGATIVE = f"{IMAGE_PREFIX}negative_"
 
 
 class QwenImageModel(DiffusersModel):
@@ -77,7 +77,7 @@ class QwenImageModel(DiffusersModel):
         return super().encode_image_batch(images)[:, :, 0]  # its VAE is one for videos
 
     def source_tokens(self, conditions: Conditions) -> list[Tensor]:
-        """Tokens of the pictures that the image is made from."""
+        """Tokens of the images that the new one is made from."""
         return []
 
     def guided(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -98,44 +98,44 @@ class QwenImageEditModel(QwenImageModel):
     pipelines = ("QwenImageEditPipeline",)
 
     @classmethod
-    def takes_pictures(cls, config: ModelConfig) -> bool:
+    def takes_images(cls, config: ModelConfig) -> bool:
         return True
 
     @classmethod
-    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
+    def image_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
         width = cls.widths(cls.network_config(config))["embeds"]
-        return super().picture_shapes(config) | {f"{_NEGATIVE}embeds": (None, width), f"{_NEGATIVE}mask": (None,)}
+        return super().image_shapes(config) | {f"{_NEGATIVE}embeds": (None, width), f"{_NEGATIVE}mask": (None,)}
 
     @classmethod
-    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+    def image_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
         return ("vae", "processor")
 
     @classmethod
     def encode_rows(
-        cls, pipeline: Any, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str
+        cls, pipeline: Any, config: ModelConfig, prompts: list[str], images: list[Path | None], negative: str
     ) -> Conditions:
         texts, rows = [], []
-        for prompt, path in zip(prompts, pictures, strict=True):
-            picture = pipeline.image_processor.resize(open_image(path), config.height, config.width)
-            texts.append(_with_mask(*pipeline.encode_prompt([prompt], [picture])))
-            # What the negative prompt says depends on the picture it is read with.
-            without = _with_mask(*pipeline.encode_prompt([negative], [picture]))
-            pixels = pipeline.image_processor.preprocess(picture, config.height, config.width).unsqueeze(2)
+        for prompt, path in zip(prompts, images, strict=True):
+            image = pipeline.image_processor.resize(open_image(path), config.height, config.width)
+            texts.append(_with_mask(*pipeline.encode_prompt([prompt], [image])))
+            # What the negative prompt says depends on the image it is read with.
+            without = _with_mask(*pipeline.encode_prompt([negative], [image]))
+            pixels = pipeline.image_processor.preprocess(image, config.height, config.width).unsqueeze(2)
             latents = pipeline._encode_vae_image(pixels.to(pipeline.vae.device, pipeline.vae.dtype), None)
             rows.append(Conditions({_NEGATIVE + name: value for name, value in without.tensors.items()}))
-            rows[-1].tensors[f"{PICTURE}latents"] = latents[:, :, 0]
+            rows[-1].tensors[f"{IMAGE_PREFIX}latents"] = latents[:, :, 0]
         return Conditions(together(texts).tensors | together(rows).tensors)
 
     def source_tokens(self, conditions: Conditions) -> list[Tensor]:
-        return [pack(conditions.tensors[f"{PICTURE}latents"].float())]
+        return [pack(conditions.tensors[f"{IMAGE_PREFIX}latents"].float())]
 
     def negatives(self, conditions: Conditions, unconditional: Conditions) -> Conditions:
-        own = {name: conditions.tensors[_NEGATIVE + name] for name in unconditional.tensors if not _of_picture(name)}
-        return Conditions(own).with_pictures_of(conditions)
+        own = {name: conditions.tensors[_NEGATIVE + name] for name in unconditional.tensors if not _of_image(name)}
+        return Conditions(own).with_images_of(conditions)
 
 
-def _of_picture(name: str) -> bool:
-    return name.startswith(PICTURE)
+def _of_image(name: str) -> bool:
+    return name.startswith(IMAGE_PREFIX)
 
 
 def _scale(vae: Any) -> int:

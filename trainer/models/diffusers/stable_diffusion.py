@@ -111,7 +111,7 @@ class StableDiffusionModel(DiffusersModel):
 
 
 class SDXLModel(StableDiffusionModel):
-    """SDXL (arXiv 2307.01952): two text encoders, and the picture's size as a condition."""
+    """SDXL (arXiv 2307.01952): two text encoders, and the image's size as a condition."""
 
     family = "sdxl"
     pipelines = ("StableDiffusionXLPipeline",)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...utils.errors import BadInput
-from ..base import PICTURE, Conditions
+from ..base import IMAGE_PREFIX, Conditions
 from .family import DiffusersModel
 from .folders import read_json
 from .vae import latent_channels
@@ -63,27 +63,28 @@ class WanModel(DiffusersModel):
     def input_channels(cls, config: ModelConfig, vae: dict[str, Any]) -> int:
         latents = latent_channels(vae)
         # A first frame comes as latents under a mask of a channel per frame of a latent frame.
-        return 2 * latents + vae.get("scale_factor_temporal", 4) if cls.takes_pictures(config) else latents
+        return 2 * latents + vae.get("scale_factor_temporal", 4) if cls.takes_images(config) else latents
 
     # ----------------------------------------------------------------------------------------------- encoding
 
     @classmethod
-    def takes_pictures(cls, config: ModelConfig) -> bool:
+    def takes_images(cls, config: ModelConfig) -> bool:
         return read_json(cls.folder(config) / "model_index.json")["_class_name"] == "WanImageToVideoPipeline"
 
     @classmethod
-    def picture_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
-        shapes = super().picture_shapes(config)
+    def image_shapes(cls, config: ModelConfig) -> dict[str, tuple[int | None, ...]]:
+        shapes = super().image_shapes(config)
         if shapes:
             _, step = cls.size_step(cls.network_config(config), cls.vae_config(config))
-            channels, *size = shapes[f"{PICTURE}latents"]
-            shapes[f"{PICTURE}latents"] = (channels + step, (config.frames - 1) // step + 1, *size)  # a mask before it
-            if "image_encoder" in cls.picture_encoders(config):
-                shapes[f"{PICTURE}embeds"] = (None, cls.network_config(config)["image_dim"])
+            channels, *size = shapes[f"{IMAGE_PREFIX}latents"]
+            frames = (config.frames - 1) // step + 1
+            shapes[f"{IMAGE_PREFIX}latents"] = (channels + step, frames, *size)  # a mask before it
+            if "image_encoder" in cls.image_encoders(config):
+                shapes[f"{IMAGE_PREFIX}embeds"] = (None, cls.network_config(config)["image_dim"])
         return shapes
 
     @classmethod
-    def picture_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
+    def image_encoders(cls, config: ModelConfig) -> tuple[str, ...]:
         semantic = cls.network_config(config).get("image_dim") is not None
         return ("vae", "image_encoder", "image_processor") if semantic else ("vae",)
 
@@ -95,17 +96,17 @@ class WanModel(DiffusersModel):
         return Conditions({"embeds": embeds})
 
     @classmethod
-    def encode_picture(cls, pipeline: Any, config: ModelConfig, picture: Any) -> dict[str, Tensor]:
+    def encode_prompt_image(cls, pipeline: Any, config: ModelConfig, image: Any) -> dict[str, Tensor]:
         height, width, device = config.height, config.width, pipeline.vae.device
-        pixels = pipeline.video_processor.preprocess(picture, height=height, width=width).to(device)
+        pixels = pipeline.video_processor.preprocess(image, height=height, width=width).to(device)
         channels = pipeline.vae.config.z_dim
         unused = torch.zeros(1, device=device)
         _, condition = pipeline.prepare_latents(
             pixels, 1, channels, height, width, config.frames, torch.float32, device, latents=unused
         )
-        tensors = {f"{PICTURE}latents": condition}
-        if "image_encoder" in cls.picture_encoders(config):
-            tensors[f"{PICTURE}embeds"] = pipeline.encode_image([picture], device)
+        tensors = {f"{IMAGE_PREFIX}latents": condition}
+        if "image_encoder" in cls.image_encoders(config):
+            tensors[f"{IMAGE_PREFIX}embeds"] = pipeline.encode_image([image], device)
         return tensors
 
     # ----------------------------------------------------------------------------------------------- sampling
@@ -118,9 +119,9 @@ class WanModel(DiffusersModel):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         tensors = conditions.tensors
-        if f"{PICTURE}latents" in tensors:
-            latents = torch.cat([latents, tensors[f"{PICTURE}latents"].to(latents)], dim=1)
-        semantic = tensors.get(f"{PICTURE}embeds")
+        if f"{IMAGE_PREFIX}latents" in tensors:
+            latents = torch.cat([latents, tensors[f"{IMAGE_PREFIX}latents"].to(latents)], dim=1)
+        semantic = tensors.get(f"{IMAGE_PREFIX}embeds")
         velocity = self.module(
             hidden_states=latents.to(self.dtype),
             timestep=sigma * 1000,

@@ -109,7 +109,7 @@ class ClipScore(ContrastiveReward):
         images = trimmed(images) if self.trim else images
         if images.requires_grad:
             return self.transform(images.float())
-        return torch.stack([self.transform(picture) for picture in to_pil(images)]).to(images.device)
+        return torch.stack([self.transform(image) for image in to_pil(images)]).to(images.device)
 
 
 class KeepRatio:

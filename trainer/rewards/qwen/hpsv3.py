@@ -82,5 +82,5 @@ class HPSv3(QwenReward):
         from PIL import Image
 
         height, width = smart_size(images.shape[-2], images.shape[-1], PIXELS, PIXELS)
-        picture = to_pil(images)[0].resize((width, height), Image.Resampling.BICUBIC)
-        return to_tensor(picture).expand(2, -1, -1, -1).to(images.device)
+        resized = to_pil(images)[0].resize((width, height), Image.Resampling.BICUBIC)
+        return to_tensor(resized).expand(2, -1, -1, -1).to(images.device)

@@ -7,7 +7,6 @@ commas. Each key is sent only to its host, so a workflow cannot send it elsewher
 import asyncio
 import base64
 import contextlib
-import io
 import json
 import os
 import threading
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...utils.errors import BadInput, RunFailed
+from ...utils.media import png
 from ..preprocess import to_pil
 
 if TYPE_CHECKING:
@@ -304,11 +304,8 @@ def to_png(images: Tensor, largest: int | None = None) -> list[str]:
     Args:
         largest: larger images are scaled down to this longest side in pixels.
     """
-    files = []
-    for picture in to_pil(images):
+    small = to_pil(images)
+    for image in small:
         if largest:
-            picture.thumbnail((largest, largest))
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        files.append(base64.b64encode(buffer.getvalue()).decode())
-    return files
+            image.thumbnail((largest, largest))
+    return [base64.b64encode(png(image)).decode() for image in small]

@@ -10,8 +10,8 @@ from trainer.cli import main
 from trainer.config import parse_config
 from trainer.loop import Trainer
 from trainer.runs.directory import RunDirectory
-from trainer.runs.pictures import read_samples
-from trainer.runs.voting import import_run
+from trainer.runs.sample_grids import read_samples
+from trainer.runs.vote_import import import_run
 from trainer.utils.distributed import Processes
 from trainer.utils.errors import BadInput
 from trainer.votes import store
@@ -20,7 +20,7 @@ from trainer.votes.records import Vote
 
 @pytest.fixture(scope="module")
 def finished(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run with pictures of its samples at iterations 0 and 2."""
+    """A run with images of its samples at iterations 0 and 2."""
     data = {
         "model": {"family": "sd3", "path": str(tiny_sd3), "height": 16, "width": 8},
         "prompts": {"texts": ["a red circle", "a blue square"]},
@@ -30,7 +30,7 @@ def finished(tiny_sd3: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir
         "runtime": {"iterations": 3, "device": "cpu", "samples_every": 2},
     }
     config = parse_config(data)
-    run = RunDirectory.open(tmp_path_factory.mktemp("runs") / "round one", config, [])
+    run = RunDirectory(tmp_path_factory.mktemp("runs") / "round one").open(config, [])
     Trainer(config, run, Processes("cpu")).train()
     run.release()
     return run
@@ -44,9 +44,9 @@ def test_the_newest_samples_enter_as_they_were_made_with_their_prompts(finished:
     assert complaints == []
     assert sorted({item.prompt for item in items}) == ["a blue square", "a red circle"]
     assert {item.source for item in items} == {"run round one, rollout at iteration 2"}
-    picture = finished.path / "samples" / "rollout_000002.png"
-    grid = np.asarray(Image.open(picture).convert("RGB"))
-    for item, sample in zip(items, read_samples(picture), strict=True):
+    image = finished.path / "samples" / "rollout_000002.png"
+    grid = np.asarray(Image.open(image).convert("RGB"))
+    for item, sample in zip(items, read_samples(image), strict=True):
         stored = np.asarray(Image.open(collection.images / item.image))
         left, top, right, bottom = sample.box
         cell = grid[top:bottom, left:right]
@@ -92,7 +92,7 @@ def test_what_a_run_does_not_have_is_said(
         import_run(store.create(tmp_path, "mine"), finished, kind, iteration)
 
 
-def test_cells_that_lie_outside_their_picture_are_left_out(finished: RunDirectory, tmp_path: Path) -> None:
+def test_cells_that_lie_outside_their_image_are_left_out(finished: RunDirectory, tmp_path: Path) -> None:
     import shutil
 
     copy = RunDirectory(Path(shutil.copytree(finished.path, tmp_path / "copy")))

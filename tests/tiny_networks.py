@@ -1,6 +1,7 @@
-"""Further families of core's, as tiny networks: arguments of `Case` in tests/comfy/inside/check_graph_models.py."""
+"""Tiny networks of core's further families, with what their conditions carry: arguments of `Case` in tiny_graphs.py."""
 
 import torch
+from core_networks import TINY_FLUX, TINY_HUNYUAN, TINY_QWEN, TINY_UNET_SIZE, TINY_WAN, UNET_BASE
 from torch import Tensor
 
 
@@ -12,25 +13,8 @@ def mask() -> dict:
     return {"attention_mask": torch.ones(1, 6, dtype=torch.long)}
 
 
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "mlp_ratio": 4.0,
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": False,
-    "txt_ids_dims": [],
-    "hidden_size": 32,
-    "num_heads": 2,
-    "axes_dim": [4, 6, 6],
-    "context_in_dim": 16,
-    "vec_in_dim": 16,
-    "depth": 1,
-    "depth_single_blocks": 1,
-}
-CHROMA = {key: value for key, value in FLUX.items() if key != "guidance_embed"} | {
+FLUX_SCHNELL = TINY_FLUX | {"guidance_embed": False}
+CHROMA = {key: value for key, value in TINY_FLUX.items() if key != "guidance_embed"} | {
     "image_model": "chroma",
     "in_channels": 64,
     "out_channels": 64,
@@ -203,17 +187,8 @@ HYDIT = {
     "text_len": 6,
     "text_len_t5": 6,
 }
-HUNYUAN = {key: value for key, value in FLUX.items() if key != "txt_ids_dims"} | {
-    "image_model": "hunyuan_video",
-    "patch_size": [1, 2, 2],
-    "theta": 256,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
-HUNYUAN15 = HUNYUAN | {
+UNGUIDED_HUNYUAN = TINY_HUNYUAN | {"guidance_embed": False}
+HUNYUAN15 = UNGUIDED_HUNYUAN | {
     "patch_size": [1, 1, 1],
     "in_channels": 65,
     "out_channels": 32,
@@ -222,57 +197,22 @@ HUNYUAN15 = HUNYUAN | {
     "vision_in_dim": 16,
     "meanflow_sum": True,
 }
-HUNYUAN_IMAGE = HUNYUAN | {
+HUNYUAN_IMAGE = UNGUIDED_HUNYUAN | {
     "patch_size": [1, 1],
     "axes_dim": [8, 8],
     "in_channels": 64,
     "out_channels": 64,
     "vec_in_dim": None,
 }
-WAN = {
-    "image_model": "wan2.1",
-    "model_type": "t2v",
-    "dim": 24,
-    "ffn_dim": 16,
-    "freq_dim": 16,
-    "text_dim": 16,
-    "num_heads": 2,
-    "num_layers": 1,
-}
-QWEN = {
-    "image_model": "qwen_image",
-    "num_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 16,
-    "axes_dims_rope": (4, 6, 6),
-}
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_attention": False,
-    "use_temporal_resblock": False,
-    "model_channels": 32,
-    "num_res_blocks": [1, 1],
-    "channel_mult": [1, 2],
-    "transformer_depth": [1, 1],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1],
-    "context_dim": 16,
-    "use_linear_in_transformer": True,
-    "num_head_channels": 16,
-}
+UNET = UNET_BASE | TINY_UNET_SIZE | {"use_linear_in_transformer": True, "num_head_channels": 16}
 VIDEO = (32, 48, 5)
 
 
 def references(count: int = 2) -> dict:
-    """Pictures of different sizes, as core's TextEncodeQwenImageEditPlus hands them over."""
+    """Images of different sizes, as core's TextEncodeQwenImageEditPlus hands them over."""
     sizes = [(4, 6), (2, 4), (6, 2)][:count]
-    pictures = [draw(1, 16, 1, *size, seed=9 + i) for i, size in enumerate(sizes)]
-    return {"reference_latents": pictures, "reference_latents_method": "index_timestep_zero"}
+    images = [draw(1, 16, 1, *size, seed=9 + i) for i, size in enumerate(sizes)]
+    return {"reference_latents": images, "reference_latents_method": "index_timestep_zero"}
 
 
 def three_references() -> dict:
@@ -313,8 +253,8 @@ MORE = [
         "text": (16, 16),
         "size": (64, 64, 1),
     },
-    {"core": "FluxSchnell", "config": FLUX, "text": (16, 16)},
-    {"core": "LongCatImage", "config": FLUX | {"vec_in_dim": None, "txt_ids_dims": [1, 2]}, "text": (16, None)},
+    {"core": "FluxSchnell", "config": FLUX_SCHNELL, "text": (16, 16)},
+    {"core": "LongCatImage", "config": FLUX_SCHNELL | {"vec_in_dim": None, "txt_ids_dims": [1, 2]}, "text": (16, None)},
     {"core": "Chroma", "config": CHROMA, "text": (16, None)},
     {"core": "HiDream", "config": HIDREAM, "text": (16, 16), "extra": llama},
     {"core": "ErnieImage", "config": ERNIE, "text": (16, None)},
@@ -340,9 +280,9 @@ MORE = [
     {"core": "HunyuanDiT", "config": HYDIT, "text": (16, 1024), "extra": mt5},
     {"core": "HunyuanVideo15", "config": HUNYUAN15, "text": (16, 16), "size": VIDEO},
     {"core": "HunyuanImage21", "config": HUNYUAN_IMAGE, "text": (16, None), "size": (64, 96, 1)},
-    {"core": "WAN22_T2V", "config": WAN | {"in_dim": 48, "out_dim": 48}, "text": (16, None), "size": VIDEO},
-    {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": references, "name": "QwenImageEditPlus"},
-    {"core": "QwenImage", "config": QWEN, "text": (16, None), "extra": three_references, "name": "QwenImageEdit3"},
+    {"core": "WAN22_T2V", "config": TINY_WAN | {"in_dim": 48, "out_dim": 48}, "text": (16, None), "size": VIDEO},
+    {"core": "QwenImage", "config": TINY_QWEN, "text": (16, None), "extra": references, "name": "QwenImageEditPlus"},
+    {"core": "QwenImage", "config": TINY_QWEN, "text": (16, None), "extra": three_references, "name": "QwenImageEdit3"},
 ]
 for given in MORE:
     given["shapes"] = given["core"] not in PARTLY_SHAPED

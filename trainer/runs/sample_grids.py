@@ -1,7 +1,8 @@
-"""Annotated sample grids: prompt and scores below each image, and images before and after training above each other.
+"""Sample grids of a run, plain and annotated.
 
 A sample grid is a plain image with a JSON file beside it, which lists the prompt, seed, scores and box of each cell.
-The annotated images are drawn from these two files.
+The annotated ones are drawn from these two files: prompt and scores below each image, and images before and after
+training above each other.
 """
 
 import math
@@ -11,10 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ..utils.documents import try_json
 from ..utils.errors import BadInput
 from ..utils.files import write_json
-from ..utils.media import open_image, save_picture
+from ..utils.media import open_image, save_image, to_pil_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +26,9 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 CELL = 192
-"""Smallest width of a cell in pixels, so that its caption is readable."""
+"""Smallest width of an annotated cell in pixels, so that its caption is readable."""
+BORDER = 4
+"""Pixels between the images of a plain grid, and around them."""
 TEXT, SMALL, TITLE = 14, 12, 20
 GAP, LINES = 10, 4
 GREEN, RED, GREY, INK = "#1a7f37", "#cf222e", "#57606a", "#1f2328"
@@ -36,7 +42,7 @@ class Sample:
         prompt: what the image should show.
         seed: identifies its noise, such as `1234` or `3/7/0/2` (seed, iteration, prompt, member).
         scores: by reward; None for no score.
-        box: left, top, right and bottom of the cell in its picture, in pixels.
+        box: left, top, right and bottom of the cell in its grid, in pixels.
     """
 
     prompt: str
@@ -45,28 +51,54 @@ class Sample:
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-def boxes(count: int, columns: int, width: int, height: int, gap: int = 4) -> list[tuple[int, int, int, int]]:
-    """Boxes of the cells of `report.grid`, row by row.
+# --------------------------------------------------------------------------------------------------------- plain grids
+
+
+def magnification(images: Tensor, largest: int) -> int:
+    """Integer factor that enlarges small images to a longer edge of at most `largest` pixels."""
+    return max(1, largest // max(images.shape[-2:]))
+
+
+def plain_grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
+    """Images side by side, small ones enlarged without smoothing.
+
+    Args:
+        images: `[N, 3, H, W]` in [0, 1].
+        columns: images per row.
+        largest: wanted edge of one image in pixels.
+    """
+    from torchvision.utils import make_grid
+
+    factor = magnification(images, largest)
+    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    if len(images) == 1:  # make_grid adds no border to a single image
+        return to_pil_image(torch.nn.functional.pad(images[0], [BORDER] * 4, value=1.0))
+    return to_pil_image(make_grid(images, nrow=columns, padding=BORDER, pad_value=1.0))
+
+
+def boxes(count: int, columns: int, width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """Boxes of the cells of `plain_grid`, row by row.
 
     Args:
         width, height: of a cell as it is drawn.
     """
     found = []
     for number in range(count):
-        left, top = gap + number % columns * (width + gap), gap + number // columns * (height + gap)
+        row, column = divmod(number, columns)
+        left, top = BORDER + column * (width + BORDER), BORDER + row * (height + BORDER)
         found.append((left, top, left + width, top + height))
     return found
 
 
-def write_samples(picture: Path, samples: Iterable[Sample]) -> None:
+def write_samples(grid: Path, samples: Iterable[Sample]) -> None:
     """Write the JSON file of a grid."""
-    write_json(picture.with_suffix(".json"), {"cells": [asdict(sample) for sample in samples]})
+    write_json(grid.with_suffix(".json"), {"cells": [asdict(sample) for sample in samples]})
 
 
-def read_samples(picture: Path) -> list[Sample]:
+def read_samples(grid: Path) -> list[Sample]:
     """The cells of a grid; none if its JSON file is missing or damaged."""
     try:
-        data = try_json(picture.with_suffix(".json").read_bytes())
+        data = try_json(grid.with_suffix(".json").read_bytes())
         return [_sample(cell) for cell in data["cells"]]
     except (OSError, KeyError, TypeError, ValueError):
         return []
@@ -80,16 +112,16 @@ def _sample(cell: dict[str, Any]) -> Sample:
     return Sample(str(cell["prompt"]), str(cell["seed"]), scores, (left, top, right, bottom))
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------- annotated grids
 
 
-def captioned(picture: Path) -> "Image":
+def captioned(file: Path) -> "Image":
     """A grid with the prompt and the scores below each cell; the plain grid if it has no valid JSON file.
 
     Raises:
         BadInput: the image cannot be read.
     """
-    grid, samples = open_image(picture), read_samples(picture)
+    grid, samples = open_image(file), read_samples(file)
     cells = [(sample, grid.crop(sample.box)) for sample in samples if _inside(sample, grid)]
     if not cells:
         return grid
@@ -118,7 +150,7 @@ def before_after(before: Path, after: Path, target: Path) -> bool:
     checker = checker_of([sample.scores for pair in pairs for sample, _ in pair])
     width = max(CELL, *(cell.width for pair in pairs for _, cell in pair))
     blocks = [_pair(one, two, checker, width) for one, two in pairs]
-    save_picture(target, arranged(blocks, min(6, len(blocks)), _legend(checker)))
+    save_image(target, arranged(blocks, min(6, len(blocks)), _legend(checker)))
     return True
 
 

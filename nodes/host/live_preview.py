@@ -9,63 +9,63 @@ from typing import TYPE_CHECKING
 
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.runs.events import read_evaluations
-from ...trainer.runs.pictures import captioned
+from ...trainer.runs.sample_grids import captioned
 from ...trainer.utils.errors import BadInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDTH = 1024
-"""Largest width of the picture in pixels."""
+"""Largest width of the preview in pixels."""
 REDRAWN = 15.0
-"""Seconds between two drawings of a run's picture; one takes about 0.3 s of a processor."""
+"""Seconds between two drawings of a run's preview; one takes about 0.3 s of a processor."""
 REMEMBERED = 8
 
 
 @dataclass
 class _Drawn:
-    """The picture of a run, what its files looked like when it was drawn, and when that was."""
+    """The preview of a run, what its files looked like when it was drawn, and when that was."""
 
     stamp: tuple
     time: float
-    picture: "Image | None"
+    preview: "Image | None"
 
 
-class LivePictures:
-    """Draws the pictures of runs, each at most every REDRAWN seconds however many clients ask."""
+class LivePreviews:
+    """Draws the previews of runs, each at most every REDRAWN seconds however many clients ask."""
 
     def __init__(self) -> None:
         self._drawn: dict[Path, _Drawn] = {}
         self._lock = threading.Lock()
 
     def of(self, run: RunDirectory) -> "Image | None":
-        """The picture of a run, the same object until it is drawn anew; None where there is nothing to draw yet."""
+        """The preview of a run, the same object until it is drawn anew; None where there is nothing to draw yet."""
         with self._lock:
             known, stamp = self._drawn.pop(run.path, None), _stamp(run)
             now = time.monotonic()
-            if known is None or (known.stamp != stamp and (known.picture is None or now - known.time >= REDRAWN)):
-                known = _Drawn(stamp, now, _picture(run))
+            if known is None or (known.stamp != stamp and (known.preview is None or now - known.time >= REDRAWN)):
+                known = _Drawn(stamp, now, _preview(run))
             self._drawn[run.path] = known  # the most recently asked for is last
             while len(self._drawn) > REMEMBERED:
                 del self._drawn[next(iter(self._drawn))]
-            return known.picture
+            return known.preview
 
 
-pictures = LivePictures()
+previews = LivePreviews()
 """Of this server."""
 
 
 def as_jpeg(run: RunDirectory) -> bytes:
-    """The picture of a run as a JPEG file.
+    """The preview of a run as a JPEG file.
 
     Raises:
         BadInput: there is nothing to draw yet.
     """
-    picture = pictures.of(run)
-    if picture is None:
+    preview = previews.of(run)
+    if preview is None:
         raise BadInput(f"run {run.path.name!r} has no curve and no samples yet")
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
+    preview.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
@@ -80,7 +80,7 @@ def _stamp(run: RunDirectory) -> tuple:
     return tuple(None if file is None or not file.exists() else (file, file.stat().st_mtime_ns) for file in files)
 
 
-def _picture(run: RunDirectory) -> "Image | None":
+def _preview(run: RunDirectory) -> "Image | None":
     from PIL import Image
 
     found = [part for part in (_curve(run), _samples(run)) if part is not None]
@@ -99,7 +99,7 @@ def _picture(run: RunDirectory) -> "Image | None":
 def _curve(run: RunDirectory) -> "Image | None":
     from PIL import Image
 
-    from ...trainer.runs.report import draw_reward_curve
+    from ...trainer.runs.reward_curve import draw_reward_curve
 
     drawn = draw_reward_curve(run.events(), read_evaluations(run.path / "evaluations.jsonl"))
     return None if drawn is None else Image.open(io.BytesIO(drawn)).convert("RGB")

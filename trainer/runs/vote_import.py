@@ -7,7 +7,7 @@ from ..utils.media import open_image
 from ..votes.importing import Imported
 from ..votes.store import Collection
 from .directory import RunDirectory
-from .pictures import read_samples
+from .sample_grids import read_samples
 
 KINDS = ("rollout", "evaluation")
 """Kinds of sample grids."""
@@ -31,23 +31,23 @@ def import_run(
     model = run.config().model
     if model.frames > 1:
         raise BadInput(f"run {run.path.name!r} generates videos, but a collection can only have images")
-    picture, at = _sample_picture(run, kind, iteration)
-    grid = open_image(picture, picture.name)
+    file, at = _sample_grid(run, kind, iteration)
+    grid = open_image(file, file.name)
     source = f"run {run.path.name}, {kind} at iteration {at}"
     cells = [
         (grid.crop(sample.box).resize((model.width, model.height), Image.Resampling.NEAREST), sample.prompt, source)
-        for sample in read_samples(picture)
+        for sample in read_samples(file)
         if sample.box[2] <= grid.width and sample.box[3] <= grid.height
     ]
     if not cells:
         raise BadInput(
-            f"the JSON file of {picture.name} of run {run.path.name!r} is missing or damaged: choose another iteration"
+            f"the JSON file of {file.name} of run {run.path.name!r} is missing or damaged: choose another iteration"
         )
     added = collection.add(cells)
     return Imported(new=added.new, known=len(cells) - added.new)
 
 
-def _sample_picture(run: RunDirectory, kind: str, iteration: int | None) -> tuple[Path, int]:
+def _sample_grid(run: RunDirectory, kind: str, iteration: int | None) -> tuple[Path, int]:
     if kind not in KINDS:
         raise BadInput(f"kind is {str(kind)[:40]!r}: choose one of {', '.join(KINDS)}")
     found = {}

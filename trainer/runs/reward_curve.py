@@ -1,60 +1,22 @@
-"""Images of a run: sample grids and the reward curve."""
+"""The reward curve of a run."""
 
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from ..utils.files import write_atomically
-from ..utils.media import to_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from PIL.Image import Image
 
 POINTS = 500
 """Largest number of points of a curve; longer curves are averaged to this resolution."""
 
 
-GAP = 4
-"""Pixels between the images of a grid, and around them."""
-
-
-def magnification(images: Tensor, largest: int) -> int:
-    """Integer factor that enlarges small images to a longer edge of at most `largest` pixels."""
-    return max(1, largest // max(images.shape[-2:]))
-
-
-def grid(images: Tensor, columns: int, largest: int = 160) -> "Image":
-    """Images side by side as one picture, small ones enlarged without smoothing.
-
-    Args:
-        images: `[N, 3, H, W]` in [0, 1].
-        columns: images per row.
-        largest: wanted edge of one image in pixels.
-    """
-    from torchvision.utils import make_grid
-
-    factor = magnification(images, largest)
-    images = images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    if len(images) == 1:  # make_grid adds no border to a single image
-        return to_picture(torch.nn.functional.pad(images[0], [GAP] * 4, value=1.0))
-    return to_picture(make_grid(images, nrow=columns, padding=GAP, pad_value=1.0))
-
-
-def save_picture(path: Path, picture: "Image") -> None:
-    """Write a PNG file atomically."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_atomically(path, buffer.getvalue())
-
-
-def reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
-    """Write the image of `draw_reward_curve`, unless it is None."""
-    if picture := draw_reward_curve(events, evaluations):
-        write_atomically(path, picture)
+def write_reward_curve(path: Path, events: list[dict], evaluations: list[dict]) -> None:
+    """Write what `draw_reward_curve` gives, if anything."""
+    if chart := draw_reward_curve(events, evaluations):
+        write_atomically(path, chart)
 
 
 def draw_reward_curve(events: list[dict], evaluations: list[dict]) -> bytes | None:

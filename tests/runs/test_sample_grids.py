@@ -1,4 +1,4 @@
-"""Pictures for people: captions, marks, and what happens to text that no font can draw."""
+"""Annotated grids: captions, marks, and what happens to text that no font can draw."""
 
 import json
 from pathlib import Path
@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.runs.pictures import Sample, before_after, boxes, captioned, read_samples, wrapped, write_samples
+from trainer.runs.sample_grids import Sample, before_after, boxes, captioned, read_samples, wrapped, write_samples
 
 TEXTS = ["a red circle", "two triangles", "a 🦊 \ud83e \x00 fox\u2028in snow", "x" * 3000]
 
 
 def grid(path: Path, verdicts: list[float], level: int) -> Path:
     places = boxes(len(TEXTS), 2, 64, 64)
-    picture = Image.new("RGB", (140, 140), "white")
+    image = Image.new("RGB", (140, 140), "white")
     for place in places:
-        picture.paste((level, level, level), place)
-    picture.save(path)
+        image.paste((level, level, level), place)
+    image.save(path)
     texts = [text.replace("\ud83e", "") for text in TEXTS]
     write_samples(
         path,
@@ -55,7 +55,7 @@ def test_a_grid_without_a_sound_file_is_shown_as_it_is(tmp_path: Path, content: 
     assert not (tmp_path / "both.png").exists()
 
 
-def test_cells_outside_their_picture_are_left_out(tmp_path: Path) -> None:
+def test_cells_outside_their_image_are_left_out(tmp_path: Path) -> None:
     path = grid(tmp_path / "a.png", [0, 1, 1, 0], 90)
     data = json.loads(path.with_suffix(".json").read_text())
     for cell in data["cells"]:

@@ -223,7 +223,7 @@ def test_a_forward_process_objective_trains_on_final_latents_and_its_old_lora_go
     assert events[0]["forwards_per_image"] == 5 + 2 * 2, "five steps, and two passes for each of two draws"
     # Stopped after two iterations and gone on with.
     config = parse_config(short)
-    run = RunDirectory.open(tmp_path / "run", config, ["test"])
+    run = RunDirectory(tmp_path / "run").open(config, ["test"])
     first = Trainer(config, run, Processes("cpu"), lambda event: event.get("iteration") == 2 and run.request_stop())
     assert first.train()["state"] == "stopped"
     run.stop_file.unlink()
