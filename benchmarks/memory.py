@@ -35,8 +35,8 @@ GB = 2**30
 CONTEXT = 1.5 * GB
 """Left free for what is not counted: the GPU contexts of the server and of the training process, and the rest."""
 CARDS = (12, 16, 24, 48, 80)
-REWARDS = {"HPS-v2.1": 4 * 0.986e9}
-"""Bytes of the weights of the reward that the table counts, float32."""
+REWARDS = {"HPS-v2.1": 2 * 0.986e9}
+"""Bytes of the weights of the reward that the table counts, in float16, as `dtype: auto` is on a GPU."""
 TINY = Network(
     "Flux", FLUX | {"hidden_size": 256, "num_heads": 2, "depth": 3, "depth_single_blocks": 6}, (64, 4096, 768)
 )
