@@ -7,11 +7,10 @@ Nothing is loaded and nothing runs on a GPU. Each network is built in its releas
 own adapter puts the LoRA on it and checkpoints its blocks; one prediction goes forward and backward, others go forward
 as in a rollout, the VAE decodes as many images as `model.decode_batch_size` says by default, and every tensor is
 counted from when it is made until nothing refers to it any more. Attention counts as a fused kernel, which keeps what
-comes in
-and goes out. Rollout, update, decoding and rewards take turns. Network and LoRA stay on the GPU for rollout and update;
-ComfyUI moves the network to RAM as far as decoding or the rewards need its room. Not counted: fragmentation, workspaces
-of matrix libraries, and the copies of weights that ComfyUI makes to move them from RAM. `benchmarks/memory_presets.py`
-does the same for the presets of diffusers folders.
+comes in and goes out. Rollout, update, decoding and rewards take turns. Network and LoRA stay on the GPU for rollout
+and update; ComfyUI moves the network to RAM as far as decoding or the rewards need its room. Not counted:
+fragmentation, workspaces of matrix libraries, and the copies of weights that ComfyUI makes to move them from RAM.
+`benchmarks/memory_presets.py` does the same for the presets of diffusers folders.
 """
 
 import argparse

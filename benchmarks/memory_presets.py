@@ -5,9 +5,9 @@
 
 Nothing is loaded: folders of configurations alone are written, with the values of the released models, and the trainer
 counts the memory of the run that the preset describes, as its estimate does. Rewards count with their weights in the
-dtype that `auto` is on a GPU; with several, all of them are on the GPU while they score. A preset reads a diffusers folder, which ComfyUI's
-server does not load, so of the server only its GPU context is left free. Not counted: what is left free (`FREE`), and
-activations of the rewards.
+dtype that `auto` is on a GPU; with several, all of them are on the GPU while they score. A preset reads a diffusers
+folder, which ComfyUI's server does not load, so of the server only its GPU context is left free. Not counted: what is
+left free (`FREE`), and activations of the rewards.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def reward_bytes(config: RunConfig) -> int:
 def on_card(needed: float, card: int) -> str:
     """Whether it fits, or how many GB are missing."""
     over = needed + FREE - card * GB
-    return "fits" if over <= 0 else f"{over / GB:.1f} over"
+    return "fits" if over <= 0 else f"{over / GB:.1f} short"
 
 
 def rows(names: list[str]) -> Iterator[str]:
