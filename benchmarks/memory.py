@@ -180,6 +180,8 @@ def decoding(network: Network, size: int) -> int:
     from comfy.ldm.lightricks.vae import causal_video_autoencoder
 
     comfy.model_management.ENABLE_PYTORCH_ATTENTION = True  # as on a GPU
+    # LTX-Video's VAE writes its frames into RAM, which nothing can be copied to from the meta device: they count here.
+    comfy.model_management.intermediate_device = lambda: META
     causal_video_autoencoder.get_max_chunk_size = lambda device: causal_video_autoencoder.MAX_CHUNK_SIZE
     model = build(network, size, torch.bfloat16, 1, META)
     latents = torch.zeros(model.decode_batch_size, *model.latent_shape, dtype=torch.bfloat16, device=META)
