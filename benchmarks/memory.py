@@ -7,11 +7,10 @@ Nothing is loaded and nothing runs on a GPU. Each network is built in its releas
 own adapter puts the LoRA on it and checkpoints its blocks; one prediction goes forward and backward, others go forward
 as in a rollout, the VAE decodes as many images as `model.decode_batch_size` says by default, and every tensor is
 counted from when it is made until nothing refers to it any more. Attention counts as a fused kernel, which keeps what
-comes in
-and goes out. Rollout, update, decoding and rewards take turns. Network and LoRA stay on the GPU for rollout and update;
-ComfyUI moves the network to RAM as far as decoding or the rewards need its room. Not counted: fragmentation, workspaces
-of matrix libraries, and the copies of weights that ComfyUI makes to move them from RAM. `benchmarks/memory_presets.py`
-does the same for the presets of diffusers folders.
+comes in and goes out. Rollout, update, decoding and rewards take turns. Network and LoRA stay on the GPU for rollout
+and update; ComfyUI moves the network to RAM as far as decoding or the rewards need its room. Not counted:
+fragmentation, workspaces of matrix libraries, and the copies of weights that ComfyUI makes to move them from RAM.
+`benchmarks/memory_presets.py` does the same for the presets of diffusers folders.
 """
 
 import argparse
@@ -35,8 +34,8 @@ GB = 2**30
 CONTEXT = 1.5 * GB
 """Left free for what is not counted: the GPU contexts of the server and of the training process, and the rest."""
 CARDS = (12, 16, 24, 48, 80)
-REWARDS = {"HPS-v2.1": 4 * 0.986e9}
-"""Bytes of the weights of the reward that the table counts, float32."""
+REWARDS = {"HPS-v2.1": 2 * 0.986e9}
+"""Bytes of the weights of the reward that the table counts, in float16, as `dtype: auto` is on a GPU."""
 TINY = Network(
     "Flux", FLUX | {"hidden_size": 256, "num_heads": 2, "depth": 3, "depth_single_blocks": 6}, (64, 4096, 768)
 )
@@ -181,6 +180,8 @@ def decoding(network: Network, size: int) -> int:
     from comfy.ldm.lightricks.vae import causal_video_autoencoder
 
     comfy.model_management.ENABLE_PYTORCH_ATTENTION = True  # as on a GPU
+    # LTX-Video's VAE writes its frames into RAM, which nothing can be copied to from the meta device: they count here.
+    comfy.model_management.intermediate_device = lambda: META
     causal_video_autoencoder.get_max_chunk_size = lambda device: causal_video_autoencoder.MAX_CHUNK_SIZE
     model = build(network, size, torch.bfloat16, 1, META)
     latents = torch.zeros(model.decode_batch_size, *model.latent_shape, dtype=torch.bfloat16, device=META)

@@ -4,10 +4,10 @@
     python benchmarks/memory_presets.py one-gpu-sd14
 
 Nothing is loaded: folders of configurations alone are written, with the values of the released models, and the trainer
-counts the memory of the run that the preset describes, as its estimate does. Rewards count with their weights in
-float32; with several, all of them are on the GPU while they score. A preset reads a diffusers folder, which ComfyUI's
-server does not load, so of the server only its GPU context is left free. Not counted: what is left free (`FREE`), and
-activations of the rewards.
+counts the memory of the run that the preset describes, as its estimate does. Rewards count with their weights in the
+dtype that `auto` is on a GPU; with several, all of them are on the GPU while they score. A preset reads a diffusers
+folder, which ComfyUI's server does not load, so of the server only its GPU context is left free. Not counted: what is
+left free (`FREE`), and activations of the rewards.
 """
 
 import argparse
@@ -28,6 +28,9 @@ from trainer.config import PRESETS, RunConfig, parse_config, preset
 from trainer.estimate import memory
 from trainer.models import FAMILIES, run_memory
 from trainer.models.memory import BYTES
+from trainer.objectives import objective_class
+from trainer.rewards import REWARDS as ALL_REWARDS
+from trainer.rewards.qwen.videoalign import VideoAlign
 from trainer.runs.memory import iteration_bytes
 
 GB = 2**30
@@ -64,8 +67,7 @@ REWARDS = {
     "clip": 0.987e9,
     "aesthetic": 0.304e9,
     "imagereward": 0.447e9,
-    "videoalign-vq": 2.2e9,
-    "videoalign-mq": 2.2e9,
+    "videoalign": 2.2e9,
 }
 """Weights of the published reward models: ViT-H-14, DFN5B ViT-H-14-378, ViT-L-14's tower, BLIP, Qwen2-VL-2B."""
 
@@ -103,15 +105,26 @@ def parts_of(config: RunConfig) -> dict[str, int]:
         memory.ROLLOUT: counted.rollout,
         memory.UPDATE: counted.update,
         memory.DECODE: counted.decode,
-        memory.REWARDS: int(sum(4 * REWARDS[reward.name] for reward in config.rewards)),
+        memory.REWARDS: reward_bytes(config),
         memory.ENCODERS: int(ENCODERS[model.family] * BYTES[model.dtype]),
     }
+
+
+def reward_bytes(config: RunConfig) -> int:
+    """Bytes of the rewards' weights on a GPU; the rewards of VideoAlign share one network."""
+    gradient = objective_class(config.objective).needs_reward_gradients
+    dtypes = {}
+    for reward in config.rewards:
+        kind = ALL_REWARDS[reward.name]
+        name = "videoalign" if issubclass(kind, VideoAlign) else reward.name
+        dtypes[name] = kind.cpu_dtype if gradient else kind.gpu_dtype
+    return int(sum(REWARDS[name] * BYTES[dtype] for name, dtype in dtypes.items()))
 
 
 def on_card(needed: float, card: int) -> str:
     """Whether it fits, or how many GB are missing."""
     over = needed + FREE - card * GB
-    return "fits" if over <= 0 else f"{over / GB:.1f} over"
+    return "fits" if over <= 0 else f"{over / GB:.1f} short"
 
 
 def rows(names: list[str]) -> Iterator[str]:

@@ -78,9 +78,13 @@ sample has no score if its pixels are not finite, if an `external` server return
 language model did not contain the requested rating, even after further attempts with other seeds. If a server is
 unreachable, the run stops.
 
-Weights are float32 unless `dtype` is set. `bfloat16` halves their memory. Its effect on the ranking of images has not
-been measured with the published weights, so it is not the default (except for `hpsv3` and `videoalign`, which are
-bfloat16 in their authors' code too).
+The option `dtype` is `auto` by default. On a GPU, rewards on CLIP and `imagereward` are then computed in float16, which
+halves their memory. On networks with random weights this kept the order of the images of a prompt better than
+bfloat16 ([RESULTS](../benchmarks/RESULTS.md#rewards-in-half-precision)); with the published weights it has not been
+measured. Their small heads stay float32. `hpsv3` and `videoalign` are bfloat16 everywhere, as in their authors' code.
+Float32 are all other rewards, every reward on a CPU or on a GPU that is slow in half precision, and a reward whose
+gradient is trained on (objective `reward-gradient`), because small gradients underflow in float16. A resumed run
+keeps the dtype it began with. If a reward gives NaN in float16, set `dtype` to `bfloat16`.
 
 Rewards marked *gradient* in the table are differentiable: the gradient of the score flows back to the pixels.
 

@@ -92,11 +92,22 @@ def check_rewards(
     count, what = objective_class(config.objective).shares(config)
     if processes > count:
         raise BadInput(f"{processes} processes are more than the {count} {what} of an iteration")
-    rewards = {reward.name: load_reward(reward) for reward in config.rewards}
-    all_rewards = {reward.name: load_reward(reward) for reward in config.evaluation.rewards} | rewards
+    rewards, all_rewards = load_rewards(config)
     check_groups(rewards, processes)
     _check_prompts(all_rewards, [*prompts.scored, *held_out.scored])
     return rewards, all_rewards
+
+
+def load_rewards(config: RunConfig) -> tuple[dict[str, Reward], dict[str, Reward]]:
+    """The rewards of a run by name, without weights: those that are trained; and these with those of the evaluation.
+
+    Raises:
+        BadInput: an option, a file or a package of a reward is not there or not valid.
+    """
+    device, gradient = config.runtime.device, objective_class(config.objective).needs_reward_gradients
+    rewards = {reward.name: load_reward(reward, device, gradient) for reward in config.rewards}
+    others = {reward.name: load_reward(reward, device) for reward in config.evaluation.rewards}
+    return rewards, others | rewards
 
 
 def check_groups(rewards: Mapping[str, Reward], processes: int) -> None:

@@ -263,7 +263,7 @@ def _score(args: argparse.Namespace) -> int:
 
     if len(args.prompt) not in (1, len(args.images)):
         raise BadInput(f"{len(args.prompt)} prompts for {len(args.images)} images: give one for all, or one for each")
-    reward = load_reward(_reward_config(args))
+    reward = load_reward(_reward_config(args), "cpu")
     reward.load()
     prompts = args.prompt * len(args.images) if len(args.prompt) == 1 else args.prompt
     code = FINISHED

@@ -24,6 +24,7 @@ from .objectives.base import Resources, RolloutBatch
 from .objectives.updater import Update, Updater
 from .policy import Policy
 from .prompts.conditions import conditions_for
+from .rewards import dtypes, use_dtypes
 from .rollout import Execution, Prompting, unmatched
 from .runs.directory import Checkpoint, RunDirectory
 from .runs.metrics import Clock, peak_memory, reward_record, without_nan
@@ -232,6 +233,7 @@ class Trainer:
             "objective": self.objective.state(),
             "updater": self.updater.state(),
             "prompts": self._prompts_digest(),
+            "reward_dtypes": dtypes(self.evaluator.rewards),
         }
         self.recorder.newest(self.iteration, state)
         self.recorder.status("running", self.iteration)
@@ -253,6 +255,7 @@ class Trainer:
         state = checkpoint.state
         if state["prompts"] != self._prompts_digest():
             raise BadInput("the prompts of this run have changed since it was stopped: restore them or start a new run")
+        use_dtypes(self.evaluator.rewards, state["reward_dtypes"])
         self.policy.restore(checkpoint.tensors, state["updates"])
         self.iteration, self.seconds, self.evaluations = state["iteration"], state["seconds"], state["evaluations"]
         self.watchdog.restore(state["watchdog"])

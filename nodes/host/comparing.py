@@ -73,7 +73,7 @@ def score_models(
         model.add_patches(_patches(model, name, lora), sampling.strength)
         patched[name] = model
     device = comfy.model_management.get_torch_device()
-    loaded = load_rewards(reward, texts, lambda size: make_room_for_reward(size, device))
+    loaded = load_rewards(reward, texts, device, lambda size: make_room_for_reward(size, device))
     positive, negative = [_encoded(parts, text) for text in texts], _encoded(parts, sampling.negative)
     bar, found = ProgressBar(len(patched) * len(texts), node_id=node_id), []
     for name, model in patched.items():

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from ...trainer.check import check_rewards, check_run
+from ...trainer.check import check_rewards, check_run, load_rewards
 from ...trainer.config import RunConfig, parse_config, parse_sections
 from ...trainer.objectives import objective_class
 from ...trainer.prompts.forms import check_lines
 from ...trainer.prompts.sets import read_prompts
 from ...trainer.prompts.text import check_prompts, prompt_lines, same_text
-from ...trainer.rewards import load_reward, memory_together
+from ...trainer.rewards import memory_together
 from ...trainer.runs import launch
 from ...trainer.runs.directory import RunDirectory
 from ...trainer.utils.errors import BadInput, shorten
@@ -308,6 +308,5 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
 
 def make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     memory.free_memory()
-    configs = {reward.name: reward for reward in [*config.evaluation.rewards, *config.rewards]}
-    rewards = memory_together(map(load_reward, configs.values()))
+    rewards = memory_together(load_rewards(config)[1].values())
     memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu", rewards)

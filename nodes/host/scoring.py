@@ -54,7 +54,7 @@ def score_all(
     Raises:
         BadInput: a reward for videos is given images, or cannot score a prompt or an image.
     """
-    loaded = load_rewards(reward, prompts, make_room)
+    loaded = load_rewards(reward, prompts, device, make_room)
     return {one.name: one.score(items, prompts, device) for one in loaded}
 
 
@@ -84,10 +84,13 @@ class LoadedReward:
             self.model.idle()
 
 
-def load_rewards(reward: Rewards, prompts: list[str], make_room: Callable[[int], object]) -> list[LoadedReward]:
+def load_rewards(
+    reward: Rewards, prompts: list[str], device: torch.device, make_room: Callable[[int], object]
+) -> list[LoadedReward]:
     """The rewards with their weights in memory.
 
     Args:
+        device: where they are going to score.
         make_room: called with the bytes that weights are about to take on the device.
 
     Raises:
@@ -96,7 +99,7 @@ def load_rewards(reward: Rewards, prompts: list[str], make_room: Callable[[int],
     loaded = []
     for config in reward.rewards:
         check_interrupt()
-        model = reward_models.load_reward(config)
+        model = reward_models.load_reward(config, device.type)
         try:
             model.check_prompts(prompts)
         except ValueError as error:

@@ -11,6 +11,7 @@ from ..check import CheckedRun
 from ..config import ModelConfig, RunConfig
 from ..models.diffusers.family import DiffusersModel
 from ..models.memory import BYTES, latent_numbers, parameter_count, run_memory, weight_bytes
+from ..rewards import memory_together
 from ..runs.memory import iteration_bytes
 from ..shapes import WEIGHTS
 
@@ -48,7 +49,7 @@ def parts(config: RunConfig, checked: CheckedRun, processes: int, on_cpu: bool) 
         found |= {DECODE: memory.decode, ENCODERS: _encoders(config)}
     else:
         found[NETWORK] = weight_bytes(config.model, processes)
-    found[REWARDS] = sum(reward.memory() for reward in checked.all_rewards.values())
+    found[REWARDS] = memory_together(checked.all_rewards.values())
     found[HELD] = iteration_bytes(config, processes, latent_numbers(checked.family, config.model))
     if on_cpu:
         found[PROCESS] = psutil.Process().memory_info().rss

@@ -183,6 +183,7 @@ class Objective(ABC):
         needs_rewards: whether a run must have rewards.
         needs_advantages: whether images are scored before the update. If not, all images may be trained on, and the
             objective scores them itself if needed.
+        needs_reward_gradients: whether it differentiates the rewards that are trained.
         needs_rollout: whether the trainer samples images; if not, `collect` returns the training data.
     """
 
@@ -190,6 +191,7 @@ class Objective(ABC):
     Options: ClassVar[type[ObjectiveOptions]]
     needs_rewards: ClassVar[bool] = True
     needs_advantages: ClassVar[bool] = True
+    needs_reward_gradients: ClassVar[bool] = False
     needs_rollout: ClassVar[bool] = True
 
     def __init__(self, config: RunConfig) -> None:

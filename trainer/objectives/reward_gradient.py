@@ -66,6 +66,7 @@ class RewardGradient(Objective):
     Options = RewardGradientOptions
     options: RewardGradientOptions
     needs_advantages = False
+    needs_reward_gradients = True
 
     @classmethod
     def check_config(cls, config: RunConfig) -> None:

@@ -2,7 +2,8 @@
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -108,9 +109,18 @@ def memory_together(rewards: Iterable[Reward]) -> int:
 
 
 class ModelReward(Reward):
-    """A reward that is a network with weights in files; it runs on the device that the images are on."""
+    """A reward that is a network with weights in files; it runs on the device that the images are on.
+
+    Attributes:
+        batch_size: images per forward pass.
+        gpu_dtype, cpu_dtype: what the option `dtype: auto` means, by the figures of benchmarks/reward_dtypes.py.
+        float32_parts: beginnings of the names of weights that stay float32 whatever `dtype` is: small heads.
+    """
 
     batch_size: ClassVar[int] = 16
+    gpu_dtype: ClassVar[str] = "float32"
+    cpu_dtype: ClassVar[str] = "float32"
+    float32_parts: ClassVar[tuple[str, ...]] = ()
     module: nn.Module | None = None
     memory_hook: MemoryHook | None = None
 
@@ -124,7 +134,11 @@ class ModelReward(Reward):
 
     def load(self) -> None:
         if self.module is None:
-            self.module = self.build().eval().requires_grad_(False).to(self.dtype)
+            module = self.build().eval().requires_grad_(False)
+            for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+                if tensor.is_floating_point() and not name.startswith(self.float32_parts):
+                    tensor.data = tensor.data.to(self.dtype)
+            self.module = module
 
     def idle(self) -> None:
         if self.module is not None:
@@ -133,7 +147,23 @@ class ModelReward(Reward):
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the weights and of the computation."""
-        return getattr(torch, getattr(self.options, "dtype", "float32"))
+        name = getattr(self.options, "dtype", "float32")
+        return getattr(torch, self.cpu_dtype if name == "auto" else name)
+
+    @classmethod
+    def auto_dtype(cls, device: str, gradient: bool) -> str:
+        """The dtype that `auto` means.
+
+        Args:
+            device: `auto`, which is a GPU if there is one, or the type of a torch device.
+            gradient: whether the gradients of scores are wanted, which underflow in float16.
+        """
+        return cls.gpu_dtype if not gradient and is_fast_in(cls.gpu_dtype, device) else cls.cpu_dtype
+
+    def use_dtype(self, name: str) -> None:
+        """Compute in this dtype from now on; if it is another one than before, the weights are read again."""
+        if getattr(torch, name) != self.dtype:
+            self.options, self.module = self.options.model_copy(update={"dtype": name}), None
 
     def score(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.move_to(images.device)
@@ -154,7 +184,7 @@ class ModelReward(Reward):
         self.module.to(device)
 
     def memory(self) -> int:
-        """Bytes of the weights; before the network is loaded, an upper bound from its files."""
+        """Bytes of the weights; before the network is loaded, by its files: a bound but for small float32 heads."""
         if self.module is None:
             return self.stored_elements() * self.dtype.itemsize
         return sum(tensor.nbytes for tensor in (*self.module.parameters(), *self.module.buffers()))
@@ -172,9 +202,43 @@ class ModelReward(Reward):
         self.memory_hook = hook
 
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+def is_fast_in(dtype: str, device: str) -> bool:
+    """Whether a device is a GPU that computes fast in a dtype.
+
+    Args:
+        device: `auto`, which is a GPU if there is one, or the type of a torch device.
+    """
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return False
+    if dtype == "bfloat16":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == "float32" or torch.cuda.get_device_capability() >= (7, 0)
 
 
-def dtype_option(default: str = "float32") -> str:
-    """The option for the dtype of a network."""
-    return Field(default, description="dtype of the weights and of the computation; scores are float32.")
+def dtypes(rewards: Mapping[str, Reward]) -> dict[str, str]:
+    """The dtypes of those rewards that are networks, by name, for a checkpoint."""
+    networks = {name: reward.holder for name, reward in rewards.items() if isinstance(reward.holder, ModelReward)}
+    return {name: str(network.dtype).removeprefix("torch.") for name, network in networks.items()}
+
+
+def use_dtypes(rewards: Mapping[str, Reward], names: Mapping[str, str]) -> None:
+    """Compute in these dtypes from now on, as a checkpoint says: `auto` may mean another one on this device."""
+    for reward, name in names.items():
+        rewards[reward].holder.use_dtype(name)
+        rewards[reward].load()
+
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def dtype_option(gpu: str, cpu: str = "float32") -> str:
+    """The option for the dtype of a network; `auto` by default.
+
+    Args:
+        gpu, cpu: what `auto` means, as `ModelReward.gpu_dtype` and `cpu_dtype` say it.
+    """
+    if gpu == cpu:
+        meaning = f"auto is {gpu}"
+    else:
+        meaning = f"auto is {gpu} on a GPU that is fast in it, and {cpu} on a CPU and where gradients are wanted"
+    return Field("auto", description=f"dtype of the weights and of the computation: {meaning}. Scores are float32.")

@@ -78,7 +78,7 @@ class GenEvalLike(ModelReward):
             0.9, description="The same for prompts that ask for a number of objects."
         )
         graded: bool = Field(True, description="Give partial credit; else the score is 0 or 1.")
-        dtype: Dtype = dtype_option()
+        dtype: Dtype = dtype_option(gpu="float32")
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)

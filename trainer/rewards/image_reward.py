@@ -48,6 +48,8 @@ class ImageReward(ModelReward):
 
     name = "imagereward"
     differentiable = True
+    gpu_dtype = "float16"
+    float32_parts = ("mlp.",)
     typical_range = (-2.2, 2.0)
     licence = "Apache-2.0"
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -63,7 +65,7 @@ class ImageReward(ModelReward):
             "vocab.txt of google-bert/bert-base-uncased on the Hugging Face hub (232 kB).",
             suffixes=(".txt",),
         )
-        dtype: Dtype = dtype_option()
+        dtype: Dtype = dtype_option(gpu="float16")
 
     def build(self) -> nn.Module:
         path, what = Path(self.options.path), "ImageReward v1.0"
@@ -117,7 +119,7 @@ class ImageReward(ModelReward):
             encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=images.device),
         ).last_hidden_state
-        return (self.module["mlp"](read[:, 0]).float()[:, 0] - MEAN) / STD
+        return (self.module["mlp"](read[:, 0].float())[:, 0] - MEAN) / STD
 
     def _tokens(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and attention mask, `[B, 35]` long."""

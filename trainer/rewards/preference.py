@@ -41,6 +41,7 @@ class Preference(ModelReward):
     name = "preference"
     typical_range = (-10.0, 10.0)
     differentiable = True
+    gpu_dtype = "float16"
     fitted: Fit | None = None
 
     class Options(Section):
@@ -55,7 +56,7 @@ class Preference(ModelReward):
             "name in models/clip_vision, as clip-vit-l (the file of the reward aesthetic), or by the path of a file.",
             json_schema_extra={"votes": "backbone"},
         )
-        dtype: Dtype = dtype_option()
+        dtype: Dtype = dtype_option(gpu="float16")
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ..config import RewardConfig, Section, describe
 from ..utils.errors import BadInput
 from . import base
-from .base import Reward
+from .base import ModelReward, Reward
 from .brightness import Brightness
 from .clip.aesthetic import Aesthetic
 from .clip.clip_score import ClipScore
@@ -146,12 +146,19 @@ def with_files_from(config: RewardConfig, folders: Iterable[Path]) -> RewardConf
     return config.model_copy(update={"options": options})
 
 
-def load_reward(config: RewardConfig) -> Reward:
+def load_reward(config: RewardConfig, device: str = "auto", gradient: bool = False) -> Reward:
     """Create a reward from its configuration; `Reward.load` reads its weights.
+
+    Args:
+        device: where it scores, which decides what `dtype: auto` means: `auto`, a GPU if there is one; or the type of
+            a torch device.
+        gradient: whether the gradients of its scores are wanted, which decides it too.
 
     Raises:
         BadInput: unknown name, invalid option, or missing file or package.
     """
-    options = reward_options(config)
-    reward = REWARDS[config.name](options)
+    options, kind = reward_options(config), REWARDS[config.name]
+    if issubclass(kind, ModelReward) and getattr(options, "dtype", None) == "auto":
+        options = options.model_copy(update={"dtype": kind.auto_dtype(device, gradient)})
+    reward = kind(options)
     return reward if config.threshold is None else Threshold(reward, config.threshold)

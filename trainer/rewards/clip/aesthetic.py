@@ -19,7 +19,7 @@ class _Tower(Section):
         "model.safetensors of openai/clip-vit-large-patch14 on the Hugging Face hub (1.7 GB), or a clip_vision file "
         "of the same model.",
     )
-    dtype: Dtype = dtype_option()
+    dtype: Dtype = dtype_option(gpu="float16")
 
 
 class ClipLargeReward(ModelReward):
@@ -27,6 +27,7 @@ class ClipLargeReward(ModelReward):
 
     network = "ViT-L-14-quickgelu"
     differentiable = True
+    gpu_dtype = "float16"
     Options = _Tower
 
     def build(self) -> nn.Module:
@@ -52,6 +53,7 @@ class Aesthetic(ClipLargeReward):
     """
 
     name = "aesthetic"
+    float32_parts = ("head.",)
     typical_range = (4.5, 7.0)
     licence = "Apache-2.0; CLIP: MIT"
 
@@ -72,7 +74,7 @@ class Aesthetic(ClipLargeReward):
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         features = self.features(self.module["visual"], images)
-        return self.module["head"](features.to(self.dtype)).float()[:, 0]
+        return self.module["head"](features)[:, 0]
 
 
 class LinearHead(nn.Module):

@@ -45,7 +45,7 @@ class ClipScore(ContrastiveReward):
             "config",
             description="How images become square: squashed, cropped or padded; config as the model is configured.",
         )
-        dtype: Dtype = dtype_option()
+        dtype: Dtype = dtype_option(gpu="float16")
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)

@@ -15,6 +15,7 @@ class ContrastiveReward(ModelReward):
     """Cosine similarity of image and prompt embeddings; each prompt is encoded once."""
 
     differentiable = True
+    gpu_dtype = "float16"
     clean: ClassVar[str] = "lower"
     """How prompts are cleaned before they are tokenized; see `text.tokenizer`."""
     context: int = 77

@@ -29,7 +29,7 @@ class HPSv21(ContrastiveReward):
         path: str = file_option(
             "hpsv2/HPS_v2.1_compressed.pt", "HPS_v2.1_compressed.pt of xswu/HPSv2 on the Hugging Face hub (1.97 GB)."
         )
-        dtype: Dtype = dtype_option()
+        dtype: Dtype = dtype_option(gpu="float16")
 
     def build(self) -> nn.Module:
         path, config = Path(self.options.path), architecture(self.network)

@@ -36,7 +36,7 @@ class PickScore(ContrastiveReward):
             "cosine",
             description="cosine similarity, as DanceGRPO reports it; or official: times the logit scale, about 100.",
         )
-        dtype: Dtype = dtype_option()
+        dtype: Dtype = dtype_option(gpu="float16")
 
     def build(self) -> nn.Module:
         path, config, what = Path(self.options.path), architecture(self.network), "PickScore, a CLIP ViT-H/14"

@@ -53,7 +53,7 @@ class HPSv3(QwenReward):
         suffix: str = file_option(
             "hpsv3/suffix.txt", "The constant prompt_with_special_token of hpsv3, to the letter.", suffixes=(".txt",)
         )
-        dtype: Dtype = dtype_option("bfloat16")
+        dtype: Dtype = dtype_option(gpu="bfloat16", cpu="bfloat16")
 
     def __init__(self, options: Section | None = None) -> None:
         super().__init__(options)

@@ -96,6 +96,8 @@ class QwenReward(ModelReward):
     """A reward on Qwen2-VL; it scores one image or video at a time."""
 
     batch_size = 1
+    gpu_dtype = cpu_dtype = "bfloat16"  # as published
+    float32_parts = ("head.",)
     sizes: dict[str, Any]
     markers: tuple[str, ...]
     pad_word: str
@@ -112,7 +114,9 @@ class QwenReward(ModelReward):
         """The network with weights under the names of `QwenNetwork`; the head in float32."""
         words = weights.get("language.embed_tokens.weight", torch.zeros(0, 1)).shape[0]
         module = build(lambda: QwenNetwork(self.sizes, words, self.make_head()))
-        fill(module, weights, path, what, lambda key: torch.float32 if key.startswith("head.") else self.dtype)
+        fill(
+            module, weights, path, what, lambda key: torch.float32 if key.startswith(self.float32_parts) else self.dtype
+        )
         self.tokenizer = read_tokenizer(Path(self.options.tokenizer), self.markers)
         self.first = self.tokenizer.token_to_id(self.markers[0])
         if words <= self.tokenizer.token_to_id(self.markers[-1]):

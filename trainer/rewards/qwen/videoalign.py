@@ -44,7 +44,7 @@ class _Options(Section):
         description="normalized to mean 0 and std 1 with the authors' constants, as in DanceGRPO's code; or raw, the "
         "output of the network.",
     )
-    dtype: Dtype = dtype_option("bfloat16")
+    dtype: Dtype = dtype_option(gpu="bfloat16", cpu="bfloat16")
 
 
 _Weight = Annotated[float, Field(ge=-1000, le=1000)]
