@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -17,6 +18,8 @@ from trainer.runs.directory import RunDirectory
 from trainer.runs.events import add_evaluation
 
 LONG = 20_000
+LORAS = ("panel a_6_high", "panel a_6_low", "panel a_12_high", "panel a_12_low", "panel a_b_12", "panel b_5")
+"""Of "panel a", which has trained two networks, of "panel a_b" and of "panel b"; the last are the newest."""
 MARKUP = "<img src=x onerror=window.hacked=1>"
 
 
@@ -53,9 +56,22 @@ def make_run(folder: Path, name: str, iterations: int, state: str = "finished") 
 def runs(comfy: Server) -> Iterator[Path]:
     folder = comfy.base / "output" / "dancegrpo" / "runs"
     made = [make_run(folder, "panel a", 12), make_run(folder, "panel b", 5, "failed")]
+    loras = comfy.base / "output" / "loras" / "dancegrpo"
+    loras.mkdir(parents=True, exist_ok=True)
+    files = [loras / f"{name}.safetensors" for name in LORAS]
+    for number, file in enumerate(files):
+        file.touch()
+        os.utime(file, (1e9 + number, 1e9 + number))
     yield folder
     for run in made:
         shutil.rmtree(run.path, ignore_errors=True)
+    for file in files:
+        file.unlink()
+
+
+def lora_names(*stems: str) -> list[str]:
+    """As ComfyUI lists them."""
+    return [os.path.join("dancegrpo", f"{stem}.safetensors") for stem in stems]  # noqa: PTH118
 
 
 def refusal(comfy: Server, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
@@ -77,6 +93,7 @@ def test_runs_their_events_and_their_log_are_data(comfy: Server, runs: Path) -> 
     detail = comfy.get("/dancegrpo/runs/panel%20a")
     assert [one["iteration"] for one in detail["evaluations"]] == [0, 12]
     assert detail["memory_mb"] == 1500.0
+    assert detail["lora_names"] == lora_names("panel a_12_high", "panel a_12_low")
     whole = comfy.get("/dancegrpo/runs/panel%20a/events")
     assert [one["iteration"] for one in whole["events"]] == list(range(1, 13))
     later = comfy.get(f"/dancegrpo/runs/panel%20a/events?after=10&generation={whole['generation']}")
@@ -168,6 +185,23 @@ def test_the_panel_lists_runs_and_opens_one(page: Any) -> None:
     page.wait_for_function("document.querySelector('.dg-log')?.textContent.includes('first line')")
     page.get_by_role("button", name="‹ All runs").click()
     page.wait_for_selector("[data-run='panel b']")
+
+
+def test_both_loras_of_two_networks_are_named_and_copied(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("[data-run='panel a']").click()
+    page.wait_for_selector(".dg-lora")
+    names = lora_names("panel a_12_high", "panel a_12_low")
+    assert page.locator(".dg-lora span").all_inner_texts() == names
+    for name in names:
+        page.get_by_role("button", name=f"Copy the name of {name}").click()
+        page.wait_for_function("async (name) => await navigator.clipboard.readText() === name", arg=name)
+    page.get_by_role("button", name="‹ All runs").click()
+    page.locator("[data-run='panel b']").click()
+    page.get_by_role("button", name="Copy the name of the LoRA").click()
+    (name,) = lora_names("panel b_5")
+    page.wait_for_function("async (name) => await navigator.clipboard.readText() === name", arg=name)
+    page.get_by_role("button", name="‹ All runs").click()
 
 
 def test_what_runs_say_is_text_in_the_panel(page: Any) -> None:

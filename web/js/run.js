@@ -72,7 +72,16 @@ export function runDetail(name, panel) {
       h("p", { class: "dg-muted", text: progressText() }),
       state.error ? h("p", { class: "dg-error", text: state.error }) : null,
       h("div", { class: "dg-actions" }, actions()),
+      ...state.lora_names.map(loraName),
     ];
+  }
+
+  /** A LoRA of the run as ComfyUI lists it; a model with a network for high and one for low noise has two. */
+  function loraName(file) {
+    const what = state.lora_names.length > 1 ? `Copy the name of ${file}` : "Copy the name of the LoRA";
+    const copyIt = button("Copy", () => copy(file), { title: what, onError: failed });
+    copyIt.setAttribute("aria-label", what);
+    return h("div", { class: "dg-lora" }, h("span", { class: "dg-muted", text: file }), copyIt);
   }
 
   function progressText() {
@@ -95,11 +104,6 @@ export function runDetail(name, panel) {
     const made = [];
     if (state.live) made.push(button("Stop", act("stop"), { title: "Stop and keep what was learned", onError: failed }));
     else if (state.state !== "finished") made.push(button("Resume", act("resume"), { onError: failed }));
-    if (state.lora_name) {
-      made.push(
-        button("Copy LoRA name", () => copy(state.lora_name), { title: state.lora_name, onError: failed }),
-      );
-    }
     if (!state.live) {
       made.push(
         button("Delete", async () => {
