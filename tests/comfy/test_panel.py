@@ -204,6 +204,49 @@ def test_both_loras_of_two_networks_are_named_and_copied(page: Any) -> None:
     page.get_by_role("button", name="‹ All runs").click()
 
 
+def test_a_button_stays_while_the_state_is_read_again(page: Any) -> None:
+    page.locator("[data-run='panel a']").click()
+    button = page.get_by_role("button", name="Delete")
+    button.focus()
+    with page.expect_response(lambda response: response.url.endswith("/runs/panel%20a"), timeout=60_000):
+        """It is read every few seconds."""
+    page.wait_for_function("document.activeElement.textContent === 'Delete'")
+    page.get_by_role("button", name="‹ All runs").click()
+
+
+def test_lines_of_the_log_are_apart_and_one_that_comes_in_two_parts_is_one(page: Any, runs: Path) -> None:
+    log = runs / "panel a" / "log.txt"
+    page.locator("[data-run='panel a']").click()
+    page.get_by_role("tab", name="Log").click()
+    lines = "[...document.querySelectorAll('.dg-log > div')].map((line) => line.textContent)"
+    page.wait_for_function(f"{lines}.length === 2")
+    before = log.read_text()
+    for part in ("second ", "line\nthird"):
+        with log.open("a") as file:
+            file.write(part)
+        page.wait_for_function(f"{lines}.join('|').endsWith({json.dumps(part.replace(chr(10), '|'))})")
+    assert page.evaluate(lines) == [f"first line {MARKUP}", "second line", "third"]
+    log.write_text(before)
+    page.get_by_role("button", name="‹ All runs").click()
+
+
+def test_what_a_checker_says_is_right_or_wrong_in_the_panel(page: Any, comfy: Server, runs: Path) -> None:
+    folder = runs / "panel b" / "samples"
+    folder.mkdir()
+    for iteration, scores in ((0, (0.0, 0.25)), (5, (1.0, 0.75))):
+        samples = [Sample("a red circle", "1", {"checked": scores[0], "light": scores[1]})]
+        content = samples_png(samples)
+        (folder / f"evaluation_{iteration:06d}.png").write_bytes(content)
+    page.locator("[data-run='panel b']").click()
+    page.get_by_role("tab", name="Samples").click()
+    page.wait_for_selector(".dg-cell .dg-right")
+    page.get_by_label("beside the first").check()
+    page.wait_for_selector(".dg-cell .dg-wrong")
+    shown = page.locator(".dg-cell figcaption > .dg-muted").all_inner_texts()
+    assert [text.replace("\u00a0", " ") for text in shown] == ["checked ✗ wrong → ✓ right", "light 0.25 → 0.75"]
+    page.get_by_role("button", name="‹ All runs").click()
+
+
 def test_what_runs_say_is_text_in_the_panel(page: Any) -> None:
     page.locator("[data-run='panel b']").click()
     page.wait_for_selector(".dg-error")
