@@ -15,7 +15,7 @@ from ...trainer.runs.pictures import read_samples
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import check_image
 from ...trainer.utils.names import check_name
-from .folders import newest_loras, run_folder, runs_folder
+from .folders import newest_loras, published_loras, run_folder, runs_folder
 
 MOST_EVENTS = 1000
 """Most events in one answer; if there are more, an evenly spaced subset is sent."""
@@ -154,7 +154,14 @@ def detail(run: RunDirectory) -> dict[str, Any]:
         "evaluations": read_evaluations(run.path / "evaluations.jsonl"),
         "memory_mb": recent[-1].get("memory_mb") if recent else None,
         "lora_names": newest_loras(run.path.name),
+        "can_publish": not launch.is_running(run) and _is_unpublished(run),
     }
+
+
+def _is_unpublished(run: RunDirectory) -> bool:
+    """Whether the run has a LoRA that is newer than those in ComfyUI's list."""
+    made, published = _stamp(run.lora_file), published_loras(run.path.name)
+    return made is not None and all(path.stat().st_mtime_ns < made[0] for path in published)
 
 
 def list_runs() -> list[dict[str, Any]]:

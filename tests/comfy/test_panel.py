@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comfy_host import Server, panels
+from PIL import Image
+from safetensors.torch import save_file
 
 from trainer.config import parse_config, preset
 from trainer.runs.directory import RunDirectory
 from trainer.runs.events import add_evaluation
+from trainer.runs.pictures import Sample, write_samples
 
 LONG = 20_000
 LORAS = ("panel a_6_high", "panel a_6_low", "panel a_12_high", "panel a_12_low", "panel a_b_12", "panel b_5")
@@ -122,6 +126,22 @@ def test_a_long_run_is_thinned_and_followed(comfy: Server, runs: Path) -> None:
     later = comfy.get(f"/dancegrpo/runs/panel%20long/events?after={LONG}&generation={answer['generation']}")
     assert [one["iteration"] for one in later["events"]] == [LONG + 1]
     shutil.rmtree(run.path)
+
+
+def test_the_lora_of_a_run_that_nobody_waited_for_is_put_into_the_list(comfy: Server, runs: Path) -> None:
+    run = make_run(runs, "panel e", 3)
+    path = "/dancegrpo/runs/panel%20e"
+    assert not comfy.get(path)["can_publish"]
+    assert "has no LoRA" in refusal(comfy, f"{path}/publish", {})[1]
+    metadata = {"dancegrpo": json.dumps({"iteration": 3})}
+    save_file({"x": torch.zeros(1)}, run.lora_file, metadata)
+    assert comfy.get(path)["can_publish"]
+    answer = comfy.post(f"{path}/publish", {})
+    assert answer["lora_names"] == comfy.get(path)["lora_names"] == lora_names("panel e_3")
+    assert not comfy.get(path)["can_publish"]
+    file = comfy.base / "output" / "loras" / answer["lora_names"][0]
+    assert file.read_bytes() == run.lora_file.read_bytes()
+    file.unlink(), shutil.rmtree(run.path)
 
 
 def test_a_deleted_run_lies_in_the_bin_and_comes_back(comfy: Server, runs: Path) -> None:
@@ -234,9 +254,10 @@ def test_what_a_checker_says_is_right_or_wrong_in_the_panel(page: Any, comfy: Se
     folder = runs / "panel b" / "samples"
     folder.mkdir()
     for iteration, scores in ((0, (0.0, 0.25)), (5, (1.0, 0.75))):
-        samples = [Sample("a red circle", "1", {"checked": scores[0], "light": scores[1]})]
-        content = samples_png(samples)
-        (folder / f"evaluation_{iteration:06d}.png").write_bytes(content)
+        picture = folder / f"evaluation_{iteration:06d}.png"
+        Image.new("RGB", (72, 72)).save(picture)
+        scored = {"checked": scores[0], "light": scores[1]}
+        write_samples(picture, [Sample("a red circle", "1", scored, (4, 4, 68, 68))])
     page.locator("[data-run='panel b']").click()
     page.get_by_role("tab", name="Samples").click()
     page.wait_for_selector(".dg-cell .dg-right")

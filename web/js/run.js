@@ -78,7 +78,7 @@ export function runDetail(name, panel) {
       state.live ? h("p", { class: "dg-muted", text: `now: ${state.phase ?? state.state}` }) : null,
       state.error ? h("p", { class: "dg-error", text: state.error }) : null,
     );
-    const offers = JSON.stringify([state.live, state.state, state.lora_names]);
+    const offers = JSON.stringify([state.live, state.state, state.can_publish, state.lora_names]);
     if (offers === offered) return; // a button that has the focus or is being pressed stays
     offered = offers;
     put(controls, h("div", { class: "dg-actions" }, actions()), state.lora_names.map(loraName));
@@ -111,6 +111,9 @@ export function runDetail(name, panel) {
     const made = [];
     if (state.live) made.push(button("Stop", act("stop"), { title: "Stop and keep what was learned", onError: failed }));
     else if (state.state !== "finished") made.push(button("Resume", act("resume"), { onError: failed }));
+    if (state.can_publish) {
+      made.push(button("List LoRA", act("publish"), { title: "Copy the LoRA to output/loras/dancegrpo, where ComfyUI's loaders list it", onError: failed }));
+    }
     if (!state.live) {
       made.push(
         button("Delete", async () => {
