@@ -52,18 +52,21 @@ function reason(summary, sentence) {
 }
 
 let timer = null;
+let moved = null;
 
 /** Keep these toasts below ComfyUI's own box, as long as there are any: its height changes, and it can be closed. */
 function keepBelow() {
   clearTimeout(timer);
-  const toasts = [...document.querySelectorAll(`.${REASON}`)];
+  const stack = document.querySelector(`.${REASON}`)?.closest(".p-toast") ?? null;
+  if (moved && moved !== stack) moved.style.marginTop = "";
+  moved = stack;
+  if (!stack) return;
+  // The whole stack is moved: a margin inside of it would lie over the box and catch its clicks.
+  const top = stack.getBoundingClientRect().top - (parseFloat(stack.style.marginTop) || 0);
   const box = document.querySelector(OVERLAY)?.getBoundingClientRect();
-  toasts.forEach((toast, index) => {
-    const from = toast.closest(".p-toast")?.getBoundingClientRect().top ?? 0;
-    const room = box?.height && index === 0 ? Math.max(0, box.bottom + GAP - from) : 0; // the others follow the first
-    toast.style.marginTop = room ? `${room}px` : "";
-  });
-  if (toasts.length) timer = setTimeout(keepBelow, INTERVAL);
+  const room = box?.height ? Math.max(0, box.bottom + GAP - top) : 0;
+  stack.style.marginTop = room ? `${room}px` : "";
+  timer = setTimeout(keepBelow, INTERVAL);
 }
 
 /** Show these toasts from now on. */
