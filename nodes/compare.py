@@ -8,22 +8,25 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..trainer.config import GraphExpert
 from ..trainer.evaluation.comparison import compared, summary, text_table
 from ..trainer.evaluation.paper_table import paper_table
 from ..trainer.evaluation.sheet import contact_sheet
+from ..trainer.models.comfy import describe
 from ..trainer.prompts.forms import check_lines
 from ..trainer.prompts.text import check_prompts, prompt_lines
 from ..trainer.rewards.files import read_weights
 from ..trainer.utils.errors import BadInput
 from . import types
-from .host import comparing, inputs, progress, results
+from .host import compared_loras, comparing, inputs, progress, results
 from .host.images import image_output
-from .types import CATEGORY, RewardType, connected
+from .types import CATEGORY, RewardType, RunType, connected
 
 NONE = "(none)"
 NAMES = tuple(f"lora_{number}" for number in range(1, 5))
 MODELS = tuple(f"lora_model_{number}" for number in range(1, 3))
 BASE = "base"
+LOW = compared_loras.LOW_SOCKET
 
 
 class CompareLoRAs(io.ComfyNode):
@@ -42,7 +45,7 @@ class CompareLoRAs(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[*_sockets(), *_widgets(), *_loras()],
+            inputs=[*_sockets(), *_widgets(), *_loras(), *_late_inputs()],
             outputs=[
                 io.Image.Output(display_name="contact_sheet", tooltip="Per prompt the first image of every model."),
                 io.String.Output(display_name="table", tooltip="Means, intervals and win rates as text."),
@@ -61,7 +64,8 @@ class CompareLoRAs(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **given: list) -> str:
         """A fingerprint of the LoRA files, which may be overwritten under the same name."""
-        files = [folder_paths.get_full_path("loras", name) for name in _chosen(given)]
+        names = [each for name in _chosen(given) for each in compared_loras.partners(name)]
+        files = [folder_paths.get_full_path("loras", name) for name in names]
         stats = [file and (Path(file).stat().st_mtime_ns, Path(file).stat().st_size) for file in files]
         return hashlib.sha256(repr(stats).encode()).hexdigest()
 
@@ -70,18 +74,21 @@ class CompareLoRAs(io.ComfyNode):
         """Check all other inputs before models are loaded."""
         with progress.errors_on_node(cls.hidden.unique_id):
             _texts(given)
+            _check_boundary(given)
             _files(given)
-            if waiting := _waiting(given, ("reward",)):
+            if waiting := _waiting(given, ("reward", "run")):
                 return waiting
             connected(inputs.single(given["reward"], "reward"), types.Rewards, "reward")
-            return _waiting(given, (*MODELS, "model", "clip", "vae", "latent_image", "conditioning", "sigmas"))
+            if run := _run(given):
+                compared_loras.check_run(run, LOW in given)
+            return _waiting(given, (*MODELS, "model", LOW, "clip", "vae", "latent_image", "conditioning", "sigmas"))
 
     @classmethod
     def execute(cls, **given: list) -> io.NodeOutput:
         with progress.errors_on_node(cls.hidden.unique_id):
             texts, reward = _texts(given), inputs.single(given["reward"], "reward")
             connected(reward, types.Rewards, "reward")
-            loras = _weights(given)
+            loras = _loras_of(given)
             sampling = comparing.Sampling(
                 **{name: inputs.single(given[name], name) for name in comparing.SAMPLING},
                 negative=inputs.text(_optional(given, "negative", ""), "negative"),
@@ -166,6 +173,32 @@ def _loras() -> list[io.Input]:
     return [*names, *sockets]
 
 
+def _late_inputs() -> list[io.Input]:
+    """Inputs added later. Saved workflows store widget values by position, so new widgets go to the end."""
+    boundary = GraphExpert.model_fields["boundary"]
+    return [
+        RunType.Input(
+            "run", optional=True, lazy=True, tooltip="A run, from GRPO Train LoRA or GRPO Run: its newest LoRA."
+        ),
+        io.Model.Input(
+            LOW,
+            optional=True,
+            lazy=True,
+            tooltip="For a model in two files, such as Wan 2.2: the one for low noise; model is then the one for high "
+            "noise, and a LoRA is a pair of files, of which one is chosen.",
+        ),
+        io.Float.Input(
+            "boundary",
+            default=boundary.default,
+            min=0.01,
+            max=0.99,
+            step=0.005,
+            optional=True,
+            tooltip=f"{boundary.description} Used if low_noise_model is connected.",
+        ),
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------------- inputs
 
 
@@ -194,37 +227,44 @@ def _chosen(given: dict[str, list]) -> list[str]:
     return list(dict.fromkeys(name for name in names if isinstance(name, str) and name != NONE))
 
 
-def _files(given: dict[str, list]) -> dict[str, Path]:
+def _files(given: dict[str, list]) -> dict[str, compared_loras.Files]:
     """Their files.
 
     Raises:
-        BadInput: one is not in ComfyUI's list.
+        BadInput: one is not in ComfyUI's list, or what is connected does not belong together.
     """
-    found = {}
-    for name in _chosen(given):
-        file = folder_paths.get_full_path("loras", name)
-        if file is None:
-            raise BadInput(f"LoRA {name[:100]!r} is not in ComfyUI's list of LoRAs: choose one from the list")
-        found[name] = Path(file)
-    return found
+    if LOW in given and (connected_here := [name for name in MODELS if name in given]):
+        raise BadInput(
+            f"{connected_here[0]} and {LOW} are connected, but a LoRA from a socket does not say for which of two "
+            "networks it is: disconnect it, and choose its files in lora_1, or connect the run"
+        )
+    return compared_loras.files_of(_chosen(given), LOW in given)
 
 
-def _weights(given: dict[str, list]) -> dict[str, dict[str, Tensor]]:
+def _check_boundary(given: dict[str, list]) -> None:
+    inputs.finite(_optional(given, "boundary", comparing.BOUNDARY), "boundary")
+
+
+def _run(given: dict[str, list]) -> str | None:
+    run = _optional(given, "run")
+    return None if run is None else inputs.text(run, "run")
+
+
+def _loras_of(given: dict[str, list]) -> dict[str, compared_loras.Lora]:
     """The LoRAs by the name they are shown with: without folder and ending where that is not ambiguous."""
-    files = _files(given)
-    stems = [Path(name).stem for name in files]
     loras = {
-        stem if stems.count(stem) == 1 else name: read_weights(files[name])
-        for stem, name in zip(stems, files, strict=True)
+        name: {network: read_weights(file) for network, file in files.items()} for name, files in _files(given).items()
     }
     for name in MODELS:
         if (lora := _optional(given, name)) is not None:
-            loras[name] = inputs.lora_tensors(lora, name)
+            loras[name] = {"model": inputs.lora_tensors(lora, name)}
+    if run := _run(given):
+        loras[f"run {run}"] = compared_loras.of_run(run, LOW in given)
     return loras
 
 
 def _parts(given: dict[str, list]) -> list:
-    """Model, CLIP, VAE, the empty latent, and the conditioning and the noise levels or None."""
+    """The fields of `comparing.Parts`."""
     sockets = (("model", "MODEL"), ("clip", "CLIP"), ("vae", "VAE"))
     found = [inputs.linked(inputs.single(given[name], name), name, kind) for name, kind in sockets]
     latent, conditioning = inputs.single(given["latent_image"], "latent_image"), _optional(given, "conditioning")
@@ -232,7 +272,11 @@ def _parts(given: dict[str, list]) -> list:
         raise BadInput("latent_image must be connected to an output of type LATENT")
     carried = None if conditioning is None else inputs.conditioning(conditioning, "conditioning")
     levels = _optional(given, "sigmas")
-    return [*found, latent, carried, None if levels is None else inputs.noise_levels(levels, "sigmas")]
+    levels = None if levels is None else inputs.noise_levels(levels, "sigmas")
+    low = _optional(given, LOW)
+    if low is not None:
+        describe.check_same_kind(inputs.linked(low, LOW, "MODEL"), found[0])
+    return [*found, latent, carried, levels, low, _optional(given, "boundary", comparing.BOUNDARY)]
 
 
 NODES = [CompareLoRAs]

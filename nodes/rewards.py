@@ -81,6 +81,7 @@ class CombineRewards(io.ComfyNode):
                     min=-1000.0,
                     max=1000.0,
                     step=0.05,
+                    optional=number > 1,
                     tooltip="A negative weight minimises the reward. DanceGRPO's authors use HPS-v2.1 0.7, CLIP 1.4.",
                 ),
             ]
@@ -103,7 +104,7 @@ class CombineRewards(io.ComfyNode):
             if part is None:
                 continue
             connected(part, Rewards, f"reward_{number}")
-            weight = inputs.finite(sockets[f"weight_{number}"], f"weight_{number}")
+            weight = inputs.finite(sockets.get(f"weight_{number}", 1.0), f"weight_{number}")
             combined += [_changed(config, weight=config.weight * weight) for config in part.rewards]
         names = [config.name for config in combined]
         repeated = next((name for name in names if names.count(name) > 1), None)

@@ -83,6 +83,15 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     assert not [t for t in targets if not (page.parent / t).exists()]
 
 
+def test_page_of_the_http_api_has_every_route_and_no_other() -> None:
+    registered = re.compile(r"\broutes\.(get|post)\(\s*\"([^\"]+)\"")
+    code = "\n".join(path.read_text() for path in (ROOT / "nodes").rglob("*.py"))
+    routes = [f"{method.upper()} /dancegrpo{path}" for method, path in registered.findall(code)]
+    page = (ROOT / "docs" / "http-api.md").read_text()
+    assert sorted(re.findall(r"^### `(.+)`$", page, re.MULTILINE)) == sorted(routes)
+    assert len(routes) == len(set(routes)) == code.count("routes.get(") + code.count("routes.post(")
+
+
 def messages() -> str:
     """Every string of the code, one a line, with `...` for what is filled in."""
     found = []

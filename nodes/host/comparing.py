@@ -5,10 +5,13 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import torch
 from comfy.utils import ProgressBar
 from torch import Tensor
 
+from ...trainer.config import GraphExpert
+from ...trainer.config.model import is_low_noise
 from ...trainer.evaluation.comparison import ModelScores
 from ...trainer.evaluation.embedding import embedder
 from ...trainer.evaluation.looks import looks, tabulate
@@ -18,6 +21,7 @@ from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.seeds import derive, noise
 from ..lora import load_patches
 from ..types import Rewards
+from .compared_loras import LOW_SOCKET, Lora
 from .memory import make_room_for_reward
 from .progress import check_interrupt, say
 from .scoring import LoadedReward, load_rewards
@@ -26,6 +30,9 @@ SAMPLING = ("images_per_prompt", "seed", "steps", "cfg", "sampler_name", "schedu
 SHOWN = 24
 """Prompts on the contact sheet."""
 TOTAL = "weighted sum"
+BOUNDARY = GraphExpert.model_fields["boundary"].default
+Stage = tuple[str, Any, Tensor | None]
+"""A socket, its MODEL, and the noise levels that it samples at; None for those of steps and scheduler."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Parts:
-    """The values of the sockets: ComfyUI's MODEL, CLIP, VAE and LATENT; CONDITIONING and SIGMAS, or None."""
+    """ComfyUI's MODEL, CLIP, VAE and LATENT; CONDITIONING, SIGMAS and the MODEL for low noise, or None.
+
+    With a MODEL for low noise, `model` is the one for high noise, and predicts from the noise level `boundary` on.
+    """
 
     model: Any
     clip: Any
@@ -52,6 +62,8 @@ class Parts:
     latent: dict
     conditioning: list | None
     sigmas: Tensor | None
+    low_noise_model: Any = None
+    boundary: float = BOUNDARY
 
 
 def score_models(
@@ -59,7 +71,7 @@ def score_models(
     sampling: Sampling,
     texts: list[str],
     reward: Rewards,
-    loras: dict[str, dict[str, Tensor]],
+    loras: dict[str, Lora],
     node_id: str | None,
 ) -> list[ModelScores]:
     """The base model first, then the LoRAs in their order.
@@ -67,22 +79,53 @@ def score_models(
     Raises:
         BadInput: a LoRA does not fit the model, or a reward cannot score a prompt or an image.
     """
-    patched = {"base": parts.model}
-    for name, lora in loras.items():
-        model = parts.model.clone()
-        model.add_patches(_patches(model, name, lora), sampling.strength)
-        patched[name] = model
+    base = _stages(parts, sampling)
+    models = {"base": base} | {name: _patched(base, name, lora, sampling) for name, lora in loras.items()}
     device = comfy.model_management.get_torch_device()
     loaded = load_rewards(reward, texts, device, lambda size: make_room_for_reward(size, device))
     positive, negative = [_encoded(parts, text) for text in texts], _encoded(parts, sampling.negative)
-    bar, found = ProgressBar(len(patched) * len(texts), node_id=node_id), []
-    for name, model in patched.items():
-        images = []
-        for number, text in enumerate(texts):
-            say(f"{name}: prompt {number + 1} of {len(texts)}", node_id)
-            images.append(_images(model, parts, sampling, positive[number], negative, text))
-            bar.update(1)
+    bar, found = ProgressBar(len(models) * len(base) * len(texts), node_id=node_id), []
+    for name, stages in models.items():
+        latents: list[Tensor | None] = [None] * len(texts)
+        for stage, (_, model, sigmas) in enumerate(stages):  # one network for all prompts, then the other
+            for number, text in enumerate(texts):
+                part = f", network {stage + 1} of {len(stages)}" if len(stages) > 1 else ""
+                say(f"{name}{part}: prompt {number + 1} of {len(texts)}", node_id)
+                prompts = (positive[number], negative)
+                latents[number] = _sampled(model, sigmas, parts, sampling, prompts, text, latents[number])
+                bar.update(1)
+        images = [_decoded(parts, each) for each in latents]
         found.append(_scores_of(name, images, texts, loaded, reward, sampling, device))
+    return found
+
+
+def _stages(parts: Parts, sampling: Sampling) -> list[Stage]:
+    """The networks in the order in which they sample; one that predicts at none of the levels is left out.
+
+    Raises:
+        BadInput: connected noise levels do not fall.
+    """
+    if parts.low_noise_model is None:
+        return [("model", parts.model, parts.sigmas)]
+    levels = parts.sigmas
+    if levels is None:
+        names = {"sampler": sampling.sampler_name, "scheduler": sampling.scheduler}
+        levels = comfy.samplers.KSampler(parts.model, sampling.steps, torch.device("cpu"), **names).sigmas
+    elif not (levels.diff() < 0).all():
+        raise BadInput("sigmas do not fall from step to step, as sampling with two networks needs")
+    cut = int((~is_low_noise(levels[:-1].double(), parts.boundary)).sum())
+    split = (("model", parts.model, levels[: cut + 1]), (LOW_SOCKET, parts.low_noise_model, levels[cut:]))
+    return [stage for stage in split if len(stage[2]) > 1]
+
+
+def _patched(stages: list[Stage], name: str, lora: Lora, sampling: Sampling) -> list[Stage]:
+    """The same with a LoRA in the networks that it is for."""
+    found = []
+    for network, model, sigmas in stages:
+        if network in lora:
+            model = model.clone()
+            model.add_patches(_patches(model, name, lora[network]), sampling.strength)
+        found.append((network, model, sigmas))
     return found
 
 
@@ -103,32 +146,54 @@ def _encoded(parts: Parts, text: str) -> list:
     return [[tokens, extra | carried] for tokens, extra in encoded]
 
 
-def _images(model: Any, parts: Parts, sampling: Sampling, positive: list, negative: list, text: str) -> Tensor:
-    """The images of one prompt, `[K, 3, H, W]`, or videos, `[K, F, 3, H, W]`, in [0, 1] on the CPU."""
-    latent = comfy.sample.fix_empty_latent_channels(
-        model,
-        parts.latent["samples"][:1],
-        parts.latent.get("downscale_ratio_spacial"),
-        parts.latent.get("downscale_ratio_temporal"),
-    )
-    count = sampling.images_per_prompt
-    latent = latent.expand(count, *latent.shape[1:]).contiguous()
-    start = torch.stack([noise(tuple(latent.shape[1:]), sampling.seed, text, k) for k in range(count)])
-    done = comfy.sample.sample(
+def _sampled(
+    model: Any,
+    sigmas: Tensor | None,
+    parts: Parts,
+    sampling: Sampling,
+    prompts: tuple[list, list],
+    text: str,
+    latents: Tensor | None,
+) -> Tensor:
+    """Latents of the images of one prompt: from noise, or from those that the network for high noise has left.
+
+    Args:
+        prompts: CONDITIONING of the prompt and of the negative prompt.
+        latents: None for the first network.
+    """
+    is_first = latents is None
+    if is_first:
+        latents = _empty(model, parts.latent, sampling.images_per_prompt)
+        shape, count = tuple(latents.shape[1:]), sampling.images_per_prompt
+        start = torch.stack([noise(shape, sampling.seed, text, k) for k in range(count)])
+    else:
+        start = torch.zeros_like(latents)  # what noise is left is in the latents
+    return comfy.sample.sample(
         model,
         start,
         sampling.steps,
         sampling.cfg,
         sampling.sampler_name,
         sampling.scheduler,
-        positive,
-        negative,
-        latent,
-        sigmas=parts.sigmas,
+        *prompts,
+        latents,
+        sigmas=sigmas,
         disable_pbar=True,
-        seed=derive(sampling.seed, text),
+        seed=derive(sampling.seed, text, *(() if is_first else (LOW_SOCKET,))),
     )
-    pixels = parts.vae.decode(done).movedim(-1, -3).float().clamp(0, 1).cpu()
+
+
+def _empty(model: Any, latent: dict, count: int) -> Tensor:
+    """The connected empty latent with the model's channels, `[count, ...]`."""
+    ratios = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    empty = comfy.sample.fix_empty_latent_channels(model, latent["samples"][:1], *ratios)
+    return empty.expand(count, *empty.shape[1:]).contiguous()
+
+
+def _decoded(parts: Parts, latents: Tensor) -> Tensor:
+    """The images of one prompt, `[K, 3, H, W]`, or videos, `[K, F, 3, H, W]`, in [0, 1] on the CPU."""
+    check_interrupt()
+    pixels = parts.vae.decode(latents).movedim(-1, -3).float().clamp(0, 1).cpu()
     return pixels[:, 0] if pixels.ndim == 5 and pixels.shape[1] == 1 else pixels
 
 

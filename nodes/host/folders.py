@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from ...trainer.config.model import BOTH, HIGH, LOW
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.files import write_atomically
 from ...trainer.utils.names import check_name
+
+_PUBLISHED = rf"_(?P<iteration>\d+)(_(?P<network>{HIGH}|{LOW}))?(?P<copy>-\d+)?\.safetensors"
+"""What follows the name of a run in the name of a LoRA file of it."""
 
 
 def votes_folder() -> Path:
@@ -87,7 +91,22 @@ def _part(source: Path, network: str) -> bytes:
 
 def published_loras(name: str) -> list[Path]:
     """The LoRA files that `publish_loras` has written for a run."""
-    return sorted((_loras_root() / "dancegrpo").glob(f"{name}_*.safetensors"))
+    own = re.compile(re.escape(name) + _PUBLISHED)
+    return sorted(path for path in (_loras_root() / "dancegrpo").glob("*.safetensors") if own.fullmatch(path.name))
+
+
+def newest_loras(name: str) -> list[str]:
+    """The names of a run's newest LoRA in ComfyUI's list; two, for high and for low noise, of two networks."""
+    own, files = re.compile(re.escape(name) + _PUBLISHED), published_loras(name)
+    if not files:
+        return []
+    newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+    parts = own.fullmatch(newest.name)
+    found = [newest.name]
+    if parts["network"] is not None:
+        found = [f"{name}_{parts['iteration']}_{network}{parts['copy'] or ''}.safetensors" for network in (HIGH, LOW)]
+        found = [file for file in found if newest.with_name(file).is_file()]
+    return [os.path.join("dancegrpo", file) for file in found]  # noqa: PTH118 - as ComfyUI writes names in its lists
 
 
 def _metadata(lora: Path) -> dict:

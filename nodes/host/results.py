@@ -74,7 +74,7 @@ def result(run: RunDirectory, cls: type[io.ComfyNode], status_first: bool, note:
     if status_first:
         found = [text, *found[:3], *found[4:], name]
     text = "\n\n".join(filter(None, (text, note)))
-    shown = {"text": (text,), DATA: (_data(run, events, lora_name, running),)}
+    shown = {"text": (text,), DATA: (_data(run, events, names, running),)}
     if samples is not None:
         shown |= ui.PreviewImage(samples, cls=cls).as_dict()
     say(text, cls.hidden.unique_id)
@@ -93,9 +93,9 @@ def _or_blocked(value: object | None) -> object:
     return ExecutionBlocker(None) if value is None else value
 
 
-def _data(run: RunDirectory, events: list[dict], lora_name: str | None, running: bool) -> dict:
+def _data(run: RunDirectory, events: list[dict], names: list[str], running: bool) -> dict:
     """The state of a run as plain JSON data; files are relative to ComfyUI's output folder."""
-    status = run.status()
+    status, files = run.status(), [f"loras/{Path(name).as_posix()}" for name in names]
     return jsonable(
         {
             "run": run.path.name,
@@ -106,8 +106,9 @@ def _data(run: RunDirectory, events: list[dict], lora_name: str | None, running:
             "iterations": status.get("iterations", 0),
             "error": status.get("error"),
             "rewards": events[-1]["rewards"] if events else None,
-            "lora_name": lora_name,
-            "lora_file": None if lora_name is None else f"loras/{Path(lora_name).as_posix()}",
+            "lora_name": names[0] if len(names) == 1 else None,
+            "lora_file": files[0] if len(files) == 1 else None,
+            "loras": [{"name": name, "file": file} for name, file in zip(names, files, strict=True)],
             "summary": None if running else run.summary(),
         }
     )

@@ -5,8 +5,10 @@ import zlib
 from aiohttp import web
 
 from ...trainer.runs import launch
+from ...trainer.utils.errors import BadInput
 from . import live_preview, runs
 from . import run_views as views
+from .folders import publish_loras
 from .progress import GRACE
 from .routes import Routes, number
 
@@ -24,6 +26,7 @@ def add_run_routes(routes: Routes) -> None:
     routes.get("/runs/{name}/samples", _samples)
     routes.get("/runs/{name}/samples/{file}", _sample)
     routes.post("/runs/{name}/stop", _stop)
+    routes.post("/runs/{name}/publish", _publish)
     routes.post("/runs/{name}/resume", _resume)
     routes.post("/runs/{name}/delete", _delete)
     routes.post("/deleted/{name}/restore", _restore)
@@ -70,7 +73,20 @@ def _sample(request: web.Request, body: None) -> web.FileResponse:
 def _stop(request: web.Request, body: dict) -> dict:
     run = views.find(request.match_info["name"])
     stopped = launch.stop(run, grace=GRACE)
+    if stopped and run.lora_file.exists():
+        publish_loras(run.lora_file, run.path.name)
     return {"message": f"run {run.path.name} was {'stopped' if stopped else 'not running'}"}
+
+
+def _publish(request: web.Request, body: dict) -> dict:
+    """Copy the newest LoRA of a run that has ended to where ComfyUI lists it."""
+    run = views.find(request.match_info["name"])
+    if launch.is_running(run):
+        raise BadInput(f"run {run.path.name!r} is running: its LoRA can be put into ComfyUI's list when it has ended")
+    if not run.lora_file.exists():
+        raise BadInput(f"run {run.path.name!r} has no LoRA")
+    names = publish_loras(run.lora_file, run.path.name)
+    return {"message": f"in ComfyUI's list of LoRAs: {', '.join(names)}", "lora_names": names}
 
 
 def _resume(request: web.Request, body: dict) -> dict:

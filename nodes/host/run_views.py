@@ -15,7 +15,7 @@ from ...trainer.runs.sample_grids import read_samples
 from ...trainer.utils.errors import BadInput
 from ...trainer.utils.media import check_image
 from ...trainer.utils.names import check_name
-from .folders import published_loras, run_folder, runs_folder
+from .folders import newest_loras, published_loras, run_folder, runs_folder
 
 MOST_EVENTS = 1000
 """Most events in one answer; if there are more, an evenly spaced subset is sent."""
@@ -147,20 +147,21 @@ def _phase(progress: object) -> str | None:
 
 
 def detail(run: RunDirectory) -> dict[str, Any]:
-    """`brief`, and evaluations, memory and LoRA of a run."""
+    """`brief`, and evaluations, memory and the names of the newest LoRA of a run."""
     recent = last_events(run.path / "events.jsonl", 1)
     return {
         **brief(run),
         "evaluations": read_evaluations(run.path / "evaluations.jsonl"),
         "memory_mb": recent[-1].get("memory_mb") if recent else None,
-        "lora_name": _lora_name(run.path.name),
+        "lora_names": newest_loras(run.path.name),
+        "can_publish": not launch.is_running(run) and _is_unpublished(run),
     }
 
 
-def _lora_name(name: str) -> str | None:
-    """The name of a run's newest LoRA in ComfyUI's list of LoRAs."""
-    newest = max(published_loras(name), key=lambda path: path.stat().st_mtime_ns, default=None)
-    return None if newest is None else os.path.join("dancegrpo", newest.name)  # noqa: PTH118 - as ComfyUI writes it
+def _is_unpublished(run: RunDirectory) -> bool:
+    """Whether the run has a LoRA that is newer than those in ComfyUI's list."""
+    made, published = _stamp(run.lora_file), published_loras(run.path.name)
+    return made is not None and all(path.stat().st_mtime_ns < made[0] for path in published)
 
 
 def list_runs() -> list[dict[str, Any]]:

@@ -48,6 +48,26 @@ def test_the_reason_of_an_error_is_a_toast_and_is_text(page: Any) -> None:
     assert [text for text in page.complaints if "DanceGRPO" in text] == []
 
 
+def test_the_reason_lies_below_comfyui_s_own_box(page: Any) -> None:
+    """Both are in the same corner; when the box is closed, the toast takes its place."""
+    page.reload()
+    page.wait_for_function("window.app?.extensionManager && window.app.graph", timeout=120_000)
+    queue(page, {"1": {"class_type": "DanceGRPO_Run", "inputs": {"name": "nobody", "action": "look"}}})
+    toast, box = ".p-toast-message.dancegrpo-reason", "[data-testid='error-overlay']"
+    page.locator(box).wait_for(timeout=30_000)
+    page.locator(toast).wait_for(timeout=30_000)
+    is_below = """([toast, box]) => document.querySelector(toast).getBoundingClientRect().top
+        > document.querySelector(box).getBoundingClientRect().bottom"""
+    page.wait_for_function(is_below, arg=[toast, box], timeout=30_000)
+    bottom = page.locator(box).evaluate("(box) => box.getBoundingClientRect().bottom")
+    page.get_by_test_id("error-overlay-dismiss").click()
+    page.wait_for_function(
+        "([toast, bottom]) => document.querySelector(toast).getBoundingClientRect().top < bottom",
+        arg=[toast, bottom],
+        timeout=30_000,
+    )
+
+
 def test_the_reason_of_a_refusal_is_a_toast(page: Any) -> None:
     """The page's own way to queue; the server refuses the name before anything runs."""
     outcome = page.evaluate("""async () => {

@@ -197,6 +197,7 @@ PATHS = [
 ]
 ACTIONS = [
     "/runs/{}/stop",
+    "/runs/{}/publish",
     "/runs/{}/delete",
     "/deleted/{}/restore",
     "/votes/{}/create",

@@ -151,6 +151,8 @@ def test_two_networks_are_trained_with_a_conditioning_for_each_prompt(comfy: Ser
         assert file.name in says
         assert all(key.startswith("diffusion_model.joint_blocks.") for key in load_file(file))
     assert data["lora_name"] is None, "one loader cannot take two LoRAs"
+    files = [f"loras/dancegrpo/graph_experts_2_{network}.safetensors" for network in ("high", "low")]
+    assert [each["file"] for each in data["loras"]] == files
     run = comfy.base / "output" / "dancegrpo" / "runs" / "graph_experts"
     description = yaml.safe_load((run / "run.yaml").read_text())["description"]
     assert description["prompts"]["texts"] == ["a red circle"] * 2

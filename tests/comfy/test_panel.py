@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import urllib.error
 import urllib.request
@@ -10,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comfy_host import Server, panels
+from PIL import Image
+from safetensors.torch import save_file
 
 from trainer.config import parse_config, preset
 from trainer.runs.directory import RunDirectory
 from trainer.runs.events import add_evaluation
+from trainer.runs.pictures import Sample, write_samples
 
 LONG = 20_000
+LORAS = ("panel a_6_high", "panel a_6_low", "panel a_12_high", "panel a_12_low", "panel a_b_12", "panel b_5")
+"""Of "panel a", which has trained two networks, of "panel a_b" and of "panel b"; the last are the newest."""
 MARKUP = "<img src=x onerror=window.hacked=1>"
 
 
@@ -53,9 +60,22 @@ def make_run(folder: Path, name: str, iterations: int, state: str = "finished") 
 def runs(comfy: Server) -> Iterator[Path]:
     folder = comfy.base / "output" / "dancegrpo" / "runs"
     made = [make_run(folder, "panel a", 12), make_run(folder, "panel b", 5, "failed")]
+    loras = comfy.base / "output" / "loras" / "dancegrpo"
+    loras.mkdir(parents=True, exist_ok=True)
+    files = [loras / f"{name}.safetensors" for name in LORAS]
+    for number, file in enumerate(files):
+        file.touch()
+        os.utime(file, (1e9 + number, 1e9 + number))
     yield folder
     for run in made:
         shutil.rmtree(run.path, ignore_errors=True)
+    for file in files:
+        file.unlink()
+
+
+def lora_names(*stems: str) -> list[str]:
+    """As ComfyUI lists them."""
+    return [os.path.join("dancegrpo", f"{stem}.safetensors") for stem in stems]  # noqa: PTH118
 
 
 def refusal(comfy: Server, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
@@ -77,6 +97,7 @@ def test_runs_their_events_and_their_log_are_data(comfy: Server, runs: Path) -> 
     detail = comfy.get("/dancegrpo/runs/panel%20a")
     assert [one["iteration"] for one in detail["evaluations"]] == [0, 12]
     assert detail["memory_mb"] == 1500.0
+    assert detail["lora_names"] == lora_names("panel a_12_high", "panel a_12_low")
     whole = comfy.get("/dancegrpo/runs/panel%20a/events")
     assert [one["iteration"] for one in whole["events"]] == list(range(1, 13))
     later = comfy.get(f"/dancegrpo/runs/panel%20a/events?after=10&generation={whole['generation']}")
@@ -105,6 +126,22 @@ def test_a_long_run_is_thinned_and_followed(comfy: Server, runs: Path) -> None:
     later = comfy.get(f"/dancegrpo/runs/panel%20long/events?after={LONG}&generation={answer['generation']}")
     assert [one["iteration"] for one in later["events"]] == [LONG + 1]
     shutil.rmtree(run.path)
+
+
+def test_the_lora_of_a_run_that_nobody_waited_for_is_put_into_the_list(comfy: Server, runs: Path) -> None:
+    run = make_run(runs, "panel e", 3)
+    path = "/dancegrpo/runs/panel%20e"
+    assert not comfy.get(path)["can_publish"]
+    assert "has no LoRA" in refusal(comfy, f"{path}/publish", {})[1]
+    metadata = {"dancegrpo": json.dumps({"iteration": 3})}
+    save_file({"x": torch.zeros(1)}, run.lora_file, metadata)
+    assert comfy.get(path)["can_publish"]
+    answer = comfy.post(f"{path}/publish", {})
+    assert answer["lora_names"] == comfy.get(path)["lora_names"] == lora_names("panel e_3")
+    assert not comfy.get(path)["can_publish"]
+    file = comfy.base / "output" / "loras" / answer["lora_names"][0]
+    assert file.read_bytes() == run.lora_file.read_bytes()
+    file.unlink(), shutil.rmtree(run.path)
 
 
 def test_a_deleted_run_lies_in_the_bin_and_comes_back(comfy: Server, runs: Path) -> None:
@@ -168,6 +205,67 @@ def test_the_panel_lists_runs_and_opens_one(page: Any) -> None:
     page.wait_for_function("document.querySelector('.dg-log')?.textContent.includes('first line')")
     page.get_by_role("button", name="‹ All runs").click()
     page.wait_for_selector("[data-run='panel b']")
+
+
+def test_both_loras_of_two_networks_are_named_and_copied(page: Any) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("[data-run='panel a']").click()
+    page.wait_for_selector(".dg-lora")
+    names = lora_names("panel a_12_high", "panel a_12_low")
+    assert page.locator(".dg-lora span").all_inner_texts() == names
+    for name in names:
+        page.get_by_role("button", name=f"Copy the name of {name}").click()
+        page.wait_for_function("async (name) => await navigator.clipboard.readText() === name", arg=name)
+    page.get_by_role("button", name="‹ All runs").click()
+    page.locator("[data-run='panel b']").click()
+    page.get_by_role("button", name="Copy the name of the LoRA").click()
+    (name,) = lora_names("panel b_5")
+    page.wait_for_function("async (name) => await navigator.clipboard.readText() === name", arg=name)
+    page.get_by_role("button", name="‹ All runs").click()
+
+
+def test_a_button_stays_while_the_state_is_read_again(page: Any) -> None:
+    page.locator("[data-run='panel a']").click()
+    button = page.get_by_role("button", name="Delete")
+    button.focus()
+    with page.expect_response(lambda response: response.url.endswith("/runs/panel%20a"), timeout=60_000):
+        """It is read every few seconds."""
+    page.wait_for_function("document.activeElement.textContent === 'Delete'")
+    page.get_by_role("button", name="‹ All runs").click()
+
+
+def test_lines_of_the_log_are_apart_and_one_that_comes_in_two_parts_is_one(page: Any, runs: Path) -> None:
+    log = runs / "panel a" / "log.txt"
+    page.locator("[data-run='panel a']").click()
+    page.get_by_role("tab", name="Log").click()
+    lines = "[...document.querySelectorAll('.dg-log > div')].map((line) => line.textContent)"
+    page.wait_for_function(f"{lines}.length === 2")
+    before = log.read_text()
+    for part in ("second ", "line\nthird"):
+        with log.open("a") as file:
+            file.write(part)
+        page.wait_for_function(f"{lines}.join('|').endsWith({json.dumps(part.replace(chr(10), '|'))})")
+    assert page.evaluate(lines) == [f"first line {MARKUP}", "second line", "third"]
+    log.write_text(before)
+    page.get_by_role("button", name="‹ All runs").click()
+
+
+def test_what_a_checker_says_is_right_or_wrong_in_the_panel(page: Any, comfy: Server, runs: Path) -> None:
+    folder = runs / "panel b" / "samples"
+    folder.mkdir()
+    for iteration, scores in ((0, (0.0, 0.25)), (5, (1.0, 0.75))):
+        picture = folder / f"evaluation_{iteration:06d}.png"
+        Image.new("RGB", (72, 72)).save(picture)
+        scored = {"checked": scores[0], "light": scores[1]}
+        write_samples(picture, [Sample("a red circle", "1", scored, (4, 4, 68, 68))])
+    page.locator("[data-run='panel b']").click()
+    page.get_by_role("tab", name="Samples").click()
+    page.wait_for_selector(".dg-cell .dg-right")
+    page.get_by_label("beside the first").check()
+    page.wait_for_selector(".dg-cell .dg-wrong")
+    shown = page.locator(".dg-cell figcaption > .dg-muted").all_inner_texts()
+    assert [text.replace("\u00a0", " ") for text in shown] == ["checked ✗ wrong → ✓ right", "light 0.25 → 0.75"]
+    page.get_by_role("button", name="‹ All runs").click()
 
 
 def test_what_runs_say_is_text_in_the_panel(page: Any) -> None:

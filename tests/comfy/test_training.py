@@ -419,6 +419,7 @@ def test_results_are_data_in_the_history(comfy: Server, finished: str) -> None:
         "rewards": events[-1]["rewards"],
         "lora_name": os.path.join("dancegrpo", f"{finished}_2.safetensors"),  # noqa: PTH118
         "lora_file": f"loras/dancegrpo/{finished}_2.safetensors",
+        "loras": [{"name": data["lora_name"], "file": data["lora_file"]}],
         "summary": json.loads((run / "report" / "summary.json").read_text()),
     }
     assert (comfy.base / "output" / data["lora_file"]).read_bytes() == (run / "lora.safetensors").read_bytes()

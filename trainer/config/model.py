@@ -33,6 +33,11 @@ _ROUNDED = 1e-6
 """Noise levels are rounded to float32, so one this far below the boundary lies on it."""
 
 
+def is_low_noise(sigma: Any, boundary: float) -> Any:
+    """Whether noise levels, a number or a tensor of them, are below the boundary between two networks."""
+    return sigma < boundary - _ROUNDED
+
+
 class GraphExpert(Section):
     """The network for low noise of a model that has one for high noise and one for low noise (Wan 2.2)."""
 
@@ -57,7 +62,7 @@ class GraphExpert(Section):
 
     def is_low(self, sigma: Any) -> Any:
         """Whether the network for low noise predicts at a noise level, a number or a tensor of them."""
-        return sigma < self.boundary - _ROUNDED
+        return is_low_noise(sigma, self.boundary)
 
     def is_trained_at(self, sigma: float) -> bool:
         return self.trained == BOTH or self.is_low(sigma) == (self.trained == LOW)

@@ -5,6 +5,10 @@
 
 const OWN = "DanceGRPO_";
 const LONGEST = 600; // characters
+const REASON = "dancegrpo-reason"; // class of these toasts
+const OVERLAY = "[data-testid='error-overlay']"; // ComfyUI's own box, in the same corner of the window
+const GAP = 8; // pixels
+const INTERVAL = 200; // milliseconds
 
 /**
  * The toast for an `execution_error`, or null if a node of another pack failed.
@@ -16,7 +20,7 @@ export function errorToast(error, title) {
   if (!String(error?.node_type).startsWith(OWN)) return null;
   // The lines that follow are the end of a run's log, which the node's report shows.
   const sentence = String(error.exception_message ?? "").trim().split("\n")[0];
-  return { severity: "error", summary: title || error.node_type, detail: cut(sentence) };
+  return reason(title || error.node_type, sentence);
 }
 
 /**
@@ -30,7 +34,7 @@ export function refusalToasts(nodeErrors, titleOf) {
   return Object.entries(nodeErrors ?? {}).flatMap(([id, { class_type: kind, errors }]) => {
     if (!String(kind).startsWith(OWN)) return [];
     const sentences = new Set((errors ?? []).map((error) => sentenceOf(error)));
-    return [...sentences].map((detail) => ({ severity: "error", summary: titleOf(id) || kind, detail: cut(detail) }));
+    return [...sentences].map((sentence) => reason(titleOf(id) || kind, sentence));
   });
 }
 
@@ -42,23 +46,46 @@ function sentenceOf({ message, details, extra_info: extra }) {
   return text && !String(message).includes(text) ? `${message}: ${text}` : String(message);
 }
 
-function cut(sentence) {
-  return sentence.length > LONGEST ? `${sentence.slice(0, LONGEST)}...` : sentence;
+function reason(summary, sentence) {
+  const detail = sentence.length > LONGEST ? `${sentence.slice(0, LONGEST)}...` : sentence;
+  return { severity: "error", summary, detail, styleClass: REASON };
+}
+
+let timer = null;
+let moved = null;
+
+/** Keep these toasts below ComfyUI's own box, as long as there are any: its height changes, and it can be closed. */
+function keepBelow() {
+  clearTimeout(timer);
+  const stack = document.querySelector(`.${REASON}`)?.closest(".p-toast") ?? null;
+  if (moved && moved !== stack) moved.style.marginTop = "";
+  moved = stack;
+  if (!stack) return;
+  // The whole stack is moved: a margin inside of it would lie over the box and catch its clicks.
+  const top = stack.getBoundingClientRect().top - (parseFloat(stack.style.marginTop) || 0);
+  const box = document.querySelector(OVERLAY)?.getBoundingClientRect();
+  const room = box?.height ? Math.max(0, box.bottom + GAP - top) : 0;
+  stack.style.marginTop = room ? `${room}px` : "";
+  timer = setTimeout(keepBelow, INTERVAL);
 }
 
 /** Show these toasts from now on. */
 export function showErrors(app, api) {
   const titleOf = (id) => app.graph?.getNodeById?.(id)?.title;
+  const show = (toasts) => {
+    toasts.forEach((toast) => app.extensionManager.toast.add(toast));
+    if (toasts.length) requestAnimationFrame(() => requestAnimationFrame(keepBelow)); // when they are in the page
+  };
   api.addEventListener("execution_error", ({ detail }) => {
     const toast = errorToast(detail, titleOf(detail?.node_id));
-    if (toast) app.extensionManager.toast.add(toast);
+    if (toast) show([toast]);
   });
   const queuePrompt = api.queuePrompt;
   api.queuePrompt = async function (...given) {
     try {
       return await queuePrompt.apply(this, given);
     } catch (error) {
-      refusalToasts(error?.response?.node_errors, titleOf).forEach((toast) => app.extensionManager.toast.add(toast));
+      show(refusalToasts(error?.response?.node_errors, titleOf));
       throw error;
     }
   };

@@ -41,43 +41,59 @@ function thinned(events, count) {
 export function runDetail(name, panel) {
   const events = new Events(name);
   const failed = (error) => panel.notify(error.message, "error");
-  const head = h("div", { class: "dg-run-head" });
+  const about = h("div", { class: "dg-run-about" });
+  const controls = h("div", { class: "dg-run-about" });
+  const back = button("‹ All runs", panel.back, { kind: "dg-link" });
+  const head = h("div", { class: "dg-run-head" }, back, about, controls);
   const body = h("div", { class: "dg-run-body" });
   const element = h("div", { class: "dg-run" }, head, tabs(), body);
   let page = null;
   let state = null;
   let drawn = "";
+  let offered = "";
 
   const refresh = poll(
     async (signal) => {
       state = await get(`/runs/${part(name)}`, signal);
-      put(head, header());
+      showState();
       const changed = await events.update(signal);
       await page?.update?.(changed, signal);
       return state.live ? INTERVAL : 4 * INTERVAL;
     },
     INTERVAL,
-    (error) => put(head, backButton(), h("p", { class: "dg-error", text: error.message })),
+    (error) => {
+      put(about, h("p", { class: "dg-error", text: error.message }));
+      put(controls);
+      offered = "";
+    },
   );
 
-  function backButton() {
-    return button("‹ All runs", panel.back, { kind: "dg-link" });
-  }
-
-  function header() {
-    return [
-      backButton(),
+  function showState() {
+    put(
+      about,
       h("div", { class: "dg-row-head" }, h("h3", { text: name }), badge(state)),
       progressBar(state),
       h("p", { class: "dg-muted", text: progressText() }),
+      // On a line of its own, so that what is below stays where it is while the phases change.
+      state.live ? h("p", { class: "dg-muted", text: `now: ${state.phase ?? state.state}` }) : null,
       state.error ? h("p", { class: "dg-error", text: state.error }) : null,
-      h("div", { class: "dg-actions" }, actions()),
-    ];
+    );
+    const offers = JSON.stringify([state.live, state.state, state.can_publish, state.lora_names]);
+    if (offers === offered) return; // a button that has the focus or is being pressed stays
+    offered = offers;
+    put(controls, h("div", { class: "dg-actions" }, actions()), state.lora_names.map(loraName));
+  }
+
+  /** A LoRA of the run as ComfyUI lists it; a model with a network for high and one for low noise has two. */
+  function loraName(file) {
+    const what = state.lora_names.length > 1 ? `Copy the name of ${file}` : "Copy the name of the LoRA";
+    const copyIt = button("Copy", () => copy(file), { title: what, onError: failed });
+    copyIt.setAttribute("aria-label", what);
+    return h("div", { class: "dg-lora" }, h("span", { class: "dg-muted", text: file }), copyIt);
   }
 
   function progressText() {
     const parts = [`iteration ${state.iteration} of ${state.iterations}`];
-    if (state.live && state.phase) parts.push(state.phase);
     if (state.live && state.seconds_left !== null) parts.push(`${duration(state.seconds_left)} left`);
     if (state.memory_mb) parts.push(`${(state.memory_mb / 1024).toFixed(1)} GiB`);
     return factLine(parts);
@@ -95,10 +111,8 @@ export function runDetail(name, panel) {
     const made = [];
     if (state.live) made.push(button("Stop", act("stop"), { title: "Stop and keep what was learned", onError: failed }));
     else if (state.state !== "finished") made.push(button("Resume", act("resume"), { onError: failed }));
-    if (state.lora_name) {
-      made.push(
-        button("Copy LoRA name", () => copy(state.lora_name), { title: state.lora_name, onError: failed }),
-      );
+    if (state.can_publish) {
+      made.push(button("List LoRA", act("publish"), { title: "Copy the LoRA to output/loras/dancegrpo, where ComfyUI's loaders list it", onError: failed }));
     }
     if (!state.live) {
       made.push(
@@ -223,7 +237,10 @@ export function runDetail(name, panel) {
         const answer = await get(`/runs/${part(name)}/log?offset=${offset}`, signal);
         if (answer.offset < offset) text.textContent = "";
         const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 30;
-        text.append(answer.text);
+        const [rest, ...lines] = answer.text.split("\n");
+        if (!text.lastChild) text.append(h("div"));
+        text.lastChild.append(rest);
+        text.append(...lines.map((line) => h("div", { text: line })));
         offset = answer.offset;
         if (atEnd) text.scrollTop = text.scrollHeight;
       },

@@ -94,7 +94,6 @@ export function runsView(panel) {
 
   function facts(run) {
     const parts = [`${run.iteration} of ${run.iterations} iterations`];
-    if (run.phase && run.live) parts.push(run.phase);
     if (run.live && run.seconds_left !== null) parts.push(`${duration(run.seconds_left)} left`);
     if (run.reward !== null) parts.push(`reward ${format(run.reward)}`);
     return factLine(parts);

@@ -82,23 +82,26 @@ export function samplesPage(name, panel) {
     const key = `${kind} ${set?.file} ${first?.file}`;
     if (key === shown) return;
     shown = key;
+    const checkers = checkersOf([...(set?.cells ?? []), ...(first?.cells ?? [])]);
     if (!set) put(grid, h("p", { class: "dg-muted", text: "no pictures yet" }));
-    else put(grid, set.cells.length ? set.cells.map((cell, index) => figure(set, cell, first, index)) : whole(set));
+    else if (!set.cells.length) put(grid, whole(set));
+    else put(grid, set.cells.map((cell, index) => figure(set, cell, first, index, checkers)));
   }
 
-  function figure(set, cell, first, index) {
+  function figure(set, cell, first, index, checkers) {
     const pictures = [first ? [first, first.cells[index]] : null, [set, cell]].filter((pair) => pair && pair[1]);
     return h(
       "figure",
       { class: "dg-cell" },
       h("div", { class: "dg-pair" }, pictures.map(([from, one]) => crop(from, one))),
-      h("figcaption", {}, h("span", { class: "dg-prompt", text: cell.prompt }), scores(cell, first?.cells[index])),
+      h("figcaption", {}, h("span", { class: "dg-prompt", text: cell.prompt }), scores(cell, first?.cells[index], checkers)),
     );
   }
 
-  function scores(cell, before) {
+  function scores(cell, before, checkers) {
     return Object.entries(cell.scores ?? {}).map(([reward, value]) => {
       const was = before?.scores?.[reward];
+      if (checkers.has(reward)) return verdicts(reward, was === undefined ? [value] : [was, value]);
       const numbers = was === undefined ? format(value) : `${format(was)}\u00a0→\u00a0${format(value)}`;
       return h("span", { class: "dg-muted", text: `${reward} ${numbers}` });
     });
@@ -133,4 +136,16 @@ export function samplesPage(name, panel) {
       draw();
     },
   };
+}
+
+/** Rewards that are 0 or 1 for every image: they say right or wrong. */
+function checkersOf(cells) {
+  const names = new Set(cells.flatMap((cell) => Object.keys(cell.scores ?? {})));
+  return new Set([...names].filter((name) => cells.every((cell) => [0, 1].includes(cell.scores?.[name]))));
+}
+
+/** The verdicts of a checker, before and after or one, as coloured words. */
+function verdicts(reward, values) {
+  const words = values.map((value) => h("span", { class: value ? "dg-right" : "dg-wrong", text: value ? "✓ right" : "✗ wrong" }));
+  return h("span", { class: "dg-muted" }, `${reward} `, words.flatMap((word, index) => (index ? ["\u00a0→ ", word] : [word])));
 }

@@ -500,3 +500,88 @@ def test_a_run_of_two_networks_resumes_and_publishes_a_file_for_each_that_it_tra
         weights = load_file(files.folder / "loras" / name)
         assert len(comfy.lora.load_lora(comfy.lora_convert.convert_lora(weights), names)) == len(weights) // 3 > 0
         assert any(value.any() for key, value in weights.items() if "lora_B" in key)
+
+
+@pytest.fixture
+def compare(pack, demo, files, loaded, low, monkeypatch) -> Any:
+    """Compare LoRAs with both networks, called as ComfyUI calls it."""
+    node = pack("nodes.compare").CompareLoRAs
+    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None), raising=False)
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(files.folder))
+    config = pack("trainer.config").RewardConfig
+    sockets = {
+        "model": loaded[0],
+        "low_noise_model": low,
+        "clip": demo.clip,
+        "vae": loaded[1],
+        "latent_image": {"samples": torch.zeros(1, 16, 8, 8)},
+        "reward": pack("nodes.types").Rewards((config(name="colorfulness"),)),
+    }
+    widgets = {"prompts": "\n".join(HELD_OUT), "negative": "grey", "images_per_prompt": 2, "seed": 1234, "steps": 4}
+    widgets |= {"cfg": 2.0, "sampler_name": "euler", "scheduler": "simple", "strength": 1.0, "boundary": 0.875}
+
+    def call(method: str = "execute", **changes: object) -> Any:
+        given = {name: [value] for name, value in (sockets | widgets | changes).items() if value is not None}
+        return getattr(node, method)(**given)
+
+    return call
+
+
+HELD_OUT = ["a green triangle", "a yellow square above a red circle"]
+
+
+def test_loras_of_two_networks_are_compared_as_the_trainer_evaluates_them(
+    pack, demo, files, low, compare, monkeypatch
+) -> None:
+    expert = {"file": str(Path(files.network).with_name("low.safetensors")), "weights": "float32", "trained": "both"}
+    sections = {
+        "runtime": {"iterations": 2, "device": "cpu"},
+        "evaluation": {"texts": HELD_OUT, "images_per_prompt": 2},
+    }
+    model = graph_section(files, low_noise=expert, scheduler="simple")
+    config = with_conditions(pack, demo, files, description(pack, model, None, **sections))
+    monkeypatch.setattr(folder_paths, "output_directory", str(files.folder))
+    directory = pack("trainer.runs.directory").RunDirectory.open(files.folder / "dancegrpo/runs/mine", config, [])
+    trainer = pack("trainer.loop").Trainer(config, directory, pack("trainer.utils.distributed").Processes("cpu"))
+    trainer.train()
+    directory.release()
+    names = pack("nodes.host.folders").publish_loras(directory.lora_file, "mine")
+    folder_paths.filename_list_cache.clear()
+    own = pack("trainer.evaluation.command").run_evaluation(
+        config, [directory.lora_file], files.folder / "own", lambda text: None
+    )
+    found = compare(lora_1=names[1], lora_2=names[0], run="mine").ui["dancegrpo"][0]["models"]
+    assert [each["name"] for each in found] == ["base", "mine_2", "run mine"], "a pair is one LoRA, whichever is chosen"
+    for each, expected in zip(found, [*own["models"], own["models"][1]], strict=True):
+        for kind in ("rewards", "looks"):
+            for name, block in expected[kind].items():
+                assert each[kind][name]["estimate"] == pytest.approx(block["estimate"], abs=1e-3)
+    assert abs(own["models"][1]["rewards"]["colorfulness"]["change"]["mean"]) > 5e-3, "the LoRA does nothing"
+    assert compare("fingerprint_inputs", lora_1=names[0]) == compare("fingerprint_inputs", lora_1=names[1])
+
+    with refused(pack, r"mine_2_low.safetensors' is for a model with a network for high and one for low noise"):
+        compare("check_lazy_status", lora_1=names[1], low_noise_model=None)
+    with refused(pack, "run 'mine' is for a model with a network for high and one for low noise"):
+        compare("check_lazy_status", run="mine", low_noise_model=None)
+    with refused(pack, "lora_model_1 and low_noise_model are connected"):
+        compare("check_lazy_status", lora_model_1={})
+    with refused(pack, "sigmas do not fall"):
+        compare(sigmas=torch.tensor([1.0, 0.5, 0.7, 0.0]))
+    with refused(pack, "have different samplings"):
+        compare(low_noise_model=shifted(low, 5.0))
+    (files.folder / "loras" / names[0]).rename(files.folder / "loras" / "dancegrpo" / "away.safetensors")
+    with refused(pack, r"mine_2_low.safetensors' is one of two files, and '.*mine_2_high.safetensors' is not in"):
+        compare("check_lazy_status", lora_1=names[1])
+    with refused(pack, "away.safetensors' has neither high nor low in its name"):
+        compare("check_lazy_status", lora_1="dancegrpo/away.safetensors")
+
+
+def test_the_files_of_a_pair_are_found_by_the_word_in_their_names(pack) -> None:
+    partners = pack("nodes.host.compared_loras").partners
+    for name, high, low in (
+        ("a/mine_40_low-2.safetensors", "a/mine_40_high-2.safetensors", "a/mine_40_low-2.safetensors"),
+        ("light_HIGH.safetensors", "light_HIGH.safetensors", "light_LOW.safetensors"),
+        ("high/x_Low_noise.safetensors", "high/x_High_noise.safetensors", "high/x_Low_noise.safetensors"),
+    ):
+        assert partners(name) == [high, low]
+    assert partners("highlands_slow.safetensors") == ["highlands_slow.safetensors"]

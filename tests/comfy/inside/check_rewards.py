@@ -21,7 +21,7 @@ def load(nodes):
 
 
 def weighed(nodes, *parts: tuple[object, float]):
-    sockets = {f"weight_{i}": 1.0 for i in range(1, 5)}
+    sockets = {}
     for i, (reward, weight) in enumerate(parts, 1):
         sockets |= {f"reward_{i}": reward, f"weight_{i}": weight}
     return nodes.CombineRewards.execute(**sockets).result[0]

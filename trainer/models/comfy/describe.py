@@ -92,6 +92,23 @@ def describe_low_noise(low: object, high: object, nodes_above: Iterator[dict], b
         raise BadInput(
             f"low_noise_model is loaded from the same file as model ({Path(file).name}): choose the other one"
         )
+    check_same_kind(low, high)
+    return {
+        "loader": loader,
+        "file": file,
+        "weights": _weights(low, options),
+        "loras": _loras(low, nodes_above),
+        "boundary": boundary,
+        "trained": trained,
+    }
+
+
+def check_same_kind(low: object, high: object) -> None:
+    """Check that two MODELs are the networks of one model.
+
+    Raises:
+        BadInput: they differ in class, in the shapes of their weights, or in their sampling.
+    """
     if type(low.model) is not type(high.model) or _shape_of(low) != _shape_of(high):
         raise BadInput(
             f"low_noise_model ({type(low.model).__name__}) is not a network of the same kind and size as model "
@@ -103,14 +120,6 @@ def describe_low_noise(low: object, high: object, nodes_above: Iterator[dict], b
             "model and low_noise_model have different samplings: put the same ModelSampling node, with the same shift, "
             "behind both loaders"
         )
-    return {
-        "loader": loader,
-        "file": file,
-        "weights": _weights(low, options),
-        "loras": _loras(low, nodes_above),
-        "boundary": boundary,
-        "trained": trained,
-    }
 
 
 def _shape_of(model: object) -> dict:
