@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer.check import check_run
 from trainer.config import read_config
 from trainer.estimate.calls import iteration_calls
-from trainer.estimate.measure import Meter
+from trainer.estimate.measure import Meter, phases
 from trainer.loop import Trainer
 from trainer.utils.console import quiet_libraries
 from trainer.utils.distributed import Processes
@@ -36,7 +36,7 @@ def seconds(description: Path, settings: list[str], iterations: int) -> tuple[fl
     processes = Processes(config.runtime.device)
     clock = time.process_time if processes.device.type == "cpu" else time.perf_counter
     trainer = Trainer(config, None, processes)
-    estimated = estimated_seconds(trainer, clock)
+    estimated = sum(estimated_seconds(trainer, clock).values())
     spent = []
     for _ in range(iterations):
         started = clock()
@@ -45,8 +45,8 @@ def seconds(description: Path, settings: list[str], iterations: int) -> tuple[fl
     return estimated, sum(spent[1:]) / len(spent[1:])
 
 
-def estimated_seconds(trainer: Trainer, clock: Callable[[], float]) -> float:
-    """Of an iteration, as `estimate` measures and counts its calls.
+def estimated_seconds(trainer: Trainer, clock: Callable[[], float]) -> dict[str, float]:
+    """Of an iteration by phase, as `estimate` measures and counts its calls.
 
     Args:
         clock: returns seconds.
@@ -54,7 +54,7 @@ def estimated_seconds(trainer: Trainer, clock: Callable[[], float]) -> float:
     config, model = trainer.config, trainer.model
     meter, checked = Meter(trainer, clock=clock), check_run(config, 1)
     calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes, model.is_trained_at)
-    return sum(meter.seconds(calls).values()) + config.objective.updates * meter.optimizer_step()
+    return phases(meter.seconds(calls)) | {"optimizer": config.objective.updates * meter.optimizer_step()}
 
 
 def memory(description: Path, settings: list[str], iterations: int) -> tuple[float, float]:

@@ -355,9 +355,10 @@ def table(results: dict[str, dict]) -> str:
     line("time outside network, VAE and rewards", lambda found: f"{found['outside']:.2%}")
     guesses = {name: results[f"estimate-{name}"] for name in backends if f"estimate-{name}" in results}
     for name, guess in guesses.items():
-        found = backends[name]
-        lines.append(f"\nEstimate, {name}: seconds {against(guess['seconds'], found['seconds']['total'])}; ")
-        lines[-1] += f"peak memory, GiB, {against(guess['bytes'] / GIB, found['memory'] / GIB)}."
+        found, seconds = backends[name], guess["seconds"]
+        lines.append(f"\nEstimate, {name}: seconds {against(sum(seconds.values()), found['seconds']['total'])}, of which ")
+        lines[-1] += ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+        lines[-1] += f"; peak memory, GiB, {against(guess['bytes'] / GIB, found['memory'] / GIB)}."
     if "host" in results:
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in results["host"]["seconds"].items())
         lines.append(f"\nComfyUI's process: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB")
