@@ -356,7 +356,8 @@ def table(results: dict[str, dict]) -> str:
     guesses = {name: results[f"estimate-{name}"] for name in backends if f"estimate-{name}" in results}
     for name, guess in guesses.items():
         found, seconds = backends[name], guess["seconds"]
-        lines.append(f"\nEstimate, {name}: seconds {against(sum(seconds.values()), found['seconds']['total'])}, of which ")
+        total = against(sum(seconds.values()), found["seconds"]["total"])
+        lines.append(f"\nEstimate, {name}: seconds {total}, of which ")
         lines[-1] += ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
         lines[-1] += f"; peak memory, GiB, {against(guess['bytes'] / GIB, found['memory'] / GIB)}."
     if "host" in results:
