@@ -8,7 +8,7 @@
 Nothing is downloaded: the files are written with random weights in the layouts of the released ones
 (`benchmarks/full_size_models.py`). The graph backend runs as in a graph: one process loads the files by core's own
 nodes, describes the model and encodes the prompts, another one trains. Stable Diffusion is trained from a diffusers
-folder as well. Wan's prompts are random numbers of the right shape, in place of those of its text encoder.
+folder as well. Text encoders have their full size, too; only the tokenizer of Wan's is a small one.
 
 Each process reports its own peak memory, which includes pages of the files that it maps. Seconds are those of the
 processor, so that other programs count less. With --estimate, `python -m trainer estimate` is followed in one more
@@ -157,14 +157,14 @@ def host(args: argparse.Namespace) -> dict:
     with clock.run("load the text encoder"):
         clip = clip()
     with clock.run("encode"):
-        write_conditions(args.folder / "conditions.safetensors", KEYS, list(encoded(args.name, clip)))
+        write_conditions(args.folder / "conditions.safetensors", KEYS, list(encoded(clip)))
     parse_config(data)
     (args.folder / "run-graph.json").write_text(json.dumps(data))
-    return {"seconds": clock.seconds, "encoded": clip is not None}
+    return {"seconds": clock.seconds}
 
 
 def load(name: str) -> tuple[Any, Callable[[], Any], Any]:
-    """MODEL and VAE from core's nodes, and a function that gives CLIP, or None without a text encoder."""
+    """MODEL and VAE from core's nodes, and a function that gives CLIP."""
     import nodes as core
 
     if MODELS[name].folder is not None:
@@ -172,23 +172,16 @@ def load(name: str) -> tuple[Any, Callable[[], Any], Any]:
         return model, lambda: clip, vae
     (model,) = core.UNETLoader().load_unet(NETWORK, "default")
     (vae,) = core.VAELoader().load_vae(VAE)
-    return model, lambda: core.CLIPLoader().load_clip(TEXT, "lumina2")[0] if MODELS[name].text else None, vae
+    return model, lambda: core.CLIPLoader().load_clip(TEXT, MODELS[name].text)[0], vae
 
 
-def encoded(name: str, clip: Any) -> Iterator[Any]:
-    """Conditions of each prompt; random numbers of the right shape if there is no text encoder."""
+def encoded(clip: Any) -> Iterator[Any]:
+    """Conditions of each prompt."""
     import torch
 
-    from benchmarks.core_models import NETWORKS, entry
     from trainer.models import EntryConditions
 
-    generator = torch.Generator().manual_seed(0)
     for text, _ in KEYS:
-        if clip is None:
-            made = entry(NETWORKS[MODELS[name].network])
-            made["cross_attn"].normal_(generator=generator)
-            yield EntryConditions.of([made])
-            continue
         with torch.no_grad():
             tokens, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
         yield EntryConditions.of([{"cross_attn": tokens, **extra}])
@@ -362,8 +355,7 @@ def table(results: dict[str, dict]) -> str:
         lines[-1] += f"; peak memory, GiB, {against(guess['bytes'] / GIB, found['memory'] / GIB)}."
     if "host" in results:
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in results["host"]["seconds"].items())
-        lines.append(f"\nComfyUI's process: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB")
-        lines[-1] += "." if results["host"]["encoded"] else "; conditions are random numbers."
+        lines.append(f"\nComfyUI's process: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB.")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ are the files that core's templates name: network, VAE and text encoder (bfloat1
 transformers' own classes on the meta device, so only one tensor is in memory at a time.
 """
 
+import io
 import json
 import struct
 from collections.abc import Iterator
@@ -79,13 +80,13 @@ class Model:
     Attributes:
         network: name in `NETWORKS`.
         folder: None where the graph backend alone is measured; then core's files are several.
-        text: whether a text encoder is written; without one, conditions are random numbers.
+        text: how core's CLIPLoader calls the kind of its text encoder, where that is a file of its own.
         run: size, steps, prompts and dtype of the frozen weights, unless others are asked for.
     """
 
     network: str
     folder: Folder | None = None
-    text: bool = True
+    text: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,15 +109,16 @@ MODELS = {
         ),
         run={"size": 256, "steps": 3, "prompts": 1, "weights": "bfloat16"},
     ),
-    "z-image": Model("Z-Image", run={"size": 128, "steps": 2, "prompts": 1, "weights": "bfloat16"}),
-    "wan-1.3b": Model("Wan 2.1 1.3B", text=False, run={"size": 128, "steps": 3, "prompts": 1, "weights": "bfloat16"}),
+    "z-image": Model("Z-Image", text="lumina2", run={"size": 128, "steps": 2, "prompts": 1, "weights": "bfloat16"}),
+    "wan-1.3b": Model("Wan 2.1 1.3B", text="wan", run={"size": 128, "steps": 3, "prompts": 1, "weights": "bfloat16"}),
 }
 
 
 def make(name: str, folder: Path, comfyui: Path) -> None:
     """Write core's files, and the diffusers folder without a network; ComfyUI is imported already."""
     for file, tensors in layout(MODELS[name]).items():
-        write_random(folder / file, tensors, torch.float16 if file == CHECKPOINT else torch.bfloat16)
+        with_it = {"spiece_model": tokenizer()} if file == TEXT and MODELS[name].text == "wan" else {}
+        write_random(folder / file, tensors, torch.float16 if file == CHECKPOINT else torch.bfloat16, with_it)
     if MODELS[name].folder is not None:
         make_folder(MODELS[name].folder, folder / "diffusers", comfyui)
 
@@ -135,7 +137,7 @@ def layout(model: Model) -> dict[str, dict[str, Tensor]]:
         found |= {f"model.diffusion_model.{key}": value for key, value in weights.items()}
         return {CHECKPOINT: found | {f"first_stage_model.{key}": value for key, value in vae.items()}}
     files = {NETWORK: weights, VAE: {key: value for key, value in vae.items() if "quant_conv" not in key}}
-    return files | ({TEXT: _qwen3().state_dict()} if model.text else {})
+    return files | {TEXT: {"lumina2": _qwen3, "wan": _umt5}[model.text]().state_dict()}
 
 
 def clips(folder: Folder) -> list[tuple[str, Tensor, str]]:
@@ -165,6 +167,26 @@ def _qwen3() -> torch.nn.Module:
     return Qwen3_4B({}, torch.bfloat16, "meta", comfy.ops.disable_weight_init)
 
 
+def _umt5() -> torch.nn.Module:
+    import comfy.ops
+    from comfy.text_encoders import t5
+
+    config = json.loads(Path(t5.__file__).with_name("umt5_config_xxl.json").read_text())
+    return t5.T5(config, torch.bfloat16, "meta", comfy.ops.disable_weight_init)
+
+
+def tokenizer() -> Tensor:
+    """A small tokenizer, learned from the README, in place of the one inside the released file of Wan's encoder."""
+    import sentencepiece
+
+    model, text = io.BytesIO(), Path(__file__).parents[1] / "README.md"
+    numbers = {"vocab_size": 300, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.read_text().splitlines()), model_writer=model, minloglevel=2, **numbers
+    )
+    return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)
+
+
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
@@ -177,7 +199,7 @@ def make_folder(model: Folder, path: Path, comfyui: Path) -> None:
     for part, kind, config, _, weights in _encoders(model):
         config.architectures = [kind]
         config.save_pretrained(path / part)
-        write_random(path / part / "model.safetensors", weights, torch.float16)
+        write_random(path / part / "model.safetensors", weights, torch.float16, {})
         tokenizer = part.replace("text_encoder", "tokenizer")
         vocabulary = comfyui / "comfy" / "sd1_tokenizer"
         transformers.CLIPTokenizer.from_pretrained(vocabulary, model_max_length=77).save_pretrained(path / tokenizer)
@@ -186,7 +208,7 @@ def make_folder(model: Folder, path: Path, comfyui: Path) -> None:
         vae, unet = diffusers.AutoencoderKL(**FOLDER_KL), diffusers.UNet2DConditionModel(**model.unet)
     unet.save_config(path / "unet")
     vae.save_config(path / "vae")
-    write_random(path / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict(), torch.float16)
+    write_random(path / "vae" / "diffusion_pytorch_model.safetensors", vae.state_dict(), torch.float16, {})
     diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
     ).save_pretrained(path / "scheduler")
@@ -195,17 +217,19 @@ def make_folder(model: Folder, path: Path, comfyui: Path) -> None:
     (path / "model_index.json").write_text(json.dumps(index, indent=1))
 
 
-def write_random(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+def write_random(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype, given: dict[str, Tensor]) -> None:
     """A safetensors file of random numbers; it gets its name when it is whole.
 
     Args:
         tensors: by name; only shapes are used.
+        given: bytes by name, which are written as they are.
     """
     header, end = {}, 0
-    for name, value in tensors.items():
-        start, end = end, end + value.numel() * dtype.itemsize
-        kind = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-        header[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [start, end]}
+    kind = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    for name, value in (tensors | given).items():
+        start, end = end, end + value.numel() * (1 if name in given else dtype.itemsize)
+        shown = "U8" if name in given else kind
+        header[name] = {"dtype": shown, "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     part = file.with_suffix(".part")
@@ -215,6 +239,8 @@ def write_random(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> 
             numbers = torch.empty(piece.shape, dtype=dtype)
             fill([(name, numbers)], seed=seed)
             content.write(numbers.view(-1).view(torch.uint8).numpy())
+        for value in given.values():
+            content.write(value.numpy())
     part.rename(file)
 
 

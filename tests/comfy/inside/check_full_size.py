@@ -30,7 +30,8 @@ def test_core_recognises_the_files_by_their_headers(name: str) -> None:
     written = {key.removeprefix(prefix): value.shape for key, value in weights.items() if key.startswith(prefix)}
     assert written == {key: value.shape for key, value in network.state_dict().items()}
     if TEXT in files:
-        assert comfy.sd.detect_te_model(files[TEXT]) is comfy.sd.TEModel.QWEN3_4B
+        kinds = {"lumina2": comfy.sd.TEModel.QWEN3_4B, "wan": comfy.sd.TEModel.T5_XXL}
+        assert comfy.sd.detect_te_model(files[TEXT]) is kinds[model.text]
 
 
 @pytest.mark.parametrize("name, encoders", [("sd15", {"clip_l"}), ("sdxl", {"clip_l", "clip_g"})])
@@ -49,9 +50,12 @@ def test_a_file_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(full_size_models, "DRAWN_AT_ONCE", 100)
     shapes = {"norm.weight": (7,), "wide.weight": (30, 16), "conv.weight": (3, 2, 9, 9)}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    full_size_models.write_random(tmp_path / "some.safetensors", tensors, torch.bfloat16)
+    full_size_models.write_random(
+        tmp_path / "some.safetensors", tensors, torch.bfloat16, {"words": torch.arange(3, dtype=torch.uint8)}
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["some.safetensors"]
     written = load_file(tmp_path / "some.safetensors")
+    assert written.pop("words").tolist() == [0, 1, 2]
     assert {name: tuple(value.shape) for name, value in written.items()} == shapes
     assert all(value.dtype == torch.bfloat16 for value in written.values())
     rows = written["wide.weight"].float()
