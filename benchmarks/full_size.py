@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import full_size_models  # noqa: E402
 from benchmarks.full_size_models import CHECKPOINT, MODELS, NETWORK, TEXT, VAE  # noqa: E402
+from trainer.utils.console import quiet_libraries  # noqa: E402
 
 PROMPTS = ["a red bicycle leaning on a wall", "two cats asleep on a sofa"]
 KEYS = [(text, "") for text in [*PROMPTS, ""]]
@@ -49,6 +50,7 @@ NUMBERS = {
 def main() -> None:
     args = arguments()
     if args.stage:
+        quiet_libraries()
         result = STAGES[args.stage](args)
         result["memory"] = peak_bytes()
         (args.folder / f"{args.stage}.json").write_text(json.dumps(result))

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.core_models import FOLDER_KL, NETWORKS, core_model, core_vae, fill
+from benchmarks.core_models import FOLDER_KL, NETWORKS, core_model, core_vae, random_like
 
 CHECKPOINT = "full-size.safetensors"
 NETWORK, VAE, TEXT = "network.safetensors", "vae.safetensors", "text_encoder.safetensors"
-DRAWN_AT_ONCE = 2**26
-"""Numbers."""
+PIECE = 2**24
+"""Most numbers that are in memory at once: those of a tensor, or of some of its rows. Each piece is taken from another
+place of twice as many random numbers, because drawing billions takes longer than writing them."""
 CLIP_L = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -235,17 +236,21 @@ def write_random(file: Path, tensors: dict[str, Tensor], dtype: torch.dtype, giv
     part = file.with_suffix(".part")
     with part.open("wb") as content:
         content.write(struct.pack("<Q", len(text)) + text)
-        for seed, (name, piece) in enumerate(_pieces(tensors)):
-            numbers = torch.empty(piece.shape, dtype=dtype)
-            fill([(name, numbers)], seed=seed)
-            content.write(numbers.view(-1).view(torch.uint8).numpy())
+        for numbers in _random(tensors, dtype):
+            content.write(numbers.view(torch.uint8).numpy())
         for value in given.values():
             content.write(value.numpy())
     part.rename(file)
 
 
-def _pieces(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Rows of each tensor, as many as are drawn at once."""
+def _random(tensors: dict[str, Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The numbers of each tensor in pieces, each of which is overwritten by the next one."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2 * PIECE, generator=generator)
+    wide, narrow = torch.empty(PIECE), torch.empty(PIECE, dtype=dtype)
     for name, value in tensors.items():
-        for rows in value.split(max(1, DRAWN_AT_ONCE // value[0].numel())):
-            yield name, rows
+        mean, spread = random_like(name, value)
+        for rows in value.split(max(1, PIECE // value[0].numel())):
+            size, start = rows.numel(), int(torch.randint(PIECE, (1,), generator=generator))
+            torch.mul(drawn[start : start + size], spread, out=wide[:size]).add_(mean)
+            yield narrow[:size].copy_(wide[:size])

@@ -47,7 +47,7 @@ def test_core_finds_the_text_encoders_of_a_checkpoint(name: str, encoders: set[s
 
 
 def test_a_file_is_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(full_size_models, "DRAWN_AT_ONCE", 100)
+    monkeypatch.setattr(full_size_models, "PIECE", 100)
     shapes = {"norm.weight": (7,), "wide.weight": (30, 16), "conv.weight": (3, 2, 9, 9)}
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     full_size_models.write_random(
