@@ -11,8 +11,9 @@ nodes, describes the model and encodes the prompts, another one trains. Stable D
 folder as well. Text encoders have their full size, too; only the tokenizer of Wan's is a small one.
 
 Each process reports its own peak memory, which includes pages of the files that it maps. Seconds are those of the
-processor, so that other programs count less. With --estimate, `python -m trainer estimate` is followed in one more
-process, and what it says stands beside what happened.
+processor, so that other programs count less. With --estimate, the loaded model is first measured as
+`python -m trainer estimate` does it, and what that says stands beside what happened then; the first iteration is no
+slower than others after that, so one is enough.
 """
 
 import argparse
@@ -43,7 +44,7 @@ NUMBERS = {
     "frames": "of a video",
     "steps": "of a rollout",
     "prompts": "of an iteration, two images each",
-    "iterations": "the first one is slower and not shown",
+    "iterations": "seconds are those of the last one",
 }
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     if args.stage:
         quiet_libraries()
         result = STAGES[args.stage](args)
-        result["memory"] = peak_bytes()
+        result.setdefault("memory", peak_bytes())
         (args.folder / f"{args.stage}.json").write_text(json.dumps(result))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the temporary folder goes
@@ -72,10 +73,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--weights", choices=["bfloat16", "float32"], help="dtype of the frozen network")
     parser.add_argument("--backends", nargs="+", choices=["diffusers", "graph"])
+    parser.add_argument("--random-text", action="store_true", help="random numbers instead of a text encoder's")
     parser.add_argument("--estimate", action="store_true", help="estimate each run as well")
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for name, value in ({"frames": 1, "iterations": 2} | MODELS[args.name].run).items():
+    defaults = {"frames": 1, "iterations": 1 if args.estimate else 2}
+    for name, value in (defaults | MODELS[args.name].run).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     has_folder = MODELS[args.name].folder is not None
@@ -92,8 +95,7 @@ def all_stages(args: argparse.Namespace) -> dict[str, dict]:
         in_a_process(args, "make")
     results = {}
     for backend in args.backends:
-        stages = ["host"] if backend == "graph" else []
-        stages += [backend, *([f"estimate-{backend}"] if args.estimate else [])]
+        stages = ["host", backend] if backend == "graph" else [backend]
         results |= {stage: in_a_process(args, stage) for stage in stages}
     return results
 
@@ -103,6 +105,7 @@ def in_a_process(args: argparse.Namespace, stage: str) -> dict:
     command = [sys.executable, __file__, args.name, "--comfyui", args.comfyui, "--folder", args.folder]
     for name in (*NUMBERS, "guidance", "weights"):
         command += [f"--{name}", getattr(args, name)]
+    command += [f"--{name.replace('_', '-')}" for name in ("estimate", "random_text") if getattr(args, name)]
     print(f"{stage} ...", file=sys.stderr, flush=True)
     subprocess.run([*map(str, command), "--stage", stage], check=True)
     return json.loads((args.folder / f"{stage}.json").read_text())
@@ -123,7 +126,7 @@ def make(args: argparse.Namespace) -> dict:
     """The files."""
     import_comfyui(args.comfyui)
     started = time.process_time()
-    full_size_models.make(args.name, args.folder, args.comfyui)
+    full_size_models.make(args.name, args.folder, args.comfyui, with_text=not args.random_text)
     return {"seconds": time.process_time() - started}
 
 
@@ -142,6 +145,7 @@ def host(args: argparse.Namespace) -> dict:
     import folder_paths
 
     from trainer.config import parse_config
+    from trainer.models import EntryConditions
     from trainer.models.comfy.describe import describe
     from trainer.prompts.store import write_conditions
 
@@ -157,9 +161,10 @@ def host(args: argparse.Namespace) -> dict:
     data = description(args) | {"model": size(args) | {"family": "comfy", "graph": graph}}
     data["prompts"]["conditions"] = str(args.folder / "conditions.safetensors")
     with clock.run("load the text encoder"):
-        clip = clip()
+        clip = None if args.random_text else clip()
     with clock.run("encode"):
-        write_conditions(args.folder / "conditions.safetensors", KEYS, list(encoded(clip)))
+        found = random_entries(args.name) if clip is None else encoded(clip)
+        write_conditions(args.folder / "conditions.safetensors", KEYS, map(EntryConditions.of, found))
     parse_config(data)
     (args.folder / "run-graph.json").write_text(json.dumps(data))
     return {"seconds": clock.seconds}
@@ -177,16 +182,26 @@ def load(name: str) -> tuple[Any, Callable[[], Any], Any]:
     return model, lambda: core.CLIPLoader().load_clip(TEXT, MODELS[name].text)[0], vae
 
 
-def encoded(clip: Any) -> Iterator[Any]:
-    """Conditions of each prompt."""
+def encoded(clip: Any) -> Iterator[list[dict]]:
+    """Conditioning of each prompt."""
     import torch
-
-    from trainer.models import EntryConditions
 
     for text, _ in KEYS:
         with torch.no_grad():
             tokens, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
-        yield EntryConditions.of([{"cross_attn": tokens, **extra}])
+        yield [{"cross_attn": tokens, **extra}]
+
+
+def random_entries(name: str) -> Iterator[list[dict]]:
+    """Random numbers in the shape of each prompt's conditioning."""
+    import torch
+
+    from benchmarks.core_models import NETWORKS, entry
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in KEYS:
+        made = entry(NETWORKS[MODELS[name].network])
+        yield [made | {"cross_attn": made["cross_attn"].normal_(generator=generator)}]
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -261,7 +276,7 @@ class ProcessorTime:
     perf_counter = staticmethod(time.process_time)
 
 
-def train(data: dict) -> dict:
+def train(data: dict, estimated: bool) -> dict:
     """The iterations in this process, as the command line would run them; seconds are those of the last one."""
     import torch
 
@@ -283,6 +298,8 @@ def train(data: dict) -> dict:
     watch.watch(trainer.model, "decode", "VAE")
     for reward in trainer.collector.rewards.values():
         watch.watch(reward, "score", "rewards")
+    loaded = peak_bytes()
+    guess = estimate(trainer) if estimated else None
     metrics.time = ProcessorTime()
     events = []
     for _ in range(config.runtime.iterations):
@@ -292,6 +309,8 @@ def train(data: dict) -> dict:
     event, inside = events[-1], sum(watch.seconds.get(name, 0.0) for name in ("network", "VAE", "rewards"))
     keys = lora.comfy_weights(trainer.policy.parameters, config.lora.alpha, trainer.model.lora_key)
     return {
+        "estimate": guess,
+        "memory": max(loaded, peak_bytes()),
         "seconds": before | event["seconds"],
         "weights": config.model.dtype if config.model.graph is None else config.model.graph.weights,
         "outside": 1 - inside / event["seconds"]["total"],
@@ -302,28 +321,22 @@ def train(data: dict) -> dict:
     }
 
 
-def estimate(data: dict) -> dict:
-    """Seconds of an iteration and peak memory as `python -m trainer estimate` finds them, in processor seconds."""
+def estimate(trainer: Any) -> dict:
+    """Seconds of an iteration by phase, and peak memory, as `python -m trainer estimate` finds them."""
     from benchmarks.estimate import estimated_seconds
-    from trainer.config import parse_config
-    from trainer.loop import Trainer
     from trainer.runs.memory import iteration_bytes
-    from trainer.utils.distributed import Processes
 
-    config = parse_config(data)
-    trainer = Trainer(config, None, Processes("cpu"))
     seconds = estimated_seconds(trainer, time.process_time)
-    held = iteration_bytes(config, 1, math.prod(trainer.model.latent_shape))
-    return {"seconds": seconds, "bytes": peak_bytes() + held}
+    needed = peak_bytes() + iteration_bytes(trainer.config, 1, math.prod(trainer.model.latent_shape))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    return {"seconds": seconds, "bytes": needed}
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "make": make,
     "host": host,
-    "diffusers": lambda args: train(diffusers_run(args)),
-    "graph": lambda args: train(graph_run(args)),
-    "estimate-diffusers": lambda args: estimate(diffusers_run(args)),
-    "estimate-graph": lambda args: estimate(graph_run(args)),
+    "diffusers": lambda args: train(diffusers_run(args), args.estimate),
+    "graph": lambda args: train(graph_run(args), args.estimate),
 }
 
 
@@ -348,9 +361,10 @@ def table(results: dict[str, dict]) -> str:
     line("tensors in the LoRA file", lambda found: str(found["keys"]))
     line("LoRA parameters", lambda found: f"{found['parameters'] / 1e6:.1f}M")
     line("time outside network, VAE and rewards", lambda found: f"{found['outside']:.2%}")
-    guesses = {name: results[f"estimate-{name}"] for name in backends if f"estimate-{name}" in results}
-    for name, guess in guesses.items():
-        found, seconds = backends[name], guess["seconds"]
+    for name, found in backends.items():
+        if (guess := found["estimate"]) is None:
+            continue
+        seconds = guess["seconds"]
         total = against(sum(seconds.values()), found["seconds"]["total"])
         lines.append(f"\nEstimate, {name}: seconds {total}, of which ")
         lines[-1] += ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())

@@ -115,9 +115,15 @@ MODELS = {
 }
 
 
-def make(name: str, folder: Path, comfyui: Path) -> None:
-    """Write core's files, and the diffusers folder without a network; ComfyUI is imported already."""
+def make(name: str, folder: Path, comfyui: Path, with_text: bool) -> None:
+    """Write core's files, and the diffusers folder without a network; ComfyUI is imported already.
+
+    Args:
+        with_text: write a text encoder that is a file of its own.
+    """
     for file, tensors in layout(MODELS[name]).items():
+        if file == TEXT and not with_text:
+            continue
         with_it = {"spiece_model": tokenizer()} if file == TEXT and MODELS[name].text == "wan" else {}
         write_random(folder / file, tensors, torch.float16 if file == CHECKPOINT else torch.bfloat16, with_it)
     if MODELS[name].folder is not None:
