@@ -223,7 +223,8 @@ def description(args: argparse.Namespace) -> dict:
             "guidance_scale": args.guidance,
             **noise,
         },
-        "rewards": [{"name": "brightness"}, {"name": "colorfulness"}],
+        # In a group of two, equal weights would cancel wherever the rewards disagree, and such a group is skipped.
+        "rewards": [{"name": "brightness"}, {"name": "colorfulness", "weight": 0.5}],
         "objective": {"batch_size": 2},
         "lora": {"rank": 16, "alpha": 32},
         "runtime": {"iterations": args.iterations, "device": "cpu", "samples_every": 0},
