@@ -158,7 +158,9 @@ def host(args: argparse.Namespace) -> dict:
     with clock.run("describe"):
         graph = describe(model, vae, "simple", None, None, iter(()))
     del model, vae
-    data = description(args) | {"model": size(args) | {"family": "comfy", "graph": graph}}
+    # On a CPU core computes in float32: without checkpointing, copies of all weights would wait for the backward pass.
+    settings = {"family": "comfy", "graph": graph, "gradient_checkpointing": args.weights != "float32"}
+    data = description(args) | {"model": size(args) | settings}
     data["prompts"]["conditions"] = str(args.folder / "conditions.safetensors")
     with clock.run("load the text encoder"):
         clip = None if args.random_text else clip()
