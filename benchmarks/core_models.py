@@ -166,10 +166,15 @@ def fill(weights: Any, device: torch.device | str = "cpu", seed: int = 0) -> Non
     for name, value in weights:
         if not value.is_floating_point():
             continue
-        spread = 0.02 if value.ndim < 2 or "embedding" in name else 0.7 / max(1.0, value[0].numel()) ** 0.5
-        scales = value.ndim == 1 and name.endswith(("weight", "scale")) or "gamma" in name
-        drawn = torch.randn(value.shape, generator=generator, device=device)
-        value.copy_((1.0 if scales else 0.0) + spread * drawn)
+        mean, spread = random_like(name, value)
+        value.copy_(mean + spread * torch.randn(value.shape, generator=generator, device=device))
+
+
+def random_like(name: str, value: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of the random values of a weight."""
+    spread = 0.02 if value.ndim < 2 or "embedding" in name else 0.7 / max(1.0, value[0].numel()) ** 0.5
+    is_scale = value.ndim == 1 and name.endswith(("weight", "scale")) or "gamma" in name
+    return 1.0 if is_scale else 0.0, spread
 
 
 FOLDER_KL = {

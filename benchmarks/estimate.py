@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from trainer.check import check_run
 from trainer.config import read_config
 from trainer.estimate.calls import iteration_calls
-from trainer.estimate.measure import Meter
+from trainer.estimate.measure import Meter, phases
 from trainer.loop import Trainer
 from trainer.utils.console import quiet_libraries
 from trainer.utils.distributed import Processes
@@ -35,15 +36,25 @@ def seconds(description: Path, settings: list[str], iterations: int) -> tuple[fl
     processes = Processes(config.runtime.device)
     clock = time.process_time if processes.device.type == "cpu" else time.perf_counter
     trainer = Trainer(config, None, processes)
-    meter, checked = Meter(trainer, clock=clock), check_run(config, 1)
-    calls = iteration_calls(config, checked, trainer.model.process, trainer.model.sigmas, processes)
-    estimated = sum(meter.seconds(calls).values()) + config.objective.updates * meter.optimizer_step()
+    estimated = sum(estimated_seconds(trainer, clock).values())
     spent = []
     for _ in range(iterations):
         started = clock()
         trainer.iterate()
         spent.append(clock() - started)
     return estimated, sum(spent[1:]) / len(spent[1:])
+
+
+def estimated_seconds(trainer: Trainer, clock: Callable[[], float]) -> dict[str, float]:
+    """Of an iteration by phase, as `estimate` measures and counts its calls.
+
+    Args:
+        clock: returns seconds.
+    """
+    config, model = trainer.config, trainer.model
+    meter, checked = Meter(trainer, clock=clock), check_run(config, 1)
+    calls = iteration_calls(config, checked, model.process, model.sigmas, trainer.processes, model.is_trained_at)
+    return phases(meter.seconds(calls)) | {"optimizer": config.objective.updates * meter.optimizer_step()}
 
 
 def memory(description: Path, settings: list[str], iterations: int) -> tuple[float, float]:

@@ -1,16 +1,25 @@
-"""A released model at its full size with random weights, trained for one tiny iteration on a CPU through both backends.
+"""A released model at its full size with random weights, trained for a few tiny iterations on a CPU.
 
     python benchmarks/full_size.py sd15 --comfyui ~/ComfyUI
+    python benchmarks/full_size.py sdxl --comfyui ~/ComfyUI --estimate
+    python benchmarks/full_size.py z-image --comfyui ~/ComfyUI --estimate
+    python benchmarks/full_size.py wan-1.3b --comfyui ~/ComfyUI --frames 5
 
-Nothing is downloaded. The network, VAE and text encoder are written as one checkpoint in the released layout (float16),
-beside a diffusers folder whose network is read from that file. The graph backend runs as in a graph: one process
-loads the checkpoint by core's own node, describes it and encodes the prompts, another one trains. Each process reports
-its own peak memory, which includes pages of the files that it maps.
+Nothing is downloaded: the files are written with random weights in the layouts of the released ones
+(`benchmarks/full_size_models.py`). The graph backend runs as in a graph: one process loads the files by core's own
+nodes, describes the model and encodes the prompts, another one trains. Stable Diffusion is trained from a diffusers
+folder as well. Text encoders have their full size, too; only the tokenizer of Wan's is a small one.
+
+Each process reports its own peak memory, which includes pages of the files that it maps. Seconds are those of the
+processor, so that other programs count less. With --estimate, the loaded model is first measured as
+`python -m trainer estimate` does it, and what that says stands beside what happened then; the first iteration is no
+slower than others after that, so one is enough.
 """
 
 import argparse
 import json
-import resource
+import math
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,224 +32,219 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import full_size_models  # noqa: E402
+from benchmarks.full_size_models import CHECKPOINT, MODELS, NETWORK, TEXT, VAE  # noqa: E402
+from trainer.utils.console import quiet_libraries  # noqa: E402
+
 PROMPTS = ["a red bicycle leaning on a wall", "two cats asleep on a sofa"]
-CHECKPOINT = "full-size.safetensors"
+KEYS = [(text, "") for text in [*PROMPTS, ""]]
 GIB = 2**30
+NUMBERS = {
+    "size": "height and width",
+    "frames": "of a video",
+    "steps": "of a rollout",
+    "prompts": "of an iteration, two images each",
+    "iterations": "seconds are those of the last one",
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["sd15"], help="the model")
-    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
-    parser.add_argument("--folder", type=Path, help="where the files go and stay; default a temporary one (6 GB)")
-    parser.add_argument("--size", type=int, default=256, help="height and width")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--backends", nargs="+", choices=["diffusers", "graph"], default=["diffusers", "graph"])
-    parser.add_argument("--stage", choices=["make", "host", *STAGES], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.comfyui = args.comfyui.expanduser().resolve()
+    args = arguments()
     if args.stage:
-        result = {"make": make, "host": host, **STAGES}[args.stage](args)
-        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        quiet_libraries()
+        result = STAGES[args.stage](args)
+        result.setdefault("memory", peak_bytes())
         (args.folder / f"{args.stage}.json").write_text(json.dumps(result))
         return
-    with tempfile.TemporaryDirectory() as temporary:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the temporary folder goes
+    with tempfile.TemporaryDirectory(prefix="full-size-") as temporary:
         args.folder = args.folder or Path(temporary)
         args.folder.mkdir(parents=True, exist_ok=True)
-        if not (args.folder / CHECKPOINT).exists():
-            in_a_process(args, "make")
-        results = {}
-        for backend in args.backends:
-            if backend == "graph":
-                results["host"] = in_a_process(args, "host")
-            results[backend] = in_a_process(args, backend)
-        print(table(results))
+        print(table(all_stages(args)))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=MODELS, help="the model")
+    parser.add_argument("--comfyui", type=Path, required=True, help="ComfyUI's folder")
+    parser.add_argument("--folder", type=Path, help="where the files go and stay; default a temporary one (3 to 21 GB)")
+    for name, what in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, help=what)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--weights", choices=["bfloat16", "float32"], help="dtype of the frozen network")
+    parser.add_argument("--backends", nargs="+", choices=["diffusers", "graph"])
+    parser.add_argument("--random-text", action="store_true", help="random numbers instead of a text encoder's")
+    parser.add_argument("--estimate", action="store_true", help="estimate each run as well")
+    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    defaults = {"frames": 1, "iterations": 1 if args.estimate else 2}
+    for name, value in (defaults | MODELS[args.name].run).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    has_folder = MODELS[args.name].folder is not None
+    args.backends = args.backends or (["diffusers", "graph"] if has_folder else ["graph"])
+    if "diffusers" in args.backends and not has_folder:
+        parser.error(f"--backends: {args.name} has the graph backend alone")
+    args.comfyui = args.comfyui.expanduser().resolve()
+    return args
+
+
+def all_stages(args: argparse.Namespace) -> dict[str, dict]:
+    """What every stage found, each in a process of its own."""
+    if not (args.folder / (CHECKPOINT if MODELS[args.name].folder else VAE)).exists():
+        in_a_process(args, "make")
+    results = {}
+    for backend in args.backends:
+        stages = ["host", backend] if backend == "graph" else [backend]
+        results |= {stage: in_a_process(args, stage) for stage in stages}
+    return results
 
 
 def in_a_process(args: argparse.Namespace, stage: str) -> dict:
     """Run a stage of this script in a process of its own, whose memory is then its own too."""
-    command = [sys.executable, __file__, args.name, "--comfyui", str(args.comfyui), "--folder", str(args.folder)]
-    command += ["--size", str(args.size), "--guidance", str(args.guidance), "--stage", stage]
+    command = [sys.executable, __file__, args.name, "--comfyui", args.comfyui, "--folder", args.folder]
+    for name in (*NUMBERS, "guidance", "weights"):
+        command += [f"--{name}", getattr(args, name)]
+    command += [f"--{name.replace('_', '-')}" for name in ("estimate", "random_text") if getattr(args, name)]
     print(f"{stage} ...", file=sys.stderr, flush=True)
-    subprocess.run(command, check=True)
+    subprocess.run([*map(str, command), "--stage", stage], check=True)
     return json.loads((args.folder / f"{stage}.json").read_text())
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def make(args: argparse.Namespace) -> dict:
-    """The checkpoint in the released layout, and a diffusers folder without a network."""
-    import diffusers
-    import torch
-    import transformers
-    from safetensors.torch import save_file
-
-    seconds = time.perf_counter()
-    folder = args.folder / "diffusers"
-    vocabulary = args.comfyui / "comfy" / "sd1_tokenizer"
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary, model_max_length=77)
-    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP_L))
-    vae = diffusers.AutoencoderKL(**VAE)
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-    )
-    for name, part in {"text_encoder": text, "vae": vae}.items():
-        fill(part.state_dict().items())
-        part.half().save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler.save_pretrained(folder / "scheduler")
-    with torch.device("meta"):
-        diffusers.UNet2DConditionModel(cross_attention_dim=768, sample_size=64).save_config(folder / "unet")
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__}
-    for name, kind in (("text_encoder", "CLIPTextModel"), ("tokenizer", "CLIPTokenizer")):
-        index[name] = ["transformers", kind]
-    for name, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"), ("scheduler", "DDIMScheduler")):
-        index[name] = ["diffusers", kind]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=1))
-    weights = {f"cond_stage_model.transformer.{name}": value for name, value in text.state_dict().items()}
-    weights |= native_weights(args.comfyui)
-    save_file({name: value.contiguous() for name, value in weights.items()}, args.folder / CHECKPOINT)
-    return {"seconds": time.perf_counter() - seconds}
-
-
-CLIP_L = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-}
-
-
-def native_weights(comfyui: Path) -> dict[str, Any]:
-    """Random weights of the UNet and the VAE under the names of the released file."""
+def peak_bytes() -> int:
     import torch
 
-    import_comfyui(comfyui)
-    import comfy.supported_models
-    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from trainer.estimate.memory import measured_peak
 
-    from benchmarks.core_models import KL, SD15
-
-    description = comfy.supported_models.SD15(dict(SD15))
-    description.unet_config = dict(SD15)
-    unet = description.get_model({}, "", device="meta").diffusion_model
-    with torch.device("meta"):
-        vae = AutoencoderKL(ddconfig=KL, embed_dim=4)
-    weights = {f"model.diffusion_model.{name}": value for name, value in unet.state_dict().items()}
-    weights |= {f"first_stage_model.{name}": value for name, value in vae.state_dict().items()}
-    weights = {name: torch.empty(value.shape, dtype=torch.float16) for name, value in weights.items()}
-    fill(weights.items())
-    return weights
-
-
-def fill(weights: Any) -> None:
-    """Random values: scales of norms near 1, small biases, and matrices that keep the size of what they are given."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    for name, value in weights:
-        if not value.is_floating_point():
-            continue
-        spread = 0.02 if value.ndim < 2 or "embedding" in name else 0.7 / max(1.0, value[0].numel()) ** 0.5
-        start = 1.0 if value.ndim == 1 and name.endswith("weight") else 0.0
-        value.copy_(start + spread * torch.randn(value.shape, generator=generator))
-
-
-def import_comfyui(folder: Path) -> None:
-    sys.path.insert(0, str(folder))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
+    return measured_peak(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------- the graph's own process
 
 
-def host(args: argparse.Namespace) -> dict:
-    """What ComfyUI does before the training: load the checkpoint, describe the model, encode the prompts."""
+def make(args: argparse.Namespace) -> dict:
+    """The files."""
     import_comfyui(args.comfyui)
-    import folder_paths
+    started = time.process_time()
+    full_size_models.make(args.name, args.folder, args.comfyui, with_text=not args.random_text)
+    return {"seconds": time.process_time() - started}
+
+
+def import_comfyui(folder: Path) -> None:
     import torch
 
-    import nodes as core
+    from benchmarks.core_models import use_comfyui
 
-    folder_paths.add_model_folder_path("checkpoints", str(args.folder))
-    started = time.perf_counter()
-    model, clip, vae = core.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
-    loaded = time.perf_counter()
+    use_comfyui(folder, torch.device("cpu"))
+
+
+def host(args: argparse.Namespace) -> dict:
+    """What ComfyUI does before the training: load the files, describe the model, encode the prompts."""
+    import_comfyui(args.comfyui)
+    import comfy.cli_args
+    import folder_paths
+
     from trainer.config import parse_config
     from trainer.models import EntryConditions
     from trainer.models.comfy.describe import describe
     from trainer.prompts.store import write_conditions
 
-    data = description(args) | {"model": size(args) | {"family": "comfy", "graph": None}}
-    data["model"]["graph"] = describe(model, vae, "simple", None, None, iter(()))
+    comfy.cli_args.args.bf16_unet = args.weights == "bfloat16"
+    for kind in ("checkpoints", "diffusion_models", "vae", "text_encoders"):
+        folder_paths.add_model_folder_path(kind, str(args.folder))
+    clock = Stopwatch()
+    with clock.run("load"):
+        model, clip, vae = load(args.name)
+    with clock.run("describe"):
+        graph = describe(model, vae, "simple", None, None, iter(()))
+    del model, vae
+    # On a CPU core computes in float32: without checkpointing, copies of all weights would wait for the backward pass.
+    settings = {"family": "comfy", "graph": graph, "gradient_checkpointing": args.weights != "float32"}
+    data = description(args) | {"model": size(args) | settings}
     data["prompts"]["conditions"] = str(args.folder / "conditions.safetensors")
-    described = time.perf_counter()
-    with torch.no_grad():
-        scheduled = [clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in [*PROMPTS, ""]]
-    batches = (EntryConditions.of([{"cross_attn": tokens, **extra}]) for tokens, extra in scheduled)
-    keys = [(text, "") for text in [*PROMPTS, ""]]
-    write_conditions(args.folder / "conditions.safetensors", keys, batches)
+    with clock.run("load the text encoder"):
+        clip = None if args.random_text else clip()
+    with clock.run("encode"):
+        found = random_entries(args.name) if clip is None else encoded(clip)
+        write_conditions(args.folder / "conditions.safetensors", KEYS, map(EntryConditions.of, found))
     parse_config(data)
-    (args.folder / "graph_run.json").write_text(json.dumps(data))
-    seconds = {"load": loaded - started, "describe": described - loaded, "encode": time.perf_counter() - described}
-    return {"seconds": seconds}
+    (args.folder / "run-graph.json").write_text(json.dumps(data))
+    return {"seconds": clock.seconds}
+
+
+def load(name: str) -> tuple[Any, Callable[[], Any], Any]:
+    """MODEL and VAE from core's nodes, and a function that gives CLIP."""
+    import nodes as core
+
+    if MODELS[name].folder is not None:
+        model, clip, vae = core.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+        return model, lambda: clip, vae
+    (model,) = core.UNETLoader().load_unet(NETWORK, "default")
+    (vae,) = core.VAELoader().load_vae(VAE)
+    return model, lambda: core.CLIPLoader().load_clip(TEXT, MODELS[name].text)[0], vae
+
+
+def encoded(clip: Any) -> Iterator[list[dict]]:
+    """Conditioning of each prompt."""
+    import torch
+
+    for text, _ in KEYS:
+        with torch.no_grad():
+            tokens, extra = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
+        yield [{"cross_attn": tokens, **extra}]
+
+
+def random_entries(name: str) -> Iterator[list[dict]]:
+    """Random numbers in the shape of each prompt's conditioning."""
+    import torch
+
+    from benchmarks.core_models import NETWORKS, entry
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in KEYS:
+        made = entry(NETWORKS[MODELS[name].network])
+        yield [made | {"cross_attn": made["cross_attn"].normal_(generator=generator)}]
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
 def size(args: argparse.Namespace) -> dict:
-    return {"height": args.size, "width": args.size}
+    return {"height": args.size, "width": args.size, "frames": args.frames}
 
 
 def description(args: argparse.Namespace) -> dict:
     """The run, but for its model."""
+    noise = {"kernel": "ddim", "eta": 1.0} if MODELS[args.name].folder else {}
     return {
         "prompts": {"texts": PROMPTS},
         "rollout": {
-            "steps": 4,
+            "steps": args.steps,
             "group_size": 2,
-            "prompts_per_iteration": 2,
-            "kernel": "ddim",
-            "eta": 1.0,
+            "prompts_per_iteration": args.prompts,
             "guidance_scale": args.guidance,
+            **noise,
         },
-        "rewards": [{"name": "brightness"}, {"name": "colorfulness"}],
+        # In a group of two, equal weights would cancel wherever the rewards disagree, and such a group is skipped.
+        "rewards": [{"name": "brightness"}, {"name": "colorfulness", "weight": 0.5}],
         "objective": {"batch_size": 2},
         "lora": {"rank": 16, "alpha": 32},
-        "runtime": {"iterations": 1, "device": "cpu"},
+        "runtime": {"iterations": args.iterations, "device": "cpu", "samples_every": 0},
+        "evaluation": {"every": 0},
     }
 
 
-def train_diffusers(args: argparse.Namespace) -> dict:
-    network = {"path": str(args.folder / "diffusers"), "network_file": str(args.folder / CHECKPOINT)}
-    return train(description(args) | {"model": size(args) | network | {"family": "sd"}})
+def diffusers_run(args: argparse.Namespace) -> dict:
+    model = size(args) | {"path": str(args.folder / "diffusers"), "network_file": str(args.folder / CHECKPOINT)}
+    return description(args) | {"model": model | {"family": MODELS[args.name].folder.family, "dtype": args.weights}}
 
 
-def train_graph(args: argparse.Namespace) -> dict:
-    return train(json.loads((args.folder / "graph_run.json").read_text()))
-
-
-STAGES = {"diffusers": train_diffusers, "graph": train_graph}
+def graph_run(args: argparse.Namespace) -> dict:
+    return json.loads((args.folder / "run-graph.json").read_text())
 
 
 class Stopwatch:
-    """Seconds inside some functions; a call inside another one counts for the outer one alone."""
+    """Processor seconds inside some functions; a call inside another one counts for the outer one alone."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -261,22 +265,29 @@ class Stopwatch:
         if self.inside:
             yield
             return
-        self.inside, started = True, time.perf_counter()
+        self.inside, started = True, time.process_time()
         try:
             yield
         finally:
             self.inside = False
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
 
 
-def train(data: dict) -> dict:
-    """One iteration in this process, as the command line would run it."""
+class ProcessorTime:
+    """In place of the module `time`: seconds of this process."""
+
+    perf_counter = staticmethod(time.process_time)
+
+
+def train(data: dict, estimated: bool) -> dict:
+    """The iterations in this process, as the command line would run them; seconds are those of the last one."""
     import torch
 
     from trainer import loop
     from trainer.adapters import lora
     from trainer.config import parse_config
     from trainer.models import model_class
+    from trainer.runs import metrics
     from trainer.utils.distributed import Processes
 
     watch = Stopwatch()
@@ -290,26 +301,54 @@ def train(data: dict) -> dict:
     watch.watch(trainer.model, "decode", "VAE")
     for reward in trainer.collector.rewards.values():
         watch.watch(reward, "score", "rewards")
-    started = time.process_time()
-    event = trainer.iterate()
-    busy = time.process_time() - started
-    inside = sum(watch.seconds.get(name, 0.0) for name in ("network", "VAE", "rewards"))
+    loaded = peak_bytes()
+    guess = estimate(trainer) if estimated else None
+    metrics.time = ProcessorTime()
+    events = []
+    for _ in range(config.runtime.iterations):
+        watch.seconds.clear()
+        events.append(trainer.iterate())
+        print(json.dumps(events[-1]["seconds"]), file=sys.stderr, flush=True)
+    event, inside = events[-1], sum(watch.seconds.get(name, 0.0) for name in ("network", "VAE", "rewards"))
     keys = lora.comfy_weights(trainer.policy.parameters, config.lora.alpha, trainer.model.lora_key)
     return {
+        "estimate": guess,
+        "memory": max(loaded, peak_bytes()),
         "seconds": before | event["seconds"],
-        "busy": busy,
         "weights": config.model.dtype if config.model.graph is None else config.model.graph.weights,
         "outside": 1 - inside / event["seconds"]["total"],
-        "deviation": event["objective"]["rollout_deviation"]["max"],
+        "deviations": [event["objective"]["rollout_deviation"]["max"] for event in events],
         "forwards_per_image": event["forwards_per_image"],
         "keys": len(keys),
         "parameters": sum(p.numel() for p in trainer.policy.parameters.values()),
     }
 
 
+def estimate(trainer: Any) -> dict:
+    """Seconds of an iteration by phase, and peak memory, as `python -m trainer estimate` finds them."""
+    from benchmarks.estimate import estimated_seconds
+    from trainer.runs.memory import iteration_bytes
+
+    seconds = estimated_seconds(trainer, time.process_time)
+    needed = peak_bytes() + iteration_bytes(trainer.config, 1, math.prod(trainer.model.latent_shape))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    return {"seconds": seconds, "bytes": needed}
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], dict]] = {
+    "make": make,
+    "host": host,
+    "diffusers": lambda args: train(diffusers_run(args), args.estimate),
+    "graph": lambda args: train(graph_run(args), args.estimate),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
 def table(results: dict[str, dict]) -> str:
     """The backends side by side."""
-    backends = {name: found for name, found in results.items() if name != "host"}
+    backends = {name: found for name, found in results.items() if name in ("diffusers", "graph")}
     phases = list(dict.fromkeys(phase for found in backends.values() for phase in found["seconds"]))
     lines = [f"| | {' | '.join(backends)} |", f"|---|{'---|' * len(backends)}"]
 
@@ -318,20 +357,33 @@ def table(results: dict[str, dict]) -> str:
 
     for phase in phases:
         line(f"{phase}, s", lambda found, phase=phase: f"{found['seconds'].get(phase, 0.0):.1f}")
-    line("processor time of the iteration, s", lambda found: f"{found['busy']:.1f}")
-    line("type of the weights", lambda found: found["weights"])
+    line("dtype of the weights", lambda found: found["weights"])
     line("peak memory of the training process, GiB", lambda found: f"{found['memory'] / GIB:.1f}")
-    line("largest deviation of a ratio from 1 before the update", lambda found: f"{found['deviation']:.1e}")
+    line("largest deviation of a ratio from 1, by iteration", lambda found: numbers(found["deviations"]))
     line("forward passes per image", lambda found: f"{found['forwards_per_image']:.1f}")
     line("tensors in the LoRA file", lambda found: str(found["keys"]))
     line("LoRA parameters", lambda found: f"{found['parameters'] / 1e6:.1f}M")
     line("time outside network, VAE and rewards", lambda found: f"{found['outside']:.2%}")
+    for name, found in backends.items():
+        if (guess := found["estimate"]) is None:
+            continue
+        seconds = guess["seconds"]
+        total = against(sum(seconds.values()), found["seconds"]["total"])
+        lines.append(f"\nEstimate, {name}: seconds {total}, of which ")
+        lines[-1] += ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+        lines[-1] += f"; peak memory, GiB, {against(guess['bytes'] / GIB, found['memory'] / GIB)}."
     if "host" in results:
         seconds = ", ".join(f"{name} {value:.1f} s" for name, value in results["host"]["seconds"].items())
-        lines.append(
-            f"\nComfyUI's process of the graph backend: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB."
-        )
+        lines.append(f"\nComfyUI's process: {seconds}; peak {results['host']['memory'] / GIB:.1f} GiB.")
     return "\n".join(lines)
+
+
+def numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.1e}" for value in values)
+
+
+def against(estimated: float, was: float) -> str:
+    return f"estimated {estimated:.2f}, was {was:.2f} ({estimated / was - 1:+.1%})"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from trainer.check import check_run
 from trainer.config import parse_config
 from trainer.estimate.calls import Call, evaluation_calls, evaluations, iteration_calls
 from trainer.loop import Trainer
+from trainer.models import Conditions
 from trainer.utils.distributed import Processes
 
 OBJECTIVES = {
@@ -33,9 +34,10 @@ def test_counted_calls_are_the_real_ones(tiny_description: dict, case: str, monk
     predict, decode = trainer.model.predict_guided, trainer.model.decode
 
     def predicted(
-        latents: torch.Tensor, sigma: object, conditions: object, scale: float = 1.0, *rest: object
+        latents: torch.Tensor, sigma: object, conditions: Conditions, scale: float = 1.0, *rest: object
     ) -> object:
-        real[Call("train" if torch.is_grad_enabled() else "forward", len(latents), scale)] += 1
+        kind, prompts = "train" if torch.is_grad_enabled() else "forward", distinct(conditions)
+        real[Call(kind, len(latents), scale, prompts=prompts)] += 1
         return predict(latents, sigma, conditions, scale, *rest)
 
     def decoded(latents: torch.Tensor) -> torch.Tensor:
@@ -51,12 +53,17 @@ def test_counted_calls_are_the_real_ones(tiny_description: dict, case: str, monk
     assert forwards / 8 == pytest.approx(event["forwards_per_image"])
 
 
+def distinct(conditions: Conditions) -> int:
+    """Number of prompts with different embeddings."""
+    return len(torch.cat([value.flatten(1) for value in conditions.tensors.values()], 1).unique(dim=0))
+
+
 def test_evaluations_of_a_run_and_their_calls(tiny_description: dict) -> None:
     config = parse_config(tiny_description, ["runtime.iterations=5", "rollout.batch_size=3"])
     checked = check_run(config, 1)
     assert evaluations(config, checked) == 4, "before, after 2, after 4, at the end"
     calls = evaluation_calls(config, checked, Processes("cpu"))
-    assert calls[Call("forward", 3)] == 5 and calls[Call("forward", 1)] == 5
+    assert calls[Call("forward", 3, prompts=2)] == 5 and calls[Call("forward", 1)] == 5
     assert calls[Call("decode", 3)] == calls[Call("decode", 1)] == 1
     without = parse_config(tiny_description, ["evaluation.texts=[]"])
     assert evaluations(without, check_run(without, 1)) == 0

@@ -28,6 +28,28 @@ def test_seconds_of_calls_are_their_number_times_what_was_measured(
     assert meter.seconds(calls) == pytest.approx({"forward": 3 * 11 + 5 + 2 * 7, "train": 11})
 
 
+def test_a_call_is_timed_with_as_many_prompts_as_it_has(
+    tiny_description: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph's model calls its network once per prompt, so that eight rows of two prompts take two calls of four."""
+    meter = Meter(Trainer(parse_config(tiny_description), None, Processes("cpu")))
+    asked = []
+    monkeypatch.setattr(
+        meter.model, "predict_guided", lambda latents, level, conditions, *rest: asked.append(conditions)
+    )
+    for rows, prompts in ((8, 1), (8, 2), (2, 2), (3, 2)):
+        meter._prediction(Call("forward", rows, prompts=prompts))()
+        values = torch.cat([value.flatten(1) for value in asked.pop().tensors.values()], 1)
+        assert (len(values), len(values.unique(dim=0))) == (rows, prompts)
+
+
+def test_calls_of_more_prompts_are_interpolated(tiny_description: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(Trainer(parse_config(tiny_description), None, Processes("cpu")))
+    monkeypatch.setattr(meter, "_measure", lambda call: float(call.rows + call.prompts))
+    calls = {Call("train", 8, prompts=1): 1, Call("train", 8, prompts=3): 1, Call("train", 8, prompts=8): 1}
+    assert meter.seconds(calls) == pytest.approx({"train": 9 + 11 + 16})
+
+
 def test_a_forecast_adds_up() -> None:
     found = Forecast("a GPU", 10, {"forward passes": 2.0, "rewards": 0.5}, 20.0, 3, 7.0, {"x": 1}, 5, 9)
     assert found.iteration == 2.5

@@ -3,6 +3,7 @@
 So no objective needs a cost formula of its own, and computations that several images share are counted once.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -36,12 +37,19 @@ class Call:
         rows: latents or images.
         scale: guidance scale of forward and train; guidance doubles the work.
         reward: name of the reward, for score and score-train.
+        prompts: different prompts among the rows of forward and train; a graph's model calls its network for each.
     """
 
     kind: str
     rows: int
     scale: float = 1.0
     reward: str = ""
+    prompts: int = 1
+
+    @property
+    def size(self) -> int:
+        """What its duration grows with, among calls of one kind."""
+        return self.rows + self.prompts
 
 
 Calls = Counter[Call]
@@ -90,7 +98,8 @@ class CountingModel(DiffusionModel):
         guidance_scale: float = 1.0,
         unconditional: Conditions | None = None,
     ) -> Tensor:
-        self.calls[Call("train" if torch.is_grad_enabled() else "forward", len(latents), guidance_scale)] += 1
+        kind, prompts = "train" if torch.is_grad_enabled() else "forward", len(conditions.tensors["x"].unique())
+        self.calls[Call(kind, len(latents), guidance_scale, prompts=prompts)] += 1
         return self.predict(latents, sigma, conditions)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -171,7 +180,8 @@ def _counting_rewards(rewards: Mapping[str, Reward], calls: Calls) -> dict[str, 
 
 
 def _prompting(count: int) -> Prompting:
-    return Prompting(Conditions({"x": torch.zeros(count, 1)}), Conditions({"x": torch.zeros(1, 1)}))
+    """Conditions that are the number of their prompt."""
+    return Prompting(Conditions({"x": torch.arange(count)[:, None]}), Conditions({"x": torch.zeros(1, 1)}))
 
 
 def evaluation_calls(config: RunConfig, checked: CheckedRun, processes: Processes) -> Calls:
@@ -183,7 +193,8 @@ def evaluation_calls(config: RunConfig, checked: CheckedRun, processes: Processe
     scale = config.rollout.guidance_scale if scale is None else scale
     size = config.rollout.batch_size
     for rows in [size] * (images // size) + ([images % size] if images % size else []):
-        calls[Call("forward", rows, scale)] += steps
+        prompts = math.ceil(rows / config.evaluation.images_per_prompt)
+        calls[Call("forward", rows, scale, prompts=prompts)] += steps
         calls[Call("decode", rows)] += 1
         for name in checked.all_rewards:
             calls[Call("score", rows, reward=name)] += 1

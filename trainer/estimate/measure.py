@@ -40,8 +40,8 @@ class Meter:
     def seconds(self, calls: Calls) -> dict[str, float]:
         """Seconds of all calls together, by kind.
 
-        Of calls that differ only in their number of rows, the largest and the smallest are timed, and the others
-        are interpolated linearly.
+        Of calls that differ only in their numbers of rows and prompts, the largest and the smallest are timed, and the
+        others are interpolated linearly.
         """
         total: dict[str, float] = {}
         for call, count in calls.items():
@@ -50,13 +50,11 @@ class Meter:
         return total
 
     def _of(self, call: Call, same: list[Call]) -> float:
-        ends = sorted(same, key=lambda other: other.rows)
-        low, high = ends[0], ends[-1]
-        longest = self._measured(high)
-        if low.rows == high.rows or call == high:
-            return longest * call.rows / high.rows
-        shortest = self._measured(low)
-        share = (call.rows - low.rows) / (high.rows - low.rows)
+        low, high = min(same, key=lambda other: other.size), max(same, key=lambda other: other.size)
+        if low.size == high.size:
+            return self._measured(call)
+        longest, shortest = self._measured(high), self._measured(low)
+        share = (call.size - low.size) / (high.size - low.size)
         return shortest + share * (longest - shortest)
 
     def _measured(self, call: Call) -> float:
@@ -95,7 +93,8 @@ class Meter:
 
     def _prediction(self, call: Call) -> Callable[[], torch.Tensor]:
         prompting = self.trainer.prompting
-        index = torch.arange(call.rows) % len(self.trainer.prompts.texts)
+        prompts = min(call.prompts, len(self.trainer.prompts.texts))
+        index = torch.arange(call.rows) * prompts // call.rows
         latents, conditions = self._latents(call.rows), prompting.rows(index).to(self.device)
         trained = next(level for level in (0.7, 1.0, 0.005) if self.model.is_trained_at(level))
         level = torch.full((call.rows,), trained, device=self.device)
