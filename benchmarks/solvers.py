@@ -22,7 +22,7 @@ def main() -> None:
     from trainer.diffusion.solvers import SOLVERS
     from trainer.models import SD3Model
     from trainer.prompts.sets import evaluation_prompts
-    from trainer.rollout import Plan, Prompting, decode, sample
+    from trainer.rollout import Plan, Prompting, sample
     from trainer.utils.seeds import noise
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,7 +47,7 @@ def main() -> None:
         return sample(model, plan, prompting, rows, initial, lambda step: initial, batch=96).final
 
     references = {name: final(name, args.reference) for name in SOLVERS}
-    decoded = {name: decode(model, latents, 96) for name, latents in references.items()}
+    decoded = {name: model.decode(latents) for name, latents in references.items()}
     columns = ("median error", "mean error", "pixels")
     heads = [f"{column}, {args.reference} steps of {name}" for name in SOLVERS for column in columns]
     print(f"{len(texts)} images, shift {shift:g}, guidance {args.guidance:g}\n")
@@ -55,7 +55,7 @@ def main() -> None:
     for name in SOLVERS:
         for steps in args.steps:
             latents = final(name, steps)
-            images = decode(model, latents, 96)
+            images = model.decode(latents)
             cells = []
             for reference in SOLVERS:
                 errors = relative_errors(latents, references[reference])

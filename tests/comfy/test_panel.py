@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from trainer.config import parse_config, preset
 from trainer.runs.directory import RunDirectory
 from trainer.runs.events import add_evaluation
-from trainer.runs.pictures import Sample, write_samples
+from trainer.runs.sample_grids import Sample, write_samples
 
 LONG = 20_000
 LORAS = ("panel a_6_high", "panel a_6_low", "panel a_12_high", "panel a_12_low", "panel a_b_12", "panel b_5")
@@ -167,7 +167,7 @@ def test_names_lead_nowhere_else(comfy: Server, name: str) -> None:
     assert refusal(comfy, f"/dancegrpo/deleted/{name}/restore", {})[0] in (400, 404) if "%2F" not in name else True
 
 
-def test_links_out_of_the_folder_are_no_pictures(comfy: Server, runs: Path) -> None:
+def test_links_out_of_the_folder_are_no_images(comfy: Server, runs: Path) -> None:
     (runs / "panel a" / "samples").mkdir(exist_ok=True)
     secret = runs.parent / "secret.png"
     secret.write_bytes(b"secret")

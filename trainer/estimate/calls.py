@@ -124,7 +124,7 @@ class CountingModel(DiffusionModel):
 
     @classmethod
     def encode_batches(
-        cls, config: ModelConfig, prompts: list[str], pictures: list[Path | None], negative: str, device: torch.device
+        cls, config: ModelConfig, prompts: list[str], images: list[Path | None], negative: str, device: torch.device
     ) -> Iterator[Conditions]:
         raise NotImplementedError
 

@@ -32,7 +32,7 @@ TURNS = (ROLLOUT, UPDATE, DECODE, REWARDS)
 """Parts of which only one is on the device at a time."""
 SAMPLED_PER_TRAINED = 3
 """Latents in a forward pass of the rollout that need no more than one of the update with gradient checkpointing; by the
-table of presets in docs/families.md, between 3.8 and 5.7 do."""
+table of presets in docs/families.md, more than three do."""
 WORTH_IT = 0.02
 """A change is suggested if it saves at least this share of the peak."""
 

@@ -541,7 +541,7 @@ def test_loras_of_two_networks_are_compared_as_the_trainer_evaluates_them(
     model = graph_section(files, low_noise=expert, scheduler="simple")
     config = with_conditions(pack, demo, files, description(pack, model, None, **sections))
     monkeypatch.setattr(folder_paths, "output_directory", str(files.folder))
-    directory = pack("trainer.runs.directory").RunDirectory.open(files.folder / "dancegrpo/runs/mine", config, [])
+    directory = pack("trainer.runs.directory").RunDirectory(files.folder / "dancegrpo/runs/mine").open(config, [])
     trainer = pack("trainer.loop").Trainer(config, directory, pack("trainer.utils.distributed").Processes("cpu"))
     trainer.train()
     directory.release()
