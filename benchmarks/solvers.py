@@ -44,7 +44,7 @@ def main() -> None:
 
     def final(solver: str, steps: int) -> torch.Tensor:
         plan = Plan("ode", 0.0, model.sigmas(steps, shift), [False] * steps, False, args.guidance, solver)
-        return sample(model, plan, prompting, rows, initial, lambda step: initial, batch=96).final
+        return sample(model, plan, prompting, rows, initial, lambda step: initial).final
 
     references = {name: final(name, args.reference) for name in SOLVERS}
     decoded = {name: model.decode(latents) for name, latents in references.items()}
