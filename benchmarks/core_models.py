@@ -14,6 +14,7 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from core_networks import FLUX, HUNYUAN, SD15, SDXL, WAN_1_3B, WAN_14B, Z_IMAGE_BASE
+from core_networks import SDXL_DIFFUSERS as SDXL_DIFFUSERS
 from core_networks import core_model as core_model
 
 

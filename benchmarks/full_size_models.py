@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.core_models import FOLDER_KL, NETWORKS, core_model, core_vae, random_like
+from benchmarks.core_models import FOLDER_KL, NETWORKS, SDXL_DIFFUSERS, core_model, core_vae, random_like
 
 CHECKPOINT = "full-size.safetensors"
 NETWORK, VAE, TEXT = "network.safetensors", "vae.safetensors", "text_encoder.safetensors"
@@ -42,19 +42,7 @@ CLIP_G = CLIP_L | {
     "hidden_act": "gelu",
 }
 UNET_SD15 = {"cross_attention_dim": 768, "sample_size": 64}
-UNET_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+UNET_SDXL = SDXL_DIFFUSERS | {"sample_size": 128}
 
 
 @dataclass(frozen=True)
