@@ -48,10 +48,10 @@ def partners(name: str) -> list[str]:
 
     The file for high noise is first.
     """
-    words = list(_WORD.finditer(name))
-    if not words:
+    span = _network_word(name)
+    if span is None:
         return [name]
-    start, end = words[-1].span()
+    start, end = span
     case = next((case for case in _CASES if case(name[start:end]) == name[start:end]), str.lower)
     return [f"{name[:start]}{case(network)}{name[end:]}" for network in NETWORKS]
 
@@ -125,11 +125,16 @@ def _needs_two(what: str) -> BadInput:
 def _shown(files: Files) -> str:
     """The name without folder and ending; that of a pair without the word for the network."""
     stem = next(iter(files.values())).stem
-    words = list(_WORD.finditer(stem))
-    if len(files) == 1 or not words:
+    span = _network_word(stem)
+    if len(files) == 1 or span is None:
         return stem
-    start, end = words[-1].span()
+    start, end = span
     return f"{stem[:start].rstrip(' _.-')}{stem[end:]}"
+
+
+def _network_word(name: str) -> tuple[int, int] | None:
+    """Where the last word high or low of a name stands."""
+    return next((word.span() for word in reversed(list(_WORD.finditer(name)))), None)
 
 
 def _trained(file: Path) -> str | None:
