@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 from comfy.model_sampling import CONST, V_PREDICTION
 
-from ...trainer.config import AUTO, ModelConfig
+from ...trainer.config import AUTO, ModelConfig, RewardConfig, parse_config
 from ...trainer.diffusion.process import FLOW, VP, VP_V, Process
 from ...trainer.estimate.automatic import Choice, Facts, choose, choose_for, filled
-from ...trainer.estimate.memory import graph_bytes, name_of
+from ...trainer.estimate.memory import graph_peak, name_of
 from ...trainer.models.distilled import distilled_steps
+from ...trainer.rewards import load_reward, memory_together
 from ...trainer.runs.memory import memory_bytes
 from .. import types
 
@@ -57,7 +58,7 @@ def _choice(plain: dict, model: types.Model, processes: int) -> Choice:
         device=name_of(device),
         on_cpu=device.type == "cpu",
         memory=memory_bytes("auto", processes),
-        needed=_needed(config),
+        needed=_needed(plain, _reward_bytes(plain, device.type), device.type == "cpu"),
     )
     return choose(facts)
 
@@ -68,10 +69,17 @@ def _process(spec: types.ModelSpec) -> Process:
     return VP_V if isinstance(spec.sampling, V_PREDICTION) else VP
 
 
-def _needed(config: ModelConfig) -> Callable[[dict[str, dict]], int]:
+def _reward_bytes(plain: dict, device: str) -> int:
+    """Bytes of the reward models of the training and of the evaluation, by their files."""
+    sections = [*plain.get("rewards", []), *plain["evaluation"].get("rewards", [])]
+    named = {section["name"]: RewardConfig.model_validate(section) for section in sections}
+    return memory_together([load_reward(reward, device) for reward in named.values()])
+
+
+def _needed(plain: dict, rewards: int, on_cpu: bool) -> Callable[[dict[str, dict]], int]:
     def needed(sections: dict[str, dict]) -> int:
-        batch, rank = sections["objective"]["batch_size"], sections["lora"]["rank"]
-        return graph_bytes(config, batch, rank, sections["model"]["gradient_checkpointing"])
+        model = {**plain["model"], **sections["model"]}
+        return graph_peak(parse_config(filled({**plain, "model": model}, Choice(sections, []))), rewards, on_cpu)
 
     return needed
 

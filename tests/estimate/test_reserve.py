@@ -1,11 +1,13 @@
-"""What a connected model leaves free on the GPU where its description does not say."""
+"""What a run on a connected model needs, and what it leaves free on the GPU where its description does not say."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from trainer.config import RunConfig, parse_config
-from trainer.estimate.memory import graph_bytes, with_reserve
+from trainer.estimate.memory import graph_bytes, graph_peak, with_reserve
 
 
 def config(tmp_path: Path, **sections: dict) -> RunConfig:
@@ -36,3 +38,29 @@ def test_what_the_description_says_is_kept(tmp_path: Path) -> None:
     assert with_reserve(given) == given.model
     plain = parse_config({"prompts": {"texts": ["a"]}, "rewards": [{"name": "brightness"}]})
     assert with_reserve(plain) == plain.model
+
+
+@pytest.mark.parametrize(
+    ("weights", "checkpointing", "bytes_per_weight"),
+    [
+        ("float32", False, 4),
+        (None, False, 4),
+        ("bfloat16", True, 2),
+        ("bfloat16", False, 6),
+        ("float8_e4m3fn", False, 5),
+    ],
+)
+def test_a_cpu_holds_weights_and_rewards_beside_the_activations(
+    tmp_path: Path, weights: str | None, checkpointing: bool, bytes_per_weight: int
+) -> None:
+    run = config(tmp_path, graph={"weights": weights}, objective={"batch_size": 4})
+    run = run.model_copy(update={"model": run.model.model_copy(update={"gradient_checkpointing": checkpointing})})
+    save_file({"network": torch.zeros(40, 20), "vae": torch.zeros(200)}, tmp_path / "weights.safetensors")
+    network, rewards = graph_bytes(run.model, 4, 16, checkpointing), 5 * 2**30
+    assert graph_peak(run, rewards, on_cpu=True) == network + rewards + bytes_per_weight * 1000
+    assert graph_peak(run, rewards, on_cpu=False) == max(network, rewards)
+
+
+def test_a_file_of_another_format_counts_as_half_precision(tmp_path: Path) -> None:
+    run = config(tmp_path, graph={"weights": "float32"})
+    assert graph_peak(run, 0, on_cpu=True) == graph_bytes(run.model, 1, 16, True) + 4 * 500

@@ -10,7 +10,14 @@ import torch
 from ..check import CheckedRun
 from ..config import ModelConfig, RunConfig
 from ..models.diffusers.family import DiffusersModel
-from ..models.memory import BYTES, latent_numbers, parameter_count, run_memory, weight_bytes
+from ..models.memory import (
+    BYTES,
+    graph_parameter_count,
+    latent_numbers,
+    parameter_count,
+    run_memory,
+    weight_bytes,
+)
 from ..rewards import memory_together
 from ..runs.memory import iteration_bytes
 from ..shapes import WEIGHTS
@@ -153,15 +160,38 @@ def graph_bytes(config: ModelConfig, batch: int, rank: int, checkpointing: bool)
     return int(activations + 0.08 * weight_bytes(config) * rank / 16)
 
 
+def graph_run_bytes(config: RunConfig) -> int:
+    """What update and rollout of a run on a connected model need beside its weights, by the rule of `graph_bytes`."""
+    model, rank = config.model, config.lora.rank
+    sampled = -(-config.rollout.batch_size // SAMPLED_PER_TRAINED)
+    update = graph_bytes(model, config.objective.batch_size, rank, model.gradient_checkpointing)
+    return max(update, graph_bytes(model, sampled, rank, checkpointing=True))
+
+
+def graph_peak(config: RunConfig, rewards: int, on_cpu: bool) -> int:
+    """Bytes that a run on a connected model needs at its peak, by the same rule.
+
+    On a GPU the reward models take turns with the network, whose weights ComfyUI keeps in RAM where they do not fit. On
+    a CPU all of them share one memory, and core computes in float32: from smaller weights it makes float32 copies,
+    which wait for the backward pass unless there is gradient checkpointing.
+
+    Args:
+        rewards: bytes of the reward models.
+    """
+    network, model = graph_run_bytes(config), config.model
+    if not on_cpu:
+        return max(network, rewards)
+    itemsize = getattr(torch, model.graph.weights or "float32").itemsize
+    copies = 0 if model.gradient_checkpointing or itemsize == 4 else 4
+    return network + rewards + graph_parameter_count(model.graph) * (itemsize + copies)
+
+
 def with_reserve(config: RunConfig) -> ModelConfig:
     """The section `model`; where its graph leaves `reserve_gb` open, with what the run needs beside the weights."""
     model, graph = config.model, config.model.graph
     if graph is None or graph.reserve_gb is not None:
         return model
-    sampled = -(-config.rollout.batch_size // SAMPLED_PER_TRAINED)
-    update = graph_bytes(model, config.objective.batch_size, config.lora.rank, model.gradient_checkpointing)
-    rollout = graph_bytes(model, sampled, config.lora.rank, checkpointing=True)
-    reserve = min(max(update, rollout) / 2**30, 1000.0)
+    reserve = min(graph_run_bytes(config) / 2**30, 1000.0)
     return model.model_copy(update={"graph": graph.model_copy(update={"reserve_gb": reserve})})
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import LoraConfig, ModelConfig, RunConfig
+from ..config import GraphModel, LoraConfig, ModelConfig, RunConfig
 from ..shapes import WEIGHTS
 from ..utils.allocation import peak_bytes
 from .base import Conditions, DiffusionModel
@@ -109,9 +109,7 @@ def weight_bytes(config: ModelConfig, processes: int = 1) -> int:
         processes: of the run; they share a sharded network.
     """
     if config.graph is not None:
-        files = {config.graph.file, config.graph.vae_file}
-        files |= {config.graph.low_noise.file} if config.graph.low_noise else set()
-        return sum(Path(file).stat().st_size for file in files)
+        return sum(file.stat().st_size for file in _graph_files(config.graph))
     folder = WEIGHTS if config.path == "embedded" else Path(config.path)
     if config.network_file is None:
         network = sum(parameter_count(folder / name) for name in ("transformer", "unet"))
@@ -120,6 +118,17 @@ def weight_bytes(config: ModelConfig, processes: int = 1) -> int:
         network = sum(size for name, size in sizes.items() if name.startswith(PREFIX)) or sum(sizes.values())
     network *= BYTES[config.quantization or config.dtype] / (processes if config.sharded else 1)
     return int(network + parameter_count(folder / "vae") * BYTES[config.vae_dtype])
+
+
+def graph_parameter_count(graph: GraphModel) -> int:
+    """Number of weights in the files of a graph's model; two bytes are taken for one where a file is no safetensors."""
+    return sum(sum(_sizes(file).values()) or file.stat().st_size // 2 for file in _graph_files(graph))
+
+
+def _graph_files(graph: GraphModel) -> set[Path]:
+    """Files of the networks and the VAE; a checkpoint, which holds both, is one."""
+    low_noise = {graph.low_noise.file} if graph.low_noise else set()
+    return {Path(file) for file in {graph.file, graph.vae_file} | low_noise}
 
 
 def latent_numbers(family: type[DiffusionModel], config: ModelConfig) -> int:

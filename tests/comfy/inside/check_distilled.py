@@ -49,3 +49,16 @@ def test_the_node_warns_of_settings_that_do_not_suit(noted: Callable) -> None:
     )
     assert "guidance_scale 3.5" in text
     assert "warning" not in noted(PLAIN, "rollout.steps=20")[1]
+
+
+def test_preset_auto_counts_the_reward_models(noted: Callable, pack: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = []
+
+    def too_large(rewards: list) -> int:
+        counted.extend(rewards)
+        return 2**60
+
+    monkeypatch.setattr(pack("nodes.host.automatic"), "memory_together", too_large)
+    with pytest.raises(pack("trainer.utils.errors").BadInput, match="preset auto finds no settings that fit"):
+        noted(PLAIN)
+    assert [type(reward).__name__ for reward in counted] == ["Brightness"]
