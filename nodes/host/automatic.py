@@ -78,8 +78,9 @@ def _reward_bytes(plain: dict, device: str) -> int:
 
 def _needed(plain: dict, rewards: int, on_cpu: bool) -> Callable[[dict[str, dict]], int]:
     def needed(sections: dict[str, dict]) -> int:
-        model = {**plain["model"], **sections["model"]}
-        return graph_peak(parse_config(filled({**plain, "model": model}, Choice(sections, []))), rewards, on_cpu)
+        choice = Choice(sections, [])
+        model = _with_memory(plain["model"], choice)
+        return graph_peak(parse_config(filled({**plain, "model": model}, choice)), rewards, on_cpu)
 
     return needed
 

@@ -40,6 +40,8 @@ TURNS = (ROLLOUT, UPDATE, DECODE, REWARDS)
 SAMPLED_PER_TRAINED = 3
 """Latents in a forward pass of the rollout that need no more than one of the update with gradient checkpointing; by the
 table of presets in docs/families.md, more than three do."""
+GRAPH_PROCESS = 800 * 2**20
+"""Bytes of a training process with PyTorch, diffusers and ComfyUI's modules, before it loads a model."""
 WORTH_IT = 0.02
 """A change is suggested if it saves at least this share of the peak."""
 
@@ -183,7 +185,8 @@ def graph_peak(config: RunConfig, rewards: int, on_cpu: bool) -> int:
         return max(network, rewards)
     itemsize = getattr(torch, model.graph.weights or "float32").itemsize
     copies = 0 if model.gradient_checkpointing or itemsize == 4 else 4
-    return network + rewards + graph_parameter_count(model.graph) * (itemsize + copies)
+    weights = graph_parameter_count(model.graph) * (itemsize + copies)
+    return GRAPH_PROCESS + network + rewards + weights
 
 
 def with_reserve(config: RunConfig) -> ModelConfig:
