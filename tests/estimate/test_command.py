@@ -50,6 +50,22 @@ def test_calls_of_more_prompts_are_interpolated(tiny_description: dict, monkeypa
     assert meter.seconds(calls) == pytest.approx({"train": 9 + 11 + 16})
 
 
+@pytest.mark.parametrize(
+    ("durations", "seconds"),
+    [([0.4, 0.3, 0.1, 0.2], 0.2), ([20.0, 13.0], 13.0), ([70.0], 70.0)],
+    ids=["short calls three times after a warm-up", "long ones once", "very long ones are not repeated"],
+)
+def test_how_often_a_call_is_timed(tiny_description: dict, durations: list[float], seconds: float) -> None:
+    now, left = [0.0], iter(durations)
+
+    def action() -> None:
+        now[0] += next(left)
+
+    meter = Meter(Trainer(parse_config(tiny_description), None, Processes("cpu")), clock=lambda: now[0])
+    assert meter._timed(action) == pytest.approx(seconds)
+    assert not list(left)
+
+
 def test_a_forecast_adds_up() -> None:
     found = Forecast("a GPU", 10, {"forward passes": 2.0, "rewards": 0.5}, 20.0, 3, 7.0, {"x": 1}, 5, 9)
     assert found.iteration == 2.5

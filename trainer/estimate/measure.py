@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 SCORED = 16
 """Number of images that a reward is timed on."""
-SHORT, LONG = 0.5, 10.0
-"""Seconds. After a warm-up, calls up to SHORT are timed three times; calls above LONG are not repeated at all."""
+SHORT, LONG = 0.5, 60.0
+"""Seconds. After a warm-up, calls up to SHORT are timed three times; calls above LONG are not repeated at all. A first
+call of 10 to 30 s took up to a half longer than later ones, because it reads weights from their files and asks the
+system for memory (Z-Image on a CPU)."""
 
 
 class Meter:
