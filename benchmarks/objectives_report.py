@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from objectives import ROOT, gain, strict
 
 FIGURE = ROOT / "docs/images/objectives.png"
@@ -40,41 +41,66 @@ def table(runs: list[dict]) -> str:
     return "\n".join([head, *rows])
 
 
-def best_of_search(runs: list[dict]) -> list[dict]:
-    """Of the runs with the smallest budget, those of each objective's best rate on seed 0; and all with larger ones."""
-    smallest = min(run["budget"] for run in runs)
-    best: dict[str, dict] = {}
-    for run in runs:
-        if run["budget"] == smallest and run["seed"] == 0:
-            best[run["name"]] = max(best.get(run["name"], run), run, key=strict)
-    return [run for run in runs if run["budget"] > smallest or run["rate"] == best[run["name"]]["rate"]]
-
-
 def draw(runs: list[dict], target: float) -> None:
-    """Held-out strict score and mixture against cost: a line per run, a colour per objective, the search dashed."""
+    """Held-out strict score (left) and mixture (right): after the smallest budget, and along the largest one."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    shown, smallest = best_of_search(runs), min(run["budget"] for run in runs)
-    colour = dict(zip(sorted({run["name"] for run in shown}), COLOURS, strict=False))
-    labelled = set()
-    for run in sorted(shown, key=lambda run: (run["name"], run["budget"], run["seed"])):
-        costs = [point["cost"] / 1000 for point in run["curve"]]
-        style = {"color": colour[run["name"]], "marker": "o", "markersize": 3, "linewidth": 1}
-        style |= {"linestyle": "--" if run["budget"] == smallest else "-"}
-        label = None if run["name"] in labelled else run["name"]
-        labelled.add(run["name"])
-        base = run["curve"][0]
-        unit, start = base["spread"]["mix"], base["rewards"]["mix"]
-        left.plot(costs, [point["rewards"]["shapes-strict"] for point in run["curve"]], label=label, **style)
-        right.plot(costs, [(point["rewards"]["mix"] - start) / unit for point in run["curve"]], **style)
-    left.axhline(target, color="black", linewidth=0.8, linestyle=":")
-    left.set_ylabel("held-out strict score")
-    right.set_ylabel("gain of the held-out mixture, spreads")
-    for axes in (left, right):
+    figure = Figure(figsize=(9.5, 8.2), layout="constrained")
+    (strict_ends, mixture_ends), (strict_curves, mixture_curves) = figure.subplots(2, 2)
+    shortest, longest = (pick(run["budget"] for run in runs) for pick in (min, max))
+    draw_ends([run for run in runs if run["budget"] == shortest], strict_ends, mixture_ends)
+    draw_curves([run for run in runs if run["budget"] == longest], strict_curves, mixture_curves)
+    for axes in (strict_ends, mixture_ends):
+        axes.set_title(f"after {shortest // 1000},000 forward-equivalents", fontsize=10)
+    for axes in (strict_curves, mixture_curves):
         axes.set_xlabel("thousand forward-equivalents")
+    strict_ends.axvline(target, color="black", linewidth=0.8, linestyle=":")
+    strict_curves.axhline(target, color="black", linewidth=0.8, linestyle=":")
+    strict_ends.set_xlabel("held-out strict score")
+    mixture_ends.set_xlabel("gain of the held-out mixture, spreads")
+    mixture_ends.set_yticklabels([])
+    strict_curves.set_ylabel("held-out strict score")
+    mixture_curves.set_ylabel("gain of the held-out mixture, spreads")
+    for axes in (strict_ends, mixture_ends, strict_curves, mixture_curves):
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(FIGURE, dpi=130)
     print(f"figure: {FIGURE.relative_to(ROOT)}")
+
+
+def draw_ends(runs: list[dict], left: object, right: object) -> None:
+    """A point per run; a row per objective, the best on top, a colour per learning rate."""
+    best: dict[str, float] = {}
+    for run in runs:
+        best[run["name"]] = max(best.get(run["name"], 0.0), strict(run))
+    names = sorted(best, key=lambda name: best[name])
+    for colour, rate in zip(COLOURS, sorted({run["rate"] for run in runs}), strict=False):
+        points = [run for run in runs if run["rate"] == rate]
+        rows = [names.index(run["name"]) for run in points]
+        style = {"color": colour, "s": 22, "alpha": 0.8}
+        left.scatter([strict(run) for run in points], rows, label=f"learning rate {rate:g}", **style)
+        right.scatter([gain(run) for run in points], rows, **style)
+    left.axvline(runs[0]["curve"][0]["rewards"]["shapes-strict"], color="grey", linewidth=0.8)
+    for axes in (left, right):
+        axes.set_yticks(range(len(names)), names)
+    left.legend(fontsize=8, loc="lower right")
+
+
+def draw_curves(runs: list[dict], left: object, right: object) -> None:
+    """Thin lines for the seeds, a thick one for their mean; a colour per objective and learning rate."""
+    groups: dict[tuple[str, float], list[dict]] = {}
+    for run in sorted(runs, key=lambda run: (run["name"], run["rate"], run["seed"])):
+        groups.setdefault((run["name"], run["rate"]), []).append(run)
+    for colour, ((name, rate), seeds) in zip(COLOURS, groups.items(), strict=False):
+        base = seeds[0]["curve"][0]
+        values = {
+            left: lambda point: point["rewards"]["shapes-strict"],
+            right: lambda point, base=base: (point["rewards"]["mix"] - base["rewards"]["mix"]) / base["spread"]["mix"],
+        }
+        for axes, value in values.items():
+            lines = [np.array([(point["cost"] / 1000, value(point)) for point in run["curve"]]) for run in seeds]
+            for line in lines:
+                axes.plot(*line.T, color=colour, linewidth=0.6, alpha=0.6)
+            mean = np.mean([line[: min(map(len, lines))] for line in lines], axis=0)
+            label = f"{name}, {rate:g} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})"
+            axes.plot(*mean.T, color=colour, linewidth=2, marker="o", markersize=3, label=label)
+    right.legend(fontsize=7, loc="lower right")
