@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--times", type=int, default=3)
     args = parser.parse_args()
-    from trainer.models.compiled import compile_repeated_blocks, uncompiled
+    from trainer.models.compiled import compile_repeated_blocks
 
     torch.set_num_threads(1)
     dtype = getattr(torch, args.dtype)
@@ -121,7 +121,7 @@ def main() -> None:
         first = spent() - started
         seconds: dict[str, list[float]] = {"plain": [], "compiled": []}
         for _ in range(args.times):
-            with uncompiled():
+            with torch.compiler.set_stance("force_eager"):
                 seconds["plain"].append(timed(call))
             seconds["compiled"].append(timed(call))
         before, after = (statistics.median(values) for values in seconds.values())

@@ -76,7 +76,7 @@ def program(*arguments: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("description", type=Path)
-    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=5, help="at least 2: the first one is not counted")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--only", choices=("seconds", "memory"), help="one of the two")
     args = parser.parse_args()

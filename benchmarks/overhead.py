@@ -1,6 +1,6 @@
 """How much of an iteration is not the model: time whole iterations, then the model calls they make, alone.
 
-    python benchmarks/overhead.py --iterations 10
+    python benchmarks/overhead.py --set rollout.window=null --iterations 10
 
 The alone timing makes the same number of forward passes (rollout) and forward-and-backward passes (update) at the same
 batch sizes on random latents, and decodes as many images; what an iteration takes beyond that is overhead.
@@ -40,17 +40,18 @@ def main() -> None:
     args = parser.parse_args()
 
     config = parse_config(preset(args.preset), args.overrides)
+    rollout = config.rollout
+    if rollout.window or not rollout.shared_noise or rollout.guidance_scale != 1:
+        parser.error("the alone timing knows runs with shared noise, without window and guidance")
     trainer = Trainer(config, None, Processes("cpu"))
     trainer.iterate()
     events = [trainer.iterate() for _ in range(args.iterations)]
     whole = statistics.median(e["seconds"]["total"] for e in events)
     phases = {name: statistics.median(e["seconds"][name] for e in events) for name in events[0]["seconds"]}
 
-    model, rollout = trainer.model, config.rollout
+    model = trainer.model
     images = rollout.prompts_per_iteration * rollout.group_size
     predictions = round(statistics.median(e["forwards_per_image"] for e in events) * images)
-    if rollout.window or not rollout.shared_noise or rollout.guidance_scale != 1:
-        parser.error("the alone timing knows runs with shared noise, without window and guidance")
     shared = rollout.prompts_per_iteration
     sampled = shared + (rollout.steps - 1) * images
     trained = predictions - sampled

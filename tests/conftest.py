@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def build_tiny_sd3(folder: Path) -> Path:
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(pretrain_shapes.MODEL_INDEX))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def system_temporary_folder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[None]:
+    """A folder of pytest's in place of the system's, here and in every process that is started: some are killed.
+
+    What PyTorch compiles is kept beside pytest's cache, because compiling anew takes a minute and a half.
+    """
+    folder = tmp_path_factory.mktemp("system")
+    with pytest.MonkeyPatch.context() as changed:
+        for name in ("TMPDIR", "TEMP", "TMP"):
+            changed.setenv(name, str(folder))
+        changed.setattr(tempfile, "tempdir", None)
+        if pytestconfig.cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            changed.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("inductor")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -197,13 +214,39 @@ def results_of(run: Path) -> list[dict]:
 
 
 NO_GPU = "no GPU: torch.cuda.is_available() is false"
-LONGEST = ("tests/comfy/test_inside.py", "tests/test_gpu_suite.py", "tests/comfy/test_votes.py")
-"""Files that come first, so that no process is left alone with one of them at the end."""
+LONGEST = (
+    "tests/comfy/test_inside.py",
+    "tests/test_gpu_suite.py",
+    "tests/comfy/test_training.py",
+    "tests/models/test_families.py",
+    "tests/comfy/test_workflows.py",
+    "tests/comfy/test_votes.py",
+    "tests/comfy/test_panel_follow.py",
+)
+"""Files that come first, the longest of all first, so that no process is left alone with one of them at the end."""
+ALONE = ("tests/comfy/test_inside.py",)
+"""Files whose tests share no fixture, and take long: each test is on its own for the processes of `make test`."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    """With `--dist loadfile`, the tests of a file in `ALONE` need not be in one process."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if file in ALONE else file
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, and skip tests marked `gpu` where there is none; the summary says so."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    place = {file: number for number, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(LONGEST)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

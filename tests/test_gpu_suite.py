@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from comfy_host import COMFYUI, absence
+
+from benchmarks import gpu
+from benchmarks.gpu_suite.cases import cases
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32 = 1e-3
@@ -24,8 +27,20 @@ def suite(*words: object, timeout: float) -> subprocess.CompletedProcess:
     )
 
 
-def names() -> list[str]:
-    return suite("--list", timeout=300).stdout.split("\n")[:-1]
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[object, str]]:
+    """Exit code and output of the script where it runs no case, in this process."""
+
+    def run(*words: object) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, words)])
+        code = 0
+        try:
+            gpu.main()
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().out
+
+    return run
 
 
 def check(line: dict) -> None:
@@ -45,10 +60,10 @@ def check(line: dict) -> None:
 
 
 @pytest.mark.skipif(absence() is not None, reason=str(absence()))
-def test_every_case_runs_on_a_cpu_with_tiny_networks(tmp_path: Path) -> None:
+def test_every_case_runs_on_a_cpu_with_tiny_networks(tmp_path: Path, script: Callable) -> None:
     done = suite("--dry", "--results", tmp_path / "lines.jsonl", timeout=2400)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [line["case"] for line in lines] == names(), done.stderr[-4000:]
+    assert [line["case"] for line in lines] == script("--list")[1].splitlines(), done.stderr[-4000:]
     for line in lines:
         if "skipped" not in line:
             check(line)
@@ -57,13 +72,13 @@ def test_every_case_runs_on_a_cpu_with_tiny_networks(tmp_path: Path) -> None:
     left_out = {line["skipped"] for line in lines if "skipped" in line}
     known = ("bitsandbytes is not installed", "diffusers quantizes on a GPU", "nothing to compile with: no ")
     assert all(reason.startswith(known) for reason in left_out), left_out
-    again = suite("--dry", "--results", tmp_path / "lines.jsonl", timeout=300)
-    assert (again.returncode, again.stdout) == (0, ""), "what has a line is not run again"
-    report = suite("--report", "--results", tmp_path / "lines.jsonl", timeout=300).stdout
+    again = script("--dry", "--results", tmp_path / "lines.jsonl")
+    assert again == (0, ""), "what has a line is not run again"
+    _, report = script("--report", "--results", tmp_path / "lines.jsonl")
     assert report.startswith("### CPU, ")
 
 
-def test_a_report_puts_measured_beside_computed(tmp_path: Path) -> None:
+def test_a_report_puts_measured_beside_computed(tmp_path: Path, script: Callable) -> None:
     line = {
         "case": "flux.1/bf16",
         "device": "Card",
@@ -79,7 +94,7 @@ def test_a_report_puts_measured_beside_computed(tmp_path: Path) -> None:
     }
     lines = [line, {"case": "z-image/bf16", "device": "Card", "date": "2026-01-02", "torch": "2", "error": "OOM"}]
     (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report = suite("--report", "--results", tmp_path / "lines.jsonl", timeout=300).stdout
+    _, report = script("--report", "--results", tmp_path / "lines.jsonl")
     assert "### Card, 2026-01-02, PyTorch 2" in report
     assert "| 24.0 (24.0, +0%) | 25.0 (20.0, -20%) | 3.0 | 1.0e-06 | no, 1.0e-09 | 1.0e-02 |" in report
     assert "- `z-image/bf16` failed: OOM" in report
@@ -98,7 +113,7 @@ def measured() -> Iterator[dict[str, dict]]:
 
 @pytest.mark.gpu
 def test_every_case_runs_on_the_gpu(measured: dict[str, dict]) -> None:
-    assert set(measured) == set(names())
+    assert set(measured) == set(cases())
     for line in measured.values():
         if "skipped" not in line:
             check(line)

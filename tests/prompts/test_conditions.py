@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,12 @@ class Thread(Processes):
     def gather(self, items: list) -> list:
         self.board[self.rank] = list(items)
         self.barrier.wait(60)
-        return [item for part in self.board for item in part]
+        found = [item for part in self.board for item in part]
+        self.barrier.wait(60)  # until every thread has read them
+        return found
+
+    def broadcast(self, value: object) -> object:
+        return self.gather([value])[0]
 
 
 def in_processes(count: int, call: Callable[[Processes], object]) -> list:
@@ -89,6 +95,44 @@ def test_conditions_of_a_run_are_in_a_file_and_equal_those_in_memory(sd3: RunCon
     del found, stored, parts
     gc.collect()
     assert list(tmp_path.iterdir()) == [], "deleted with the run"
+
+
+def test_nothing_of_a_temporary_folder_is_left_while_it_is_read(
+    sd3: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a process that is killed leaves nothing there."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prompts = read_prompts(sd3)
+    found = conditions_for(sd3, SD3Model, *prompts, Processes("cpu"), None)
+    assert list(tmp_path.iterdir()) == []
+    own = SD3Model.encode(sd3.model, list(prompts[0].texts), CPU)
+    read = found.training.rows(torch.arange(len(own)))
+    assert torch.equal(read.tensors["embeds"], own.tensors["embeds"])
+
+    def encode_batches(*_: object) -> Iterator:
+        assert [path.name[:10] for path in tmp_path.iterdir()] == ["dancegrpo-"]
+        raise BadInput("no text encoder")
+
+    monkeypatch.setattr(SD3Model, "encode_batches", encode_batches)
+    with pytest.raises(BadInput, match="no text encoder"):
+        conditions_for(sd3, SD3Model, *prompts, Processes("cpu"), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_share_a_temporary_folder(sd3: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    texts = [f"prompt {n}" for n in range(40)]
+    config = parse_config(sd3.model_dump(mode="json") | {"prompts": {"texts": texts}, "evaluation": {}})
+    monkeypatch.setattr(
+        SD3Model,
+        "encode_batches",
+        lambda model, texts, *_: (numbered(texts[start : start + 16]) for start in range(0, len(texts), 16)),
+    )
+    prompts = read_prompts(config)
+    results = in_processes(2, lambda processes: conditions_for(config, SD3Model, *prompts, processes, None))
+    for found in results:
+        assert found.training.rows(torch.arange(40)).tensors["embeds"].flatten().tolist() == list(map(float, range(40)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def numbered(texts: list[str]) -> Conditions:

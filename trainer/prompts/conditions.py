@@ -73,7 +73,8 @@ def conditions_for(
     """The encoded prompts of a run.
 
     Without `prompts.conditions`, each process encodes a part of the prompts into a file that all processes read; it is
-    deleted when the process ends. This is a collective operation.
+    deleted when the process ends, and a temporary folder as soon as all have opened the files. This is a collective
+    operation.
 
     Args:
         folder: folder of these files, on a disk that all processes share; None for a temporary folder.
@@ -169,7 +170,31 @@ def _encode_together(
     folder: Path | None,
 ) -> StoredConditions:
     """Encode the prompts with all processes, in the same batches as a single process would use."""
-    folder, temporary = (folder, None) if folder else _temporary_folder(processes)
+    temporary = None if folder else _temporary_folder(processes)
+    try:
+        stored = _encode_shares(config, family, wanted, processes, folder or temporary, temporary)
+        if temporary:
+            processes.gather([None])  # until every process has opened the files
+        return stored
+    finally:
+        if temporary and processes.is_main:
+            # What is open can be read without a name, so that nothing is left of a process that is killed later. Where
+            # it cannot (Windows), `_remove` deletes it.
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _encode_shares(
+    config: RunConfig,
+    family: type[DiffusionModel],
+    wanted: dict[Key, Path | None],
+    processes: "Processes",
+    folder: Path,
+    temporary: Path | None,
+) -> StoredConditions:
+    """
+    Args:
+        temporary: the folder, if it goes with the files.
+    """
     path = folder / f"encoded-{processes.rank}.safetensors"
     batches = processes.share(-(-len(wanted) // ENCODED_AT_ONCE))
     mine = dict(list(wanted.items())[batches.start * ENCODED_AT_ONCE : batches.stop * ENCODED_AT_ONCE])
@@ -192,9 +217,8 @@ def _encode_together(
     return stored
 
 
-def _temporary_folder(processes: "Processes") -> tuple[Path, Path]:
-    folder = Path(processes.broadcast(tempfile.mkdtemp(prefix="dancegrpo-") if processes.is_main else None))
-    return folder, folder
+def _temporary_folder(processes: "Processes") -> Path:
+    return Path(processes.broadcast(tempfile.mkdtemp(prefix="dancegrpo-") if processes.is_main else None))
 
 
 def _remove(path: Path, folder: Path | None = None) -> None:
