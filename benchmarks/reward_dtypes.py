@@ -5,7 +5,7 @@
 
 Random weights in the layout of the published files, with the published number of layers, patches and pixels; `--narrow`
 divides the widths. Weights have the variance 1 / inputs, norms are the identity. Images in groups of 8 with one prompt:
-pictures of the embedded model, each group from one prompt of its own, and gradients of colours with noise of all scales
+images of the embedded model, each group from one prompt of its own, and gradients of colours with noise of all scales
 like that of photographs. Compared with float32, within groups: the correlation of the scores; the error (standard
 deviation of the difference) in units of the spread (standard deviation of the float32 scores), for the mean and the
 worst group; and the share of pairs of images whose order changes.
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=6, help="even: half of them by the embedded model")
     args = parser.parse_args()
     make_narrow(args.narrow)
-    images, prompts = pictures(args.groups // 2)
+    images, prompts = embedded_and_photos(args.groups // 2)
     print(f"{len(prompts)} images in groups of {GROUP}, widths divided by {args.narrow}\n")
     print("| reward | dtype | correlation | error / spread, mean | worst group | changed pairs | largest score |")
     print("|---|---|---|---|---|---|---|")
@@ -91,7 +91,7 @@ def random_file(shapes: files.Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def pictures(groups: int) -> tuple[Tensor, list[str]]:
+def embedded_and_photos(groups: int) -> tuple[Tensor, list[str]]:
     """Images `[B, 3, H, W]` and prompts, so many groups of each kind."""
     from trainer.models import SD3Model
     from trainer.prompts.sets import evaluation_prompts

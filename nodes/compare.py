@@ -45,7 +45,7 @@ class CompareLoRAs(io.ComfyNode):
             is_output_node=True,
             is_input_list=True,
             hidden=[io.Hidden.unique_id],
-            inputs=[*_sockets(), *_widgets(), *_loras(), *_late_inputs()],
+            inputs=[*_sockets(), *_widgets(), *_loras(), *_run_and_low_noise()],
             outputs=[
                 io.Image.Output(display_name="contact_sheet", tooltip="Per prompt the first image of every model."),
                 io.String.Output(display_name="table", tooltip="Means, intervals and win rates as text."),
@@ -173,8 +173,8 @@ def _loras() -> list[io.Input]:
     return [*names, *sockets]
 
 
-def _late_inputs() -> list[io.Input]:
-    """Inputs added later. Saved workflows store widget values by position, so new widgets go to the end."""
+def _run_and_low_noise() -> list[io.Input]:
+    """A run in place of a LoRA's name, and the second network of models in two files."""
     boundary = GraphExpert.model_fields["boundary"]
     return [
         RunType.Input(

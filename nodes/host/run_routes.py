@@ -22,7 +22,7 @@ def add_run_routes(routes: Routes) -> None:
     routes.get("/runs/{name}/events", _events)
     routes.get("/runs/{name}/log", _log)
     routes.get("/runs/{name}/description", _description)
-    routes.get("/runs/{name}/picture", _preview)
+    routes.get("/runs/{name}/preview", _preview)
     routes.get("/runs/{name}/samples", _samples)
     routes.get("/runs/{name}/samples/{file}", _sample)
     routes.post("/runs/{name}/stop", _stop)

@@ -34,7 +34,7 @@ def graph(**changes: object) -> dict:
     }
 
 
-def test_figures_are_in_the_history_as_text_picture_and_data(comfy: Server) -> None:
+def test_figures_are_in_the_history_as_text_image_and_data(comfy: Server) -> None:
     outputs = comfy.run(graph())
     (data,) = outputs["compare"]["dancegrpo"]
     assert data["prompt_texts"] == ["a red circle", "a blue square"]

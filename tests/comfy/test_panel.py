@@ -254,10 +254,10 @@ def test_what_a_checker_says_is_right_or_wrong_in_the_panel(page: Any, comfy: Se
     folder = runs / "panel b" / "samples"
     folder.mkdir()
     for iteration, scores in ((0, (0.0, 0.25)), (5, (1.0, 0.75))):
-        picture = folder / f"evaluation_{iteration:06d}.png"
-        Image.new("RGB", (72, 72)).save(picture)
+        file = folder / f"evaluation_{iteration:06d}.png"
+        Image.new("RGB", (72, 72)).save(file)
         scored = {"checked": scores[0], "light": scores[1]}
-        write_samples(picture, [Sample("a red circle", "1", scored, (4, 4, 68, 68))])
+        write_samples(file, [Sample("a red circle", "1", scored, (4, 4, 68, 68))])
     page.locator("[data-run='panel b']").click()
     page.get_by_role("tab", name="Samples").click()
     page.wait_for_selector(".dg-cell .dg-right")

@@ -47,7 +47,7 @@ def goes_on(page: Any, after: int) -> None:
     )
 
 
-def picture_on_a_node(page: Any, name: str) -> list[int]:
+def preview_on_a_node(page: Any, name: str) -> list[int]:
     """Width and height of what is shown on a node of this page, which has not queued it, for the run of that name."""
     return page.evaluate(
         """async (name) => {
@@ -56,13 +56,13 @@ def picture_on_a_node(page: Any, name: str) -> list[int]:
             node.widgets.find((widget) => widget.name === 'name').value = name;
             const end = Date.now() + 100_000;
             while (!window.app.nodePreviewImages[node.id]?.length) {
-                if (Date.now() > end) throw new Error('no picture on the node');
+                if (Date.now() > end) throw new Error('no preview on the node');
                 await new Promise((done) => setTimeout(done, 100));
             }
-            const picture = new Image();
-            picture.src = window.app.nodePreviewImages[node.id][0];
-            await picture.decode();
-            return [picture.naturalWidth, picture.naturalHeight];
+            const image = new Image();
+            image.src = window.app.nodePreviewImages[node.id][0];
+            await image.decode();
+            return [image.naturalWidth, image.naturalHeight];
         }""",
         name,
     )
@@ -87,7 +87,7 @@ def test_a_reload_and_a_restart_of_the_server_find_the_run_again(tmp_path: Path)
             page.wait_for_selector(".dg-run-head h3")
             assert page.locator(".dg-run-head h3").inner_text() == "followed", "the run that was open is open again"
             goes_on(page, seen)
-            width, height = picture_on_a_node(page, "followed")
+            width, height = preview_on_a_node(page, "followed")
             assert 400 < width <= 1024 and height > 300
             server.kill()
             page.wait_for_selector(".dg-run-head .dg-error")

@@ -21,17 +21,17 @@ export function lineChart({ title, series }) {
     return box;
   }
   const scale = scales(shown);
-  const picture = svg("svg", {
+  const plot = svg("svg", {
     viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
     role: "img",
     "aria-label": `${title}: ${shown.map((one) => `${one.label} ${format(one.points.at(-1)[1])}`).join(", ")}`,
   });
-  picture.append(...axes(scale));
-  for (const one of shown) picture.append(...drawn(one, scale));
+  plot.append(...axes(scale));
+  for (const one of shown) plot.append(...drawn(one, scale));
   const readout = put(h("span", { class: "dg-chart-readout" }), latest(shown));
   box.firstChild.append(readout);
-  follow(picture, shown, scale, readout);
-  box.append(picture, legend(shown));
+  follow(plot, shown, scale, readout);
+  box.append(plot, legend(shown));
   return box;
 }
 
@@ -131,11 +131,11 @@ function drawn(one, { px, py }) {
 }
 
 /** Show the values under the pointer. */
-function follow(picture, series, { x, px }, readout) {
+function follow(plot, series, { x, px }, readout) {
   const cursor = svg("line", { class: "dg-cursor", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom, visibility: "hidden" });
-  picture.append(cursor);
-  picture.addEventListener("pointermove", (event) => {
-    const frame = picture.getBoundingClientRect();
+  plot.append(cursor);
+  plot.addEventListener("pointermove", (event) => {
+    const frame = plot.getBoundingClientRect();
     const share = ((event.clientX - frame.left) / frame.width) * WIDTH;
     const wanted = x[0] + ((share - MARGIN.left) / (WIDTH - MARGIN.left - MARGIN.right)) * (x[1] - x[0]);
     const nearest = series.map((one) => closest(one.points, wanted));
@@ -144,7 +144,7 @@ function follow(picture, series, { x, px }, readout) {
     cursor.setAttribute("visibility", "visible");
     put(readout, `at ${nearest[0][0]}:`, values(series, nearest));
   });
-  picture.addEventListener("pointerleave", () => {
+  plot.addEventListener("pointerleave", () => {
     cursor.setAttribute("visibility", "hidden");
     put(readout, latest(series));
   });

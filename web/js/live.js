@@ -1,5 +1,5 @@
 /**
- * The picture of a run on its node while it trains: the curve and the newest samples. The server sends it only to the
+ * The preview of a run on its node while it trains: the curve and the newest samples. The server sends it only to the
  * browser that queued the graph, and a reload loses it; this shows it in every browser, by the name on the node.
  */
 
@@ -24,12 +24,12 @@ export function liveNodes(nodes, runs) {
     .filter(({ name }) => live.has(name));
 }
 
-/** Show the pictures from now on. */
+/** Show the previews from now on. */
 export function showLive(app, api) {
-  const shown = new Map(); // by node, the tag of its picture
+  const shown = new Map(); // by node, the tag of its preview
 
-  async function picture({ id, name }, signal) {
-    const response = await api.fetchApi(`/dancegrpo/runs/${part(name)}/picture`, { signal });
+  async function showPreview({ id, name }, signal) {
+    const response = await api.fetchApi(`/dancegrpo/runs/${part(name)}/preview`, { signal });
     if (!response.ok) return; // nothing to show yet
     const tag = `${name} ${response.headers.get("ETag")}`;
     if (shown.get(id) === tag && app.nodePreviewImages?.[id]) return;
@@ -43,6 +43,6 @@ export function showLive(app, api) {
     const nodes = [...(app.graph?.nodes ?? [])];
     if (!nodes.some((node) => NODES.includes(node.type))) return;
     const { runs } = await get("/runs", signal);
-    for (const node of liveNodes(nodes, runs)) await picture(node, signal);
+    for (const node of liveNodes(nodes, runs)) await showPreview(node, signal);
   }, INTERVAL);
 }

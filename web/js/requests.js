@@ -31,7 +31,7 @@ export async function post(path, body = {}) {
   return ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
 }
 
-/** The address of a picture or video behind a route. */
+/** The address of an image or video behind a route. */
 export function address(path) {
   return api.apiURL(`/dancegrpo${path}`);
 }

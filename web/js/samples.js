@@ -83,17 +83,17 @@ export function samplesPage(name, panel) {
     if (key === shown) return;
     shown = key;
     const checkers = checkersOf([...(set?.cells ?? []), ...(first?.cells ?? [])]);
-    if (!set) put(grid, h("p", { class: "dg-muted", text: "no pictures yet" }));
+    if (!set) put(grid, h("p", { class: "dg-muted", text: "no images yet" }));
     else if (!set.cells.length) put(grid, whole(set));
     else put(grid, set.cells.map((cell, index) => figure(set, cell, first, index, checkers)));
   }
 
   function figure(set, cell, first, index, checkers) {
-    const pictures = [first ? [first, first.cells[index]] : null, [set, cell]].filter((pair) => pair && pair[1]);
+    const images = [first ? [first, first.cells[index]] : null, [set, cell]].filter((pair) => pair && pair[1]);
     return h(
       "figure",
       { class: "dg-cell" },
-      h("div", { class: "dg-pair" }, pictures.map(([from, one]) => crop(from, one))),
+      h("div", { class: "dg-pair" }, images.map(([from, one]) => crop(from, one))),
       h("figcaption", {}, h("span", { class: "dg-prompt", text: cell.prompt }), scores(cell, first?.cells[index], checkers)),
     );
   }
@@ -107,7 +107,7 @@ export function samplesPage(name, panel) {
     });
   }
 
-  /** One cell of a picture of many, cut out by its box in pixels: [left, top, width, height]. */
+  /** One cell of an image of many, cut out by its box in pixels: [left, top, width, height]. */
   function crop(set, cell) {
     const source = address(`/runs/${part(name)}/samples/${part(set.file)}`);
     const [left, top, width, height] = cell.box;

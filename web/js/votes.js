@@ -155,15 +155,15 @@ export function votesView(panel) {
     stage.setAttribute("aria-busy", String(busy > 0));
   }
 
-  /** Load both pictures before they are shown, so that the pair changes at once. */
+  /** Load both images before they are shown, so that the pair changes at once. */
   async function shown(next) {
     if (!next) return;
-    const pictures = [next.left, next.right].map((image) => {
-      const picture = new Image();
-      picture.src = source(image);
-      return picture.decode().catch(() => {});
+    const loaded = [next.left, next.right].map((one) => {
+      const image = new Image();
+      image.src = source(one);
+      return image.decode().catch(() => {});
     });
-    await Promise.all(pictures);
+    await Promise.all(loaded);
   }
 
   // -------------------------------------------------------------------------------------------------- keys
