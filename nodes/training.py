@@ -45,7 +45,7 @@ class TrainLoRA(io.ComfyNode):
             is_input_list=True,
             not_idempotent=True,
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
-            inputs=[*sockets(), *_widgets(), *_late_inputs()],
+            inputs=[*sockets(), *_widgets(), *_optional_inputs()],
             outputs=results.outputs(status_first=False),
         )  # fmt: skip
 
@@ -176,8 +176,7 @@ def process_inputs() -> list[io.Input]:
     ]
 
 
-def _late_inputs() -> list[io.Input]:
-    """Inputs added later. Saved workflows store widget values by position, so new widgets go to the end."""
+def _optional_inputs() -> list[io.Input]:
     return [
         conditioning_input(),
         io.Combo.Input(

@@ -75,8 +75,9 @@ def system_temporary_folder(tmp_path_factory: pytest.TempPathFactory, pytestconf
         for name in ("TMPDIR", "TEMP", "TMP"):
             changed.setenv(name, str(folder))
         changed.setattr(tempfile, "tempdir", None)
-        if pytestconfig.cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-            changed.setenv("TORCHINDUCTOR_CACHE_DIR", str(pytestconfig.cache.mkdir("inductor")))
+        cache = getattr(pytestconfig, "cache", None)  # none with `-p no:cacheprovider`
+        if cache is not None and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            changed.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache.mkdir("inductor")))
         yield
 
 
