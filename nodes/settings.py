@@ -37,6 +37,7 @@ MAIN = (
 SECTIONS = ("rollout", "advantage", "objective", "lora", "optimizer", "evaluation", "runtime")
 _ELSEWHERE = ("texts", "file", "shapes", "rewards")
 """Fields of `evaluation` that the training node's own sockets and boxes fill."""
+ON_THE_NODE = "set it on GRPO Train LoRA"
 _STEP = {"optimizer.learning_rate": 1e-6}
 OVERRIDES_TOOLTIP = (
     "Further settings, one section.field=value per line, such as rollout.window={size: 2, position: moving}. They take "
@@ -71,7 +72,14 @@ def settings(data: dict, overrides: str) -> dict:
     sections = parse_sections({name: data.get(name, {}) for name in SECTIONS}, list(_lines(overrides)))
     for field in _ELSEWHERE:
         if getattr(sections["evaluation"], field):
-            raise BadInput(f"setting evaluation.{field} cannot be set here: set it on GRPO Train LoRA")
+            raise BadInput(f"setting evaluation.{field} cannot be set here: {ON_THE_NODE}")
+    if sections["lora"].start_from is not None:  # the node's widget lists ComfyUI's LoRAs; a path could be any file
+        raise BadInput(f"setting lora.start_from cannot be set here: {ON_THE_NODE}")
+    if sections["runtime"].wandb_mode == "online":  # someone else may have written the workflow
+        raise BadInput(
+            "setting runtime.wandb_mode=online cannot be set here, because it sends prompts and samples to a server: "
+            "leave it out and send the run's folder wandb with `wandb sync`, or train from the command line"
+        )
     found = {name: section.model_dump(mode="json") for name, section in sections.items()}
     return found | {"objective": with_collection(found["objective"])}
 

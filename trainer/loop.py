@@ -177,7 +177,7 @@ class Trainer:
             "grad_norm": update.grad_norm,
             "bad_updates": update.bad,
             "skipped_groups": int(advantages.skipped.sum()),
-            "dropped_samples": int(advantages.dropped.sum()),
+            "dropped_samples": int(advantages.dropped.sum()) + every.dropped,
             "forwards_per_image": forwards / advantages.values.numel(),
             "seconds": {**clock.seconds, "total": clock.total},
             "memory_mb": peak_memory(self.processes.device),

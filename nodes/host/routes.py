@@ -80,9 +80,11 @@ async def _body(request: web.Request) -> dict:
     _refuse_other_sites(request)
     if request.content_type != "application/json":
         raise BadInput("send JSON, with Content-Type application/json")
-    raw = await request.content.read(LARGEST_BODY + 1)
-    if len(raw) > LARGEST_BODY:
-        raise BadInput(f"the request is larger than {LARGEST_BODY} bytes")
+    raw = bytearray()
+    async for piece in request.content.iter_any():  # `read(n)` would return the first piece alone
+        raw += piece
+        if len(raw) > LARGEST_BODY:
+            raise BadInput(f"the request is larger than {LARGEST_BODY} bytes")
     try:
         body = json.loads(raw or b"{}")
     except (ValueError, RecursionError) as error:

@@ -84,6 +84,16 @@ class Totals:
     peaks: dict[str, float] = field(default_factory=dict)
     forwards: int = 0
 
+    @property
+    def dropped(self) -> int:
+        """Number of terms without a finite reward, of objectives that see rewards in their loss."""
+        return int(self.sums.get("dropped", 0))
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether there is a term with a finite reward."""
+        return self.items > self.dropped
+
     def mean(self, name: str, default: float = 0.0) -> float:
         """A sum divided by the number of items, or `default` if there are none."""
         return self.sums[name] / self.items if self.items else default

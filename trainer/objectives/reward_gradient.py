@@ -153,18 +153,20 @@ class RewardGradient(Objective):
         self._note(rollout, batch, rewards)
         weights = {reward.name: reward.weight for reward in self.config.rewards}
         total = sum(weights[name] * values for name, values in rewards.items())
-        finite = total.isfinite()
-        value = torch.where(finite, reward_loss(torch.where(finite, total, 0.0), self.options.target), 0.0)
-        sums = {"reward": total.detach().nan_to_num().double().sum(), "dropped": (~finite).double().sum()}
+        finite = total.isfinite() & is_finite(rollout.trajectories.final[batch.rows])
+        latents.register_hook(lambda gradient: only_rows(gradient, finite))
+        value = reward_loss(torch.where(finite, total, 0.0), self.options.target)
+        value = torch.where(finite, value + self.options.kl_weight * kl, 0.0)
+        sums = {"reward": torch.where(finite, total, 0.0).detach().double().sum(), "dropped": (~finite).double().sum()}
         if self.options.kl_weight:
-            value = value + self.options.kl_weight * kl
-            sums["kl"] = kl.detach().double().sum()
+            sums["kl"] = torch.where(finite, kl, 0.0).detach().double().sum()
         return Loss(value, sums, {}, forwards)
 
     def _sample(self, model: DiffusionModel, rollout: RolloutBatch, batch: GradientBatch) -> tuple[Tensor, Tensor, int]:
         """Final latents with gradient, `[N, ...]`; mean KL of the steps with gradient, `[N]`; forward passes."""
         plan, rows = rollout.plan, batch.rows
         latents = rollout.trajectories.final[rows]
+        latents = only_rows(latents, is_finite(latents))
         if self.options.method == "draft-lv":
             steps = [len(plan.sigmas) - 2]
             noises = torch.stack([self._noise(rollout, item) for item in batch.items]).to(latents.device)
@@ -217,13 +219,24 @@ class RewardGradient(Objective):
     def record(self, every: Totals, first: Totals) -> dict:
         """
         Returns:
-            number of items; mean weighted reward; number of images without a finite reward; KL, if weighted.
+            number of items; means over those with a finite reward: weighted reward, and KL, if weighted.
         """
-        record = {"items": every.items, "reward": every.mean("reward"), "dropped": every.sums.get("dropped", 0.0)}
-        return record | ({"kl": every.mean("kl")} if self.options.kl_weight else {})
+        names = ("reward", "kl") if self.options.kl_weight else ("reward",)
+        finite = max(every.items - every.dropped, 1)
+        return {"items": every.items} | {name: every.sums.get(name, 0.0) / finite for name in names}
 
     def line(self, record: dict) -> str:
         return f"weighted reward {record['reward'] or 0:.3g}"
+
+
+def is_finite(latents: Tensor) -> Tensor:
+    """Which rows are finite, `[N]`."""
+    return latents.flatten(1).isfinite().all(1)
+
+
+def only_rows(values: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen rows of `[N, ...]`, and 0 in the others, whatever they hold: 0 x NaN would be NaN."""
+    return torch.where(chosen.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
 
 
 def reward_loss(rewards: Tensor, target: float | None) -> Tensor:

@@ -24,7 +24,7 @@ class Update:
         every: totals of all steps.
         first: totals of the first step.
         grad_norm: the largest gradient norm before clipping; None if no step was taken.
-        bad: number of steps that were skipped because their gradient was not finite.
+        bad: number of steps that were skipped because their gradient was not finite; not those without any terms.
     """
 
     every: Totals
@@ -62,7 +62,8 @@ class Updater:
         for items in self.objective.items(rollout):
             totals, norm = self._step(items, rollout)
             steps.append(totals)
-            norms.append(norm)
+            if totals.has_terms:
+                norms.append(norm)
             if norm is not None:
                 rollout.optimizer_steps += 1
                 self.objective.after_step()
@@ -73,7 +74,10 @@ class Updater:
         return Update(every, steps[0] if steps else Totals(), max(made, default=None), len(norms) - len(made))
 
     def _step(self, items: list[TrainingItem], rollout: RolloutBatch) -> tuple[Totals, float | None]:
-        """One optimizer step and its gradient norm, which is None if the step was skipped."""
+        """One optimizer step and its gradient norm, which is None if the step was skipped.
+
+        Without any finite reward there is no step: its gradient would be 0, but the optimizer's momentum is not.
+        """
         if self.scaler is None:
             self.scaler = self._new_scaler(self.first_scale(len(items)))
         forwards = 0
@@ -81,6 +85,9 @@ class Updater:
             scale = self.scaler.scale(torch.ones((), device=rollout.device))
             totals = self.accumulate(items, rollout, scale)
             forwards += totals.forwards
+            if not totals.has_terms:
+                self.policy.optimizer.zero_grad(set_to_none=True)
+                return replace(totals, forwards=forwards), None
             norm = self.policy.step(self.processes, self.scaler)
             if norm is not None or not math.isfinite(totals.loss):
                 break

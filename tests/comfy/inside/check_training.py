@@ -272,6 +272,9 @@ def test_every_widget_takes_its_whole_range_and_nothing_else(pack) -> None:
         ("evaluation.file=/etc/passwd", "evaluation.file cannot be set here: set it on GRPO Train LoRA"),
         ("evaluation={file: /etc/passwd}", "evaluation.file cannot be set here: set it on GRPO Train LoRA"),
         ("evaluation.rewards=[{name: shapes}]", "evaluation.rewards cannot be set here: set it on GRPO Train LoRA"),
+        ("lora.start_from=//host/share/x.safetensors", "lora.start_from cannot be set here: set it on GRPO Train LoRA"),
+        ("lora={start_from: /etc/x.safetensors}", "lora.start_from cannot be set here: set it on GRPO Train LoRA"),
+        ("runtime.wandb_mode=online", "runtime.wandb_mode=online cannot be set here, because it sends prompts"),
         ("rollout.steps=!!python/object/apply:os.system [ls]", "uses a YAML tag"),
     ],
 )
