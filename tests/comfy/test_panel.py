@@ -182,7 +182,9 @@ def test_changes_need_a_request_of_this_server(comfy: Server, runs: Path) -> Non
     assert "Content-Type application/json" in refusal(comfy, stop, {}, **{"Content-Type": "text/plain"})[1]
     assert "not a JSON object" in refusal(comfy, stop, [1])[1]
     assert "not JSON" in refusal(comfy, stop, b"{")[1]
+    assert "larger than" in refusal(comfy, stop, {"text": "a" * 1_000_001})[1]
     assert "not running" in comfy.post(stop, {})["message"]
+    assert "not running" in comfy.post(stop, {"text": "a" * 900_000})["message"], "a body that arrives in pieces"
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser

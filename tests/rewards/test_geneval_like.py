@@ -12,7 +12,16 @@ from torch import Tensor
 
 from trainer.config import RewardConfig
 from trainer.rewards import Reward, load_reward, score
-from trainer.rewards.geneval_like import Detection, GenEvalLike, cut_out, graded, relations, right
+from trainer.rewards.geneval_like import (
+    Detection,
+    GenEvalLike,
+    check_classes,
+    cut_out,
+    geneval_name,
+    graded,
+    relations,
+    right,
+)
 from trainer.utils.errors import BadInput
 
 
@@ -50,7 +59,6 @@ def test_numbers() -> None:
     assert [graded(f, counting, no_color) for f in ({}, one, two, three)] == [0, 0.5, 1, 0.5]
     assert [right(f, include(), no_color) for f in ({}, one, three)] == [0, 1, 1]
     assert graded(three, include(), no_color) == 0  # never below
-    assert right({"mouse": [A]}, {"include": [{"class": "computer mouse", "count": 1}]}, no_color) == 1
 
 
 def test_colors_of_the_surest_objects() -> None:
@@ -88,6 +96,9 @@ def test_an_object_is_cut_out_on_grey() -> None:
 # ------------------------------------------------------------------------------------------------------ a real folder
 
 
+LABELS = ("dog", "cat", "sofa")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -98,7 +109,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Mask2FormerConfig(
         backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
         dim_feedforward=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6,
-        num_labels=3, id2label={0: "dog", 1: "cat", 2: "mouse"}, label2id={"dog": 0, "cat": 1, "mouse": 2},
+        num_labels=3, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)},
     )  # fmt: skip
     torch.manual_seed(0)
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "detector")
@@ -155,12 +166,40 @@ def test_objects_and_masks_are_those_of_transformers(folder: Path) -> None:
     wanted = processor.post_process_instance_segmentation(
         output, threshold=0.0, target_sizes=[(40, 60)], return_binary_maps=True
     )[0]
-    names = {0: "dog", 1: "cat", 2: "mouse"}
+    names = {0: "dog", 1: "cat", 2: "couch"}
     counts = {name: sum(names[s["label_id"]] == name for s in wanted["segments_info"]) for name in names.values()}
     assert {name: len(mine.get(name, [])) for name in names.values()} == counts
     masks = [entry.mask for group in mine.values() for entry in group]
     for segment, mask in zip(wanted["segments_info"], wanted["segmentation"], strict=True):
         assert max((mask.bool() == other).float().mean() for other in masks) > 0.98, segment
+
+
+COCO = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter
+bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis
+snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard tennis_racket bottle wine_glass cup fork
+knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant bed
+dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink refrigerator book clock vase
+scissors teddy_bear hair_drier toothbrush"""
+VOC = {"motorcycle": "motorbike", "airplane": "aeroplane", "couch": "sofa", "potted plant": "pottedplant"}
+VOC |= {"dining table": "diningtable", "tv": "tvmonitor"}
+GENEVAL = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+
+
+@pytest.mark.parametrize("spelled", [{}, VOC], ids=["COCO's labels", "labels of mmdetection"])
+def test_every_object_of_geneval_has_a_class_of_the_detector(spelled: dict[str, str]) -> None:
+    coco = [name.replace("_", " ") for name in COCO.split()]
+    labels, asked = [spelled.get(name, name) for name in coco], [GENEVAL.get(name, name) for name in coco]
+    assert len(set(coco)) == 80
+    questions = [{"prompt": name, "include": [{"class": name, "count": 1}]} for name in asked]
+    check_classes(questions, labels, "prompts.jsonl")
+    assert [geneval_name(label) for label in labels] == asked
+
+
+def test_an_object_that_the_detector_does_not_know_is_bad_input(folder: Path, tmp_path: Path) -> None:
+    clauses = {"include": [{"class": "dog", "count": 1}], "exclude": [{"class": "unicorn", "count": 1}]}
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "a dog", **clauses}) + "\n")
+    with pytest.raises(BadInput, match="'a dog' in .*other.jsonl asks for 'unicorn', which is none of the detector's"):
+        reward(folder, prompts=str(tmp_path / "other.jsonl")).load()
 
 
 def test_buffers_of_published_files_are_ignored(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """GenEval's checks with a detector of the same kind from transformers; not the official metric."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,7 +25,19 @@ from .preprocess import normalize, shortest_and_crop, to_pil
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-OTHER_NAMES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
+GENEVAL_NAMES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+"""GenEval's names where a detector's labels differ: COCO's own, and Pascal VOC's, which configurations that were
+converted from mmdetection have."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE, MARGIN, MOST = 384, 0.1, 16
 UNUSED = r"relative_position_index$|^criterion\.empty_weight$"
@@ -96,9 +109,11 @@ class GenEvalLike(ModelReward):
     def build(self) -> nn.Module:
         path, config, what = Path(self.options.clip), architecture(self.network), "OpenAI's CLIP ViT-L/14"
         self.size = config["vision_cfg"]["image_size"]
+        detector = load_detector(Path(self.options.detector))
+        check_classes(self.asked.values(), detector.config.id2label.values(), self.options.prompts)
         clip = build(lambda: open_clip_network(config))
         fill(clip, from_transformers(read_weights(path), path, what), path, what)
-        return nn.ModuleDict({"clip": clip, "detector": load_detector(Path(self.options.detector))})
+        return nn.ModuleDict({"clip": clip, "detector": detector})
 
     def score_batch(self, images: Tensor, prompts: list[str]) -> Tensor:
         self.check_prompts(prompts)
@@ -113,7 +128,7 @@ class GenEvalLike(ModelReward):
         return grade(found, question, lambda objects, name: self.color(image, objects, name))
 
     def detect(self, image: Tensor, least: float) -> dict[str, list[Detection]]:
-        """Objects by name, the most confident first, at most 16 of each.
+        """Objects by GenEval's name, the most confident first, at most 16 of each.
 
         Args:
             least: smallest confidence.
@@ -134,7 +149,7 @@ class GenEvalLike(ModelReward):
         names = self.module["detector"].config.id2label
         found: dict[str, list[Detection]] = {}
         for i in values.argsort(descending=True, stable=True).tolist():
-            group = found.setdefault(names[labels[i].item()], [])
+            group = found.setdefault(geneval_name(names[labels[i].item()]), [])
             if values[i] > least and full[i].any() and len(group) < MOST:
                 group.append(Detection(_box(full[i]), full[i].cpu()))
         return found
@@ -177,6 +192,26 @@ def load_detector(folder: Path) -> nn.Module:
     if wrong:
         raise BadInput(f"{folder} is not a Mask2Former: {wrong[0]} is missing or unexpected")
     return model
+
+
+def geneval_name(label: str) -> str:
+    """GenEval's name of a detector's class."""
+    return GENEVAL_NAMES.get(label, label)
+
+
+def check_classes(questions: Iterable[dict[str, Any]], labels: Iterable[str], file: str) -> None:
+    """
+    Raises:
+        BadInput: a prompt asks for an object that is none of the detector's classes, so that it would never be found.
+    """
+    known = {geneval_name(label) for label in labels}
+    for question in questions:
+        for clause in (*question["include"], *question.get("exclude", [])):
+            if clause["class"] not in known:
+                raise BadInput(
+                    f"{question['prompt'][:100]!r} in {file} asks for {clause['class'][:40]!r}, which is none of the "
+                    "detector's classes (id2label in its config.json): use a detector of COCO's 80 classes"
+                )
 
 
 def read_questions(path: Path) -> dict[str, dict[str, Any]]:
@@ -256,7 +291,7 @@ def graded(found: dict[str, list[Detection]], question: dict, color_of: Any) -> 
 
 
 def _of(found: dict[str, list[Detection]], clause: dict) -> list[Detection]:
-    return found.get(OTHER_NAMES.get(clause["class"], clause["class"]), [])
+    return found.get(clause["class"], [])
 
 
 def _nearness(count: int, wanted: int) -> float:
