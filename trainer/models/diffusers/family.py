@@ -44,6 +44,7 @@ class DiffusersModel(DiffusionModel):
         input_layers: keys of the weight of the network's first layer, in diffusers' and in released files; its second
             dimension is the number of input channels.
         video: whether latents have a time axis.
+        scheduler_spaces: whether the pipeline leaves the spacing of levels to the scheduler; else it is even.
         pipeline_options: further arguments for loading the pipeline of the text encoders.
     """
 
@@ -59,6 +60,7 @@ class DiffusersModel(DiffusionModel):
     vae_classes: ClassVar[tuple[str, ...]] = IMAGE_VAES
     input_layers: ClassVar[tuple[str, ...]]
     video: ClassVar[bool] = False
+    scheduler_spaces: ClassVar[bool] = False
     pipeline_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, module: nn.Module, vae: nn.Module, config: ModelConfig) -> None:
@@ -374,8 +376,8 @@ class DiffusersModel(DiffusionModel):
         if "flow_shift" in config:  # UniPC and similar schedulers
             return sigma_schedule(steps, config["flow_shift"])
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-        even = [1 - i / steps for i in range(steps)]
-        scheduler.set_timesteps(sigmas=even, mu=self._resolution_shift(scheduler.config))
+        levels = {} if self.scheduler_spaces else {"sigmas": [1 - i / steps for i in range(steps)]}
+        scheduler.set_timesteps(steps, mu=self._resolution_shift(scheduler.config), **levels)
         return scheduler.sigmas.double().tolist()
 
     def _resolution_shift(self, config: Any) -> float | None:

@@ -28,6 +28,7 @@ class SD3Model(DiffusersModel):
     text_tokens = 77 + T5_TOKENS
     input_layers = ("pos_embed.proj.weight", "x_embedder.proj.weight")
     default_targets = JOINT_ATTENTION
+    scheduler_spaces = True
 
     @classmethod
     def folder(cls, config: ModelConfig) -> Path:
