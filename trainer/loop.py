@@ -126,6 +126,8 @@ class Trainer:
         try:
             if self.model.needs_opening_check:
                 preflight.check(self.updater, self.prompting, self.prompts.texts)
+            if self.config.runtime.compile:
+                preflight.check_compiled(self.updater, self.prompting)
             self.pace.begin()
             while self.iteration < self.config.runtime.iterations:
                 self._stop_if_asked()

@@ -1,6 +1,8 @@
 """`runtime.compile` in diffusers folders: the same numbers, no stale LoRA, no graph for weights that are exchanged."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,16 @@ from conftest import assert_same_tensors, lora_of
 from short_runs import train
 from tiny_families import CASES
 
+from trainer import preflight
 from trainer.adapters.compute import cast_once
 from trainer.check import check_run
 from trainer.config import parse_config
+from trainer.loop import Trainer
 from trainer.models import FAMILIES
 from trainer.models.compiled import check_compile, missing_compiler
 from trainer.policy import Policy
-from trainer.utils.errors import BadInput
+from trainer.utils.distributed import Processes
+from trainer.utils.errors import BadInput, RunFailed
 
 ABSENT = missing_compiler(on_gpu=False)
 compiles = pytest.mark.skipif(ABSENT is not None, reason=f"this machine has no {ABSENT}")
@@ -140,3 +145,29 @@ def test_compiling_is_refused_where_it_cannot_work(tiny_description: dict, monke
         check_run(config, 1)
     tiny_description["runtime"]["compile"] = False
     check_run(parse_config(tiny_description), 1)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.03])
+def test_a_wrong_compiled_gradient_stops_the_run_at_its_start(
+    tiny_description: dict, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    trainer = Trainer(parse_config(tiny_description), None, Processes("cpu"))
+    name = next(name for name in trainer.policy.parameters if "lora_B" in name)
+    factors = [factor, 1.0]  # of the compiled network's gradient, and of the uncompiled one's
+    stances = []
+
+    @contextmanager
+    def stance(kind: str) -> Iterator[None]:
+        stances.append(kind)
+        factors.pop(0)
+        yield
+
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
+    trainer.policy.parameters[name].register_hook(lambda gradient: gradient * factors[0])
+    if factor == 1.0:
+        preflight.check_compiled(trainer.updater, trainer.prompting)
+    else:
+        with pytest.raises(RunFailed, match=r"compiled network differs .* by 0\.0.*: set runtime.compile to false"):
+            preflight.check_compiled(trainer.updater, trainer.prompting)
+    assert stances == ["force_eager"]
+    assert all(parameter.grad is None for parameter in trainer.policy.parameters.values())
