@@ -16,6 +16,7 @@ import copy
 import math
 import sys
 import tempfile
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def make_narrow(factor: int) -> None:
 
     for module in (files, hps, pickscore, aesthetic, clip_score):
         module.architecture = narrow
-    files.random_file = random_file
+    files.random_file = partial(files.random_file, draw=keeping_signals)
     published = files.imagereward_reference.PUBLISHED
     for key in ("width", "text_width", "inner"):
         published[key] //= factor
@@ -78,16 +79,9 @@ def make_narrow(factor: int) -> None:
     ImageReward.text = text | sizes | {"num_attention_heads": text["num_attention_heads"] // factor}
 
 
-def random_file(shapes: files.Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random weights of variance 1 / inputs; norms are the identity."""
-    generator = torch.Generator().manual_seed(0)
-    found = {}
-    for key, shape in shapes.items():
-        if len(shape) < 2:
-            found[key] = torch.full(shape, float(key.endswith("weight")), dtype=dtype)
-        else:
-            found[key] = (torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))).to(dtype)
-    return found
+def keeping_signals(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """A weight of variance 1 / inputs."""
+    return (torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))).to(dtype)
 
 
 @torch.no_grad()

@@ -31,15 +31,24 @@ Shapes = dict[str, tuple[int, ...]]
 Options = dict[str, object]
 
 
-def random_file(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Small random weights; norms are the identity, so that numbers stay finite at any depth."""
+def small(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Weights small enough for any depth."""
+    return torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+
+
+def random_file(shapes: Shapes, dtype: torch.dtype, draw: Callable[..., Tensor] = small) -> dict[str, Tensor]:
+    """Random weights; norms are the identity, so that numbers stay finite at any depth.
+
+    Args:
+        draw: gives a weight of at least two dimensions.
+    """
     generator = torch.Generator().manual_seed(0)
     found = {}
     for key, shape in shapes.items():
         if len(shape) < 2:
             found[key] = torch.full(shape, float(key.endswith("weight")), dtype=dtype)
         else:
-            found[key] = torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
+            found[key] = draw(shape, dtype, generator)
     return found
 
 
