@@ -327,7 +327,7 @@ def train(data: dict, estimated: bool) -> dict:
 def estimate(trainer: Any) -> dict:
     """Seconds of an iteration by phase, and peak memory, as `python -m trainer estimate` finds them."""
     from benchmarks.estimate import estimated_seconds
-    from trainer.runs.memory import iteration_bytes
+    from trainer.runs.capacity import iteration_bytes
 
     seconds = estimated_seconds(trainer, time.process_time)
     needed = peak_bytes() + iteration_bytes(trainer.config, 1, math.prod(trainer.model.latent_shape))

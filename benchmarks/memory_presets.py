@@ -31,7 +31,7 @@ from trainer.models.memory import BYTES
 from trainer.objectives import objective_class
 from trainer.rewards import REWARDS as ALL_REWARDS
 from trainer.rewards.qwen.videoalign import VideoAlign
-from trainer.runs.memory import iteration_bytes
+from trainer.runs.capacity import iteration_bytes
 
 GB = 2**30
 CARDS = (12, 16, 24, 48, 80)

@@ -13,7 +13,7 @@ from ..trainer.config import RewardConfig
 from ..trainer.config import describe as describe_errors
 from ..trainer.utils.errors import BadInput
 from .host import inputs, progress, results
-from .host.memory import make_room_for_reward
+from .host.devices import make_room_for_reward
 from .host.reward_files import option_values, option_widgets, votes_fingerprint, with_files
 from .host.scoring import bar_plot, best_of, require_prompt, score_all, score_table, split_prompts
 from .types import CATEGORY, Rewards, RewardType, connected

@@ -10,7 +10,7 @@ from ..trainer.models.distilled import distilled_notes
 from ..trainer.prompts.text import prompt_lines
 from ..trainer.utils.errors import BadInput
 from . import types
-from .host import automatic, inputs, memory, progress, results, runs
+from .host import automatic, devices, inputs, progress, results, runs
 from .host.encoding import GraphConditioning
 from .host.folders import check_name
 from .settings import preset_is_named
@@ -242,7 +242,7 @@ def prompts_of(given: dict[str, list], name: str) -> str:
 def processes_of(given: dict[str, list]) -> tuple[int, list[int] | None]:
     """Number of processes and their GPUs."""
     processes = inputs.whole_number(inputs.single(given["processes"], "processes"), "processes", 1, MOST_PROCESSES)
-    return processes, memory.parse_gpus(inputs.text(optional(given, "gpus", ""), "gpus"), processes)
+    return processes, devices.parse_gpus(inputs.text(optional(given, "gpus", ""), "gpus"), processes)
 
 
 def _check_widgets(given: dict[str, list]) -> None:

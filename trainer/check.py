@@ -11,7 +11,7 @@ from .objectives import Objective, make_objective, objective_class
 from .prompts.conditions import check_conditions
 from .prompts.sets import PromptSet, read_prompts
 from .rewards import Reward, load_reward, memory_together
-from .runs.memory import check_memory
+from .runs.capacity import check_memory
 from .utils.errors import BadInput
 
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from .config import RunConfig
 from .runs import launch
+from .runs.capacity import check_iteration
 from .runs.directory import RunDirectory, description_hash
 from .runs.failures import Failure, Failures, cause
 from .runs.launch import Ranks
 from .runs.lifeline import PARENT, FailureWatch, is_rank
-from .runs.memory import check_iteration
 from .runs.progress import Progress, closing
 from .runs.trackers import check_trackers
 from .utils.console import quiet_libraries

@@ -10,7 +10,7 @@ from ...trainer.estimate.automatic import Choice, Facts, choose, choose_for, fil
 from ...trainer.estimate.memory import graph_peak, name_of
 from ...trainer.models.distilled import distilled_steps
 from ...trainer.rewards import load_reward, memory_together
-from ...trainer.runs.memory import memory_bytes
+from ...trainer.runs.capacity import memory_bytes
 from .. import types
 
 

@@ -22,7 +22,7 @@ from ...trainer.utils.seeds import derive, noise
 from ..lora import load_patches
 from ..types import Rewards
 from .compared_loras import LOW_SOCKET, Lora
-from .memory import make_room_for_reward
+from .devices import make_room_for_reward
 from .progress import check_interrupt, say
 from .scoring import LoadedReward, load_rewards
 

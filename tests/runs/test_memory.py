@@ -16,8 +16,8 @@ from trainer.cli import main
 from trainer.config import RunConfig, parse_config
 from trainer.models import FAMILIES, latent_numbers, weight_bytes
 from trainer.rewards import REWARDS, Threshold, memory_together
-from trainer.runs import memory
-from trainer.runs.memory import check_iteration, iteration_bytes
+from trainer.runs import capacity
+from trainer.runs.capacity import check_iteration, iteration_bytes
 from trainer.utils.errors import BadInput
 
 MEASURE = """
@@ -98,7 +98,7 @@ def test_latents_are_counted_as_the_model_has_them(
     assert latent_numbers(family, parsed.model) == math.prod(latents)
     beside = weight_bytes(parsed.model) + family.decode_bytes(parsed.model)
     available = [beside + iteration_bytes(parsed, 1, math.prod(latents))]
-    monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: available[0])
+    monkeypatch.setattr(capacity, "memory_bytes", lambda device, processes: available[0])
     check_run(parsed, 1)
     available[0] -= 1
     with pytest.raises(BadInput, match="GiB of images and latents"):
@@ -107,7 +107,7 @@ def test_latents_are_counted_as_the_model_has_them(
 
 def test_an_iteration_that_cannot_fit_is_refused_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     need = iteration_bytes(config(), 2, 0)
-    monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: need)
+    monkeypatch.setattr(capacity, "memory_bytes", lambda device, processes: need)
     check_iteration(config(), 2)
     with pytest.raises(BadInput, match=r"prompts_per_iteration 4 x rollout.group_size 6 images of 32 x 64 need"):
         check_iteration(config(), 1)
@@ -131,7 +131,7 @@ def test_rewards_and_decoding_count_before_anything_is_loaded(
     decode = family.decode_bytes(parsed.model)
     assert 0 < decode < Heavy().memory()
     available = [beside + Heavy().memory()]
-    monkeypatch.setattr(memory, "memory_bytes", lambda device, processes: available[0])
+    monkeypatch.setattr(capacity, "memory_bytes", lambda device, processes: available[0])
     check_run(parsed, 1)
     available[0] -= 1
     with pytest.raises(BadInput, match="while it scores 3.0 GiB more, and it has 3.0 GiB: lower rollout.group_size"):

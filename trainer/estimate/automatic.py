@@ -8,7 +8,7 @@ from ..check import check_run
 from ..config import parse_config, preset, preset_names
 from ..diffusion.process import FLOW, Process
 from ..models.distilled import distilled_steps
-from ..runs.memory import memory_bytes
+from ..runs.capacity import memory_bytes
 from ..utils.errors import BadInput
 from . import memory
 from .forecast import size

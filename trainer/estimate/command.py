@@ -9,7 +9,7 @@ import torch
 from ..check import CheckedRun, check_run
 from ..config import RunConfig
 from ..rewards.threshold import Threshold
-from ..runs.memory import iteration_bytes
+from ..runs.capacity import iteration_bytes
 from ..utils.console import quiet_libraries
 from ..utils.distributed import Processes
 from ..utils.precision import tf32

@@ -19,7 +19,7 @@ from ..models.memory import (
     weight_bytes,
 )
 from ..rewards import memory_together
-from ..runs.memory import iteration_bytes
+from ..runs.capacity import iteration_bytes
 from ..shapes import WEIGHTS
 
 NETWORK, ADAPTER, HELD, PROCESS = (

@@ -341,7 +341,7 @@ class Clip:
 
 def test_nothing_is_unloaded_for_what_is_refused(pack, files, loaded, base_model, monkeypatch) -> None:
     runs, reached = pack("nodes.host.runs"), []
-    monkeypatch.setattr(pack("nodes.host.memory"), "free_memory", lambda: reached.append(1))
+    monkeypatch.setattr(pack("nodes.host.devices"), "free_memory", lambda: reached.append(1))
     monkeypatch.setattr(runs, "run_folder", lambda name: files.folder / "runs" / name)
     given, spec = base_model(model=loaded[0], vae=loaded[1]), pack("nodes.types").ModelSpec.of(loaded[0])
     data = description(pack, graph_section(files), None).model_dump(mode="json") | {"model": given}

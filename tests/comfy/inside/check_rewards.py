@@ -220,9 +220,9 @@ def files(pack, tmp_path_factory):
 
 
 def test_rewards_ask_for_their_weights_and_what_core_keeps_free_beside_them(pack, monkeypatch) -> None:
-    asked, management = [], pack("nodes.host.memory").memory
+    asked, management = [], pack("nodes.host.devices").memory
     monkeypatch.setattr(management, "free_memory", lambda *given: asked.append(given))
-    pack("nodes.host.memory").make_room_for_reward(1000, torch.device("cpu"))
+    pack("nodes.host.devices").make_room_for_reward(1000, torch.device("cpu"))
     assert asked == [(1000 + management.minimum_inference_memory(), torch.device("cpu"))]
 
 

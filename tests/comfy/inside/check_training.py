@@ -341,12 +341,12 @@ def test_bad_prompts_are_one_sentence(pack, prompts: str, held_out: str, says: s
 )
 def test_bad_gpus_are_one_sentence(pack, text: str, processes: int, says: str) -> None:
     with pytest.raises(pack("trainer.utils.errors").BadInput, match=says):
-        pack("nodes.host.memory").parse_gpus(text, processes)
+        pack("nodes.host.devices").parse_gpus(text, processes)
 
 
 def test_gpus_are_read(pack) -> None:
-    assert pack("nodes.host.memory").parse_gpus(" 3, 1 ", 2) == [3, 1]
-    assert pack("nodes.host.memory").parse_gpus("", 2) is None
+    assert pack("nodes.host.devices").parse_gpus(" 3, 1 ", 2) == [3, 1]
+    assert pack("nodes.host.devices").parse_gpus("", 2) is None
 
 
 # ------------------------------------------------------------------------------------------------------ the start
@@ -405,7 +405,7 @@ def test_what_the_trainer_would_refuse_is_said_before_it_starts(
 
 
 def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    host, model = pack("nodes.host.memory"), pack("trainer.config").ModelConfig()
+    host, model = pack("nodes.host.devices"), pack("trainer.config").ModelConfig()
     monkeypatch.setattr(host.memory, "get_free_memory", lambda device: 0.3 * 2**30)
     with pytest.raises(pack("trainer.utils.errors").BadInput, match=r"has 0\.3 GiB .* need 0\.6 GiB"):
         host.require_memory(model, None, 1, on_cpu=False)
@@ -417,7 +417,7 @@ def test_too_little_memory_is_an_error_with_numbers(pack, monkeypatch: pytest.Mo
 
 def test_weights_of_a_connected_model_may_stay_in_ram(pack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     host, graph = (
-        pack("nodes.host.memory"),
+        pack("nodes.host.devices"),
         {"folder": "x", "file": str(tmp_path / "a"), "vae_file": str(tmp_path / "a")},
     )
     with (tmp_path / "a").open("wb") as file:
