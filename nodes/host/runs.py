@@ -18,7 +18,7 @@ from ...trainer.runs.directory import RunDirectory
 from ...trainer.utils.errors import BadInput, shorten
 from ...trainer.utils.files import move_file
 from ..types import ModelSpec, Rewards
-from . import dry_run, memory
+from . import devices, dry_run
 from .encoding import GraphConditioning, applies_weights, encoded_prompts, first_row
 from .folders import run_folder, runs_folder
 from .inputs import NO_PROMPTS
@@ -281,7 +281,7 @@ def check_without_model(data: dict, processes: int, gpus: list[int] | None) -> N
     """
     config = parse_config({**data, "model": {}})
     check_rewards(config, processes, *read_prompts(config))
-    memory.require_gpus(gpus, processes)
+    devices.require_gpus(gpus, processes)
     _refuse_busy_gpus(gpus)
 
 
@@ -290,7 +290,7 @@ def check(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
     check_run(config, processes, conditions_exist=False)
     if config.model.graph is not None and config.prompts.conditions is None:
         raise BadInput("clip is not connected: a connected model's prompts are encoded by the graph's own clip")
-    memory.require_gpus(gpus, processes)
+    devices.require_gpus(gpus, processes)
     _refuse_busy_gpus(gpus)
 
 
@@ -307,6 +307,6 @@ def _refuse_busy_gpus(gpus: list[int] | None) -> None:
 
 
 def make_room(config: RunConfig, processes: int, gpus: list[int] | None) -> None:
-    memory.free_memory()
+    devices.free_memory()
     rewards = memory_together(load_rewards(config)[1].values())
-    memory.require_memory(config.model, gpus, processes, config.runtime.device == "cpu", rewards)
+    devices.require_memory(config.model, gpus, processes, config.runtime.device == "cpu", rewards)
