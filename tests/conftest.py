@@ -81,6 +81,12 @@ def system_temporary_folder(tmp_path_factory: pytest.TempPathFactory, pytestconf
         yield
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test's random numbers do not depend on the tests before it, which differ with the number of processes."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_sd3(tmp_path_factory.mktemp("tiny_sd3"))
