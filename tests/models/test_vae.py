@@ -144,8 +144,9 @@ def test_images_do_not_depend_on_how_many_are_decoded_at_once(
     for size, sizes in ((1, [1] * 5), (2, [2, 2, 1]), (5, [5])):
         calls.clear()
         monkeypatch.setattr(model, "config", model.config.model_copy(update={"decode_batch_size": size}))
-        torch.testing.assert_close(model.decode(latents), whole, rtol=0, atol=5e-4)  # rounding: 13% of an 8-bit level
+        torch.testing.assert_close(model.decode(latents), whole, rtol=0, atol=1e-4)  # rounding: 3% of an 8-bit level
         assert calls == sizes
+    assert whole.std() > 1e-3
     others = whole.roll(1, dims=0)
     assert all((one - other).abs().max() > 0.05 for one, other in zip(whole, others, strict=True)), "images differ"
 
