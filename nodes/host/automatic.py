@@ -4,12 +4,13 @@ from collections.abc import Callable
 
 from comfy.model_sampling import CONST, V_PREDICTION
 
-from ...trainer.config import AUTO, ModelConfig, RewardConfig, parse_config
+from ...trainer.check import load_rewards
+from ...trainer.config import AUTO, ModelConfig, parse_config
 from ...trainer.diffusion.process import FLOW, VP, VP_V, Process
 from ...trainer.estimate.automatic import Choice, Facts, choose, choose_for, filled
 from ...trainer.estimate.memory import graph_peak, name_of
 from ...trainer.models.distilled import distilled_steps
-from ...trainer.rewards import load_reward, memory_together
+from ...trainer.rewards import memory_together
 from ...trainer.runs.capacity import memory_bytes
 from .. import types
 
@@ -35,19 +36,20 @@ def resolved(
     if start := data.get("lora", {}).get("start_from"):
         plain["lora"] = {**plain.get("lora", {}), "start_from": start}
     plain["evaluation"] = data["evaluation"]
-    choice = _choice(plain, model, processes)
+    choice = _choice(plain, data, model, processes)
     result = {**data, **filled(plain, choice)}
     result["model"] = _with_memory(data["model"], choice)
     return result, choice.text()
 
 
-def _choice(plain: dict, model: types.Model, processes: int) -> Choice:
+def _choice(plain: dict, data: dict, model: types.Model, processes: int) -> Choice:
     if model.spec is None:
         return choose_for(plain, processes)
     config = ModelConfig.model_validate(model.section)
     from ...trainer.utils.distributed import Processes  # accelerate, which ComfyUI's start does not need
 
     device = Processes("auto").device
+    rewards = memory_together(load_rewards(parse_config({**data, "model": {}}))[1].values())
     facts = Facts(
         family=config.family,
         process=_process(model.spec),
@@ -58,7 +60,7 @@ def _choice(plain: dict, model: types.Model, processes: int) -> Choice:
         device=name_of(device),
         on_cpu=device.type == "cpu",
         memory=memory_bytes("auto", processes),
-        needed=_needed(plain, _reward_bytes(plain, device.type), device.type == "cpu"),
+        needed=_needed(plain, rewards, device.type == "cpu"),
     )
     return choose(facts)
 
@@ -67,13 +69,6 @@ def _process(spec: types.ModelSpec) -> Process:
     if isinstance(spec.sampling, CONST):
         return FLOW
     return VP_V if isinstance(spec.sampling, V_PREDICTION) else VP
-
-
-def _reward_bytes(plain: dict, device: str) -> int:
-    """Bytes of the reward models of the training and of the evaluation, by their files."""
-    sections = [*plain.get("rewards", []), *plain["evaluation"].get("rewards", [])]
-    named = {section["name"]: RewardConfig.model_validate(section) for section in sections}
-    return memory_together([load_reward(reward, device) for reward in named.values()])
 
 
 def _needed(plain: dict, rewards: int, on_cpu: bool) -> Callable[[dict[str, dict]], int]:
